@@ -1,0 +1,155 @@
+"""Result types shared by the kernels and their PyTorch twins. Nothing here imports either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+#: What ranks the masked tokens of a block, best first.
+ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]
+#: What decides how many of them are committed.
+RuleName = Literal["quota", "threshold", "factor", "entropy_budget"]
+#: Whose rounding points a rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
+RopeRounding = Literal["llada", "dream"]
+
+
+@dataclass
+class TokenStatistics:
+    """Facts about rows of logits, one entry a row; float32 (float64 for float64 logits), natural logarithms.
+
+    Attributes:
+        token: int64. The chosen token: the largest logit (ties go to the lowest id), or the Gumbel-max sample. ``-1`` marks
+            a row without a choice: it was not asked for, holds a NaN, or has no finite logit that is allowed.
+        logit: the chosen token's logit.
+        second_logit: the largest logit among the other allowed tokens.
+        logsumexp: ``log(sum(exp(logits)))``.
+        rest: ``sum(exp(logits - logit))`` over the other tokens: the odds against the chosen token. Rank by this and not
+            by :attr:`confidence`, which in float32 saturates at 1 and makes ties that the logits do not have.
+        entropy: of the softmax, in nats.
+    """
+
+    token: Tensor
+    logit: Tensor
+    second_logit: Tensor
+    logsumexp: Tensor
+    rest: Tensor
+    entropy: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability of the chosen token, ``1 / (1 + rest)``."""
+        return 1 / (1 + self.rest)
+
+    @property
+    def margin(self) -> Tensor:
+        """Probability of the chosen token less that of the best other one (negative if a sample was not the best)."""
+        found = self.token >= 0
+        gap = torch.where(found, self.second_logit - self.logit, 0)
+        return torch.where(found, -torch.expm1(gap) * self.confidence, 0)
+
+    @property
+    def neg_entropy(self) -> Tensor:
+        """Minus the entropy: larger is surer."""
+        return -self.entropy
+
+    def view(self, *shape: int) -> TokenStatistics:
+        """The same entries in another shape, sharing memory."""
+        return TokenStatistics(*(getattr(self, field.name).view(*shape) for field in fields(self)))
+
+    def copy_(self, other: TokenStatistics) -> TokenStatistics:
+        """Overwrites every entry, in place."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+        return self
+
+
+@dataclass
+class PolicyState:
+    """What :func:`commit_tokens` decides with and what it records; lives on the device for a whole generation.
+
+    Slots are columns of ``x``; ``B`` rows, ``L`` slots.
+
+    Attributes:
+        score: what ranks the masked tokens of a block.
+        rule: how many of them are committed.
+        value: 0-d float64: the threshold, the factor, or the entropy budget in nats (not read by ``quota``).
+        steps: 0-d int32: forwards a block is spread over (``quota`` only).
+        mask_id: the token that marks a masked slot.
+        kv_start: ``[B]`` int32, the slot of position 0.
+        seed: ``[B]`` int64, key of every random number of a row.
+        step: ``[B]`` int32, forwards the row's block has had. The engine sets it to 0 when a block begins; a commit counts
+            it up for rows that had something masked.
+        masked: ``[B]`` int32, masked slots of the block before its first forward; set by the commit at ``step == 0``.
+        remaining: ``[B]`` int32, masked slots left in the block after the commit.
+        done: ``[B]`` bool, ``remaining == 0``.
+        invalid: ``[B]`` bool, set and kept once a masked slot had no token to commit (NaN logits).
+        forward: 0-d int32, index of the current forward. Every commit counts it up.
+        forwards: ``[B]`` int32, forwards in which the row had something masked.
+        step_map: ``[B, L]`` int32, index of the forward that committed each slot; ``-1`` where none did.
+        confidence: ``[B, L]`` float32, probability of the committed token at that forward; NaN where none was.
+    """
+
+    score: ScoreName
+    rule: RuleName
+    value: Tensor
+    steps: Tensor
+    mask_id: int
+    kv_start: Tensor
+    seed: Tensor
+    step: Tensor
+    masked: Tensor
+    remaining: Tensor
+    done: Tensor
+    invalid: Tensor
+    forward: Tensor
+    forwards: Tensor
+    step_map: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def create(
+        cls,
+        score: ScoreName,
+        rule: RuleName,
+        *,
+        value: float = 0.0,
+        steps: int = 1,
+        mask_id: int,
+        kv_start: Tensor,
+        seed: Tensor,
+        slots: int,
+    ) -> PolicyState:
+        """The state before the first forward, on the device of ``kv_start``.
+
+        Args:
+            score, rule, value, steps, mask_id: as the attributes.
+            kv_start: ``[B]`` int32.
+            seed: ``[B]`` int64.
+            slots: ``L``.
+        """
+        rows, device = len(kv_start), kv_start.device
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            score=score,
+            rule=rule,
+            value=torch.tensor(value, dtype=torch.float64, device=device),
+            steps=torch.tensor(steps, dtype=torch.int32, device=device),
+            mask_id=mask_id,
+            kv_start=kv_start,
+            seed=seed,
+            step=zeros(rows),
+            masked=zeros(rows),
+            remaining=zeros(rows),
+            done=zeros(rows, dtype=torch.bool),
+            invalid=zeros(rows, dtype=torch.bool),
+            forward=zeros(),
+            forwards=zeros(rows),
+            step_map=zeros(rows, slots) - 1,
+            confidence=torch.full((rows, slots), torch.nan, device=device),
+        )

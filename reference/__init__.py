@@ -1,0 +1,23 @@
+"""Every op in plain PyTorch: the oracle of the kernels, and what the CPU runs.
+
+One file an op, one function of the same name, the same signature as the kernel's launcher. Written to be read: no
+cleverness, float64, float32 and bfloat16 on any device, float32 accumulation (float64 for float64).
+"""
+
+from .commit_tokens import commit_tokens
+from .head_statistics import head_statistics
+from .rms_norm import rms_norm
+from .rope_kv_write import rope_kv_write
+from .swiglu import swiglu
+from .token_statistics import token_statistics
+from .window_attention import window_attention
+
+__all__ = [
+    "commit_tokens",
+    "head_statistics",
+    "rms_norm",
+    "rope_kv_write",
+    "swiglu",
+    "token_statistics",
+    "window_attention",
+]

@@ -1,0 +1,107 @@
+"""Decides which masked tokens of each row's block to commit, and writes them: the selection of a decoding step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import PolicyState, TokenStatistics
+from ._random import STREAM_SCORE, philox, uniform
+
+
+def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
+    """Scores the masked slots of each row's block, applies the rule, and writes the chosen tokens into ``x``.
+
+    Masked slots are ranked by the score, ties by position. Of those, in that order, are committed (at least one, at most
+    all, nothing in a row without masked slots):
+
+    * ``quota``: with ``m`` masked slots at the block's first forward and ``S`` forwards, ``m // S``, and one more in each of
+      the first ``m % S`` forwards (LLaDA, arXiv 2502.09992: ``get_num_transfer_tokens``).
+    * ``threshold``: all whose score is at least the threshold (Fast-dLLM, arXiv 2505.22618, section 3.3). For the
+      confidence that is ``rest <= 1 / threshold - 1``, which stays sharp where a float32 confidence has become 1.
+    * ``factor``: the longest prefix with ``1 - score_n <= factor / (n + 1)`` for every n from 2 on. As in the official
+      code, a failure at the very last rank is ignored and that token is committed too.
+    * ``entropy_budget``: the longest prefix in which the entropies, less the largest, sum to at most the budget
+      (EB-Sampler, arXiv 2505.24857).
+
+    The statistics of slots that are not masked are not read. A row whose masked slot has no token (``-1``) is flagged in
+    ``state.invalid``; the slot is left masked.
+
+    Args:
+        x: ``[B, L]`` int64, written in place.
+        statistics: entries ``[B, N]`` for the ``N`` slots of each row's block.
+        window_start: ``[B]`` int32, first slot of each row's block; the block lies inside ``[0, L)``.
+        state: what to decide with; its counters and records are updated in place.
+    """
+    block = statistics.token.shape[1]
+    slot = window_start[:, None].long() + torch.arange(block, device=x.device)  # [B, N]
+    current = x.gather(1, slot)
+    masked = current == state.mask_id
+    unfinished = masked.any(1)
+    eligible = masked & (statistics.token >= 0)
+    total = eligible.sum(1)
+    state.masked.copy_(torch.where(state.step == 0, masked.sum(1), state.masked))
+
+    # Smaller cost is better. The second, stable sort puts what may not be committed last.
+    cost = _cost(statistics, slot, state)
+    order = cost.argsort(dim=1, stable=True)
+    order = order.gather(1, (~eligible).gather(1, order).int().argsort(dim=1, stable=True))
+    count = _count(statistics, cost, order, total, state)
+    count = torch.minimum(count.clamp(min=1), total)
+
+    rank = order.argsort(dim=1)
+    chosen = rank < count[:, None]
+    x.scatter_(1, slot, torch.where(chosen, statistics.token, current))
+
+    state.invalid |= (masked & ~eligible).any(1)
+    state.step_map.scatter_(1, slot, torch.where(chosen, state.forward, state.step_map.gather(1, slot)))
+    confidence = torch.where(chosen, statistics.confidence.float(), state.confidence.gather(1, slot))
+    state.confidence.scatter_(1, slot, confidence)
+    state.remaining.copy_(masked.sum(1) - chosen.sum(1))
+    state.done.copy_(state.remaining == 0)
+    state.step += unfinished
+    state.forwards += unfinished
+    state.forward += 1
+
+
+def _cost(statistics: TokenStatistics, slot: Tensor, state: PolicyState) -> Tensor:
+    """``[B, N]``, ascending from the best slot to the worst."""
+    if state.score == "confidence":
+        return statistics.rest
+    if state.score == "margin":
+        return -statistics.margin
+    if state.score == "neg_entropy":
+        return statistics.entropy
+    position = slot - state.kv_start[:, None]
+    zero = torch.zeros_like(position)
+    words = philox(state.seed[:, None], zero, position, state.step[:, None].long(), STREAM_SCORE)
+    return -uniform(words[0])
+
+
+def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, total: Tensor, state: PolicyState) -> Tensor:
+    """``[B]``: how many of the ranked slots the rule commits, before the bounds of one and all."""
+    n = torch.arange(1, cost.shape[1] + 1, device=cost.device)  # ranks, from 1
+    within = n <= total[:, None]
+    if state.rule == "quota":
+        return state.masked // state.steps + (state.step < state.masked % state.steps)
+
+    if state.rule == "entropy_budget":
+        entropy = statistics.entropy.double().gather(1, order)
+        others = entropy.cumsum(1) - entropy.cummax(1).values
+        fits = within & (others <= state.value)
+        return fits.int().cumprod(1).sum(1)
+
+    # 1 - score, in float64: the odds against a token are accurate where its probability has rounded to 1.
+    if state.score == "confidence":
+        odds = statistics.rest.double()
+        doubt = torch.where(odds == torch.inf, 1, odds / (1 + odds)).gather(1, order)
+    else:
+        doubt = (1 + cost.double()).gather(1, order)
+    if state.rule == "threshold":
+        if state.score == "confidence":
+            return (within & (odds.gather(1, order) <= 1 / state.value - 1)).sum(1)
+        return (within & (doubt <= 1 - state.value)).sum(1)
+
+    fits = within & ((n == 1) | (doubt <= state.value / (n + 1)))
+    prefix = fits.int().cumprod(1).sum(1)
+    return torch.where(prefix == total - 1, total, prefix)  # the official code's last rank

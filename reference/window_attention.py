@@ -1,0 +1,67 @@
+"""Bidirectional attention of a window's queries over the valid slots of the cache."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ._common import accumulate, write
+
+
+def window_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_start: Tensor,
+    kv_end: Tensor,
+    *,
+    skip_start: Tensor | None = None,
+    skip_end: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T) v`` over the slots ``kv_start[b] <= j < kv_end[b]``, less ``skip_start[b] <= j < skip_end[b]``.
+
+    There is no causal mask: every query row of a sequence attends the same slots. Query head ``h`` uses KV head
+    ``h // (Hq / Hkv)``. Scores, softmax and sums are in float32 (float64 for float64). A sequence with no slot to attend
+    gives output 0 and log-sum-exp -inf. What unattended slots hold does not matter, NaN included.
+
+    Args:
+        q: ``[B, W, Hq, D]``.
+        k_cache: ``[B, Hkv, L, D]``.
+        v_cache: ``[B, Hkv, L, D]``.
+        kv_start: ``[B]`` int32.
+        kv_end: ``[B]`` int32, at most ``L``.
+        skip_start: ``[B]`` int32, first slot left out (a dropped masked suffix).
+        skip_end: ``[B]`` int32, end of the slots left out.
+        scale: ``1 / sqrt(D)`` if not given.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        out: receives the output, ``[B, W, Hq, D]``.
+
+    Returns:
+        ``[B, W, Hq, D]`` in the dtype of ``q``; with ``return_lse`` the pair of it and the base-2 log-sum-exp
+        ``[B, Hq, W]`` in float32 (float64 for float64).
+    """
+    batch, window, q_heads, dim = q.shape
+    kv_heads, slots = k_cache.shape[1:3]
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+
+    slot = torch.arange(slots, device=q.device)
+    attended = (slot >= kv_start[:, None]) & (slot < kv_end[:, None])  # [B, L]
+    if skip_start is not None and skip_end is not None:
+        attended &= (slot < skip_start[:, None]) | (slot >= skip_end[:, None])
+    attended = attended[:, None, None]  # [B, 1, 1, L]
+
+    k = accumulate(k_cache).repeat_interleave(q_heads // kv_heads, dim=1)  # [B, Hq, L, D]
+    v = accumulate(v_cache).repeat_interleave(q_heads // kv_heads, dim=1)
+    v = v.masked_fill(~attended.mT, 0)  # 0 * NaN would be NaN
+    scores = scale * (accumulate(q).transpose(1, 2) @ k.mT)  # [B, Hq, W, L]
+    scores = scores.masked_fill(~attended, -torch.inf)
+
+    lse = scores.logsumexp(-1, keepdim=True)  # [B, Hq, W, 1]
+    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0))
+    y = write(out, (weights @ v).transpose(1, 2).to(q.dtype))
+    return (y, lse[..., 0] / math.log(2)) if return_lse else y
