@@ -52,7 +52,9 @@ def generate(
     Raises:
         ValueError: an argument is not valid; raised before any forward.
     """
-    return _generate(model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="none")
+    return _generate(
+        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="none"
+    )
 
 
 def generate_with_prefix_cache(
@@ -68,7 +70,9 @@ def generate_with_prefix_cache(
     factor: float | None = None,
 ) -> tuple[Tensor, int]:
     """Decodes with the cache over everything before the block. Arguments and result as :func:`generate`."""
-    return _generate(model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="prefix")
+    return _generate(
+        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="prefix"
+    )
 
 
 def generate_with_dual_cache(
@@ -84,7 +88,9 @@ def generate_with_dual_cache(
     factor: float | None = None,
 ) -> tuple[Tensor, int]:
     """Decodes with the cache over everything but the block. Arguments and result as :func:`generate`."""
-    return _generate(model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="dual")
+    return _generate(
+        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="dual"
+    )
 
 
 def _generate(

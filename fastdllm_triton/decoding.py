@@ -17,7 +17,8 @@ from .types import RuleName, ScoreName
 CacheName = Literal["none", "prefix", "dual"]
 
 
-def _check_number(name: str, value: object, allowed: str, ok: bool) -> None:
+def _require(name: str, value: object, allowed: str, ok: bool) -> None:
+    """Raises ``ValueError`` unless ``ok``."""
     if not ok:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
@@ -73,7 +74,7 @@ class FixedSteps(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("steps", self.steps, "an integer of 1 or more", _is_int(self.steps) and self.steps >= 1)
+        _require("steps", self.steps, "an integer of 1 or more", _is_int(self.steps) and self.steps >= 1)
 
     def steps_per_block(self, blocks: int) -> int:
         """``steps / blocks``.
@@ -82,7 +83,9 @@ class FixedSteps(Strategy):
             ValueError: the blocks do not divide the steps.
         """
         if self.steps < blocks or self.steps % blocks:
-            raise ValueError(f"steps must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {self.steps}")
+            raise ValueError(
+                f"steps must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {self.steps}"
+            )
         return self.steps // blocks
 
 
@@ -102,10 +105,11 @@ class Threshold(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("threshold", self.t, "in (0, 1]", _is_number(self.t) and 0 < self.t <= 1)
+        _require("threshold", self.t, "in (0, 1]", _is_number(self.t) and 0 < self.t <= 1)
 
     @property
     def value(self) -> float:
+        """The rule's parameter."""
         return float(self.t)
 
 
@@ -126,10 +130,11 @@ class Factor(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("factor", self.f, "above 0", _is_number(self.f) and self.f > 0)
+        _require("factor", self.f, "above 0", _is_number(self.f) and self.f > 0)
 
     @property
     def value(self) -> float:
+        """The rule's parameter."""
         return float(self.f)
 
 
@@ -151,10 +156,11 @@ class EntropyBudget(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_number("gamma", self.gamma, "0 or more", _is_number(self.gamma) and self.gamma >= 0)
+        _require("gamma", self.gamma, "0 or more", _is_number(self.gamma) and self.gamma >= 0)
 
     @property
     def value(self) -> float:
+        """The rule's parameter."""
         return float(self.gamma)
 
 
@@ -194,7 +200,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length"):
             value = getattr(self, name)
-            _check_number(name, value, "an integer of 1 or more", _is_int(value) and value >= 1)
+            _require(name, value, "an integer of 1 or more", _is_int(value) and value >= 1)
         if self.gen_length % self.block_length:
             raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
         if self.cache not in get_args(CacheName):
@@ -203,9 +209,11 @@ class GenerationConfig:
             raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
         ok = _is_number(self.temperature) and self.temperature >= 0
-        _check_number("temperature", self.temperature, "0 or more", ok)
+        _require("temperature", self.temperature, "0 or more", ok)
         ok = self.refresh_every is None or (_is_int(self.refresh_every) and self.refresh_every >= 1)
-        _check_number("refresh_every", self.refresh_every, "None or an integer of 1 or more", ok)
+        _require("refresh_every", self.refresh_every, "None or an integer of 1 or more", ok)
+        ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
+        _require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
 
     @property
     def blocks(self) -> int:
@@ -227,7 +235,7 @@ class GenerationConfig:
         for name, ids in (("mask_id", (mask_id,)), ("eos_ids", eos_ids), ("forbidden", self.forbidden)):
             for token in ids:
                 ok = _is_int(token) and 0 <= token < model.vocab_size
-                _check_number(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
+                _require(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
         if self.stop_at_eos and not eos_ids:
             raise ValueError("eos_ids must name at least one token, or stop_at_eos be False")
         forbidden = tuple(sorted({mask_id, *self.forbidden}))
@@ -237,7 +245,7 @@ class GenerationConfig:
         if len(seeds) != rows:
             raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
         for seed in seeds:
-            _check_number("seed", seed, "in [-2^63, 2^63)", _is_int(seed) and -(2**63) <= seed < 2**63)
+            _require("seed", seed, "in [-2^63, 2^63)", _is_int(seed) and -(2**63) <= seed < 2**63)
         return Resolved(mask_id, eos_ids, forbidden, seeds)
 
 

@@ -157,7 +157,9 @@ class _Run:
         done, invalid = torch.stack((self.state.done.all(), self.state.invalid.any())).tolist()
         if invalid:
             rows = ", ".join(map(str, self.state.invalid.nonzero()[:, 0].tolist()))
-            raise FloatingPointError(f"forward {self.refreshes + self.steps - 1} gave logits that are NaN or nowhere finite in row {rows}")
+            raise FloatingPointError(
+                f"forward {self.refreshes + self.steps - 1} gave logits that are NaN or nowhere finite in row {rows}"
+            )
         return bool(done)
 
     def all_ended(self) -> bool:

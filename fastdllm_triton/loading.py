@@ -59,7 +59,10 @@ def load(
             raise CheckpointError(f"{folder} stores its tensors in a dtype that is not read; float64, 32, 16 and bfloat16 are")
         wanted = _dtype(checkpoint.dtype, target)
 
-    shapes = {name: tuple(t.shape) for name, t in Weights.allocate(config, torch.device("meta"), wanted).named(config, architecture.NAMES)}
+    shapes = {
+        name: tuple(t.shape)
+        for name, t in Weights.allocate(config, torch.device("meta"), wanted).named(config, architecture.NAMES)
+    }
     checkpoint.check(shapes, ignored=(architecture.NAMES.head,))
     weights = Weights.allocate(config, target, wanted)
     checkpoint.copy_into(dict(weights.named(config, architecture.NAMES)))
@@ -85,7 +88,9 @@ def find(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_PATTERNS))
     except Exception as error:  # The hub client raises errors of many kinds: network, rights, names.
-        raise CheckpointError(f"path_or_hub_id: {name!r} is no local folder and could not be fetched from the hub: {error}") from error
+        raise CheckpointError(
+            f"path_or_hub_id: {name!r} is no local folder and could not be fetched from the hub: {error}"
+        ) from error
 
 
 def _architecture(raw: dict[str, Any]) -> ModuleType:

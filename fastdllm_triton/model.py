@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, generate
+from .models.checkpoint import read_json
 from .models.config import ModelConfig
 from .models.transformer import Transformer
 
@@ -65,6 +66,22 @@ class MaskedDiffusionLM:
 
         return PreTrainedTokenizerFast.from_pretrained(self.folder)
 
+    @cached_property
+    def defaults(self) -> GenerationConfig:
+        """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``."""
+        path = self.folder / "generation_config.json"
+        given = read_json(path) if path.exists() else {}
+        return GenerationConfig(**{name: given[name] for name in ("gen_length", "block_length") if name in given})
+
+    def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
+        """``config``, or :attr:`defaults`, with some fields replaced.
+
+        Raises:
+            ValueError: an option is not valid.
+            TypeError: an option is unknown.
+        """
+        return replace(config or self.defaults, **options)
+
     def encode(self, text: str, *, chat: bool = False) -> list[int]:
         """Token ids of a prompt.
 
@@ -102,7 +119,7 @@ class MaskedDiffusionLM:
 
         Args:
             prompts: a tensor ``[B, T]`` of ids, a list of lists of ids of any lengths, a string, or a list of strings.
-            config: the options; the defaults of :class:`GenerationConfig` if not given.
+            config: the options; :attr:`defaults` if not given.
             callback: called after each forward.
             options: fields of :class:`GenerationConfig` that replace those of ``config``.
 
@@ -114,7 +131,7 @@ class MaskedDiffusionLM:
             ValueError: an option or a prompt is not valid; raised before any forward.
             TypeError: ``prompts`` is of another type, or an option is unknown.
         """
-        config = replace(config or GenerationConfig(), **options)
+        config = self.options(config, **options)
         rows = self._rows(prompts)
         output = generate(self.network, rows, config, callback)
         output.tokenizer = self.tokenizer
@@ -127,7 +144,8 @@ class MaskedDiffusionLM:
         if isinstance(prompts, Tensor):
             if prompts.dim() != 2 or prompts.is_floating_point() or prompts.dtype == torch.bool:
                 raise ValueError(f"prompts must be integers of shape [B, T], got {prompts.dtype} {list(prompts.shape)}")
-            return prompts.tolist()  # type: ignore[no-any-return]
+            ids: list[list[int]] = prompts.tolist()
+            return ids
         allowed = "a tensor [B, T], a list of lists of token ids, a string, or a list of strings"
         if not isinstance(prompts, Sequence):
             raise TypeError(f"prompts must be {allowed}, got {type(prompts).__name__}")
@@ -136,7 +154,7 @@ class MaskedDiffusionLM:
             if isinstance(prompt, str):
                 rows.append(self.encode(prompt))
             elif isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
-                rows.append(list(prompt))
+                rows.append([int(token) for token in prompt])
             else:
                 raise TypeError(f"prompts must be {allowed}, got an entry of type {type(prompt).__name__}")
         return rows

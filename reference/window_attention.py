@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ._common import accumulate, write
@@ -61,10 +62,10 @@ def window_attention(
         accumulate(cache).masked_fill(~attended.mT, 0).repeat_interleave(q_heads // kv_heads, dim=1)  # [B, Hq, L, D]
         for cache in (k_cache, v_cache)
     )
-    query = accumulate(q).transpose(1, 2)  # [B, Hq, W, D]
+    query = rearrange(accumulate(q), "b w h d -> b h w d")
     y = F.scaled_dot_product_attention(query, k, v, attn_mask=attended, scale=scale)
     y = y.masked_fill(~attended.any(-1, keepdim=True), 0)
-    result = write(out, y.transpose(1, 2).to(q.dtype))
+    result = write(out, rearrange(y, "b h w d -> b w h d").to(q.dtype))
     if not return_lse:
         return result
     scores = (scale * (query @ k.mT)).masked_fill(~attended, -torch.inf)  # [B, Hq, W, L]

@@ -67,7 +67,7 @@ class Checkpoint:
         dtypes: list[str] = []
         for file in sorted(listed):
             with _opened(file) as handle:
-                for name in handle.keys():
+                for name in list(handle.keys()):
                     if not name.endswith(_DERIVED):
                         self.files[name] = file
                         part = handle.get_slice(name)
@@ -94,7 +94,9 @@ class Checkpoint:
             if name not in self.files:
                 raise CheckpointError(f"{self.folder}: the tensor {name} is missing")
             if self.shapes[name] != shape:
-                raise CheckpointError(f"{self.files[name].name}: {name} has shape {self.shapes[name]}, config.json asks for {shape}")
+                raise CheckpointError(
+                    f"{self.files[name].name}: {name} has shape {self.shapes[name]}, config.json asks for {shape}"
+                )
         if surplus := sorted(set(self.files) - set(expected) - set(ignored)):
             raise CheckpointError(f"{self.folder}: {len(surplus)} tensors that the model has no place for, such as {surplus[0]}")
 

@@ -1,5 +1,6 @@
 """One transformer for every model: bidirectional, pre-norm, rotary, gated MLP, over the ops and a cache that is written in
-place."""
+place.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ class Linear:
     weight: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
+        """``x @ weight.T``."""
         return F.linear(x, self.weight)
 
 
@@ -140,7 +142,8 @@ class Transformer:
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm in front of the head, over ``[..., E]``."""
-        return self.ops.rms_norm(hidden, self.weights.final_norm, self.config.eps)
+        y: Tensor = self.ops.rms_norm(hidden, self.weights.final_norm, self.config.eps)
+        return y
 
     def logits(self, ids: Tensor) -> Tensor:
         """``[B, T]`` ids to ``[B, T, V]`` logits: a plain forward over whole sequences, for scoring and for checks."""
@@ -152,4 +155,5 @@ class Transformer:
         """The norm of ``x + delta``, and ``x + delta``."""
         if delta is None:
             return self.ops.rms_norm(x, weight, self.config.eps), x
-        return self.ops.rms_norm(delta, weight, self.config.eps, residual=x)
+        y, total = self.ops.rms_norm(delta, weight, self.config.eps, residual=x)
+        return y, total
