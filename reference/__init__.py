@@ -9,7 +9,7 @@ from .head_statistics import head_statistics
 from .rms_norm import rms_norm
 from .rope_kv_write import rope_kv_write
 from .swiglu import swiglu
-from .token_statistics import token_statistics
+from .token_statistics import statistics_merge, token_statistics
 from .window_attention import window_attention
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "head_statistics",
     "rms_norm",
     "rope_kv_write",
+    "statistics_merge",
     "swiglu",
     "token_statistics",
     "window_attention",

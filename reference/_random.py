@@ -22,13 +22,14 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[T
 
     Args:
         seed: int64, its low and high words are the key.
-        c0: int64 in ``[0, 2^32)``, as are ``c1``, ``c2`` and ``c3``: the counter. All broadcast together.
+        c0: int64, as are ``c1``, ``c2`` and ``c3``: the counter, its words taken modulo 2^32. All broadcast together.
 
     Returns:
         Four int64 tensors in ``[0, 2^32)``.
     """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    c0, c1, c2, w3 = torch.broadcast_tensors(c0, c1, c2, torch.tensor(c3, device=c0.device))  # type: ignore[no-untyped-call]
+    words = (c0 & _WORD, c1 & _WORD, c2 & _WORD, torch.tensor(c3, device=c0.device))
+    c0, c1, c2, w3 = torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call]
     for _ in range(10):
         # The product of two words wraps in int64, which keeps its bits; the mask undoes the sign of the shift.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

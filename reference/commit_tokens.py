@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -68,8 +70,8 @@ def _cost(statistics: TokenStatistics, slot: Tensor, state: PolicyState) -> Tens
     """``[B, N]``, ascending from the best slot to the worst."""
     if state.score == "confidence":
         return statistics.rest
-    if state.score == "margin":
-        return -statistics.margin
+    if state.score == "margin":  # float64: rounding must not make ties that the statistics do not have
+        return -TokenStatistics(*(getattr(statistics, field.name).double() for field in fields(statistics))).margin
     if state.score == "neg_entropy":
         return statistics.entropy
     position = slot - state.kv_start[:, None]
@@ -91,17 +93,15 @@ def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, total: Tens
         fits = within & (others <= state.value)
         return fits.int().cumprod(1).sum(1)
 
-    # 1 - score, in float64: the odds against a token are accurate where its probability has rounded to 1.
-    if state.score == "confidence":
-        odds = statistics.rest.double()
-        doubt = torch.where(odds == torch.inf, 1, odds / (1 + odds)).gather(1, order)
-    else:
-        doubt = (1 + cost.double()).gather(1, order)
     if state.rule == "threshold":
         if state.score == "confidence":
-            return (within & (odds.gather(1, order) <= 1 / state.value - 1)).sum(1)
-        return (within & (doubt <= 1 - state.value)).sum(1)
+            return (within & (cost.double().gather(1, order) <= 1 / state.value - 1)).sum(1)
+        return (within & (cost.double().gather(1, order) <= -state.value)).sum(1)
 
+    # 1 - score, in float64: the odds against a token are accurate where its probability has rounded to 1.
+    doubt = cost.double()
+    doubt = torch.where(doubt == torch.inf, 1, doubt / (1 + doubt)) if state.score == "confidence" else 1 + doubt
+    doubt = doubt.gather(1, order)
     fits = within & ((n == 1) | (doubt <= state.value / (n + 1)))
     prefix = fits.int().cumprod(1).sum(1)
     return torch.where(prefix == total - 1, total, prefix)  # the official code's last rank

@@ -33,8 +33,9 @@ def token_statistics(
     sample from ``softmax(logits / temperature)`` by Gumbel-max; as in LLaDA's decoding, every statistic stays that of the
     distribution at temperature 1, so the confidence is the model's own.
 
-    Forbidden tokens are removed from the distribution before anything is computed, as if their logits were -inf. Rows
-    with a NaN or without a finite allowed logit have ``token = -1``, ``rest = inf`` and the other entries -inf or NaN.
+    Forbidden tokens are removed from the distribution before anything is computed, as if their logits were -inf. Two kinds
+    of rows have no choice, ``token = -1`` and ``rest = inf``: in a row whose allowed logits are all -inf, ``logit``,
+    ``second_logit`` and ``logsumexp`` are -inf and ``entropy`` is NaN; in a row with an allowed NaN or +inf all four are NaN.
 
     Args:
         logits: ``[R, V]``.
@@ -75,15 +76,58 @@ def token_statistics(
     others = values.scatter(1, token, -torch.inf)
     logsumexp = values.logsumexp(1)
 
-    surprise = logsumexp[:, None] - values
-    entropy = torch.where(surprise == torch.inf, 0, torch.exp(-surprise) * surprise).sum(1)
-    choice = (logit[:, 0] > -torch.inf) & ~values.isnan().any(1)
+    # Relative to the largest logit, whose own term of the sums is exactly 1 and 0 and is left out: the rounding of a
+    # log-sum-exp in the tens would be larger than a small entropy.
+    top, first = values.max(dim=1, keepdim=True)
+    below = values.scatter(1, first, -torch.inf) - top
+    odds = torch.exp(below).sum(1)
+    entropy = torch.log1p(odds) - torch.where(below == -torch.inf, 0, torch.exp(below) * below).sum(1) / (1 + odds)
+    broken = (values.isnan() | (values == torch.inf)).any(1)
+    choice = (logit[:, 0] > -torch.inf) & ~broken
     result = TokenStatistics(
         token=torch.where(choice, token[:, 0], -1),
-        logit=logit[:, 0],
-        second_logit=others.max(dim=1).values,
-        logsumexp=logsumexp,
+        logit=torch.where(broken, torch.nan, logit[:, 0]),
+        second_logit=torch.where(broken, torch.nan, others.max(dim=1).values),
+        logsumexp=torch.where(broken, torch.nan, logsumexp),
         rest=torch.where(choice, torch.exp(others - logit).sum(1), torch.inf),
-        entropy=entropy,
+        entropy=torch.where(choice, entropy, torch.nan),
     )
     return result if out is None else out.copy_(result)
+
+
+def statistics_merge(a: TokenStatistics, b: TokenStatistics) -> TokenStatistics:
+    """Statistics of the union of two disjoint parts of a vocabulary, from those of the parts.
+
+    Lets ranks that hold shards of the head exchange a few bytes a row instead of logits. Associative, and commutative, up
+    to rounding. Both parts are statistics at temperature 0, their token ids those of the whole vocabulary.
+
+    Args:
+        a, b: entries of one shape.
+
+    Returns:
+        :class:`TokenStatistics` of that shape.
+    """
+    a_first = (a.logit > b.logit) | ((a.logit == b.logit) & (a.token < b.token))
+    none_a, none_b = a.logsumexp == -torch.inf, b.logsumexp == -torch.inf
+    broken = a.logsumexp.isnan() | b.logsumexp.isnan()
+
+    def ordered(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(a_first, x, y), torch.where(a_first, y, x)
+
+    (logit, lower), (token, _) = ordered(a.logit, b.logit), ordered(a.token, b.token)
+    (second, _), (entropy, entropy_lower) = ordered(a.second_logit, b.second_logit), ordered(a.entropy, b.entropy)
+    rest, rest_lower = ordered(a.rest, b.rest)
+
+    # Mass of the part with the lower maximum in units of exp(logit); an empty part has none.
+    added = torch.where(none_a | none_b, 0, torch.exp(lower - logit) * (1 + rest_lower))
+    rest = rest + added
+    share = added / (1 + rest)  # of that part
+    mixed = (1 - share) * entropy + torch.where(share > 0, share * (entropy_lower - torch.log(share)), 0)
+    return TokenStatistics(
+        token=torch.where(broken, -1, token),
+        logit=torch.where(broken, torch.nan, logit),
+        second_logit=torch.where(broken, torch.nan, torch.maximum(second, lower)),
+        logsumexp=torch.where(broken, torch.nan, logit + torch.log1p(rest)).where(~(none_a & none_b), -torch.inf),
+        rest=torch.where(broken, torch.inf, rest),
+        entropy=torch.where(broken, torch.nan, mixed - (1 - share) * torch.log1p(-share)),
+    )

@@ -1,22 +1,64 @@
-"""Fixtures: the models that the tests run on."""
+"""Fixtures. Kernels run wherever the tests run: on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Triton reads this when a kernel is decorated, so it is set before anything imports one.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastdllm_triton as fdt
 
+# The same examples in every run: a failure is about the change at hand.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_MODELS = ("llada-mha", "llada-gqa")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton's interpreter converts loop bounds the old way.
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """The models are so small that threads only get in each other's way, and workers share the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fresh floating-point memory holds NaN, so that an element that nobody wrote shows."""
+
+    def poison(allocate: Any) -> Any:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return allocate_poisoned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poison(torch.empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+        yield
 
 
 @pytest.fixture(params=GOLDEN_MODELS)

@@ -138,7 +138,7 @@ PROMPTS = st.lists(st.lists(st.integers(0, 319), max_size=12), max_size=3)
 LLADA = fdt.load(GOLDEN / "llada-mha")
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(OPTIONS, PROMPTS)
 def test_every_combination_of_options_decodes_completely_or_is_refused_at_once(
     options: dict[str, Any], prompts: list[list[int]]

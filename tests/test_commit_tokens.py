@@ -1,0 +1,391 @@
+"""commit_tokens: which masked tokens a step commits, against the rules restated in plain Python."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from fractions import Fraction
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
+from fastdllm_triton.types import PolicyState, TokenStatistics
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MASK = 9
+INF = math.inf
+OPS = {"reference": reference}
+SCORES = ["confidence", "margin", "neg_entropy", "random"]
+RULES = ["quota", "threshold", "factor", "entropy_budget"]
+
+
+@pytest.fixture(params=OPS)
+def op(request):
+    return OPS[request.param]
+
+
+# --- the rules in plain Python ------------------------------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """What is known about one slot of the block."""
+
+    masked: bool
+    token: int
+    gap: float  # second logit less the chosen one
+    rest: float
+    entropy: float
+
+
+def draw(seed: int, position: int, step: int) -> float:
+    """The random score: first word of Philox-4x32-10 for counter (0, position, step, 1), as a float32 in (0, 1)."""
+    c, k = [0, position, step, 1], [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [b >> 32 ^ c[1] ^ k[0], b & 0xFFFFFFFF, a >> 32 ^ c[3] ^ k[1], a & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return (torch.tensor(c[0]).float() + 0.5).item() * 2.0**-32
+
+
+def probability(slot: Slot) -> Fraction:
+    return Fraction(0) if slot.rest == INF else 1 / (1 + Fraction(slot.rest))
+
+
+def score_of(score: str, slot: Slot, random: float) -> Fraction:
+    if score == "confidence":
+        return probability(slot)
+    if score == "margin":
+        if slot.gap > 0:  # a sample: the best other token has exp(gap) times its probability
+            share = 1.0 if slot.rest == INF else math.exp(slot.gap) / (1 + slot.rest)
+            return Fraction(share * math.expm1(-slot.gap))
+        return Fraction(-math.expm1(slot.gap)) * probability(slot)
+    return -Fraction(slot.entropy) if score == "neg_entropy" else Fraction(random)
+
+
+def committed(score: str, rule: str, value: float, steps: int, step: int, masked: int, slots: list[Slot], random: list[float]):
+    """Indices of the slots one row commits, best first."""
+    scores = [score_of(score, slot, u) for slot, u in zip(slots, random, strict=True)]
+    eligible = [i for i, slot in enumerate(slots) if slot.masked and slot.token >= 0]
+    ranked = sorted(eligible, key=lambda i: (-scores[i], i))
+    total = len(ranked)
+    if total == 0:
+        return []
+    if rule == "quota":
+        count = [masked // steps + (1 if i < masked % steps else 0) for i in range(max(steps, step + 1))][step]
+    elif rule == "threshold":
+        count = sum(float(scores[i]) >= value for i in ranked)
+    elif rule == "factor":
+        # The official scan: 1-based rank n fails below 1 - f / (n + 1), the first never; then its index arithmetic.
+        limits = [Fraction(-1000)] + [1 - Fraction(value) / (n + 1) for n in range(2, total + 1)]
+        failed = [n for n in range(total) if scores[ranked[n]] < limits[n]]
+        count = failed[0] if failed else total - 1
+        if count in (0, total - 1):
+            count += 1
+    else:
+        count = 0
+        for n in range(1, total + 1):
+            entropies = [slots[i].entropy for i in ranked[:n]]
+            if sum(entropies) - max(entropies) > value:
+                break
+            count = n
+    return ranked[: min(max(count, 1), total)]
+
+
+# --- building inputs ------------------------------------------------------------------------------------------------------
+
+
+def statistics_of(rows: list[list[Slot]]) -> TokenStatistics:
+    def field(get, dtype=torch.float32):
+        return torch.tensor([[get(slot) for slot in row] for row in rows], dtype=dtype, device=DEVICE)
+
+    rest = field(lambda slot: slot.rest)
+    logit = field(lambda slot: 0.0)
+    return TokenStatistics(
+        token=field(lambda slot: slot.token, torch.int64),
+        logit=logit,
+        second_logit=field(lambda slot: slot.gap),
+        # A sample whose odds overflow has a far better token beside it.
+        logsumexp=torch.where(rest == INF, field(lambda slot: slot.gap), torch.log1p(rest)),
+        rest=rest,
+        entropy=field(lambda slot: slot.entropy),
+    )
+
+
+def state_of(score, rule, value=0.0, steps=1, rows=1, slots=8, seed=0) -> PolicyState:
+    state = PolicyState.create(
+        score,
+        rule,
+        value=value,
+        steps=steps,
+        mask_id=MASK,
+        kv_start=torch.zeros(rows, dtype=torch.int32, device=DEVICE),
+        seed=torch.full((rows,), seed, device=DEVICE),
+        slots=slots,
+    )
+    state.remaining.fill_(-99)  # both are outputs only
+    state.done.fill_(True)
+    return state
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def by_rest(rests: list[float]) -> list[Slot]:
+    return [Slot(True, i % MASK, -1.0, rest, 0.1) for i, rest in enumerate(rests)]
+
+
+def run(op, slots: list[Slot], score: str, rule: str, value=0.0, steps=1, **more) -> list[int]:
+    """One row, one step: the committed slots in ascending order."""
+    state = state_of(score, rule, value, steps, slots=len(slots), **more)
+    x = torch.tensor([[MASK if slot.masked else 0 for slot in slots]], device=DEVICE)
+    op(x, statistics_of([slots]), int32(0), state)
+    return (state.step_map[0] >= 0).nonzero()[:, 0].tolist()
+
+
+def odds(*confidences: float) -> list[float]:
+    return [1 / c - 1 for c in confidences]
+
+
+# --- every rule and score against plain Python --------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw_from):
+    block = draw_from(st.sampled_from([1, 2, 3, 4, 5, 8, 16, 33]))
+    rows = draw_from(st.integers(1, 3))
+    slot = st.builds(
+        Slot,
+        masked=st.sampled_from([True, True, True, False]),
+        token=st.sampled_from([-1, 0, 1, 2, 3, 4, 5]),
+        gap=st.sampled_from([-INF, -30.0, -2.0, -0.5, 0.0, 0.5, 2.0]),
+        # From certain through what float32 probabilities cannot tell apart to hopeless; repeated, so that there are ties.
+        rest=st.sampled_from([0.0, 1e-12, 1e-9, 2e-9, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.0, 3.0, 1e9, INF]),
+        entropy=st.sampled_from([0.0, 1e-9, 0.125, 0.25, 0.25, 0.5, 2.0]),
+    )
+    return {
+        "score": draw_from(st.sampled_from(SCORES)),
+        "rule": draw_from(st.sampled_from(RULES)),
+        "value": draw_from(st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0])),
+        "steps": draw_from(st.integers(1, 9)),
+        "step": draw_from(st.integers(0, 9)),
+        "masked": draw_from(st.integers(0, 33)),
+        "slots": draw_from(st.lists(st.lists(slot, min_size=block, max_size=block), min_size=rows, max_size=rows)),
+        "offset": draw_from(st.integers(0, 3)),
+        "seed": draw_from(st.integers(-(2**63), 2**63 - 1)),
+    }
+
+
+def torch_rest(slot: Slot) -> Slot:
+    """The slot as float32 stores it."""
+    return slot._replace(rest=torch.tensor(slot.rest).item(), entropy=torch.tensor(slot.entropy).item())
+
+
+@pytest.mark.parametrize("name", OPS)
+@settings(max_examples=250, deadline=None)
+@given(problem=problems())
+def test_commits_what_plain_python_commits(name, problem):
+    p = problem
+    rows, block = len(p["slots"]), len(p["slots"][0])
+    length = block + 5
+    x = torch.full((rows, length), MASK, device=DEVICE)  # masked outside the block too
+    starts = int32(*((p["offset"] + row) % 6 for row in range(rows)))
+    state = state_of(p["score"], p["rule"], p["value"], p["steps"], rows, length, p["seed"])
+    state.kv_start.copy_(int32(*range(rows)))
+    state.step.fill_(p["step"])
+    state.masked.fill_(p["masked"])
+    state.forward.fill_(40)
+    state.forwards.fill_(5)
+    slots = [[torch_rest(slot) for slot in row] for row in p["slots"]]
+    for row, start in enumerate(starts.tolist()):
+        for i, slot in enumerate(slots[row]):
+            x[row, start + i] = MASK if slot.masked else 7
+    before, statistics = x.clone(), statistics_of(slots)
+    confidence = statistics.confidence.cpu()
+    OPS[name](x, statistics, starts, state)
+
+    expected, step_map = before.clone(), torch.full((rows, length), -1)
+    recorded = torch.full((rows, length), math.nan)
+    for row, start in enumerate(starts.tolist()):
+        masked = sum(slot.masked for slot in slots[row])
+        first = masked if p["step"] == 0 else p["masked"]
+        random = [draw(p["seed"], start + i - row, p["step"]) for i in range(block)]
+        chosen = committed(p["score"], p["rule"], p["value"], p["steps"], p["step"], first, slots[row], random)
+        for i in chosen:
+            expected[row, start + i] = slots[row][i].token
+            step_map[row, start + i] = 40
+            recorded[row, start + i] = confidence[row, i]
+        assert state.masked[row].item() == first
+        assert state.remaining[row].item() == masked - len(chosen)
+        assert state.done[row].item() == (masked == len(chosen))
+        assert state.invalid[row].item() == any(slot.masked and slot.token < 0 for slot in slots[row])
+        assert state.step[row].item() == p["step"] + (masked > 0)
+        assert state.forwards[row].item() == 5 + (masked > 0)
+    assert x.tolist() == expected.tolist()
+    assert state.step_map.tolist() == step_map.tolist()
+    assert state.forward.item() == 41
+    torch.testing.assert_close(state.confidence.cpu(), recorded, equal_nan=True, rtol=1e-6, atol=0)
+
+
+# --- the published edge cases -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("confidences", "count"),
+    [([0.9, 0.8, 0.1], 3), ([0.3, 0.2], 2), ([0.9, 0.5, 0.1], 1), ([0.99, 0.95, 0.2, 0.1], 2), ([0.01], 1), ([0.9] * 7, 7)],
+)
+def test_factor_keeps_the_official_last_rank(op, confidences, count):
+    assert run(op, by_rest(odds(*confidences)), "confidence", "factor", 1.0) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    ("value", "confidences", "chosen"),
+    [
+        (0.9, [0.95, 0.2, 0.91, 0.89], [0, 2]),
+        (0.9, [0.1, 0.3, 0.3, 0.2], [1]),  # none reaches it: the best, and the first of equals
+        (0.5, [0.5, 0.4, 0.5], [0, 2]),  # at least, not above
+        (1.0, [0.999, 1.0, 0.5], [1]),
+        (0.0, [0.001, 1.0, 0.5], [0, 1, 2]),
+    ],
+)
+def test_threshold(op, value, confidences, chosen):
+    assert run(op, by_rest(odds(*confidences)), "confidence", "threshold", value) == chosen
+
+
+def test_a_threshold_of_one_wants_certainty_beyond_float32(op):
+    assert run(op, by_rest([1e-9, 0.0, 1e-12, 0.0]), "confidence", "threshold", 1.0) == [1, 3]
+    assert run(op, by_rest([3e-9, 1e-9, 2e-9]), "confidence", "quota", steps=3) == [1]
+
+
+@pytest.mark.parametrize(
+    ("gamma", "entropies", "chosen"),
+    [
+        (0.0, [0.5, 0.25, 2.0], [1]),  # a zero budget commits the surest one
+        (0.0, [0.5, 0.0, 0.0], [0, 1, 2]),  # the others' entropies sum to nothing
+        (0.5, [0.25, 0.25, 0.5, 2.0], [0, 1, 2]),
+        (1.0, [0.25, 0.25, 0.5, 2.0], [0, 1, 2, 3]),
+        (INF, [5.0, 6.0, 7.0], [0, 1, 2]),
+    ],
+)
+def test_entropy_budget_bounds_the_sum_of_all_but_the_largest(op, gamma, entropies, chosen):
+    slots = [Slot(True, 1, -1.0, 1.0, entropy) for entropy in entropies]
+    assert run(op, slots, "neg_entropy", "entropy_budget", gamma) == chosen
+
+
+@pytest.mark.parametrize(("masked", "steps", "quotas"), [(8, 3, [3, 3, 2]), (5, 8, [1] * 5), (4, 4, [1] * 4), (7, 1, [7])])
+def test_quotas_of_a_block_are_those_of_llada(op, masked, steps, quotas):
+    x = torch.tensor([[MASK] * masked + [0] * (8 - masked)], device=DEVICE)
+    state = state_of("confidence", "quota", steps=steps)
+    statistics = statistics_of([by_rest([0.1 * i for i in range(8)])])
+    seen = []
+    while not seen or not state.done.item():
+        op(x, statistics, int32(0), state)
+        seen.append(masked - sum(seen) - state.remaining.item())
+    assert seen == quotas
+    assert state.step_map[0, :masked].tolist() == sorted(state.step_map[0, :masked].tolist())
+    assert state.forward.item() == state.forwards.item() == len(quotas)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ties_go_to_the_first_position(op, rule):
+    slots = [Slot(True, 1, -1.0, 1.0, 0.5)] * 6
+    value = {"quota": 0.0, "threshold": 0.9, "factor": 0.1, "entropy_budget": 0.5}[rule]
+    expected = {"quota": [0, 1], "threshold": [0], "factor": [0], "entropy_budget": [0, 1]}[rule]
+    for score in SCORES[:3]:
+        assert run(op, slots, score, rule, value, steps=3) == expected
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_finished_row_is_untouched(op, score, rule):
+    x = torch.tensor([[1, 2, 3, 4], [MASK, MASK, 3, MASK]], device=DEVICE)
+    state = state_of(score, rule, 0.5, 2, rows=2, slots=4)
+    state.step.copy_(int32(3, 0))
+    slots = by_rest([0.0, 0.0, 0.0, 0.0])
+    op(x, statistics_of([slots, slots]), int32(0, 0), state)
+    assert x[0].tolist() == [1, 2, 3, 4]
+    assert state.step_map[0].tolist() == [-1] * 4 and state.confidence[0].isnan().all()
+    assert state.remaining[0].item() == 0 and state.done.tolist()[0] is True
+    assert state.step[0].item() == 3 and state.forwards[0].item() == 0 and not state.invalid.any()
+    assert (x[1] != MASK).sum() > 1 and state.forwards[1].item() == 1
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("rule", RULES)
+def test_what_is_not_masked_is_not_read(op, score, rule):
+    rubbish = Slot(False, -1, math.nan, math.nan, math.nan)
+    slots = [rubbish, Slot(True, 4, -1.0, 1.0, 0.5), rubbish, Slot(True, 5, -1.0, 1.0, 0.5)]
+    assert set(run(op, slots, score, rule, 0.25, steps=1)) <= {1, 3}
+    assert run(op, slots, score, rule, 0.25, steps=2)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_masked_slot_without_a_token_is_flagged_and_left(op, score):
+    x = torch.tensor([[MASK, MASK, 0], [MASK, MASK, MASK]], device=DEVICE)
+    state = state_of(score, "threshold", 0.0, rows=2, slots=3)
+    good, broken = Slot(True, 4, -1.0, 0.0, 0.0), Slot(True, -1, math.nan, INF, math.nan)
+    op(x, statistics_of([[broken, good, broken], [good, good, good]]), int32(0, 0), state)
+    assert x[0, 0].item() == MASK and x[1, 0].item() == 4
+    assert state.invalid.tolist() == [True, False]
+    assert state.done.tolist()[0] is False and state.remaining.tolist()[0] == 2 - int((x[0] == 4).sum())
+    op(x, statistics_of([[good] * 3] * 2), int32(0, 0), state)
+    assert state.invalid.tolist() == [True, False]  # kept
+
+
+def test_random_scores_depend_on_seed_position_and_step(op):
+    slots = by_rest([1.0] * 32)
+    picks = {tuple(run(op, slots, "random", "quota", steps=8, seed=seed)) for seed in range(6)}
+    assert len(picks) == 6 and all(len(pick) == 4 for pick in picks)
+    assert run(op, slots, "random", "quota", steps=8, seed=3) in [list(pick) for pick in picks]
+
+
+def test_random_order_is_uniform(op):
+    rows = 600
+    x = torch.full((rows, 5), MASK, device=DEVICE)
+    state = state_of("random", "quota", steps=5, rows=rows, slots=5)
+    state.seed.copy_(torch.arange(rows))
+    op(x, statistics_of([by_rest([1.0] * 5)] * rows), int32(*[0] * rows), state)
+    counts = (x != MASK).sum(0).double()
+    assert ((counts - rows / 5) ** 2 / (rows / 5)).sum().item() < 18.5  # chi-square, 4 degrees of freedom, p = 0.001
+
+
+def test_a_row_decides_alone(op):
+    generator = torch.Generator().manual_seed(1)
+    rest = torch.rand(4, 16, generator=generator).tolist()
+    batch = [by_rest(row) for row in rest]
+    state = state_of("random", "factor", 1.2, rows=4, slots=16)
+    state.seed.copy_(torch.tensor([5, 6, 7, 8]))
+    x = torch.full((4, 16), MASK, device=DEVICE)
+    op(x, statistics_of(batch), int32(0, 0, 0, 0), state)
+    for row in (0, 3):
+        alone = state_of("random", "factor", 1.2, slots=16, seed=5 + row)
+        y = torch.full((1, 16), MASK, device=DEVICE)
+        op(y, statistics_of(batch[row : row + 1]), int32(0), alone)
+        assert y[0].tolist() == x[row].tolist()
+
+
+@pytest.mark.parametrize(("score", "rule", "value"), [("confidence", "factor", 1.0), ("margin", "threshold", 0.3)])
+def test_blocks_of_a_thousand_slots(op, score, rule, value):
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(1000, 6, generator=generator) * 3
+    top = logits.topk(2).values
+    p = torch.softmax(logits, 1)
+    slots = [
+        torch_rest(Slot(i % 7 != 0, i % MASK, (top[i, 1] - top[i, 0]).item(), (1 / p[i].max() - 1).item(), 0.0))
+        for i in range(1000)
+    ]
+    first = sum(slot.masked for slot in slots)
+    expected = committed(score, rule, value, 1, 0, first, slots, [0.0] * 1000)
+    assert 4 < len(expected) < 800
+    assert run(op, slots, score, rule, value) == sorted(expected)
+
+
+def test_the_state_starts_empty():
+    state = state_of("confidence", "threshold", 0.9, rows=2, slots=5)
+    assert state.value.dtype == torch.float64 and state.value.item() == 0.9
+    assert state.step_map.shape == state.confidence.shape == (2, 5)
+    assert {field.name for field in fields(state)} >= {"seed", "kv_start", "invalid"}
