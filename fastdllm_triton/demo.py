@@ -31,6 +31,7 @@ def demo(console: Console, count: int, seed: int, device: str | None, backend: s
     The first way, no cache and one token a forward, is the plain loop that the others are compared with. All ways stop at the
     end token, so the ratios are those of the decoding alone.
     """
+    torch.set_num_threads(1)  # The model is so small that threads only get in each other's way.
     model = load("tiny", device=device, backend=backend)
     asked = list(islice(problems(seed, test=True), count))
     prompts = [model.encode(problem.prompt) for problem in asked]
