@@ -70,7 +70,7 @@ def generate(
         run.forward(refresh=True, callback=callback)
         while not run.block_done():
             run.forward(refresh=run.refresh_is_due(), callback=callback)
-        if config.stop_at_eos and run.all_ended():
+        if config.stop_at_eos and run.close_ended_rows():
             break
     return run.output(_now(network.device) - start_time)
 
@@ -162,8 +162,8 @@ class _Run:
             )
         return bool(done)
 
-    def all_ended(self) -> bool:
-        """Fills the rest of the rows whose block holds an end token; whether no row has anything left to decode."""
+    def close_ended_rows(self) -> bool:
+        """Fills the rest of each row whose block holds an end token. Returns whether no row has anything left to decode."""
         ended = torch.isin(self.x[:, self.start : self.end], self.eos).any(1)
         rest = self.x[:, self.end :]
         rest.masked_fill_(ended[:, None] & (rest == self.state.mask_id), self.ids.eos_ids[0])
