@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _support import randn
+from _support import DEVICE, KERNEL_DTYPES, assert_as_close_as_torch, randn
 from torch import Tensor
 
+from fastdllm_triton.kernels import rms_norm as module
+from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.kernels.rms_norm import rms_norm as kernel
 from fastdllm_triton.reference.rms_norm import rms_norm as reference
 
 EPS = 1e-5
@@ -70,3 +73,83 @@ def test_reference_writes_into_out_and_over_the_residual():
     y, updated = reference(x, weight, EPS, residual=residual, out=out, residual_out=residual)
     assert y is out and updated is residual
     assert torch.equal(out, expected) and torch.equal(residual, total)
+
+
+def check_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, residual = (tensor.to(DEVICE) for tensor in case(shape, dtype))
+    assert_as_close_as_torch(kernel(x, weight, EPS), formula(x, weight), reference(x, weight, EPS))
+    y, total = kernel(x, weight, EPS, residual=residual)
+    want, want_total = reference(x, weight, EPS, residual=residual)
+    assert torch.equal(total, want_total)
+    assert_as_close_as_torch(y, formula(total, weight), want)
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_is_as_close_as_the_reference(shape, dtype):
+    check_kernel(shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_in_bfloat16(shape):
+    check_kernel(shape, torch.bfloat16)
+
+
+def test_kernel_rounds_where_the_reference_does():
+    # Nearly every element equal: only a unit that falls between two float16 may round the other way.
+    x, weight, residual = (tensor.to(DEVICE) for tensor in case((16, 4096), torch.float16))
+    y, _ = kernel(x, weight, EPS, residual=residual)
+    want, _ = reference(x, weight, EPS, residual=residual)
+    assert (y == want).double().mean() > 0.999
+
+
+def test_kernel_writes_into_out_and_over_the_residual_and_nowhere_else():
+    x, weight, residual = (tensor.to(DEVICE) for tensor in case((4, 64), torch.float32))
+    want, total = reference(x, weight, EPS, residual=residual)
+    # Rows of wider tensors: what lies between them stays.
+    wide_out, wide_residual = torch.full((4, 80), 7.0, device=DEVICE), torch.full((4, 96), 8.0, device=DEVICE)
+    wide_residual[:, :64] = residual
+    y, updated = kernel(x, weight, EPS, residual=wide_residual[:, :64], out=wide_out[:, :64], residual_out=wide_residual[:, :64])
+    torch.testing.assert_close(y, want)
+    assert torch.equal(updated, total) and torch.equal(wide_residual[:, :64], total)
+    assert (wide_out[:, 64:] == 7).all() and (wide_residual[:, 64:] == 8).all()
+
+
+def test_kernel_takes_strided_rows_and_no_rows():
+    x, weight, _ = (tensor.to(DEVICE) for tensor in case((6, 3, 64), torch.float32))
+    torch.testing.assert_close(kernel(x[::2], weight, EPS), reference(x[::2], weight, EPS))
+    torch.testing.assert_close(kernel(x.transpose(0, 1), weight, EPS), reference(x.transpose(0, 1), weight, EPS))
+    assert kernel(x[:0], weight, EPS).shape == (0, 3, 64)
+
+
+def test_kernel_twice_is_bitwise_the_same():
+    x, weight, _ = (tensor.to(DEVICE) for tensor in case((4, 3584), torch.float32))
+    assert torch.equal(kernel(x, weight, EPS), kernel(x, weight, EPS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(63)}, "weight: got shape"),
+        ({"weight": torch.ones(64, dtype=torch.float16)}, "weight: got torch.float16"),
+        ({"residual": torch.ones(2, 65)}, "residual: got shape"),
+        ({"out": torch.ones(2, 128)[:, ::2]}, "out: got strides"),
+        ({"residual_out": torch.ones(2, 64)}, "residual_out: got a tensor"),
+        ({"x": torch.ones(2, 64, dtype=torch.int32)}, "x: got torch.int32"),
+        ({"x": torch.ones(1, 65_536)}, "x: got a last dimension"),
+    ],
+)
+def test_kernel_names_what_is_wrong(change, message):
+    args = {"x": torch.ones(2, 64), "weight": torch.ones(64)} | change
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        kernel(**{name: tensor.to(DEVICE) for name, tensor in args.items()}, eps=EPS)
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_configs_hold_a_row_in_registers(arch):
+    for width in (1, 7, 3584, 4096, 5120, module.MAX_WIDTH):
+        config = module.select_config(arch, width)
+        assert config.block_e >= width
+        assert config.num_warps * arch.warp_size <= 1024
+        assert config.block_e // (config.num_warps * arch.warp_size) <= 64
