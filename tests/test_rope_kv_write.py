@@ -216,11 +216,11 @@ def test_kernel_writes_through_strided_tensors_and_nowhere_else():
 
 
 def test_kernel_reaches_caches_of_more_than_2_to_the_31_elements():
-    # Sequences 2^31 elements apart, in memory that is reserved and, but for the window, never touched.
-    case = Case("", (1, 1), (0, 0), 2, q_heads=1, kv_heads=1, slots=3)
+    # Sequences 2^30 elements apart, in memory that is reserved and, but for the window, never touched.
+    case = Case("", (1, 1, 1), (0, 0, 0), 2, q_heads=1, kv_heads=1, slots=3)
     qkv, k_cache, v_cache, window_start, kv_start, _ = inputs(case, torch.float16, DEVICE)
     storage = torch.UntypedStorage(2 * (2**31 + 48), device=DEVICE)
-    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(storage, 0, (2, 1, 3, 16), (2**31, 48, 16, 1))
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(storage, 0, (3, 1, 3, 16), (2**30, 48, 16, 1))
     far.copy_(k_cache)
     kernel(qkv, far, v_cache.clone(), window_start, kv_start, THETA)
     reference(qkv, k_cache, v_cache, window_start, kv_start, THETA)
