@@ -137,7 +137,7 @@ def rms_norm(
             num_warps=config.num_warps,
             enable_fp_fusion=True,
         )
-    return out if residual is None else (out, residual_out)
+    return out if residual_out is None else (out, residual_out)
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:

@@ -237,10 +237,11 @@ def shared_bytes(arch: Arch, config: Config, dim: int, itemsize: int) -> int:
     the float32 sums on their way to memory."""
     block_d = max(triton.next_power_of_2(dim), 16)
     queries, weights = config.block_m * block_d, config.block_m * config.block_n
-    # wgmma and tcgen05 read the tile they work on from shared memory too; the others have moved it to registers.
-    buffers = config.num_stages - (arch.name not in ("sm_90", "sm_100"))
-    tiles = 2 * buffers * config.block_n * block_d
-    loop = max(queries, tiles + weights) if arch.backend == "hip" else queries + tiles + weights
+    if arch.backend == "hip":  # the tile at work and the queries have moved to registers
+        tiles = 2 * (config.num_stages - 1) * config.block_n * block_d
+        loop = max(queries, tiles + weights)
+    else:
+        loop = queries + 2 * config.num_stages * config.block_n * block_d + weights
     return max(itemsize * loop + 8 * config.block_m * config.num_warps, 4 * queries)
 
 
@@ -415,7 +416,7 @@ WINDOWS = (16, 32, 64, 128)
 def compile_cases(arch: Arch) -> list[CompileCase]:
     """Every configuration of the shape grid in bfloat16, sm_90's small windows in both operand orders, and one of each other
     head dimension and of float32."""
-    cases = {}
+    cases: dict[str, CompileCase] = {}
     for model, heads in MODELS.items():
         for batch, slots in itertools.product(BATCHES, SLOTS):
             for window in (*WINDOWS, slots):
