@@ -135,7 +135,8 @@ def differences(records: Iterable[Record], expected: Iterable[Record]) -> list[s
 
 def read_json(path: str | Path) -> list[Record]:
     """A report that :func:`write_json` wrote."""
-    return json.loads(Path(path).read_text())
+    records: list[Record] = json.loads(Path(path).read_text())
+    return records
 
 
 def write_json(records: Sequence[Record], path: str | Path) -> None:

@@ -144,19 +144,16 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     """The widths of Dream and LLaDA, with and without a residual."""
     pointers = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "residual_out_ptr")
     strides = ("stride_x", "stride_r", "stride_o", "stride_ro")
-    cases = []
-    for width in (3584, 4096):
-        config = select_config(arch, width)
-        for residual in (False, True):
-            cases.append(
-                CompileCase(
-                    op="rms_norm",
-                    kernel=_rms_norm_kernel,
-                    config=f"bf16 E={width}{' residual' if residual else ''}",
-                    signature={**dict.fromkeys(pointers, "*bf16"), **dict.fromkeys(strides, "i32"), "eps": "fp32"},
-                    constexprs={"E": width, "HAS_RESIDUAL": residual, "BLOCK_E": config.block_e},
-                    divisible=pointers + strides,
-                    num_warps=config.num_warps,
-                )
-            )
-    return cases
+    return [
+        CompileCase(
+            op="rms_norm",
+            kernel=_rms_norm_kernel,
+            config=f"bf16 E={width}{' residual' if residual else ''}",
+            signature={**dict.fromkeys(pointers, "*bf16"), **dict.fromkeys(strides, "i32"), "eps": "fp32"},
+            constexprs={"E": width, "HAS_RESIDUAL": residual, "BLOCK_E": select_config(arch, width).block_e},
+            divisible=pointers + strides,
+            num_warps=select_config(arch, width).num_warps,
+        )
+        for width in (3584, 4096)
+        for residual in (False, True)
+    ]

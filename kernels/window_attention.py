@@ -234,7 +234,8 @@ class Config:
 
 def shared_bytes(arch: Arch, config: Config, dim: int, itemsize: int) -> int:
     """An upper bound on the shared memory of a program: in the loop the queries, the tiles in flight and the weights; after it
-    the float32 sums on their way to memory."""
+    the float32 sums on their way to memory.
+    """
     block_d = max(triton.next_power_of_2(dim), 16)
     queries, weights = config.block_m * block_d, config.block_m * config.block_n
     if arch.backend == "hip":  # the tile at work and the queries have moved to registers
@@ -289,7 +290,7 @@ def _sms(device: torch.device) -> int:
 
 
 def _precision(arch: Arch) -> str:
-    """How float32 operands are multiplied: exactly enough for float32. (On 16-bit operands it has no effect.)"""
+    """How float32 operands are multiplied: exactly enough for float32. (On 16-bit operands it has no effect.)."""
     return "tf32x3" if arch.backend == "cuda" else "ieee"
 
 
@@ -415,7 +416,8 @@ WINDOWS = (16, 32, 64, 128)
 
 def compile_cases(arch: Arch) -> list[CompileCase]:
     """Every configuration of the shape grid in bfloat16, sm_90's small windows in both operand orders, and one of each other
-    head dimension and of float32."""
+    head dimension and of float32.
+    """
     cases: dict[str, CompileCase] = {}
     for model, heads in MODELS.items():
         for batch, slots in itertools.product(BATCHES, SLOTS):

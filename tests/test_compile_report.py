@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def test_a_report_survives_its_file_and_is_shown(tmp_path):
     write_json([RECORD, RECORD], tmp_path / "report.json")
     assert read_json(tmp_path / "report.json") == [RECORD, RECORD]
     assert (tmp_path / "report.json").read_text().count("\n") == 4
-    console = Console(record=True, width=200, file=open("/dev/null", "w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     console.print(render([RECORD]))
     assert "bf16 block=1024" in console.export_text()
 
