@@ -75,22 +75,27 @@ def resolve(backend: str, device: torch.device) -> Ops:
 
 def _obstacle(device: torch.device, *, interpreter: bool) -> str | None:
     """Why the kernels cannot run on a device, or None if they can; on a CPU they can in Triton's interpreter alone."""
-    if importlib.util.find_spec("triton") is None:
+    installed = importlib.util.find_spec("triton") is not None
+    if device.type != "cuda" and not (interpreter and device.type == "cpu" and installed and _interpreted()):
+        return f"the device is {device.type}, and Triton kernels run on CUDA and ROCm devices"
+    if not installed:
         return "triton is not installed"
-    from .kernels import _arch, _check
-
     missing = [op for op in NAMES if importlib.util.find_spec(f"{__package__}.kernels.{op}") is None]
     if missing:
         return f"this version has no Triton kernel for {', '.join(missing)}"
-    if device.type != "cuda":
-        if interpreter and device.type == "cpu" and _check.INTERPRETED:
-            return None
-        return f"the device is {device.type}, and Triton kernels run on CUDA and ROCm devices"
+    from .kernels._arch import arch_of
+
     try:
-        _arch.arch_of(device)
+        arch_of(device)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _interpreted() -> bool:
+    from .kernels import _check
+
+    return _check.INTERPRETED
 
 
 def _ops(name: str, reason: str, device: torch.device) -> Ops:

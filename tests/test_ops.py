@@ -56,12 +56,12 @@ def test_a_missing_kernel_is_an_obstacle(monkeypatch):
     find_spec = importlib.util.find_spec
     hidden = lambda name, *args: None if name.endswith("kernels.swiglu") else find_spec(name, *args)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    obstacle = module._obstacle(CPU, interpreter=True)
+    obstacle = module._obstacle(torch.device("cuda"), interpreter=False)
     assert obstacle is not None
     assert "no Triton kernel for" in obstacle
     assert "swiglu" in obstacle
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "triton" else find_spec(name, *args))
-    assert module._obstacle(CPU, interpreter=True) == "triton is not installed"
+    assert module._obstacle(torch.device("cuda"), interpreter=False) == "triton is not installed"
 
 
 def test_triton_runs_on_a_cpu_in_the_interpreter_alone(monkeypatch):
