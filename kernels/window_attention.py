@@ -284,7 +284,7 @@ MERGE_ROWS = 8
 
 
 @cache
-def _sms(device: torch.device) -> int:
+def sms_of(device: torch.device) -> int:
     """SMs of a device; of the interpreter, those of the architecture it stands for."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else arch_of(device).sms
 
@@ -357,7 +357,7 @@ def window_attention(
         arch = arch_of(q.device)
         if config is None:
             sizes = (batch, window, q_heads, kv_heads, dim, slots)
-            config = select_config(arch, _sms(q.device), *sizes, q.element_size())
+            config = select_config(arch, sms_of(q.device), *sizes, q.element_size())
         needed = config.workspace_elements(batch, window, q_heads, dim)
         if workspace is None:
             workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
