@@ -120,23 +120,24 @@ def rms_norm(
         r, total = residual.reshape(-1, width), as_rows("residual_out", residual_out)
     if x.numel():
         config = select_config(arch_of(x.device), width)
-        _rms_norm_kernel[(rows.shape[0],)](
-            rows,
-            r,
-            weight,
-            y,
-            total,
-            rows.stride(0),
-            r.stride(0),
-            y.stride(0),
-            total.stride(0),
-            eps,
-            E=width,
-            HAS_RESIDUAL=residual is not None,
-            BLOCK_E=config.block_e,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device_of(x):
+            _rms_norm_kernel[(rows.shape[0],)](
+                rows,
+                r,
+                weight,
+                y,
+                total,
+                rows.stride(0),
+                r.stride(0),
+                y.stride(0),
+                total.stride(0),
+                eps,
+                E=width,
+                HAS_RESIDUAL=residual is not None,
+                BLOCK_E=config.block_e,
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
+            )
     return out if residual_out is None else (out, residual_out)
 
 

@@ -229,31 +229,32 @@ def rope_kv_write(
     out = torch.empty((batch, window, q_heads, dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if out.numel():
         config = select_config(arch_of(qkv.device), kv_heads, dim)
-        _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, kv_heads))](
-            qkv,
-            qkv if bias is None else bias,
-            rotary_frequencies(theta, dim, qkv.device),
-            window_start,
-            kv_start,
-            out,
-            k_cache,
-            v_cache,
-            *qkv.stride()[:2],
-            *out.stride()[:3],
-            *k_cache.stride()[:3],
-            *v_cache.stride()[:3],
-            window,
-            slots,
-            HQ=q_heads,
-            HKV=kv_heads,
-            D=dim,
-            HAS_BIAS=bias is not None,
-            DREAM=rounding == "dream",
-            BLOCK_H=config.block_h,
-            BLOCK_HALF=triton.next_power_of_2(dim // 2),
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device_of(qkv):
+            _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, kv_heads))](
+                qkv,
+                qkv if bias is None else bias,
+                rotary_frequencies(theta, dim, qkv.device),
+                window_start,
+                kv_start,
+                out,
+                k_cache,
+                v_cache,
+                *qkv.stride()[:2],
+                *out.stride()[:3],
+                *k_cache.stride()[:3],
+                *v_cache.stride()[:3],
+                window,
+                slots,
+                HQ=q_heads,
+                HKV=kv_heads,
+                D=dim,
+                HAS_BIAS=bias is not None,
+                DREAM=rounding == "dream",
+                BLOCK_H=config.block_h,
+                BLOCK_HALF=triton.next_power_of_2(dim // 2),
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
+            )
     return out
 
 

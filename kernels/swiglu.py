@@ -75,16 +75,17 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out.numel():
         rows, y = gate_up.reshape(-1, 2 * width), as_rows("out", out)
         config = select_config(arch_of(gate_up.device), width)
-        _swiglu_kernel[(rows.shape[0], triton.cdiv(width, config.block_f))](
-            rows,
-            y,
-            rows.stride(0),
-            y.stride(0),
-            width,
-            BLOCK_F=config.block_f,
-            num_warps=config.num_warps,
-            enable_fp_fusion=True,
-        )
+        with torch.cuda.device_of(gate_up):
+            _swiglu_kernel[(rows.shape[0], triton.cdiv(width, config.block_f))](
+                rows,
+                y,
+                rows.stride(0),
+                y.stride(0),
+                width,
+                BLOCK_F=config.block_f,
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
+            )
     return out
 
 

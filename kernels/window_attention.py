@@ -337,6 +337,7 @@ def window_attention(
     require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
     batch, window, q_heads, dim = q.shape
     kv_heads, slots = k_cache.shape[1:3]
+    require(batch * kv_heads < 2**16, "k_cache", f"{batch} x {kv_heads} pairs of sequence and head", "less than 65536")
     require(0 < dim <= 128, "q", f"a head dimension of {dim}", "1 to 128")
     divides = kv_heads > 0 and q_heads % kv_heads == 0
     require(divides, "q", f"{q_heads} heads", f"a multiple of the {kv_heads} heads of k_cache")
@@ -364,10 +365,11 @@ def window_attention(
         is_scratch = workspace.dtype == torch.float32 and workspace.device == q.device and workspace.is_contiguous()
         require(is_scratch, "workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {q.device}")
         require(workspace.numel() >= needed, "workspace", f"{workspace.numel()} elements", f"at least {needed}")
-        _launch(
-            arch, config, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
-            1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            _launch(
+                arch, config, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
+                1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace,
+            )  # fmt: skip
     return out if lse is None else (out, lse)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from _support import DEVICE, assert_as_close_as_torch, ints, randn
+from hypothesis import given, settings, strategies
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -226,6 +227,17 @@ def test_kernel_reads_strided_tensors_and_writes_into_out_and_nowhere_else(confi
     assert out.data_ptr() == wide.data_ptr()
     torch.testing.assert_close(out, want)
     assert (wide[:, :, 7:] == 7).all() and workspace[needed:].isnan().all()
+
+
+@given(data=strategies.data())
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_kernel_attends_exactly_the_range_less_the_skip_for_any_chunks(data):
+    slot = strategies.integers(0, 40)
+    start, end, skip_start, skip_end = (data.draw(slot) for _ in range(4))
+    chunk = data.draw(strategies.integers(1, 50))
+    config = replace(PLAIN, block_n=16, chunk=chunk, splits=-(-40 // chunk), swap=data.draw(strategies.booleans()))
+    case = Case("", 1, (start,), (end,), ((skip_start, skip_end),), slots=40)
+    check_kernel(case, torch.float32, config)
 
 
 def test_kernel_twice_is_bitwise_the_same_and_a_row_does_not_depend_on_its_batch():
