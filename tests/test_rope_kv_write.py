@@ -44,6 +44,7 @@ CASES = [
     Case("head dim 128", (4,), (3,), 5, dim=128),
     Case("a window past the end", (8, 12, 18), (0, 0, 0), 8),
     Case("a window before the start", (-3, -8, -9), (0, 0, 0), 8),
+    Case("a sequence from before the cache", (-3,), (-5,), 8),
     Case("a window of padding", (0, 2), (8, 9), 8),
 ]
 

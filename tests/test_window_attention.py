@@ -216,17 +216,19 @@ def test_kernel_reads_strided_tensors_and_writes_into_out_and_nowhere_else(confi
     stacked = torch.full((2, 80, 3, 2, 1, 16), torch.nan, device=DEVICE)
     stacked[:, :, 1, 0], stacked[:, :, 1, 1] = args["k_cache"].transpose(1, 2), args["v_cache"].transpose(1, 2)
     args["k_cache"], args["v_cache"] = stacked[:, :, 1, 0].transpose(1, 2), stacked[:, :, 1, 1].transpose(1, 2)
-    fused = torch.full((2, 5, 9, 16), torch.nan, device=DEVICE)
-    fused[:, :, :7] = args["q"]
-    args["q"] = fused[:, :, :7]
-    wide = torch.full((2, 5, 10, 16), 7.0, device=DEVICE)
+    fused = torch.full((2, 5, 9, 2, 16), torch.nan, device=DEVICE)
+    fused[:, :, :7, 1] = args["q"]
+    args["q"] = fused[:, :, :7, 1]
+    wide = torch.full((2, 5, 10, 3, 16), 7.0, device=DEVICE)
     # A workspace that others have used, longer than needed: what lies beyond stays.
     needed = config.workspace_elements(2, 5, 7, 16)
     workspace = torch.full((needed + 8,), torch.nan, device=DEVICE)
-    out = kernel(**args, out=wide[:, :, :7], workspace=workspace, config=config)
+    out = kernel(**args, out=wide[:, :, :7, 0], workspace=workspace, config=config)
     assert out.data_ptr() == wide.data_ptr()
     torch.testing.assert_close(out, want)
-    assert (wide[:, :, 7:] == 7).all() and workspace[needed:].isnan().all()
+    assert (wide[:, :, 7:] == 7).all()
+    assert (wide[:, :, :, 1:] == 7).all()
+    assert workspace[needed:].isnan().all()
 
 
 @given(data=strategies.data())
@@ -249,17 +251,25 @@ def test_kernel_twice_is_bitwise_the_same_and_a_row_does_not_depend_on_its_batch
 
 
 def test_kernel_cuts_ranges_at_the_cache():
-    case = Case("", 3, (0,), (80,))
+    # The cache is the front of a longer one, whose end nobody may read.
+    case = Case("", 3, (0,), (80,), slots=96)
     args = inputs(case, torch.float32, DEVICE)
     want = reference(**args)
+    args["k_cache"], args["v_cache"] = args["k_cache"][:, :, :80], args["v_cache"][:, :, :80]
     args["kv_start"] -= 9
     torch.testing.assert_close(kernel(**args, config=PLAIN), want)
     args["kv_end"] += 9
-    if DEVICE.type == "cuda":
-        torch.testing.assert_close(kernel(**args, config=PLAIN), want)
-    else:
-        with pytest.raises(ValueError, match="kv_end: got 89"):
-            kernel(**args)
+    out, scratch = torch.empty_like(want), torch.empty(0, device=DEVICE)
+    module._launch(module.arch_of(DEVICE), PLAIN, *args.values(), None, None, 0.25, out, None, scratch)
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the host does not read a GPU's ranges")
+def test_kernel_names_a_range_beyond_the_cache_where_that_costs_nothing():
+    args = inputs(CASES[1], torch.float32, DEVICE)
+    args["kv_end"] += 9
+    with pytest.raises(ValueError, match="kv_end: got 89"):
+        kernel(**args)
 
 
 @pytest.mark.parametrize("distance", ["sequences", "slots"])
