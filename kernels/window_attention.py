@@ -144,7 +144,7 @@ def _window_attention_kernel(
             q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, BLOCK_N, scale,
             D, BLOCK_N, BLOCK_D, False, SWAP, PRECISION,
         )  # fmt: skip
-    # What fills no tile, before the skip and behind it. A loop, because unrolled it costs registers throughout.
+    # What fills no tile, before the skip and behind it. In a loop: see bench/findings/001.
     for part in tl.range(0, 2, num_stages=1):
         slot = tl.where(part == 0, first_a + tiles_a * BLOCK_N, first_b + tiles_b * BLOCK_N)
         count = tl.where(part == 0, count_a, count_b) % BLOCK_N
@@ -254,7 +254,7 @@ def select_config(
 
     The tiles are those that compile without spills: mma.sync has less room for 64 and 128 rows than wgmma and tcgen05. Two
     resident programs an SM hide each other's latency in small tiles. Splitting stops when the SMs are full: every chunk more
-    is another partial result to write and to merge.
+    is another partial result to write and to merge. So the chunks depend on the batch, and with them the last bits.
     """
     rows = window * (q_heads // kv_heads)
     if itemsize == 4:
@@ -290,7 +290,7 @@ def sms_of(device: torch.device) -> int:
 
 
 def _precision(arch: Arch) -> str:
-    """How float32 operands are multiplied: exactly enough for float32. (On 16-bit operands it has no effect.)."""
+    """How float32 operands are multiplied so that the product is one of float32; 16-bit operands are not affected."""
     return "tf32x3" if arch.backend == "cuda" else "ieee"
 
 

@@ -55,20 +55,13 @@ def sample() -> set[tuple[str, str, str, str]]:
     return {case for op in reported_ops() for arch in ARCHS for case in cases(op, arch)[:: 4 if arch == "sm_90" else 9]}
 
 
-@pytest.fixture(scope="module")
-def records() -> list[dict]:
+def test_a_sample_compiles_without_problems_and_as_committed():
     chosen = sample()
-    return compile_report(keep=lambda case: name(case) in chosen)
-
-
-def test_nothing_spills_and_everything_fits(records):
-    assert len(records) == len(sample())
+    records = compile_report(keep=lambda case: name(case) in chosen)
+    assert {name(record) for record in records} == chosen
     assert problems(records) == []
-
-
-@pytest.mark.skipif(triton.__version__ != COMMITTED_WITH, reason=f"the committed report is of Triton {COMMITTED_WITH}")
-def test_the_compiled_kernels_are_those_of_the_committed_report(records):
-    assert differences(records, read_json(COMMITTED)) == []
+    if triton.__version__ == COMMITTED_WITH:  # another compiler may well use other registers
+        assert differences(records, read_json(COMMITTED)) == []
 
 
 def test_the_committed_report_lists_every_configuration_and_no_other():
