@@ -1,7 +1,8 @@
-"""The command line: ``fastdllm-triton generate``, ``demo`` and ``info``."""
+"""The command line: ``fastdllm-triton generate``, ``demo``, ``info`` and ``compile-report``."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import platform
@@ -203,6 +204,35 @@ def info() -> None:
     )
     table.add_row("backend", f"{ops.name}: {ops.reason}")
     console.print(table)
+
+
+@app.command("compile-report")
+def compile_report_command(
+    arch: Annotated[list[str] | None, typer.Option(help="An architecture, such as sm_90. All if not given.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as window_attention. All if not given.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the records to this file.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier report: say what changed, and fail if anything did.")] = None,
+) -> None:
+    """Compile every kernel for every architecture, without a GPU: registers, spills, shared memory, instructions.
+
+    Ends with status 1 if a configuration spills or does not fit.
+    """
+    with _clear_errors():
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError("compile-report needs triton, which is not installed")
+        from . import compile_report as report
+
+        earlier = None if compare is None else report.read_json(compare)
+        records = report.compile_report(arch, op)
+        wide = Console(width=max(console.width, 160)) if not console.is_terminal else console
+        wide.print(report.render(records))
+        if json_file is not None:
+            report.write_json(records, json_file)
+        faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
+        for fault in faults:
+            errors.print(Text(fault, style="red"))
+    if faults:
+        raise typer.Exit(1)
 
 
 def _version(package: str) -> str:

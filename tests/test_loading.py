@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastdllm_triton as fdt
+from fastdllm_triton.kernels import _check
 from fastdllm_triton.ops import resolve
 
 SOURCE = GOLDEN / "llada-gqa"
@@ -254,7 +255,9 @@ def test_the_backend_is_chosen_once_and_says_why() -> None:
     assert resolve("reference", torch.device("cpu")).reason == "asked for"
 
 
-def test_asking_for_triton_never_falls_back() -> None:
+def test_asking_for_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_check, "INTERPRETED", False)  # On a CPU, kernels run in Triton's interpreter alone.
+    resolve.cache_clear()
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: the device is cpu"):
         fdt.load(SOURCE, device="cpu", backend="triton")
 
