@@ -10,3 +10,6 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    # The interpreter computes with numpy, which warns of what a kernel computes and then selects away.
+    config.addinivalue_line("filterwarnings", "ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
