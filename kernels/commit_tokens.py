@@ -231,14 +231,14 @@ class CommitTokensConfig:
     num_warps: int
 
 
-def commit_tokens_config(arch: Arch | None, rule: RuleName, block: int) -> CommitTokensConfig:
-    """Bounds a tile of comparisons to 32 a thread, or 8 where float64 sums of it are taken, which would spill.
+def commit_tokens_config(arch: Arch | None, rule: str, block: int) -> CommitTokensConfig:
+    """Bounds a tile of comparisons to 16 a thread, or 4 where float64 sums of it are taken, which would spill.
 
     The same for every architecture: nothing here is worth a difference.
     """
     padded = triton.next_power_of_2(block)
     num_warps = 1 if padded <= 32 else 4 if padded <= 128 else 8
-    tile = 32 * num_warps * (8 if rule == "entropy_budget" else 32)
+    tile = 32 * num_warps * (4 if rule == "entropy_budget" else 16)
     return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 

@@ -424,7 +424,7 @@ def test_a_tile_of_comparisons_stays_small(block):
     for rule in RULES:
         config = commit_tokens_config(None, rule, block)
         assert block <= config.block < 2 * block
-        assert config.block * config.chunk <= 32 * config.num_warps * (8 if rule == "entropy_budget" else 32)
+        assert config.block * config.chunk <= 32 * config.num_warps * (4 if rule == "entropy_budget" else 16)
         assert 1 <= config.chunk <= config.block
 
 
