@@ -65,11 +65,10 @@ def _candidates(
     step,
     SCORE: tl.constexpr,
 ):
-    """Of the slots ``o [N]`` of a block: whether each is masked, its token, whether it may be committed, and its cost."""
+    """Of the slots ``o [N]`` of a block: whether each is masked, whether it may be committed, and its cost."""
     inside = (o < block) & (start + o >= 0) & (start + o < slots)
     masked = inside & (tl.load(x_ptr + start + o, mask=inside, other=0) == mask_id)
-    token = tl.load(token_ptr + o, mask=masked, other=-1)
-    eligible = masked & (token >= 0)
+    eligible = masked & (tl.load(token_ptr + o, mask=masked, other=-1) >= 0)
     if SCORE == "confidence":
         cost = tl.load(rest_ptr + o, mask=eligible, other=0.0).to(tl.float64)
     elif SCORE == "margin":
@@ -86,7 +85,7 @@ def _candidates(
         zero = (o * 0).to(tl.uint32)
         word, _, _, _ = tl.philox(seed, zero, (position + o).to(tl.uint32), step.to(tl.uint32), STREAM_SCORE)
         cost = -tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24).to(tl.float64)
-    return masked, token, eligible, tl.where(cost == 0, 0.0, cost)  # one zero
+    return masked, eligible, tl.where(cost == 0, 0.0, cost)  # one zero
 
 
 @triton.jit
@@ -143,7 +142,7 @@ def _commit_tokens_kernel(
     value = tl.load(value_ptr)
 
     o = tl.arange(0, BLOCK)
-    masked, token, eligible, cost = _candidates(
+    masked, eligible, cost = _candidates(
         x_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
         o, start, slots, block, mask_id, position, seed, step, SCORE,
     )  # fmt: skip
@@ -152,12 +151,21 @@ def _commit_tokens_kernel(
     total = tl.sum(eligible.to(tl.int32), 0)
     masked_first = tl.where(step == 0, masked_now, tl.load(masked_ptr + row))
 
+    if RULE == "quota":
+        steps = tl.load(steps_ptr)
+        count = masked_first // steps + (step < masked_first % steps).to(tl.int32)
+    elif RULE == "threshold":
+        fails = cost > -value
+        if SCORE == "confidence":
+            fails = value * cost > 1 - value  # false for 0 * inf: a threshold of 0 lets everything pass
+        count = tl.sum((eligible & (fails == 0)).to(tl.int32), 0)
+
     rank = tl.zeros((BLOCK,), tl.int32)
     entropies = tl.zeros((BLOCK,), tl.float64)  # of the slots before, their sum and their largest
     largest = tl.full((BLOCK,), float("-inf"), tl.float64)
     for begin in range(0, block, CHUNK):
         j = begin + tl.arange(0, CHUNK)
-        _, _, eligible_j, cost_j = _candidates(
+        _, eligible_j, cost_j = _candidates(
             x_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
             j, start, slots, block, mask_id, position, seed, step, SCORE,
         )  # fmt: skip
@@ -170,20 +178,15 @@ def _commit_tokens_kernel(
             entropies += tl.sum(tl.where(before, entropy_j, 0.0), 0)
             largest = tl.maximum(largest, tl.max(tl.where(before, entropy_j, float("-inf")), 0))
 
-    if RULE == "quota":
-        steps = tl.load(steps_ptr)
-        count = masked_first // steps + (step < masked_first % steps).to(tl.int32)
-    elif RULE == "threshold":
-        limit = -value
-        if SCORE == "confidence":
-            limit = 1 / value - 1
-        count = tl.sum((eligible & (cost <= limit)).to(tl.int32), 0)
-    else:
+    if RULE == "factor" or RULE == "entropy_budget":
         if RULE == "factor":
-            doubt = 1 + cost  # 1 - score
+            # (n + 1) (1 - score) <= factor, times 1 + cost where cost is the odds.
+            bound = (rank + 2).to(tl.float64)
             if SCORE == "confidence":
-                doubt = tl.where(cost == float("inf"), 1.0, cost / (1 + cost))
-            fits = (rank == 0) | (doubt <= value / (rank + 2).to(tl.float64))
+                fits = tl.where(cost == float("inf"), bound <= value, bound * cost <= value * (1 + cost))
+            else:
+                fits = bound * (1 + cost) <= value
+            fits = fits | (rank == 0)
         else:
             entropy = tl.load(entropy_ptr + o, mask=eligible, other=0.0).to(tl.float64)
             fits = entropies + entropy - tl.maximum(largest, entropy) <= value
@@ -202,11 +205,12 @@ def _commit_tokens_kernel(
     if arrivals // ARRIVED == tl.num_programs(0) - 1:
         tl.atomic_add(forward_ptr, 1 - tl.num_programs(0) * ARRIVED, sem="relaxed")
 
+    token = tl.load(token_ptr + o, mask=chosen, other=0)
     tl.debug_barrier()  # no warp writes before all have read
-    odds = tl.load(rest_ptr + o, mask=chosen, other=0.0).to(tl.float64)
+    odds = tl.load(rest_ptr + o, mask=chosen, other=0.0)
     tl.store(x_ptr + start + o, token, mask=chosen)
     tl.store(step_map_ptr + row * slots + start + o, tl.zeros((BLOCK,), tl.int32) + forward, mask=chosen)
-    tl.store(confidence_ptr + row * slots + start + o, (1 / (1 + odds)).to(tl.float32), mask=chosen)
+    tl.store(confidence_ptr + row * slots + start + o, 1 / (1 + odds), mask=chosen)
     unfinished = (masked_now > 0).to(tl.int32)
     tl.store(masked_ptr + row, masked_first)
     tl.store(remaining_ptr + row, remaining)
@@ -232,13 +236,13 @@ class CommitTokensConfig:
 
 
 def commit_tokens_config(arch: Arch | None, rule: str, block: int) -> CommitTokensConfig:
-    """Bounds a tile of comparisons to 16 a thread, or 4 where float64 sums of it are taken, which would spill.
+    """Bounds a tile of comparisons to 8 a thread, or 4 where float64 sums of it are taken, which would spill.
 
     The same for every architecture: nothing here is worth a difference.
     """
     padded = triton.next_power_of_2(block)
-    num_warps = 1 if padded <= 32 else 4 if padded <= 128 else 8
-    tile = 32 * num_warps * (4 if rule == "entropy_budget" else 16)
+    num_warps = 1 if padded <= 32 else 8
+    tile = 32 * num_warps * (4 if rule == "entropy_budget" else 8)
     return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 

@@ -172,7 +172,7 @@ def problems(draw_from):
     return {
         "score": draw_from(st.sampled_from(SCORES)),
         "rule": draw_from(st.sampled_from(RULES)),
-        "value": draw_from(st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0])),
+        "value": draw_from(st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.7, 0.9, 1.0, 1.5, 2.0])),
         "steps": draw_from(st.integers(1, 9)),
         "step": draw_from(st.integers(0, 9)),
         "masked": draw_from(st.integers(0, 33)),
