@@ -236,13 +236,13 @@ class CommitTokensConfig:
 
 
 def commit_tokens_config(arch: Arch | None, rule: str, block: int) -> CommitTokensConfig:
-    """Bounds a tile of comparisons to 8 a thread, or 4 where float64 sums of it are taken, which would spill.
+    """Bounds a tile of comparisons to few a thread, and half of them where float64 sums are taken: more would spill.
 
-    The same for every architecture: nothing here is worth a difference.
+    The compile report chose the numbers. The same for every architecture: nothing here is worth a difference.
     """
     padded = triton.next_power_of_2(block)
-    num_warps = 1 if padded <= 32 else 8
-    tile = 32 * num_warps * (4 if rule == "entropy_budget" else 8)
+    num_warps, a_thread = (1, 8) if padded <= 32 else (4, 4) if padded <= 128 else (8, 8)
+    tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
     return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 
