@@ -8,12 +8,13 @@ from dataclasses import fields
 import pytest
 import torch
 
+from fastdllm_triton.kernels.head_statistics import head_statistics as kernel
 from fastdllm_triton.reference.head_statistics import head_statistics as reference
 from fastdllm_triton.reference.token_statistics import token_statistics
 from fastdllm_triton.types import TokenStatistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = {"reference": reference}
+OPS = {"reference": reference, "triton": kernel}
 
 
 @pytest.fixture(params=OPS)
