@@ -53,9 +53,10 @@ from .token_statistics import token_statistics
 # partial_id_ptr          [R, parts]             int32             workspace, written
 
 #: Most rows of the fused kernel. Published figures of a like kernel (FlashSampling, arXiv 2603.15854, against cuBLAS and a
-#: separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows. Elsewhere 64 is the
-#: largest tile of rows whose statistics stay in registers; a second tile of rows would stream the weight twice.
-FUSED_ROWS = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 64, "sm_120": 64, "gfx942": 64}
+#: separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows. Elsewhere the limit is
+#: the largest tile of rows whose statistics stay in registers (the compile report: on sm_100, where a thread reads whole rows
+#: of tensor memory, 64 spill); a second tile of rows would stream the weight twice.
+FUSED_ROWS = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 32, "sm_120": 64, "gfx942": 64}
 
 
 @triton.jit
@@ -95,9 +96,8 @@ def _head_statistics_kernel(
     o_v = tl.arange(0, BLOCK_V)
     o_e = tl.arange(0, BLOCK_E)
     in_r = o_r < rows
-    if rows_ptr is None:
-        row = tl.where(in_r, o_r, -1).to(tl.int64)
-    else:
+    row = tl.where(in_r, o_r, -1).to(tl.int64)
+    if rows_ptr is not None:
         row = tl.load(rows_ptr + o_r, mask=in_r, other=-1)
     asked = row >= 0  # [BLOCK_R]
     if tl.max(row, 0) < 0:
@@ -105,9 +105,8 @@ def _head_statistics_kernel(
     if SAMPLE:
         seed = tl.load(seed_ptr + o_r * stride_seed, mask=in_r, other=0)[:, None]
         step = tl.load(step_ptr + o_r * stride_step, mask=in_r, other=0)[:, None]
-        if position_ptr is None:
-            position = o_r[:, None]
-        else:
+        position = o_r.to(tl.int64)[:, None]
+        if position_ptr is not None:
             position = tl.load(position_ptr + o_r * stride_position, mask=in_r, other=0)[:, None]
 
     p_hidden = hidden_ptr + row[:, None] * stride_hidden + o_e[None, :]  # [BLOCK_R, BLOCK_E]
@@ -190,15 +189,17 @@ def head_statistics_config(
     if rows > FUSED_ROWS[arch.name]:
         return None
     block_rows = max(16, triton.next_power_of_2(rows))
-    # The statistics hold several tiles of logits in registers at once, the noise a few more.
-    block_vocabulary = 64 if block_rows * (2 if sample else 1) > 32 else 128
+    # The statistics hold several tiles of logits in registers at once, the noise and float32 products a few more; these
+    # choices spill nowhere. Two programs an SM, so that one's statistics overlap the other's stream.
+    block_vocabulary = 64 if block_rows * (2 if sample else 1) * (element_size // 2) > 32 else 128
+    num_warps = 4 if block_rows == 64 and not sample else 8
     block_width = 128 // element_size
     resident = 2 if arch.shared_bytes > 2**17 else 1
     stage = (block_vocabulary + block_rows) * block_width * element_size
     num_stages = 2 if arch.backend == "hip" else min(6, (arch.shared_bytes_per_sm // resident - 1024) // stage)
     part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
     return HeadStatisticsConfig(
-        block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps=8, num_stages=num_stages
+        block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
     )
 
 
@@ -303,7 +304,7 @@ def head_statistics(
 
 
 #: Triton's name of a dtype that logits are rounded to.
-_ROUNDED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+_ROUNDED: dict[torch.dtype | None, tl.dtype] = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 def _check(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -313,9 +314,7 @@ def _check(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype,
         raise ValueError(f"{name} must be {dtype} {list(shape)} on {device}, got {found}")
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | None, logits_dtype: torch.dtype | None
-) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
     """``[R, V]`` logits by matmul, rounded once; rows that ask for nothing get those of row 0."""
     if rows is not None:
         hidden = hidden.index_select(0, rows.clamp(min=0))

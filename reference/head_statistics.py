@@ -46,17 +46,15 @@ def head_statistics(
     if rows is None:
         rows = torch.arange(hidden.shape[0], device=hidden.device)
     asked = (rows >= 0).nonzero()[:, 0]
-    keys = {
-        "seed": None if seed is None else row_keys(seed, len(rows), rows.device, 0)[asked],
-        "position": row_keys(position, len(rows), rows.device, torch.arange(len(rows), device=rows.device))[asked],
-        "step": row_keys(step, len(rows), rows.device, 0)[asked],
-    }
+    seed = None if seed is None else row_keys(seed, len(rows), rows.device, 0)[asked]
+    position = row_keys(position, len(rows), rows.device, torch.arange(len(rows), device=rows.device))[asked]
+    step = row_keys(step, len(rows), rows.device, 0)[asked]
     logits = accumulate(hidden[rows[asked]]) @ accumulate(weight).T
     if bias is not None:
         logits = logits + accumulate(bias)
     if logits_dtype is not None:
         logits = logits.to(logits_dtype).to(logits.dtype)
-    found = token_statistics(logits, temperature=temperature, forbidden=forbidden, **keys)
+    found = token_statistics(logits, temperature=temperature, seed=seed, position=position, step=step, forbidden=forbidden)
 
     def spread(entries: Tensor, missing: float) -> Tensor:
         return entries.new_full((len(rows),), missing).index_copy(0, asked, entries)
