@@ -157,7 +157,7 @@ def _commit_tokens_kernel(
     elif RULE == "threshold":
         fails = cost > -value
         if SCORE == "confidence":
-            fails = value * cost > 1 - value  # false for 0 * inf: a threshold of 0 lets everything pass
+            fails = (1 + cost) * value > 1  # false for inf * 0: a threshold of 0 lets everything pass
         count = tl.sum((eligible & (fails == 0)).to(tl.int32), 0)
 
     rank = tl.zeros((BLOCK,), tl.int32)

@@ -28,14 +28,14 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: int) -> tuple[T
         Four int64 tensors in ``[0, 2^32)``.
     """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    c0, c1, c2 = torch.broadcast_tensors(c0 & _WORD, c1 & _WORD, c2 & _WORD)
-    c3 = torch.full_like(c0, c3)
+    words = (c0 & _WORD, c1 & _WORD, c2 & _WORD, torch.tensor(c3, device=c0.device))
+    c0, c1, c2, w3 = torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call]
     for _ in range(10):
         # The product of two words wraps in int64, which keeps its bits; the mask undoes the sign of the shift.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        c0, c1, c2, w3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ w3 ^ k1, a & _WORD
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, c2, c3
+    return c0, c1, c2, w3
 
 
 def uniform(bits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     * ``quota``: with ``m`` masked slots at the block's first forward and ``S`` forwards, ``m // S``, and one more in each of
       the first ``m % S`` forwards (LLaDA, arXiv 2502.09992: ``get_num_transfer_tokens``).
     * ``threshold``: all whose score is at least the threshold (Fast-dLLM, arXiv 2505.22618, section 3.3). For the
-      confidence that is ``threshold * rest <= 1 - threshold``, which stays sharp where a float32 confidence has become 1.
+      confidence that is ``(1 + rest) * threshold <= 1`` in float64, which stays sharp where a float32 confidence has become 1.
     * ``factor``: the longest prefix with ``1 - score_n <= factor / (n + 1)`` for every n from 2 on. As in the official
       code, a failure at the very last rank is ignored and that token is committed too.
     * ``entropy_budget``: the longest prefix in which the entropies, less the largest, sum to at most the budget
@@ -94,8 +94,8 @@ def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, total: Tens
         return fits.int().cumprod(1).sum(1)
 
     cost, value = cost.double().gather(1, order), state.value
-    if state.rule == "threshold":  # 0 * inf is no failure: a threshold of 0 lets everything pass
-        fails = value * cost > 1 - value if state.score == "confidence" else cost > -value
+    if state.rule == "threshold":  # inf * 0 is no failure: a threshold of 0 lets everything pass
+        fails = (1 + cost) * value > 1 if state.score == "confidence" else cost > -value
         return (within & ~fails).sum(1)
 
     # (n + 1) (1 - score) <= factor. The odds against a token are accurate where its probability has rounded to 1, so for the

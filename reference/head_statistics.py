@@ -46,15 +46,20 @@ def head_statistics(
     if rows is None:
         rows = torch.arange(hidden.shape[0], device=hidden.device)
     asked = (rows >= 0).nonzero()[:, 0]
-    seed = None if seed is None else row_keys(seed, len(rows), rows.device, 0)[asked]
-    position = row_keys(position, len(rows), rows.device, torch.arange(len(rows), device=rows.device))[asked]
-    step = row_keys(step, len(rows), rows.device, 0)[asked]
     logits = accumulate(hidden[rows[asked]]) @ accumulate(weight).T
     if bias is not None:
         logits = logits + accumulate(bias)
     if logits_dtype is not None:
         logits = logits.to(logits_dtype).to(logits.dtype)
-    found = token_statistics(logits, temperature=temperature, seed=seed, position=position, step=step, forbidden=forbidden)
+    own = torch.arange(len(rows), device=rows.device)
+    found = token_statistics(
+        logits,
+        temperature=temperature,
+        seed=None if seed is None else row_keys(seed, len(rows), rows.device)[asked],
+        position=(own if position is None else position)[asked],
+        step=row_keys(step, len(rows), rows.device)[asked],
+        forbidden=forbidden,
+    )
 
     def spread(entries: Tensor, missing: float) -> Tensor:
         return entries.new_full((len(rows),), missing).index_copy(0, asked, entries)

@@ -7,6 +7,7 @@ Keys are stored rotated: position is a function of the slot, so a key need not b
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..types import RopeRounding
@@ -70,13 +71,13 @@ def rope_kv_write(
     Returns:
         Rotated ``q [B, W, Hq, D]``.
     """
-    batch, kv_heads, slots, dim = k_cache.shape
-    window = qkv.shape[1]
+    kv_heads, slots, dim = k_cache.shape[1:]
     if bias is not None:
         qkv = qkv + bias
-    q, k, v = qkv.view(batch, window, -1, dim).split((qkv.shape[-1] // dim - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    heads = rearrange(qkv, "b w (h d) -> b w h d", d=dim)
+    q, k, v = torch.split(heads, [heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
 
-    slot = window_start[:, None].long() + torch.arange(window, device=qkv.device)  # [B, W]
+    slot = window_start[:, None].long() + torch.arange(qkv.shape[1], device=qkv.device)  # [B, W]
     position = slot - kv_start[:, None]
     q, k = rotate(q, position, theta, rounding), rotate(k, position, theta, rounding)
 

@@ -12,9 +12,8 @@ from ._common import accumulate
 from ._random import gumbel
 
 
-def row_keys(key: int | Tensor | None, rows: int, device: torch.device, default: Tensor | int) -> Tensor:
-    """A per-row int64 key from a scalar, a tensor of ``rows`` entries, or nothing."""
-    key = default if key is None else key
+def row_keys(key: int | Tensor, rows: int, device: torch.device) -> Tensor:
+    """A per-row int64 key from a scalar or a tensor of ``rows`` entries."""
     return torch.as_tensor(key, dtype=torch.int64, device=device).expand(rows)
 
 
@@ -64,10 +63,10 @@ def token_statistics(
         values = values.index_fill(1, ids, -torch.inf)
 
     noisy = values
-    if temperature > 0:
+    if temperature > 0 and seed is not None:
         device = logits.device
-        position = row_keys(position, rows, device, torch.arange(rows, device=device))
-        noise = gumbel(row_keys(seed, rows, device, 0), position, row_keys(step, rows, device, 0), vocabulary)
+        position = torch.arange(rows, device=device) if position is None else position
+        noise = gumbel(row_keys(seed, rows, device), position, row_keys(step, rows, device), vocabulary)
         noisy = values + temperature * noise
 
     best = noisy.max(dim=1, keepdim=True).values

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ._common import accumulate, write
@@ -45,7 +47,7 @@ def window_attention(
         ``[B, W, Hq, D]`` in the dtype of ``q``; with ``return_lse`` the pair of it and the base-2 log-sum-exp
         ``[B, Hq, W]`` in float32 (float64 for float64).
     """
-    batch, window, q_heads, dim = q.shape
+    q_heads, dim = q.shape[2:]
     kv_heads, slots = k_cache.shape[1:3]
     scale = 1 / math.sqrt(dim) if scale is None else scale
 
@@ -55,13 +57,16 @@ def window_attention(
         attended &= (slot < skip_start[:, None]) | (slot >= skip_end[:, None])
     attended = attended[:, None, None]  # [B, 1, 1, L]
 
-    k = accumulate(k_cache).repeat_interleave(q_heads // kv_heads, dim=1)  # [B, Hq, L, D]
-    v = accumulate(v_cache).repeat_interleave(q_heads // kv_heads, dim=1)
-    v = v.masked_fill(~attended.mT, 0)  # 0 * NaN would be NaN
-    scores = scale * (accumulate(q).transpose(1, 2) @ k.mT)  # [B, Hq, W, L]
-    scores = scores.masked_fill(~attended, -torch.inf)
-
-    lse = scores.logsumexp(-1, keepdim=True)  # [B, Hq, W, 1]
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0))
-    y = write(out, (weights @ v).transpose(1, 2).to(q.dtype))
-    return (y, lse[..., 0] / math.log(2)) if return_lse else y
+    # Unattended slots are cleared, since a NaN there would survive a mask.
+    k, v = (
+        accumulate(cache).masked_fill(~attended.mT, 0).repeat_interleave(q_heads // kv_heads, dim=1)  # [B, Hq, L, D]
+        for cache in (k_cache, v_cache)
+    )
+    query = rearrange(accumulate(q), "b w h d -> b h w d")
+    y = F.scaled_dot_product_attention(query, k, v, attn_mask=attended, scale=scale)
+    y = y.masked_fill(~attended.any(-1, keepdim=True), 0)
+    result = write(out, rearrange(y, "b h w d -> b w h d").to(q.dtype))
+    if not return_lse:
+        return result
+    scores = (scale * (query @ k.mT)).masked_fill(~attended, -torch.inf)  # [B, Hq, W, L]
+    return result, scores.logsumexp(-1) / math.log(2)

@@ -1,15 +1,85 @@
-"""Runs the Triton kernels in Triton's interpreter where there is no GPU."""
+"""Fixtures. Kernels run wherever the tests run: on a GPU if there is one, otherwise in Triton's interpreter."""
+
+from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from hypothesis import settings
 
+# Triton reads this when a kernel is decorated, so it is set before anything imports one.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import fastdllm_triton as fdt
+
+# The same examples in every run: a failure is about the change at hand.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_MODELS = ("llada-mha", "llada-gqa")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    # The interpreter computes with numpy, which warns of what a kernel computes and then selects away.
-    config.addinivalue_line("filterwarnings", "ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+def pytest_configure(config: pytest.Config) -> None:
+    # Triton's interpreter converts loop bounds the old way.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+    # It computes with numpy, which warns of what a kernel computes and then selects away.
+    config.addinivalue_line("filterwarnings", "ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
+    config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The models are so small that threads only get in each other's way, and workers share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Fresh floating-point memory of the package holds NaN, so that an element that nobody wrote shows."""
+
+    def poison(allocate: Any) -> Any:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor: torch.Tensor = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            ours = caller.startswith("fastdllm_triton") and tensor.is_floating_point()
+            return tensor.fill_(torch.nan) if ours else tensor
+
+        return allocate_poisoned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poison(torch.empty))
+        patch.setattr(torch, "empty_like", poison(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+        yield
+
+
+@pytest.fixture(params=GOLDEN_MODELS)
+def golden(request: pytest.FixtureRequest) -> fdt.MaskedDiffusionLM:
+    """Each of the recorded checkpoints, freshly loaded."""
+    return fdt.load(GOLDEN / request.param)
+
+
+@pytest.fixture
+def llada() -> fdt.MaskedDiffusionLM:
+    """A tiny LLaDA with random weights, freshly loaded, so a test may change it."""
+    return fdt.load(GOLDEN / "llada-gqa")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> fdt.MaskedDiffusionLM:
+    """The built-in model."""
+    return fdt.load("tiny")

@@ -79,7 +79,7 @@ def committed(score: str, rule: str, value: float, steps: int, step: int, masked
     if rule == "quota":
         count = [masked // steps + (1 if i < masked % steps else 0) for i in range(max(steps, step + 1))][step]
     elif rule == "threshold":
-        count = sum(scores[i] >= Fraction(value) for i in ranked)
+        count = sum(float(scores[i]) >= value for i in ranked)
     elif rule == "factor":
         # The official scan: 1-based rank n fails below 1 - f / (n + 1), the first never; then its index arithmetic.
         limits = [Fraction(-1000)] + [1 - Fraction(value) / (n + 1) for n in range(2, total + 1)]
@@ -172,7 +172,7 @@ def problems(draw_from):
     return {
         "score": draw_from(st.sampled_from(SCORES)),
         "rule": draw_from(st.sampled_from(RULES)),
-        "value": draw_from(st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.7, 0.9, 1.0, 1.5, 2.0])),
+        "value": draw_from(st.sampled_from([0.0, 0.125, 0.25, 0.5, 0.8, 0.9, 1.0, 1.5, 2.0])),
         "steps": draw_from(st.integers(1, 9)),
         "step": draw_from(st.integers(0, 9)),
         "masked": draw_from(st.integers(0, 33)),

@@ -132,7 +132,8 @@ def config(r: Recipe, vocabulary: int, eos: int, mask: int) -> dict[str, object]
 
 def batches(r: Recipe) -> Iterator[tuple[Tensor, int]]:
     """``(ids [batch, T], prompt length)`` without end. A batch holds one number of steps, so nothing is padded but the
-    answers, with end tokens, as LLaDA's fine-tuning does: the model learns to end."""
+    answers, with end tokens, as LLaDA's fine-tuning does: the model learns to end.
+    """
     tokenizer = build_tokenizer()
     stream = problems(r.seed, test=False)
     pools: dict[int, list[list[int]]] = {}
@@ -150,7 +151,8 @@ def batches(r: Recipe) -> Iterator[tuple[Tensor, int]]:
 
 def loss_of(model: nn.Module, ids: Tensor, prompt: int, mask: int, generator: torch.Generator) -> Tensor:
     """LLaDA's bound (arXiv 2502.09992, equation 3): each answer token masked with probability t ~ U(0, 1), cross-entropy of
-    the masked ones weighted by 1/t. The t of a batch are stratified, which lowers the variance of the estimate."""
+    the masked ones weighted by 1/t. The t of a batch are stratified, which lowers the variance of the estimate.
+    """
     rows = len(ids)
     t = (torch.arange(rows) + torch.rand(rows, generator=generator)) / rows
     t = t.clamp(min=1e-3)[:, None]

@@ -1,0 +1,263 @@
+"""What the compilers make of every kernel, without a GPU: registers, spills, shared memory, instructions.
+
+Each ``kernels/<op>.py`` lists in ``compile_cases(arch)`` the configurations that its config function can return. They are
+compiled ahead of time in processes of their own, where Triton's interpreter is off whatever it is here. A record is a dict:
+
+| key           | meaning                                                                                  |
+|---------------|------------------------------------------------------------------------------------------|
+| op, kernel    | the op, and its ``@triton.jit`` function                                                 |
+| arch          | ``sm_80`` ... ``gfx942``                                                                 |
+| config        | label of the configuration                                                               |
+| registers     | a thread (AMD: vector registers, accumulation registers included)                        |
+| spill_bytes   | a thread: stack on NVIDIA (the kernels have no other use for one), spilled registers on AMD |
+| shared_bytes  | a program                                                                                |
+| ctas_per_sm   | programs that fit an SM at once                                                          |
+| mma           | tensor-core instruction: ``mma.sync``, ``wgmma``, ``tcgen05``, ``mfma`` or ``none``      |
+| widest_load   | bits of the widest load from global memory                                               |
+| async_loads   | whether tiles travel to shared memory without passing through registers                  |
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.table import Table
+
+from . import kernels
+from .kernels._arch import ARCHS, Arch
+from .kernels._compile import CompileCase
+
+Record = dict[str, Any]
+
+#: The Triton that made ``bench/compile_report.json``. Another one may well use other registers.
+COMMITTED_WITH = "3.6.0"
+#: Most resident warps and programs of an SM, CUDA C++ programming guide, table of compute capabilities.
+RESIDENT = {"sm_80": (64, 32), "sm_89": (48, 24), "sm_90": (64, 32), "sm_100": (64, 32), "sm_120": (48, 24)}
+REGISTERS_PER_SM = 65_536
+#: Shared memory that CUDA keeps for itself in every program.
+RESERVED_SHARED = 1024
+#: Columns of tensor memory of an SM (sm_100).
+TENSOR_MEMORY = 512
+
+
+def reported_ops() -> list[str]:
+    """The ops whose kernel file lists compile cases."""
+    names = [module.name for module in pkgutil.iter_modules(kernels.__path__) if not module.name.startswith("_")]
+    return [name for name in names if hasattr(_module(name), "compile_cases")]
+
+
+def compile_report(
+    archs: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    *,
+    keep: Callable[[Record], bool] | None = None,
+    processes: int = 2,
+) -> list[Record]:
+    """Compiles the cases of the ops for the architectures.
+
+    Args:
+        archs: names in :data:`ARCHS`; all if not given.
+        ops: names in :func:`reported_ops`; all if not given.
+        keep: chooses cases by their ``op``, ``kernel``, ``arch`` and ``config``; all if not given.
+        processes: compilers that run at once.
+
+    Returns:
+        A record a case, in order of op, architecture and case.
+
+    Raises:
+        ValueError: an unknown architecture or op.
+    """
+    archs, ops = list(archs or ARCHS), list(ops or reported_ops())
+    for argument, given, known in (("archs", archs, list(ARCHS)), ("ops", ops, reported_ops())):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
+    wanted = [
+        (op, arch, case.kernel.__name__, case.config)
+        for op in ops
+        for arch in archs
+        for case in _module(op).compile_cases(ARCHS[arch])
+        if keep is None or keep({"op": op, "kernel": case.kernel.__name__, "arch": arch, "config": case.config})
+    ]
+    # New processes read this when they import the kernels.
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
+    try:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(_compile, wanted))
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def problems(records: Iterable[Record]) -> list[str]:
+    """What no configuration may do, a line each: spill, or take more shared memory than there is."""
+    found = []
+    for record in records:
+        limit = ARCHS[record["arch"]].shared_bytes
+        if record["spill_bytes"]:
+            found.append(f"{_name(record)}: spills {record['spill_bytes']} bytes")
+        if record["shared_bytes"] > limit:
+            found.append(f"{_name(record)}: {record['shared_bytes']} bytes of shared memory, {limit} allowed")
+        if record["ctas_per_sm"] < 1:
+            found.append(f"{_name(record)}: does not fit an SM")
+    return found
+
+
+def differences(records: Iterable[Record], expected: Iterable[Record]) -> list[str]:
+    """What changed against an earlier report, a line each. Cases that were not compiled now are not judged."""
+    earlier = {_name(record): record for record in expected}
+    found = []
+    for record in records:
+        before = earlier.get(_name(record))
+        if before is None:
+            found.append(f"{_name(record)}: not in the earlier report")
+            continue
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in record.items() if before.get(key) != value]
+        if changed:
+            found.append(f"{_name(record)}: {', '.join(changed)}")
+    return found
+
+
+def read_json(path: str | Path) -> list[Record]:
+    """A report that :func:`write_json` wrote."""
+    records: list[Record] = json.loads(Path(path).read_text())
+    return records
+
+
+def write_json(records: Sequence[Record], path: str | Path) -> None:
+    """Writes a record a line, so that a change of one is a change of one line."""
+    Path(path).write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
+
+
+def render(records: Sequence[Record]) -> Table:
+    """The report as a table; what spills or does not fit is red."""
+    table = Table(title=f"Compiled with Triton {triton.__version__}")
+    for key in records[0] if records else ():
+        table.add_column(key.replace("_", " "), justify="left" if isinstance(records[0][key], str) else "right")
+    for record in records:
+        table.add_row(*(str(value) for value in record.values()), style="red" if problems([record]) else None)
+    return table
+
+
+def _module(op: str) -> Any:
+    return importlib.import_module(f"{kernels.__name__}.{op}")
+
+
+def _name(record: Record) -> str:
+    return f"{record['op']} {record['kernel']} {record['arch']} [{record['config']}]"
+
+
+def _compile(wanted: tuple[str, str, str, str]) -> Record:
+    """One case by its names, since a process cannot be sent a kernel; runs in the pool."""
+    op, arch, kernel, config = wanted
+    cases = _module(op).compile_cases(ARCHS[arch])
+    return compile_case(next(case for case in cases if (case.kernel.__name__, case.config) == (kernel, config)), ARCHS[arch])
+
+
+def compile_case(case: CompileCase, arch: Arch) -> Record:
+    """Compiles one case and reads the result. Works where the interpreter is off.
+
+    Raises:
+        RuntimeError: the case does not compile.
+    """
+    record = {"op": case.op, "kernel": case.kernel.__name__, "arch": arch.name, "config": case.config}
+    try:
+        compiled = triton.compile(_source(case), target=_target(arch), options=_options(case))
+    except Exception as error:
+        raise RuntimeError(f"{_name(record)} does not compile: {error}") from error
+    facts = _cuda_facts(compiled, arch, case) if arch.backend == "cuda" else _hip_facts(compiled, arch, case)
+    return record | facts
+
+
+def _source(case: CompileCase) -> Any:
+    """The kernel with what a launch would know of its arguments."""
+    names = case.kernel.arg_names
+    return triton.compiler.ASTSource(
+        case.kernel,
+        {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")},
+        {(names.index(name),): value for name, value in case.constexprs.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+
+
+def _target(arch: Arch) -> Any:
+    return triton.backends.compiler.GPUTarget(arch.backend, arch.capability, arch.warp_size)
+
+
+def _options(case: CompileCase) -> dict[str, Any]:
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+
+
+def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
+    """Registers and stack from the binary, instructions from the PTX."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    shared = compiled.metadata.shared
+    ptx = compiled.asm["ptx"]
+
+    max_warps, max_ctas = RESIDENT[arch.name]
+    warp_registers = -(-registers * 32 // 256) * 256  # allotted in pieces of 256, to four warps at a time
+    ctas = min(
+        REGISTERS_PER_SM // warp_registers // 4 * 4 // case.num_warps,
+        arch.shared_bytes_per_sm // (shared + RESERVED_SHARED),
+        max_warps // case.num_warps,
+        max_ctas,
+    )
+    columns = getattr(compiled.metadata, "tmem_size", 0)
+    if columns:
+        ctas = min(ctas, TENSOR_MEMORY // columns)
+    vectors = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (\w+)", ptx)
+    loads = [int(count or 1) * int(bits) for count, bits in vectors] + [8 * int(size, 0) for size in copies]
+    instructions = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
+    return {
+        "registers": registers,
+        "spill_bytes": stack,
+        "shared_bytes": shared,
+        "ctas_per_sm": ctas,
+        "mma": next((name for name, text in instructions.items() if text in ptx), "none"),
+        "widest_load": max(loads, default=0),
+        "async_loads": "cp.async" in ptx,
+    }
+
+
+def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
+    """Everything from the assembly and its metadata."""
+    text = compiled.asm["amdgcn"]
+
+    def count(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
+
+    registers, shared = count("vgpr_count"), compiled.metadata.shared
+    # A SIMD has 512 registers a lane, given out by eights, for at most 8 waves; a compute unit has four SIMDs.
+    waves = 4 * min(512 // (-(-registers // 8) * 8), 8)
+    ctas = min(waves // case.num_warps, arch.shared_bytes_per_sm // shared if shared else waves)
+    words = re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", text)
+    return {
+        "registers": registers,
+        "spill_bytes": 4 * (count("vgpr_spill_count") + count("sgpr_spill_count")),
+        "shared_bytes": shared,
+        "ctas_per_sm": ctas,
+        "mma": "mfma" if "v_mfma" in text else "none",
+        "widest_load": max((32 * int(number or 1) for number in words), default=0),
+        "async_loads": re.search(r"(?:global|buffer)_load_.*\blds\b", text) is not None,
+    }

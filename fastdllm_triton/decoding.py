@@ -1,0 +1,329 @@
+"""Decoding strategies, the options of a generation, and its result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .models.config import ModelConfig
+from .types import RuleName, ScoreName
+
+CacheName = Literal["none", "prefix", "dual"]
+
+
+def _require(name: str, value: object, allowed: str, ok: bool) -> None:
+    """Raises ``ValueError`` unless ``ok``."""
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A score and a rule: what ranks the masked tokens of a block, and how many of them a forward commits.
+
+    Use one of the subclasses. Every rule commits at least one token in each unfinished row.
+    """
+
+    rule: ClassVar[RuleName]
+    scores: ClassVar[tuple[ScoreName, ...]]
+
+    score: ScoreName = field(default="confidence", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.score not in self.scores:
+            raise ValueError(f"score must be one of {', '.join(self.scores)} for {type(self).__name__}, got {self.score!r}")
+
+    @property
+    def value(self) -> float:
+        """The rule's parameter."""
+        return 0.0
+
+    def steps_per_block(self, blocks: int) -> int:
+        """Forwards that a block is spread over; means something for :class:`FixedSteps` only."""
+        return 1
+
+
+@dataclass(frozen=True)
+class FixedSteps(Strategy):
+    """LLaDA's schedule: every block is spread evenly over its share of ``steps`` forwards (arXiv 2502.09992, appendix B).
+
+    Attributes:
+        steps: forwards for the whole generation, a multiple of the number of blocks. ``gen_length`` of them is one token
+            a forward.
+        score: ``confidence`` (LLaDA's ``low_confidence`` remasking), ``random``, ``margin`` or ``neg_entropy``.
+    """
+
+    rule: ClassVar[RuleName] = "quota"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "random", "margin", "neg_entropy")
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("steps", self.steps, "an integer of 1 or more", _is_int(self.steps) and self.steps >= 1)
+
+    def steps_per_block(self, blocks: int) -> int:
+        """``steps / blocks``.
+
+        Raises:
+            ValueError: the blocks do not divide the steps.
+        """
+        if self.steps < blocks or self.steps % blocks:
+            raise ValueError(
+                f"steps must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {self.steps}"
+            )
+        return self.steps // blocks
+
+
+@dataclass(frozen=True)
+class Threshold(Strategy):
+    """Commits every token whose score reaches ``t`` (Fast-dLLM, arXiv 2505.22618, section 3.3).
+
+    Attributes:
+        t: in (0, 1]. 0.9 is the paper's choice.
+        score: ``confidence``, ``margin`` or ``random``.
+    """
+
+    rule: ClassVar[RuleName] = "threshold"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "random")
+
+    t: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("threshold", self.t, "in (0, 1]", _is_number(self.t) and 0 < self.t <= 1)
+
+    @property
+    def value(self) -> float:
+        """The rule's parameter."""
+        return float(self.t)
+
+
+@dataclass(frozen=True)
+class Factor(Strategy):
+    """Commits the n best tokens while ``(n + 1) (1 - score_n) <= f``: fewer at once, the less sure the least sure of them is
+    (Fast-dLLM, arXiv 2505.22618, factor-based decoding; the exact edge cases are those of the official code).
+
+    Attributes:
+        f: above 0. 1.0 is the official default.
+        score: ``confidence``, ``margin`` or ``random``.
+    """
+
+    rule: ClassVar[RuleName] = "factor"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "random")
+
+    f: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("factor", self.f, "above 0", _is_number(self.f) and self.f > 0)
+
+    @property
+    def value(self) -> float:
+        """The rule's parameter."""
+        return float(self.f)
+
+
+@dataclass(frozen=True)
+class EntropyBudget(Strategy):
+    """Commits the best tokens while the entropies of all but the most uncertain of them sum to at most ``gamma``: a bound on
+    what committing them together can lose (EB-Sampler, arXiv 2505.24857).
+
+    Attributes:
+        gamma: nats, 0 or more.
+        score: ``neg_entropy``, ``confidence`` or ``margin``.
+    """
+
+    rule: ClassVar[RuleName] = "entropy_budget"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("neg_entropy", "confidence", "margin")
+
+    gamma: float
+    score: ScoreName = field(default="neg_entropy", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("gamma", self.gamma, "0 or more", _is_number(self.gamma) and self.gamma >= 0)
+
+    @property
+    def value(self) -> float:
+        """The rule's parameter."""
+        return float(self.gamma)
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Options of a generation.
+
+    Attributes:
+        gen_length: tokens to generate, a multiple of ``block_length``.
+        block_length: slots decoded together; blocks are finished left to right.
+        cache: the window a step recomputes: ``none`` all slots, ``prefix`` from the block's start on, ``dual`` the block.
+        strategy: which tokens a forward commits.
+        temperature: 0 takes the likeliest token; above, tokens are sampled by Gumbel-max.
+        seed: row ``b`` draws with ``seed + b``; or one seed a row. A row's draws depend on its seed alone, not on its batch.
+        stop_at_eos: do not decode the blocks of a row after one that holds an end token, but fill them with it. What comes
+            before the end token is the same either way.
+        eos_ids: end tokens; the model's if not given.
+        forbidden: token ids that are never committed. ``[MASK]`` never is.
+        mask_id: the token that marks what is to be generated; the model's if not given.
+        refresh_every: forwards from one refresh of the cache to the next within a block; only at its start if not given.
+        logits_dtype: rounds logits before anything is decided, to agree with code that materialises them in it.
+    """
+
+    gen_length: int = 128
+    block_length: int = 32
+    cache: CacheName = "dual"
+    strategy: Strategy = Threshold(0.9)
+    temperature: float = 0.0
+    seed: int | Sequence[int] = 0
+    stop_at_eos: bool = True
+    eos_ids: Sequence[int] | None = None
+    forbidden: Sequence[int] = ()
+    mask_id: int | None = None
+    refresh_every: int | None = None
+    logits_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gen_length", "block_length"):
+            value = getattr(self, name)
+            _require(name, value, "an integer of 1 or more", _is_int(value) and value >= 1)
+        if self.gen_length % self.block_length:
+            raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
+        if self.cache not in get_args(CacheName):
+            raise ValueError(f"cache must be one of {', '.join(get_args(CacheName))}, got {self.cache!r}")
+        if not isinstance(self.strategy, Strategy):
+            raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
+        self.strategy.steps_per_block(self.blocks)
+        ok = _is_number(self.temperature) and self.temperature >= 0
+        _require("temperature", self.temperature, "0 or more", ok)
+        ok = self.refresh_every is None or (_is_int(self.refresh_every) and self.refresh_every >= 1)
+        _require("refresh_every", self.refresh_every, "None or an integer of 1 or more", ok)
+        ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
+        _require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.gen_length // self.block_length
+
+    def resolve(self, model: ModelConfig, rows: int) -> Resolved:
+        """Fills in what the model decides, and checks token ids against its vocabulary.
+
+        Args:
+            model: the model's shape.
+            rows: sequences in the batch.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, nothing is left to commit, or the seeds do not match the rows.
+        """
+        mask_id = model.mask_id if self.mask_id is None else self.mask_id
+        eos_ids = tuple(model.eos_ids if self.eos_ids is None else self.eos_ids)
+        for name, ids in (("mask_id", (mask_id,)), ("eos_ids", eos_ids), ("forbidden", self.forbidden)):
+            for token in ids:
+                ok = _is_int(token) and 0 <= token < model.vocab_size
+                _require(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
+        if self.stop_at_eos and not eos_ids:
+            raise ValueError("eos_ids must name at least one token, or stop_at_eos be False")
+        forbidden = tuple(sorted({mask_id, *self.forbidden}))
+        if len(forbidden) == model.vocab_size:
+            raise ValueError("forbidden leaves no token that could be committed")
+        seeds = tuple(self.seed + b for b in range(rows)) if isinstance(self.seed, int) else tuple(self.seed)
+        if len(seeds) != rows:
+            raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
+        for seed in seeds:
+            _require("seed", seed, "in [-2^63, 2^63)", _is_int(seed) and -(2**63) <= seed < 2**63)
+        return Resolved(mask_id, eos_ids, forbidden, seeds)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Options that depend on the model and the batch: token ids and one seed a row."""
+
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    forbidden: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass
+class GenerationOutput:
+    """What a generation made, and how. ``B`` rows, ``G = gen_length``, ``L`` slots.
+
+    Attributes:
+        sequences: ``[B, L]`` int64: left padding, prompt, and in the last ``G`` columns the generation.
+        gen_length: ``G``.
+        refreshes: forwards over the whole sequence that rebuilt the cache, one a block at least.
+        steps: the other forwards.
+        row_forwards: ``[B]`` int32: forwards in which the row still had something to decode.
+        step_map: ``[B, G]`` int32: index of the forward that committed each token; ``-1`` for what was filled in after EOS.
+        confidence: ``[B, G]`` float32: the model's probability of each token at that forward; NaN for what was filled in.
+        seconds: wall time, from the first forward to the last.
+        eos_ids: the end tokens that were in force.
+        tokenizer: what :attr:`texts` decodes with, or None.
+    """
+
+    sequences: Tensor
+    gen_length: int
+    refreshes: int
+    steps: int
+    row_forwards: Tensor
+    step_map: Tensor
+    confidence: Tensor
+    seconds: float
+    eos_ids: tuple[int, ...]
+    tokenizer: object | None = None
+
+    @property
+    def nfe(self) -> int:
+        """Forwards of the batch."""
+        return self.refreshes + self.steps
+
+    @property
+    def generated(self) -> Tensor:
+        """``[B, G]``: the last ``G`` columns of :attr:`sequences`."""
+        return self.sequences[:, -self.gen_length :]
+
+    @property
+    def committed(self) -> int:
+        """Tokens that forwards decided, over all rows: not those filled in after EOS."""
+        return int((self.step_map >= 0).sum())
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens committed in a row by a forward that the row took part in, on average."""
+        return self.committed / max(int(self.row_forwards.sum()), 1)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Committed tokens of all rows over the wall time."""
+        return self.committed / self.seconds if self.seconds else math.inf
+
+    def ids(self, row: int) -> list[int]:
+        """The generated ids of a row, cut before the first end token."""
+        ids: list[int] = self.generated[row].tolist()
+        return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The generated text of each row, up to its first end token.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the model has no tokenizer; use ids(row)")
+        return [self.tokenizer.decode(self.ids(row), skip_special_tokens=True) for row in range(len(self.sequences))]  # type: ignore[attr-defined]

@@ -1,0 +1,127 @@
+"""``load``: from a folder, a hub id, or the name of the built-in model to a model that generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import tiny
+from .model import MaskedDiffusionLM
+from .models import llada
+from .models.checkpoint import Checkpoint, read_json
+from .models.config import CheckpointError
+from .models.transformer import Transformer, Weights
+from .ops import resolve
+
+#: ``model_type`` of a ``config.json`` to the module with its config and name map.
+ARCHITECTURES: dict[str, ModuleType] = {"llada": llada}
+
+#: What of a hub repository is fetched: data, never code.
+_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+
+
+def load(
+    path_or_hub_id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    backend: str = "auto",
+) -> MaskedDiffusionLM:
+    """Loads a masked-diffusion language model.
+
+    Parameters are read through memory mapping straight into the fused layout; nothing that comes with the checkpoint is
+    executed.
+
+    Args:
+        path_or_hub_id: a folder with ``config.json`` and safetensors, a hub id such as ``GSAI-ML/LLaDA-8B-Instruct``, or
+            ``"tiny"``, the model that ships with the package.
+        device: where to put it; the GPU if there is one.
+        dtype: of parameters, activations and caches; the checkpoint's own if not given.
+        backend: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
+
+    Raises:
+        CheckpointError: (a ``ValueError``) the checkpoint is incomplete, damaged or of an unknown architecture.
+        ValueError: ``device``, ``dtype`` or ``backend`` is not one that can be used here.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+    """
+    target = _device(device)
+    wanted = None if dtype is None else _dtype(dtype, target)
+    ops = resolve(backend, target)
+    folder = find(path_or_hub_id)
+    raw = read_json(folder / "config.json")
+    architecture = _architecture(raw)
+    config = architecture.config(raw)
+    checkpoint = Checkpoint(folder)
+    if wanted is None:
+        if checkpoint.dtype is None:
+            raise CheckpointError(f"{folder} stores its tensors in a dtype that is not read; float64, 32, 16 and bfloat16 are")
+        wanted = _dtype(checkpoint.dtype, target)
+
+    shapes = {
+        name: tuple(t.shape)
+        for name, t in Weights.allocate(config, torch.device("meta"), wanted).named(config, architecture.NAMES)
+    }
+    checkpoint.check(shapes, ignored=(architecture.NAMES.head,))
+    weights = Weights.allocate(config, target, wanted)
+    checkpoint.copy_into(dict(weights.named(config, architecture.NAMES)))
+    return MaskedDiffusionLM(Transformer(config, weights, ops), folder)
+
+
+def find(path_or_hub_id: str | Path) -> Path:
+    """The folder of a checkpoint, fetched from the hub if it is not a local one.
+
+    Raises:
+        CheckpointError: there is no such folder, and no such repository can be fetched.
+    """
+    name = str(path_or_hub_id)
+    if name == "tiny":
+        return tiny.PATH
+    if (path := Path(name).expanduser()).is_dir():
+        return path
+    allowed = "a folder with config.json and safetensors, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
+    if isinstance(path_or_hub_id, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"path_or_hub_id: there is no folder {name!r}; give {allowed}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+    except Exception as error:  # The hub client raises errors of many kinds: network, rights, names.
+        raise CheckpointError(
+            f"path_or_hub_id: {name!r} is no local folder and could not be fetched from the hub: {error}"
+        ) from error
+
+
+def _architecture(raw: dict[str, Any]) -> ModuleType:
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(f"config.json: model_type {kind!r} is not known; supported: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[kind]
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: {device!r} is not a device: {error}") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {device!r} is not supported; give 'cpu' or 'cuda'")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: {device!r} is not there; this machine has {torch.cuda.device_count()} GPUs that torch can use")
+    return target
+
+
+def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    allowed = [torch.float32, torch.bfloat16, torch.float64]
+    if device.type == "cuda":
+        allowed.append(torch.float16)
+        if not torch.cuda.is_bf16_supported():
+            allowed.remove(torch.bfloat16)
+    if chosen not in allowed:
+        names = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise ValueError(f"dtype: {dtype} is not supported on {device.type}; give one of {names}")
+    return chosen

@@ -1,0 +1,160 @@
+"""The model a user holds: a network, its tokenizer, and ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .decoding import GenerationConfig, GenerationOutput
+from .engine import Forward, generate
+from .models.checkpoint import read_json
+from .models.config import ModelConfig
+from .models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompts = Tensor | Sequence[Sequence[int]] | Sequence[str] | str
+
+
+class MaskedDiffusionLM:
+    """A masked-diffusion language model.
+
+    Attributes:
+        network: the transformer.
+        folder: the checkpoint it was read from.
+    """
+
+    def __init__(self, network: Transformer, folder: Path) -> None:
+        self.network = network
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"MaskedDiffusionLM({c.architecture}, {c.layers} layers, width {c.width}, vocabulary {c.vocab_size}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {self.network.ops.name} ops)"
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape and special tokens."""
+        return self.network.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters, activations and caches."""
+        return self.network.dtype
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The checkpoint's tokenizer, or None if its folder has no ``tokenizer.json``. Remote code is never run."""
+        if not (self.folder / "tokenizer.json").exists():
+            return None
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(self.folder)
+
+    @cached_property
+    def defaults(self) -> GenerationConfig:
+        """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``."""
+        path = self.folder / "generation_config.json"
+        given = read_json(path) if path.exists() else {}
+        return GenerationConfig(**{name: given[name] for name in ("gen_length", "block_length") if name in given})
+
+    def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
+        """``config``, or :attr:`defaults`, with some fields replaced.
+
+        Raises:
+            ValueError: an option is not valid.
+            TypeError: an option is unknown.
+        """
+        return replace(config or self.defaults, **options)
+
+    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            text: the prompt.
+            chat: wrap it as a user's turn in the checkpoint's chat template.
+
+        Raises:
+            ValueError: the checkpoint has no tokenizer, or no chat template and ``chat`` asks for it.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError(f"prompts: {self.folder} has no tokenizer.json; give token ids")
+        if not chat:
+            return list(tokenizer(text)["input_ids"])
+        if not tokenizer.chat_template:
+            raise ValueError(f"chat: the tokenizer of {self.folder} has no chat template")
+        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` ids to ``[B, T, V]`` logits of a plain forward over whole sequences, nothing cached."""
+        with torch.no_grad():
+            return self.network.logits(ids.to(self.device))
+
+    def generate(
+        self,
+        prompts: Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        callback: Callable[[Forward], None] | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Generates a continuation of each prompt.
+
+        Args:
+            prompts: a tensor ``[B, T]`` of ids, a list of lists of ids of any lengths, a string, or a list of strings.
+            config: the options; :attr:`defaults` if not given.
+            callback: called after each forward.
+            options: fields of :class:`GenerationConfig` that replace those of ``config``.
+
+        Returns:
+            The sequences and how they came about. Row ``i``'s generation is the last ``gen_length`` entries of
+            ``sequences[i]``; ``texts[i]`` is its text.
+
+        Raises:
+            ValueError: an option or a prompt is not valid; raised before any forward.
+            TypeError: ``prompts`` is of another type, or an option is unknown.
+        """
+        config = self.options(config, **options)
+        rows = self._rows(prompts)
+        output = generate(self.network, rows, config, callback)
+        output.tokenizer = self.tokenizer
+        return output
+
+    def _rows(self, prompts: Prompts) -> list[list[int]]:
+        """Prompts of any accepted form as lists of ids."""
+        if isinstance(prompts, str):
+            return [self.encode(prompts)]
+        if isinstance(prompts, Tensor):
+            if prompts.dim() != 2 or prompts.is_floating_point() or prompts.dtype == torch.bool:
+                raise ValueError(f"prompts must be integers of shape [B, T], got {prompts.dtype} {list(prompts.shape)}")
+            ids: list[list[int]] = prompts.tolist()
+            return ids
+        allowed = "a tensor [B, T], a list of lists of token ids, a string, or a list of strings"
+        if not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be {allowed}, got {type(prompts).__name__}")
+        rows = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                rows.append(self.encode(prompt))
+            elif isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
+                rows.append([int(token) for token in prompt])
+            else:
+                raise TypeError(f"prompts must be {allowed}, got an entry of type {type(prompt).__name__}")
+        return rows

@@ -1,0 +1,159 @@
+"""One transformer for every model: bidirectional, pre-norm, rotary, gated MLP, over the ops and a cache that is written in
+place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..cache import KVCache
+from ..ops import Ops
+from .config import ModelConfig, NameMap
+
+
+@dataclass
+class Linear:
+    """A weight that knows how to multiply, so that a quantised one can take its place."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x @ weight.T``."""
+        return F.linear(x, self.weight)
+
+
+@dataclass
+class Layer:
+    """Parameters of a layer, projections that share an input fused: ``qkv [(Hq + 2 Hkv) D, E]``, ``gate_up [2F, E]``."""
+
+    attn_norm: Tensor
+    qkv: Linear
+    attn_out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass
+class Weights:
+    """All parameters of a model. ``head`` is the embedding where the two are tied."""
+
+    embedding: Tensor
+    layers: list[Layer]
+    final_norm: Tensor
+    head: Tensor
+
+    @classmethod
+    def allocate(cls, c: ModelConfig, device: torch.device, dtype: torch.dtype) -> Weights:
+        """Uninitialised parameters in the fused layout."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, device=device, dtype=dtype)
+
+        embedding = empty(c.embedding_size, c.width)
+        layers = [
+            Layer(
+                attn_norm=empty(c.width),
+                qkv=Linear(empty((c.heads + 2 * c.kv_heads) * c.head_dim, c.width)),
+                attn_out=Linear(empty(c.width, c.heads * c.head_dim)),
+                mlp_norm=empty(c.width),
+                gate_up=Linear(empty(2 * c.mlp, c.width)),
+                down=Linear(empty(c.width, c.mlp)),
+            )
+            for _ in range(c.layers)
+        ]
+        head = embedding if c.tied else empty(c.embedding_size, c.width)
+        return cls(embedding, layers, empty(c.width), head)
+
+    def named(self, c: ModelConfig, names: NameMap) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor of the checkpoint as a view of the fused one that holds it."""
+        rows = {"qkv": (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), "gate_up": (c.mlp, c.mlp)}
+        yield names.embedding, self.embedding
+        for i, layer in enumerate(self.layers):
+            for field, parts in names.layer.items():
+                value = getattr(layer, field)
+                tensor = value.weight if isinstance(value, Linear) else value
+                for part, view in zip(parts, tensor.split(rows.get(field, (len(tensor),))), strict=True):
+                    yield part.format(i=i), view
+        yield names.final_norm, self.final_norm
+        if not c.tied:
+            yield names.head, self.head
+
+
+class Transformer:
+    """The network: token ids of a window in, hidden states of the window out, its keys and values written to the cache.
+
+    Attributes:
+        config: the model's shape.
+        weights: its parameters.
+        ops: the backend that runs.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
+        self.config = config
+        self.weights = weights
+        self.ops = ops
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.weights.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, activations and caches."""
+        return self.weights.embedding.dtype
+
+    @property
+    def head(self) -> Tensor:
+        """``[V, E]``: the rows of the head that belong to the vocabulary."""
+        return self.weights.head[: self.config.vocab_size]
+
+    def new_cache(self, kv_start: Tensor, slots: int) -> KVCache:
+        """A cache for ``len(kv_start)`` sequences of ``slots`` slots, left padded up to ``kv_start`` (``[B]`` int32)."""
+        c = self.config
+        return KVCache.allocate(c.layers, c.kv_heads, c.head_dim, slots, kv_start, self.dtype)
+
+    def forward(self, ids: Tensor, window_start: Tensor, cache: KVCache) -> Tensor:
+        """Recomputes a window in place.
+
+        Args:
+            ids: ``[B, W]``, the window's tokens.
+            window_start: ``[B]`` int32, its first slot in each sequence.
+            cache: read over ``[kv_start, kv_end)``, written over the window.
+
+        Returns:
+            ``[B, W, E]``: hidden states before the final norm.
+        """
+        c, ops = self.config, self.ops
+        x, delta = F.embedding(ids, self.weights.embedding), None
+        for layer, k, v in zip(self.weights.layers, cache.k, cache.v, strict=True):
+            h, x = self._add_and_norm(x, delta, layer.attn_norm)
+            q = ops.rope_kv_write(layer.qkv(h), k, v, window_start, cache.kv_start, c.rope_theta)
+            delta = layer.attn_out(ops.window_attention(q, k, v, cache.kv_start, cache.kv_end).flatten(2))
+            h, x = self._add_and_norm(x, delta, layer.mlp_norm)
+            delta = layer.down(ops.swiglu(layer.gate_up(h)))
+        return x if delta is None else x + delta
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """The norm in front of the head, over ``[..., E]``."""
+        y: Tensor = self.ops.rms_norm(hidden, self.weights.final_norm, self.config.eps)
+        return y
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """``[B, T]`` ids to ``[B, T, V]`` logits: a plain forward over whole sequences, for scoring and for checks."""
+        start = torch.zeros(len(ids), dtype=torch.int32, device=self.device)
+        hidden = self.forward(ids, start, self.new_cache(start, ids.shape[1]))
+        return F.linear(self.final_norm(hidden), self.head)
+
+    def _add_and_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of ``x + delta``, and ``x + delta``."""
+        if delta is None:
+            return self.ops.rms_norm(x, weight, self.config.eps), x
+        y, total = self.ops.rms_norm(delta, weight, self.config.eps, residual=x)
+        return y, total

@@ -1,0 +1,374 @@
+"""Chooses, once and in one place, whether the ops run as Triton kernels or as their PyTorch twins, and tells PyTorch of them.
+
+Every op is registered with ``torch.library`` in the namespace ``fastdllm``: CUDA runs the kernel, CPU the reference, and
+``torch.compile`` sees one opaque call with its mutations declared. Registered ops take and return tensors alone, in a fixed
+number. Eager code calls the functions behind them directly: a pass through the dispatcher would only cost time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+from .types import PolicyState, RopeRounding, TokenStatistics
+
+Backend = Literal["auto", "triton", "reference"]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The ops of one backend, with the signatures of :mod:`fastdllm_triton.reference`.
+
+    Attributes:
+        name: ``"triton"`` or ``"reference"``.
+        reason: why it was chosen, in words.
+    """
+
+    name: str
+    reason: str
+    commit_tokens: Callable[..., Any]
+    head_statistics: Callable[..., Any]
+    rms_norm: Callable[..., Any]
+    rope_kv_write: Callable[..., Any]
+    swiglu: Callable[..., Any]
+    token_statistics: Callable[..., Any]
+    window_attention: Callable[..., Any]
+
+
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason"))
+
+
+@cache
+def resolve(backend: str, device: torch.device) -> Ops:
+    """The ops to run on a device.
+
+    Args:
+        backend: ``"triton"`` raises where the kernels cannot run; ``"reference"`` is plain PyTorch; ``"auto"`` takes the
+            kernels where they can run. On a GPU where they cannot, it falls back with one warning that says why.
+        device: where the tensors live.
+
+    Raises:
+        ValueError: ``backend`` is not one of the three.
+        RuntimeError: ``backend="triton"`` and the kernels cannot run on this device.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    if backend == "reference":
+        return _ops("reference", "asked for", device)
+    obstacle = _obstacle(device, interpreter=backend == "triton")
+    if obstacle is None:
+        return _ops("triton", "a GPU with Triton" if backend == "auto" else "asked for", device)
+    if backend == "triton":
+        raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
+    if device.type == "cuda":
+        warnings.warn(f"falling back to the PyTorch reference ops: {obstacle}", stacklevel=2)
+    return _ops("reference", obstacle, device)
+
+
+def _obstacle(device: torch.device, *, interpreter: bool) -> str | None:
+    """Why the kernels cannot run on a device, or None if they can; on a CPU they can in Triton's interpreter alone."""
+    installed = importlib.util.find_spec("triton") is not None
+    if device.type != "cuda" and not (interpreter and device.type == "cpu" and installed and _interpreted()):
+        return f"the device is {device.type}, and Triton kernels run on CUDA and ROCm devices"
+    if not installed:
+        return "triton is not installed"
+    missing = [op for op in NAMES if importlib.util.find_spec(f"{__package__}.kernels.{op}") is None]
+    if missing:
+        return f"this version has no Triton kernel for {', '.join(missing)}"
+    from .kernels._arch import arch_of
+
+    try:
+        arch_of(device)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _interpreted() -> bool:
+    from .kernels import _check
+
+    return _check.INTERPRETED
+
+
+def _ops(name: str, reason: str, device: torch.device) -> Ops:
+    # What torch.compile may replace by the registered op: only where that op would run the same function.
+    same = (name, device.type) in (("triton", "cuda"), ("reference", "cpu"))
+    functions = {op: _function(name, op) for op in NAMES}
+    return Ops(name, reason, **({op: _compilable(op, f) for op, f in functions.items()} if same else functions))
+
+
+def _function(backend: str, op: str) -> Callable[..., Any]:
+    module = importlib.import_module(f"{__package__}.{'kernels' if backend == 'triton' else 'reference'}.{op}")
+    return cast("Callable[..., Any]", getattr(module, op))
+
+
+def _compilable(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function in eager mode, the registered op when compiled. Calls with an ``out`` are never replaced."""
+    registered = _REGISTERED[op]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not kwargs.keys() & {"out", "residual_out", "workspace", "config"}:
+            return registered(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = op
+    call.__doc__ = function.__doc__
+    return call
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Registration. For each op: what the dispatcher calls, with the backend's function first; the shapes of its results; and
+# a function of the op's own signature that calls the registered op.
+
+_LIBRARY = torch.library.Library("fastdllm", "DEF")  # type: ignore[no-untyped-call]
+
+
+def _register(name: str, op: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Defines ``fastdllm::name`` and returns it."""
+
+    def on(backend: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            found = run(_function(backend, op), *args)
+            # The reference may return views in another order of dimensions than the kernels write.
+            if isinstance(found, tuple):
+                return tuple(tensor.contiguous() for tensor in found)
+            return found if found is None else found.contiguous()
+
+        return call
+
+    _LIBRARY.define(name + schema)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, on("reference"), "CPU")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, on("triton"), "CUDA")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"fastdllm::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fastdllm, name).default
+
+
+_rms_norm_op = _register(
+    "rms_norm",
+    "rms_norm",
+    "(Tensor x, Tensor weight, float eps) -> Tensor",
+    lambda f, x, weight, eps: f(x, weight, eps),
+    lambda x, weight, eps: x.new_empty(x.shape),
+)
+_add_rms_norm_op = _register(
+    "add_rms_norm",
+    "rms_norm",
+    "(Tensor x, Tensor weight, float eps, Tensor residual) -> (Tensor, Tensor)",
+    lambda f, x, weight, eps, residual: f(x, weight, eps, residual=residual),
+    lambda x, weight, eps, residual: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
+    return _rms_norm_op(x, weight, eps) if residual is None else _add_rms_norm_op(x, weight, eps, residual)
+
+
+_swiglu_op = _register(
+    "swiglu",
+    "swiglu",
+    "(Tensor gate_up) -> Tensor",
+    lambda f, gate_up: f(gate_up),
+    lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+)
+
+
+def _swiglu(gate_up: Tensor) -> Any:
+    return _swiglu_op(gate_up)
+
+
+_rope_kv_write_op = _register(
+    "rope_kv_write",
+    "rope_kv_write",
+    "(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor window_start, Tensor kv_start, float theta, Tensor? bias, "
+    "str rounding) -> Tensor",
+    lambda f, *args: f(*args[:6], bias=args[6], rounding=args[7]),
+    lambda qkv, k_cache, *_: qkv.new_empty(
+        (*qkv.shape[:2], qkv.shape[2] // k_cache.shape[3] - 2 * k_cache.shape[1], k_cache.shape[3])
+    ),
+)
+
+
+def _rope_kv_write(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    window_start: Tensor,
+    kv_start: Tensor,
+    theta: float,
+    *,
+    bias: Tensor | None = None,
+    rounding: RopeRounding = "llada",
+) -> Any:
+    return _rope_kv_write_op(qkv, k_cache, v_cache, window_start, kv_start, theta, bias, rounding)
+
+
+_ATTENTION_ARGUMENTS = (
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor kv_start, Tensor kv_end, Tensor? skip_start, Tensor? skip_end, "
+    "float? scale)"
+)
+
+
+def _run_attention(f: Callable[..., Any], *args: Any, return_lse: bool = False) -> Any:
+    return f(*args[:5], skip_start=args[5], skip_end=args[6], scale=args[7], return_lse=return_lse)
+
+
+def _fake_attention_lse(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, window, heads = q.shape[:3]
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((batch, heads, window), dtype=dtype)
+
+
+_window_attention_op = _register(
+    "window_attention",
+    "window_attention",
+    _ATTENTION_ARGUMENTS + " -> Tensor",
+    _run_attention,
+    lambda q, *_: q.new_empty(q.shape),
+)
+_window_attention_lse_op = _register(
+    "window_attention_lse",
+    "window_attention",
+    _ATTENTION_ARGUMENTS + " -> (Tensor, Tensor)",
+    lambda f, *args: _run_attention(f, *args, return_lse=True),
+    _fake_attention_lse,
+)
+
+
+def _window_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_start: Tensor,
+    kv_end: Tensor,
+    *,
+    skip_start: Tensor | None = None,
+    skip_end: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    op = _window_attention_lse_op if return_lse else _window_attention_op
+    return op(q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end, scale)
+
+
+_ENTRIES = tuple(field.name for field in fields(TokenStatistics))
+_STATE = tuple(field.name for field in fields(PolicyState))
+
+
+def _entries(statistics: TokenStatistics) -> tuple[Tensor, ...]:
+    return tuple(getattr(statistics, name) for name in _ENTRIES)
+
+
+def _fake_statistics(rows: int | torch.SymInt, logits: Tensor) -> tuple[Tensor, ...]:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return tuple(logits.new_empty((rows,), dtype=torch.int64 if name == "token" else dtype) for name in _ENTRIES)
+
+
+def _as_tensor(value: int | Tensor | Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """A key or a list of token ids as registered ops take them."""
+    return None if value is None else torch.as_tensor(value, dtype=torch.int64, device=device)
+
+
+_STATISTICS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_token_statistics_op = _register(
+    "token_statistics",
+    "token_statistics",
+    "(Tensor logits, float temperature, Tensor? seed, Tensor? position, Tensor step, Tensor? forbidden) -> " + _STATISTICS,
+    lambda f, logits, temperature, seed, position, step, forbidden: _entries(
+        f(logits, temperature=temperature, seed=seed, position=position, step=step, forbidden=forbidden)
+    ),
+    lambda logits, *_: _fake_statistics(logits.shape[0], logits),
+)
+
+
+def _token_statistics(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    position: Tensor | None = None,
+    step: int | Tensor = 0,
+    forbidden: Tensor | Sequence[int] | None = None,
+) -> TokenStatistics:
+    seed, steps, ids = (_as_tensor(value, logits.device) for value in (seed, step, forbidden))
+    return TokenStatistics(*_token_statistics_op(logits, temperature, seed, position, steps, ids))
+
+
+_head_statistics_op = _register(
+    "head_statistics",
+    "head_statistics",
+    "(Tensor hidden, Tensor weight, Tensor? rows, Tensor? bias, float temperature, Tensor? seed, Tensor? position, "
+    "Tensor step, Tensor? forbidden, ScalarType? logits_dtype) -> " + _STATISTICS,
+    lambda f, hidden, weight, rows, bias, temperature, seed, position, step, forbidden, logits_dtype: _entries(
+        f(
+            hidden,
+            weight,
+            rows=rows,
+            bias=bias,
+            temperature=temperature,
+            seed=seed,
+            position=position,
+            step=step,
+            forbidden=forbidden,
+            logits_dtype=logits_dtype,
+        )
+    ),
+    lambda hidden, weight, rows, *_: _fake_statistics((hidden if rows is None else rows).shape[0], hidden),
+)
+
+
+def _head_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    position: Tensor | None = None,
+    step: int | Tensor = 0,
+    forbidden: Tensor | Sequence[int] | None = None,
+    logits_dtype: torch.dtype | None = None,
+) -> TokenStatistics:
+    seed, steps, ids = (_as_tensor(value, hidden.device) for value in (seed, step, forbidden))
+    found = _head_statistics_op(hidden, weight, rows, bias, temperature, seed, position, steps, ids, logits_dtype)
+    return TokenStatistics(*found)
+
+
+def _run_commit(f: Callable[..., Any], x: Tensor, *args: Any) -> None:
+    entries, window_start, state = args[:6], args[6], args[7:]
+    f(x, TokenStatistics(*entries), window_start, PolicyState(*state))
+
+
+_commit_tokens_op = _register(
+    "commit_tokens",
+    "commit_tokens",
+    "(Tensor(a!) x, Tensor token, Tensor logit, Tensor second_logit, Tensor logsumexp, Tensor rest, Tensor entropy, "
+    "Tensor window_start, str score, str rule, Tensor value, Tensor steps, int mask_id, Tensor kv_start, Tensor seed, "
+    "Tensor(b!) step, Tensor(c!) masked, Tensor(d!) remaining, Tensor(e!) done, Tensor(f!) invalid, Tensor(g!) forward, "
+    "Tensor(h!) forwards, Tensor(i!) step_map, Tensor(j!) confidence) -> ()",
+    _run_commit,
+    lambda *_: None,
+)
+
+
+def _commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
+    _commit_tokens_op(x, *_entries(statistics), window_start, *(getattr(state, name) for name in _STATE))
+
+
+_REGISTERED: dict[str, Callable[..., Any]] = {
+    "commit_tokens": _commit_tokens,
+    "head_statistics": _head_statistics,
+    "rms_norm": _rms_norm,
+    "rope_kv_write": _rope_kv_write,
+    "swiglu": _swiglu,
+    "token_statistics": _token_statistics,
+    "window_attention": _window_attention,
+}

@@ -1,0 +1,105 @@
+"""The gated unit of the MLP (Shazeer, arXiv 2002.05202), over a fused gate/up projection.
+
+    y = silu(gate) * up        silu(g) = g / (1 + exp(-g))
+
+One program for ``BLOCK_F`` columns of a row; every element is read and written once. As in the LLaDA and Dream modules
+silu(gate) is rounded to the tensors' dtype before the product.
+
+| pointer     | shape      | strides       | written          |
+|-------------|------------|---------------|------------------|
+| gate_up_ptr | [rows, 2F] | (stride_g, 1) | gate, then up    |
+| out_ptr     | [rows, F]  | (stride_o, 1) | y                |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._arch import Arch, arch_of
+from ._check import as_rows, check_floats, check_shape, require
+from ._compile import CompileCase
+
+
+@triton.jit
+def _swiglu_kernel(gate_up_ptr, out_ptr, stride_g, stride_o, F, BLOCK_F: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    dtype = out_ptr.dtype.element_ty
+    column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
+    mask = column < F
+
+    gate_ptr = gate_up_ptr + row * stride_g
+    gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_F]
+    up = tl.load(gate_ptr + F + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_F]
+    # exp may be inf, and g / inf is the limit.
+    silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * stride_o + column, (silu * up).to(dtype), mask=mask)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters: columns a program."""
+
+    block_f: int
+    num_warps: int
+
+
+@cache
+def select_config(arch: Arch, width: int) -> Config:
+    """Eight elements of each operand a thread, one 16-byte load in 16-bit dtypes; small programs, so that few rows fill a GPU."""
+    block_f = min(triton.next_power_of_2(width), 1024)
+    return Config(block_f, max(block_f // (8 * arch.warp_size), 1))
+
+
+def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up``.
+
+    Args:
+        gate_up: ``[..., 2F]``: the gate in the first half of the last dimension, up in the second.
+        out: receives the result, ``[..., F]``.
+
+    Returns:
+        ``[..., F]``.
+    """
+    check_floats(gate_up=gate_up, out=out)
+    require(gate_up.shape[-1] % 2 == 0, "gate_up", f"a last dimension of {gate_up.shape[-1]}", "an even one")
+    width = gate_up.shape[-1] // 2
+    shape = (*gate_up.shape[:-1], width)
+    check_shape("out", out, *shape)
+    out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
+    if out.numel():
+        rows, y = gate_up.reshape(-1, 2 * width), as_rows("out", out)
+        config = select_config(arch_of(gate_up.device), width)
+        with torch.cuda.device_of(gate_up):
+            _swiglu_kernel[(rows.shape[0], triton.cdiv(width, config.block_f))](
+                rows,
+                y,
+                rows.stride(0),
+                y.stride(0),
+                width,
+                BLOCK_F=config.block_f,
+                num_warps=config.num_warps,
+                enable_fp_fusion=True,
+            )
+    return out
+
+
+def compile_cases(arch: Arch) -> list[CompileCase]:
+    """The MLPs of LLaDA (F = 12288) and Dream (18944) share one configuration."""
+    config = select_config(arch, 12_288)
+    return [
+        CompileCase(
+            op="swiglu",
+            kernel=_swiglu_kernel,
+            config=f"bf16 block={config.block_f}",
+            signature={"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_g": "i32", "stride_o": "i32", "F": "i32"},
+            constexprs={"BLOCK_F": config.block_f},
+            divisible=("gate_up_ptr", "out_ptr", "stride_g", "stride_o", "F"),
+            num_warps=config.num_warps,
+        )
+    ]

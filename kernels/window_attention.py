@@ -1,0 +1,474 @@
+"""Bidirectional attention of a window's queries over the valid slots of the cache, in one pass over K and V.
+
+Online softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135), in powers of two. For the keys seen so
+far a row keeps the largest score m, the sum l and the weighted sum of values acc; a tile of scores s updates them:
+
+    m' = max(m, max s)    p = 2^(s - m')    l' = 2^(m - m') l + sum p    acc' = 2^(m - m') acc + p V
+
+Rows: the ``G = Hq / Hkv`` query heads of a KV head read the same keys, so a tile packs them: row r is token r // G, head
+r % G. Keys: tiles are laid over the slots before the skip and over those behind it, so a skip is never read; only the
+partial tile at the end of each is masked. Few rows leave most of a GPU idle, so the keys may be split into chunks; each
+program then writes its normalised sum and its log-sum-exp, and a second kernel merges them in a fixed order.
+
+Operand order: ``q k^T`` has at least 64 rows only in large windows, and Hopper's wgmma needs 64. SWAP computes
+``k q^T`` and ``v^T p^T`` instead, which puts keys and head dimension there. Which one is faster is to be measured; the
+config decides.
+
+Nothing attended: output 0, log-sum-exp -inf. Log-sum-exps are base 2, of ``scale * q k^T * log2(e)``.
+
+| pointer                   | shape                          | strides                    | written          |
+|---------------------------|--------------------------------|----------------------------|------------------|
+| q_ptr                     | [B, W, Hq, D]                  | (stride_qb, _qw, _qh, 1)   |                  |
+| k_ptr, v_ptr              | [B, Hkv, L, D]                 | (stride_kb, _kh, _kl, 1)   |                  |
+| start_ptr, end_ptr        | [B] int32                      | (1,)                       |                  |
+| skip_start_ptr, _end_ptr  | [B] int32                      | (1,)                       |                  |
+| out_ptr                   | [B, W, Hq, D]                  | (stride_ob, _ow, _oh, 1)   | one chunk, merge |
+| lse_ptr                   | [B, Hq, W] float32             | contiguous                 | one chunk, merge |
+| partial_ptr               | [splits, B, Hkv, W G, D] float32 | contiguous               | several chunks   |
+| partial_lse_ptr           | [splits, B, Hkv, W G] float32  | contiguous                 | several chunks   |
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._arch import Arch, arch_of
+from ._check import check_floats, check_shape, check_slots, require
+from ._compile import CompileCase
+
+#: A chunk of keys this long still costs more to read than its partial result to write and merge.
+MIN_CHUNK = 256
+
+
+@triton.jit
+def _attend(
+    q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, from ``slot`` on; if MASKED only the first ``count`` of them, at least one."""
+    key, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    # The base is a 64-bit scalar, so that the offsets within a tile fit 32 bits and stay the same from tile to tile.
+    k_ptr = k_ptr + slot.to(tl.int64) * stride_kl + (key[:, None] * stride_kl + d[None, :])  # [BLOCK_N, BLOCK_D]
+    v_ptr = v_ptr + slot.to(tl.int64) * stride_vl + (key[:, None] * stride_vl + d[None, :])  # [BLOCK_N, BLOCK_D]
+    valid = key < count
+    if MASKED:
+        k = tl.load(k_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        k = tl.load(k_ptr, mask=(d < D)[None, :], other=0.0)
+    else:
+        k = tl.load(k_ptr)
+
+    # The scale is applied to the float32 product: q times it would have to be rounded.
+    if SWAP:
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_M]
+        if MASKED:
+            s = tl.where(valid[:, None], s, float("-inf"))
+        # A tile has at least one key, so the new maximum is finite.
+        new_peak = tl.maximum(peak, tl.max(s, axis=0))
+        p = tl.exp2(s - new_peak[None, :])
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            s = tl.where(valid[None, :], s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, axis=1))
+        p = tl.exp2(s - new_peak[:, None])
+    fade = tl.exp2(peak - new_peak)
+
+    if MASKED:
+        v = tl.load(v_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        v = tl.load(v_ptr, mask=(d < D)[None, :], other=0.0)
+    else:
+        v = tl.load(v_ptr)
+    if SWAP:
+        total = total * fade + tl.sum(p, axis=0)
+        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision=PRECISION)  # [BLOCK_D, BLOCK_M]
+    else:
+        total = total * fade + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+    return new_peak, total, acc
+
+
+@triton.jit(do_not_specialize=["W", "L", "chunk"])
+def _window_attention_kernel(
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, skip_start_ptr, skip_end_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    stride_qb, stride_qw, stride_qh, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_ob, stride_ow, stride_oh, W, L, chunk, scale,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, RETURN_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    pair = tl.program_id(2).to(tl.int64)  # of sequence and KV head
+    b, kv_head = pair // HKV, pair % HKV
+    scale = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e)
+
+    # The attended slots are [start, middle) and [behind, end). Counted through, this program has those from lo to hi.
+    start = tl.maximum(tl.load(start_ptr + b), 0)
+    end = tl.maximum(tl.minimum(tl.load(end_ptr + b), L), start)
+    middle = tl.minimum(tl.maximum(tl.load(skip_start_ptr + b), start), end)
+    behind = tl.minimum(tl.maximum(tl.load(skip_end_ptr + b), middle), end)
+    n = middle - start + end - behind
+    lo = tl.minimum(split * chunk, n)
+    hi = tl.minimum(lo + chunk, n)
+
+    M = W * G
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    token, head = (row // G).to(tl.int64), kv_head * G + row % G
+    d = tl.arange(0, BLOCK_D)
+    row_mask = (row < M)[:, None] & (d < D)[None, :]  # [BLOCK_M, BLOCK_D]
+    q_ptr += b * stride_qb + token[:, None] * stride_qw + head[:, None] * stride_qh + d[None, :]
+    q = tl.load(q_ptr, mask=row_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    k_ptr += b * stride_kb + kv_head * stride_kh
+    v_ptr += b * stride_vb + kv_head * stride_vh
+
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_D, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_D], tl.float32)
+    # Of this program's slots, those before the skip and those behind it: first slot, and how many.
+    first_a, count_a = start + lo, tl.minimum(tl.maximum(middle - start - lo, 0), hi - lo)
+    first_b, count_b = end - n + lo + count_a, hi - lo - count_a
+    tiles_a, tiles_b = count_a // BLOCK_N, count_b // BLOCK_N
+    for tile in tl.range(0, tiles_a + tiles_b, num_stages=STAGES):
+        slot = tl.where(tile < tiles_a, first_a + tile * BLOCK_N, first_b + (tile - tiles_a) * BLOCK_N)
+        peak, total, acc = _attend(
+            q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, BLOCK_N, scale,
+            D, BLOCK_N, BLOCK_D, False, SWAP, PRECISION,
+        )  # fmt: skip
+    # What fills no tile, before the skip and behind it. In a loop: see bench/findings/001.
+    for part in tl.range(0, 2, num_stages=1):
+        slot = tl.where(part == 0, first_a + tiles_a * BLOCK_N, first_b + tiles_b * BLOCK_N)
+        count = tl.where(part == 0, count_a, count_b) % BLOCK_N
+        if count > 0:
+            peak, total, acc = _attend(
+                q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, scale,
+                D, BLOCK_N, BLOCK_D, True, SWAP, PRECISION,
+            )  # fmt: skip
+
+    # Without keys peak is -inf, and the sums are 0.
+    total = tl.where(total == 0, 1.0, total)
+    lse = peak + tl.log2(total)
+    y = acc / total[None, :] if SWAP else acc / total[:, None]
+    y = tl.trans(y) if SWAP else y  # [BLOCK_M, BLOCK_D]
+    if SPLIT:
+        # The merge does not read the sums of an empty chunk.
+        at = (split.to(tl.int64) * tl.num_programs(2) + pair) * M + row
+        tl.store(partial_ptr + at[:, None] * D + d[None, :], y, mask=row_mask & (lo < hi))
+        tl.store(partial_lse_ptr + at, lse, mask=row < M)
+    else:
+        out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
+        tl.store(out_ptr, y.to(out_ptr.dtype.element_ty), mask=row_mask)
+        if RETURN_LSE:
+            tl.store(lse_ptr + (b * HKV * G + head) * W + token, lse, mask=row < M)
+
+
+@triton.jit(do_not_specialize=["W", "splits"])
+def _merge_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_ow, stride_oh, W, splits,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RETURN_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1).to(tl.int64)
+    b, kv_head = pair // HKV, pair % HKV
+    M = W * G
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    token, head = (row // G).to(tl.int64), kv_head * G + row % G
+    d = tl.arange(0, BLOCK_D)
+    at = pair * M + row  # of the first split
+    step = tl.num_programs(1).to(tl.int64) * M
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for split in range(splits):
+        top = tl.maximum(top, tl.load(partial_lse_ptr + split * step + at, mask=row < M, other=float("-inf")))
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for split in range(splits):
+        lse = tl.load(partial_lse_ptr + split * step + at, mask=row < M, other=float("-inf"))
+        weight = tl.exp2(lse - pivot)  # [BLOCK_M], 0 for an empty chunk
+        mask = (lse > float("-inf"))[:, None] & (d < D)[None, :]
+        y = tl.load(partial_ptr + (split * step + at)[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+        total += weight
+        acc += weight[:, None] * y
+
+    total = tl.where(total == 0, 1.0, total)
+    out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
+    tl.store(out_ptr, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (d < D)[None, :])
+    if RETURN_LSE:
+        tl.store(lse_ptr + (b * HKV * G + head) * W + token, top + tl.log2(total), mask=row < M)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters.
+
+    Attributes:
+        block_m: rows (query tokens times the heads that share a KV head) a program.
+        block_n: keys a tile.
+        num_warps, num_stages: launch options.
+        swap: compute ``k q^T`` instead of ``q k^T``.
+        splits, chunk: the keys are cut into ``splits`` chunks of ``chunk`` slots.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    swap: bool
+    splits: int
+    chunk: int
+
+    def workspace_elements(self, batch: int, window: int, q_heads: int, dim: int) -> int:
+        """float32 elements of scratch: nothing for one chunk."""
+        return 0 if self.splits == 1 else self.splits * batch * window * q_heads * (dim + 1)
+
+
+def shared_bytes(arch: Arch, config: Config, dim: int, itemsize: int) -> int:
+    """An upper bound on the shared memory of a program: in the loop the queries, the tiles in flight and the weights; after it
+    the float32 sums on their way to memory.
+    """
+    block_d = max(triton.next_power_of_2(dim), 16)
+    queries, weights = config.block_m * block_d, config.block_m * config.block_n
+    if arch.backend == "hip":  # the tile at work and the queries have moved to registers
+        tiles = 2 * (config.num_stages - 1) * config.block_n * block_d
+        loop = max(queries, tiles + weights)
+    else:
+        loop = queries + 2 * config.num_stages * config.block_n * block_d + weights
+    return max(itemsize * loop + 8 * config.block_m * config.num_warps, 4 * queries)
+
+
+@cache
+def select_config(
+    arch: Arch, sms: int, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
+) -> Config:
+    """Tiles by the number of rows, chunks by the number of programs.
+
+    The tiles are those that compile without spills: mma.sync has less room for 64 and 128 rows than wgmma and tcgen05. Two
+    resident programs an SM hide each other's latency in small tiles. Splitting stops when the SMs are full: every chunk more
+    is another partial result to write and to merge. So the chunks depend on the batch, and with them the last bits.
+    """
+    rows = window * (q_heads // kv_heads)
+    if itemsize == 4:
+        block_m, block_n, num_warps, num_stages = 16, 32, 4, 2  # three tf32 products a product need many registers
+    elif rows <= 32:
+        block_m, block_n, num_warps = 16 if rows <= 16 else 32, 64, 4
+        num_stages = 2 if arch.name == "sm_100" else 3
+    elif arch.name in ("sm_90", "sm_100"):
+        block_m, block_n, num_warps, num_stages = (64, 64, 4, 3) if rows <= 256 else (128, 64, 8, 3)
+    elif arch.backend == "hip":
+        block_m, block_n, num_warps, num_stages = (64, 64, 4, 2) if rows <= 64 else (128, 64, 8, 2)
+    else:
+        block_m, block_n, num_warps, num_stages = (64, 64, 8, 3) if rows <= 64 else (128, 32, 8, 3)
+    if arch.shared_bytes < 128 * 1024:
+        num_stages = min(num_stages, 2)  # two programs an SM rather than three tiles in flight
+    swap = arch.name == "sm_90" and itemsize == 2 and block_m <= 32 and dim > 32
+
+    programs = batch * kv_heads * triton.cdiv(rows, block_m)
+    wanted = (1 if block_m == 128 else 2) * sms // programs
+    splits = max(min(wanted, triton.cdiv(slots, MIN_CHUNK)), 1)
+    chunk = max(triton.cdiv(triton.cdiv(slots, splits), 128) * 128, MIN_CHUNK)
+    return Config(block_m, block_n, num_warps, num_stages, swap, triton.cdiv(slots, chunk), chunk)
+
+
+#: Rows of a program of the merge kernel.
+MERGE_ROWS = 8
+
+
+@cache
+def sms_of(device: torch.device) -> int:
+    """SMs of a device; of the interpreter, those of the architecture it stands for."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else arch_of(device).sms
+
+
+def _precision(arch: Arch) -> str:
+    """How float32 operands are multiplied so that the product is one of float32; 16-bit operands are not affected."""
+    return "tf32x3" if arch.backend == "cuda" else "ieee"
+
+
+def window_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_start: Tensor,
+    kv_end: Tensor,
+    *,
+    skip_start: Tensor | None = None,
+    skip_end: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T) v`` over the slots ``kv_start[b] <= j < kv_end[b]``, less ``skip_start[b] <= j < skip_end[b]``.
+
+    There is no causal mask: every query row of a sequence attends the same slots. Query head ``h`` uses KV head
+    ``h // (Hq / Hkv)``. A sequence with no slot to attend gives output 0 and log-sum-exp -inf. Unattended slots are not read.
+
+    Args:
+        q: ``[B, W, Hq, D]``.
+        k_cache: ``[B, Hkv, L, D]``.
+        v_cache: ``[B, Hkv, L, D]``.
+        kv_start: ``[B]`` int32.
+        kv_end: ``[B]`` int32, at most ``L``. On a GPU what lies beyond ``L`` is cut off, since checking would wait for it.
+        skip_start: ``[B]`` int32, first slot left out (a dropped masked suffix).
+        skip_end: ``[B]`` int32, end of the slots left out.
+        scale: ``1 / sqrt(D)`` if not given.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        out: receives the output, ``[B, W, Hq, D]``.
+        workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
+        config: launch parameters; :func:`select_config` chooses if not given.
+
+    Returns:
+        ``[B, W, Hq, D]`` in the dtype of ``q``; with ``return_lse`` the pair of it and the base-2 log-sum-exp
+        ``[B, Hq, W]`` in float32.
+    """
+    check_floats(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
+    require(q.ndim == 4, "q", f"shape {list(q.shape)}", "four dimensions, [B, W, Hq, D]")
+    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
+    batch, window, q_heads, dim = q.shape
+    kv_heads, slots = k_cache.shape[1:3]
+    require(batch * kv_heads < 2**16, "k_cache", f"{batch} x {kv_heads} pairs of sequence and head", "less than 65536")
+    require(0 < dim <= 128, "q", f"a head dimension of {dim}", "1 to 128")
+    divides = kv_heads > 0 and q_heads % kv_heads == 0
+    require(divides, "q", f"{q_heads} heads", f"a multiple of the {kv_heads} heads of k_cache")
+    for name, cache_ in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_shape(name, cache_, batch, kv_heads, slots, dim)
+        require(cache_.stride(2) < 2**24, name, f"slots {cache_.stride(2)} elements apart", "less than 2^24")
+    check_shape("out", out, *q.shape)
+    check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, skip_start=skip_start, skip_end=skip_end)
+    for name, given, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
+        require(given is not None or other is None, name, "nothing", "a tensor, as the other end of the skip is given")
+    if not q.is_cuda and batch:
+        last = int(kv_end.max())
+        require(last <= slots, "kv_end", last, f"at most the {slots} slots of k_cache")
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    lse = torch.empty((batch, q_heads, window), dtype=torch.float32, device=q.device) if return_lse else None
+    if out.numel():
+        arch = arch_of(q.device)
+        if config is None:
+            sizes = (batch, window, q_heads, kv_heads, dim, slots)
+            config = select_config(arch, sms_of(q.device), *sizes, q.element_size())
+        needed = config.workspace_elements(batch, window, q_heads, dim)
+        if workspace is None:
+            workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
+        is_scratch = workspace.dtype == torch.float32 and workspace.device == q.device and workspace.is_contiguous()
+        require(is_scratch, "workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {q.device}")
+        require(workspace.numel() >= needed, "workspace", f"{workspace.numel()} elements", f"at least {needed}")
+        with torch.cuda.device_of(q):
+            _launch(
+                arch, config, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
+                1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace,
+            )  # fmt: skip
+    return out if lse is None else (out, lse)
+
+
+def _launch(
+    arch: Arch, config: Config, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor,
+    skip_start: Tensor | None, skip_end: Tensor | None, scale: float, out: Tensor, lse: Tensor | None, workspace: Tensor,
+) -> None:  # fmt: skip
+    """One launch, and the merge if there are several chunks."""
+    batch, window, q_heads, dim = q.shape
+    kv_heads, slots = k_cache.shape[1:3]
+    group, pairs = q_heads // kv_heads, batch * kv_heads
+    rows = window * group
+    # Partial sums in front, their log-sum-exps behind them. No skip is one that begins and ends where the keys do.
+    sums, sums_lse = workspace, workspace[config.splits * pairs * rows * dim :] if config.splits > 1 else workspace
+    shared = {
+        "HKV": kv_heads,
+        "G": group,
+        "D": dim,
+        "RETURN_LSE": lse is not None,
+        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
+        "enable_fp_fusion": True,
+    }
+    lse_or_any = workspace if lse is None else lse
+    _window_attention_kernel[(triton.cdiv(rows, config.block_m), config.splits, pairs)](
+        q, k_cache, v_cache, kv_start, kv_end,
+        kv_end if skip_start is None else skip_start, kv_end if skip_end is None else skip_end,
+        out, lse_or_any, sums, sums_lse,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:3],
+        window, slots, config.chunk, scale,
+        SPLIT=config.splits > 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SWAP=config.swap, STAGES=config.num_stages,
+        PRECISION=_precision(arch), num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+    )  # fmt: skip
+    if config.splits > 1:
+        _merge_kernel[(triton.cdiv(rows, MERGE_ROWS), pairs)](
+            sums, sums_lse, out, lse_or_any, *out.stride()[:3], window, config.splits,
+            BLOCK_M=MERGE_ROWS, num_warps=4, **shared,
+        )  # fmt: skip
+
+
+#: Query heads, KV heads and head dimension of LLaDA-8B and Dream-7B, and the shapes that the configs are checked on.
+MODELS = {"llada": (32, 32, 128), "dream": (28, 4, 128)}
+BATCHES = (1, 2, 4, 8, 16)
+SLOTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
+WINDOWS = (16, 32, 64, 128)
+
+
+def compile_cases(arch: Arch) -> list[CompileCase]:
+    """Every configuration of the shape grid in bfloat16, sm_90's small windows in both operand orders, and one of each other
+    head dimension and of float32.
+    """
+    cases: dict[str, CompileCase] = {}
+    for model, heads in MODELS.items():
+        for batch, slots in itertools.product(BATCHES, SLOTS):
+            for window in (*WINDOWS, slots):
+                config = select_config(arch, arch.sms, batch, window, *heads, slots, 2)
+                add_cases(cases, arch, model, *heads, config, "bf16")
+                if config.swap:
+                    add_cases(cases, arch, model, *heads, replace(config, swap=False), "bf16")
+    for dim, dtype in ((16, "bf16"), (32, "bf16"), (64, "bf16"), (80, "bf16"), (96, "bf16"), (128, "fp32")):
+        config = select_config(arch, arch.sms, 1, 32, 32, 32, dim, 4096, 4 if dtype == "fp32" else 2)
+        add_cases(cases, arch, "llada", 32, 32, dim, config, dtype)
+    return list(cases.values())
+
+
+def add_cases(
+    cases: dict[str, CompileCase], arch: Arch, model: str, q_heads: int, kv_heads: int, dim: int, config: Config, dtype: str
+) -> None:
+    """Adds the kernels that a config launches, each under a label of what the compiler sees."""
+    split = config.splits > 1
+    strides = tuple(f"stride_{name}" for name in ("qb", "qw", "qh", "kb", "kh", "kl", "vb", "vh", "vl", "ob", "ow", "oh"))
+    types = {
+        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
+        **dict.fromkeys(("start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr"), "*i32"),
+        **dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr"), "*fp32"),
+        **dict.fromkeys((*strides, "W", "L", "chunk", "splits"), "i32"),
+        "scale": "fp32",
+    }
+    shared = {
+        "HKV": kv_heads,
+        "G": q_heads // kv_heads,
+        "D": dim,
+        "RETURN_LSE": False,
+        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
+    }
+    tile = {
+        "SPLIT": split,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "SWAP": config.swap,
+        "STAGES": config.num_stages,
+        "PRECISION": _precision(arch),
+    }
+    label = f"{dtype} {model} D={dim}"
+    name = f"{label} {config.block_m}x{config.block_n}{' swapped' if config.swap else ''}{' split' if split else ''}"
+    kernels = [(_window_attention_kernel, name, shared | tile, config.num_warps, config.num_stages)]
+    if split:
+        kernels.append((_merge_kernel, f"{label} merge", shared | {"BLOCK_M": MERGE_ROWS}, 4, 2))
+    for kernel, name, constexprs, num_warps, num_stages in kernels:
+        signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+        divisible = tuple(argument for argument in signature if argument.endswith("_ptr") or argument in strides)
+        case = CompileCase("window_attention", kernel, name, signature, constexprs, divisible, num_warps, num_stages)
+        cases.setdefault(name, case)

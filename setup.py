@@ -1,0 +1,41 @@
+"""Packaging. The package's ``kernels`` and ``reference`` are links to the folders of the same names beside it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"]
+LINT = ["mypy>=1.11", "ruff>=0.6"]
+
+setup(
+    name="fastdllm-triton",
+    version="0.1.0",
+    description="Fast-dLLM decoding of masked-diffusion language models (LLaDA, Dream) with fused Triton kernels",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fastdllm_triton*"]),
+    package_data={"fastdllm_triton": ["py.typed"], "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"]},
+    entry_points={"console_scripts": ["fastdllm-triton=fastdllm_triton.cli:app"]},
+    install_requires=[
+        # Each CUDA build of torch pins the triton it was made with: 2.11 takes 3.6.0.
+        "torch>=2.11,<2.15",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
+        "transformers>=4.46",
+        "tokenizers>=0.20",
+        "safetensors>=0.4.5",
+        "huggingface_hub>=0.26",
+        "einops>=0.8",
+        "numpy>=1.26",
+        "typer>=0.12",
+        "rich>=13",
+    ],
+    extras_require={
+        "test": TEST,
+        "lint": LINT,
+        "dev": TEST + LINT,
+        "bench": ["matplotlib>=3.8"],
+        "eval": ["lm_eval>=0.4.8"],
+    },
+)

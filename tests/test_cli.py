@@ -1,0 +1,170 @@
+"""The command line, as a shell would call it."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import GOLDEN
+from rich.console import Console
+from typer.testing import CliRunner
+
+import fastdllm_triton as fdt
+from fastdllm_triton.cli import app
+from fastdllm_triton.live import LiveView
+
+FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
+SECOND = "Ann has 20 books. Ann buys 30. Ann loses 12. Ann gets 25. How many?"
+
+
+def _run(*arguments: str, stdin: str | None = None) -> Any:
+    return CliRunner().invoke(app, arguments, input=stdin)
+
+
+def _json(*arguments: str, stdin: str | None = None) -> Any:
+    result = _run("generate", "--json", *arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_generate_prints_the_text_and_what_it_took(tiny: fdt.MaskedDiffusionLM) -> None:
+    result = _run("generate", "--model", "tiny", "--prompt", FIRST)
+    assert result.exit_code == 0
+    assert tiny.generate(FIRST).texts[0] in result.stdout.replace("\n", "")
+    assert "tokens per forward" in result.stdout.replace("\n", " ")
+
+
+def test_json_is_the_result_of_the_python_call(tiny: fdt.MaskedDiffusionLM) -> None:
+    told = _json("--prompt", FIRST, "--prompt", SECOND, "--cache", "prefix", "--factor", "1.0", "--block-length", "24")
+    out = tiny.generate([FIRST, SECOND], cache="prefix", strategy=fdt.Factor(1.0), block_length=24)
+    assert [r["text"] for r in told["results"]] == out.texts
+    assert [r["prompt"] for r in told["results"]] == [FIRST, SECOND]
+    assert [r["ids"] for r in told["results"]] == [out.ids(0), out.ids(1)]
+    assert [r["step_map"] for r in told["results"]] == out.step_map.tolist()
+    assert [r["forwards"] for r in told["results"]] == out.row_forwards.tolist()
+    assert (told["nfe"], told["refreshes"], told["steps"]) == (out.nfe, out.refreshes, out.steps)
+    assert told["tokens_per_forward"] == pytest.approx(out.tokens_per_forward, abs=1e-3)
+    assert told["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "strategy"),
+    [
+        ([], fdt.Threshold(0.9)),
+        (["--threshold", "0.5"], fdt.Threshold(0.5)),
+        (["--steps", "12"], fdt.FixedSteps(12)),
+        (["--steps", "12", "--score", "margin"], fdt.FixedSteps(12, score="margin")),
+        (["--entropy-budget", "0.3"], fdt.EntropyBudget(0.3)),
+    ],
+)
+def test_each_strategy_can_be_asked_for(tiny: fdt.MaskedDiffusionLM, arguments: list[str], strategy: fdt.Strategy) -> None:
+    told = _json("--prompt", FIRST, *arguments)
+    out = tiny.generate(FIRST, strategy=strategy)
+    assert (told["results"][0]["text"], told["nfe"]) == (out.texts[0], out.nfe)
+
+
+def test_the_other_options_reach_the_engine(tiny: fdt.MaskedDiffusionLM) -> None:
+    arguments = (
+        "--gen-length 32 --block-length 8 --temperature 1.5 --seed 7 --no-stop-at-eos --forbid 20 --forbid 21 --refresh-every 2"
+    )
+    told = _json("--prompt", FIRST, "--dtype", "float64", "--backend", "reference", "--device", "cpu", *arguments.split())
+    options: dict[str, Any] = {"gen_length": 32, "block_length": 8, "temperature": 1.5, "seed": 7, "stop_at_eos": False}
+    lm = fdt.load("tiny", dtype="float64")
+    out = lm.generate(FIRST, forbidden=(20, 21), refresh_every=2, **options)
+    assert told["results"][0]["step_map"] == out.step_map[0].tolist()
+    assert told["results"][0]["ids"] == out.ids(0)
+    assert told["committed"] == 32
+
+
+def test_prompts_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
+    expected = _json("--prompt", FIRST, "--prompt", SECOND)["results"]
+    (tmp_path / "prompts.txt").write_text(f"{FIRST}\n\n{SECOND}\n")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (FIRST, SECOND)))
+    assert _json("--prompt-file", str(tmp_path / "prompts.txt"))["results"] == expected
+    assert _json("--prompt-file", str(tmp_path / "prompts.jsonl"))["results"] == expected
+    assert _json("--prompt-file", "-", stdin=f"{FIRST}\n{SECOND}\n")["results"] == expected
+    assert _json(stdin=f"{FIRST}\n{SECOND}\n")["results"] == expected
+
+
+def test_live_ends_with_the_text(tiny: fdt.MaskedDiffusionLM) -> None:
+    result = _run("generate", "--prompt", FIRST, "--live")
+    assert result.exit_code == 0
+    assert "masks left" in result.stdout
+    assert tiny.generate(FIRST).texts[0] in result.stdout.replace("\n", "")
+
+
+def test_a_live_frame_shows_masks_new_tokens_and_the_block(tiny: fdt.MaskedDiffusionLM) -> None:
+    console = Console(record=True, width=100, force_terminal=True, color_system="standard", file=StringIO())
+    view = LiveView(tiny, 48, 16, console)
+    frames: list[Any] = []
+    tiny.generate(FIRST, strategy=fdt.FixedSteps(24), callback=lambda forward: frames.append(view.render(forward)))
+    console.print(frames[2])
+    shown = console.export_text(styles=True)
+    plain = console_text(frames[2])
+    assert plain.count("░") == 48 - 6
+    assert "forward 3 (step)   block 1   10 masks left in it" in plain
+    assert "\x1b[1;4;32m" in shown  # bold, underlined, green: committed by this forward, in the block
+    assert "¶" in console_text(frames[-1])
+
+
+def console_text(frame: Any) -> str:
+    console = Console(record=True, width=100, file=StringIO())
+    console.print(frame)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "x", "--threshold", "1.5"], "threshold must be in (0, 1], got 1.5"),
+        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "--threshold and --factor exclude each other"),
+        (["--prompt", "x", "--model", "./nowhere"], "there is no folder './nowhere'"),
+        (["--prompt", "x", "--gen-length", "50"], "gen_length must be a multiple of block_length = 16, got 50"),
+        (["--prompt", "x", "--score", "best"], "score must be one of"),
+        (["--prompt", "x", "--live", "--json"], "--live and --json exclude each other"),
+        (["--prompt", "x", "--prompt-file", "y"], "--prompt and --prompt-file exclude each other"),
+        (["--prompt-file", "/no/such/file"], "No such file"),
+        (["--prompt", "x", "--chat"], "has no chat template"),
+        (["--prompt", "x", "--model", str(GOLDEN / "llada-gqa")], "has no tokenizer.json"),
+        (["--prompt", ""], "prompts: row 0 is empty"),
+        (["--prompt", "x", "--backend", "triton", "--device", "cpu"], "backend='triton' cannot run here"),
+    ],
+)
+def test_errors_are_one_line_and_a_status(arguments: list[str], message: str) -> None:
+    result = _run("generate", *arguments)
+    assert result.exit_code == 2
+    assert "error: " in result.stderr
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+
+
+def test_no_prompt_at_all() -> None:
+    result = _run("generate", stdin="\n")
+    assert result.exit_code == 2
+    assert "standard input holds no prompt" in result.stderr
+
+
+def test_a_prompt_file_that_is_not_what_its_name_says(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"text": "x"}\n')
+    result = _run("generate", "--prompt-file", str(tmp_path / "p.jsonl"))
+    assert result.exit_code == 2
+    assert "must hold one JSON object with a 'prompt' a line" in " ".join(result.stderr.split())
+
+
+def test_info_names_the_backend_and_the_reason() -> None:
+    result = _run("info")
+    assert result.exit_code == 0
+    for word in ("torch", "triton", "device", "backend"):
+        assert word in result.stdout
+
+
+def test_demo_compares_every_way() -> None:
+    result = _run("demo", "--count", "1")
+    assert result.exit_code == 0
+    lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert [line.split("│")[1].strip() for line in lines] == ["none", "prefix", "dual"] * 2
+    assert "1.00x" in lines[0]
+    assert "How many?" in result.stdout

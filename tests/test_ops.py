@@ -1,0 +1,229 @@
+"""The choice of a backend, and the ops as PyTorch's compiler sees them."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from _support import DEVICE, ints, randn
+from torch import Tensor, nn
+
+from fastdllm_triton import ops as module
+from fastdllm_triton import reference
+from fastdllm_triton.ops import NAMES, Ops, resolve
+from fastdllm_triton.types import PolicyState, TokenStatistics
+
+CPU = torch.device("cpu")
+KERNELS = [op for op in NAMES if importlib.util.find_spec(f"fastdllm_triton.kernels.{op}")]
+
+
+# What is chosen.
+
+
+def test_reference_is_plain_pytorch_and_says_that_it_was_asked_for():
+    ops = resolve("reference", CPU)
+    assert (ops.name, ops.reason) == ("reference", "asked for")
+    x = randn(3, 8)
+    assert torch.equal(ops.swiglu(x), reference.swiglu(x))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU runs the kernels")
+def test_auto_takes_the_reference_on_a_cpu_and_says_why_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops = resolve("auto", CPU)
+    assert ops.name == "reference"
+    assert ops.reason
+
+
+@pytest.mark.parametrize("obstacle", ["triton is not installed", "device cuda:0 is sm_70"])
+def test_auto_falls_back_on_a_gpu_with_a_warning_that_says_why_and_triton_raises(monkeypatch, obstacle):
+    monkeypatch.setattr(module, "_obstacle", lambda device, interpreter: obstacle)
+    resolve.cache_clear()
+    device = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match=obstacle):
+        assert resolve("auto", device).name == "reference"
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot run here: {obstacle}"):
+        resolve("triton", device)
+    resolve.cache_clear()
+
+
+def test_a_missing_kernel_is_an_obstacle(monkeypatch):
+    find_spec = importlib.util.find_spec
+    hidden = lambda name, *args: None if name.endswith("kernels.swiglu") else find_spec(name, *args)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", hidden)
+    obstacle = module._obstacle(torch.device("cuda"), interpreter=False)
+    assert obstacle is not None
+    assert "no Triton kernel for" in obstacle
+    assert "swiglu" in obstacle
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "triton" else find_spec(name, *args))
+    assert module._obstacle(torch.device("cuda"), interpreter=False) == "triton is not installed"
+
+
+def test_triton_runs_on_a_cpu_in_the_interpreter_alone(monkeypatch):
+    monkeypatch.setattr(module, "NAMES", tuple(KERNELS))
+    monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", False)
+    assert "the device is cpu" in str(module._obstacle(CPU, interpreter=True))
+    monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", True)
+    assert module._obstacle(CPU, interpreter=True) is None
+    assert "the device is cpu" in str(module._obstacle(CPU, interpreter=False))
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="got 'cuda'"):
+        resolve("cuda", CPU)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_kernel_takes_what_its_reference_takes(op):
+    wanted = inspect.signature(getattr(reference, op)).parameters
+    found = inspect.signature(getattr(importlib.import_module(f"fastdllm_triton.kernels.{op}"), op)).parameters
+    assert list(found)[: len(wanted)] == list(wanted)
+    for name, parameter in wanted.items():
+        assert (found[name].kind, found[name].default) == (parameter.kind, parameter.default)
+    # More parameters are optional.
+    assert all(found[name].default is not inspect.Parameter.empty for name in list(found)[len(wanted) :])
+
+
+# What PyTorch is told.
+
+
+def caches(device: torch.device | str = CPU) -> tuple[Tensor, Tensor]:
+    return randn(2, 2, 12, 16, dtype=torch.float32, seed=1, device=device), randn(
+        2, 2, 12, 16, dtype=torch.float32, seed=2, device=device
+    )
+
+
+def statistics(batch: int, block: int) -> TokenStatistics:
+    found = reference.token_statistics(randn(batch * block, 11, dtype=torch.float32))
+    return found.view(batch, block)
+
+
+def state(rule: str) -> PolicyState:
+    seed = torch.tensor([3, 4])
+    return PolicyState.create(
+        "confidence", rule, value=0.2, steps=2, mask_id=10, kv_start=torch.zeros(2, dtype=torch.int32), seed=seed, slots=12
+    )
+
+
+def registered_calls() -> dict[str, tuple]:
+    """Arguments for each registered op, several where it has optional ones."""
+    x, weight, start = randn(2, 3, 8, dtype=torch.float32), randn(8, dtype=torch.float32), torch.zeros(2, dtype=torch.int32)
+    qkv, q, step = randn(2, 3, 8 * 16, dtype=torch.float32), randn(2, 3, 4, 16, dtype=torch.float32), torch.tensor(0)
+    attention = (q, *caches(), start, start + 9)
+    policy = state("threshold")
+    held = tuple(getattr(policy, field.name) for field in fields(policy))
+    tokens = torch.full((2, 12), 10)
+    return {
+        "rms_norm": (x, weight, 1e-5),
+        "add_rms_norm": (x, weight, 1e-5, x),
+        "swiglu": (x,),
+        "rope_kv_write": (qkv, *caches(), start + 2, start, 1e4, None, "llada"),
+        "rope_kv_write bias": (qkv, *caches(), start + 2, start, 1e4, randn(8 * 16, dtype=torch.float32), "dream"),
+        "window_attention": (*attention, None, None, None),
+        "window_attention skip": (*attention, start + 3, start + 5, 0.3),
+        "window_attention_lse": (*attention, None, None, None),
+        "token_statistics": (randn(5, 11, dtype=torch.float32), 0.0, None, None, step, None),
+        "token_statistics sampled": (
+            randn(5, 11, dtype=torch.float32), 1.0, torch.arange(5), torch.arange(5), step, torch.tensor([3])
+        ),
+        "head_statistics": (randn(5, 8), randn(11, 8), None, None, 0.0, None, None, step, None, None),
+        "head_statistics rows": (
+            randn(5, 8), randn(11, 8), torch.tensor([4, 0]), randn(11), 0.0, None, None, step, None, torch.bfloat16
+        ),
+        "commit_tokens": (tokens, *module._entries(statistics(2, 4)), start + 4, *held),
+    }  # fmt: skip
+
+
+CALLS = registered_calls()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_is_declared_holds(call):
+    # Mutations, aliases, shapes, dtypes and strides, and that the op survives tracing.
+    torch.library.opcheck(getattr(torch.ops.fastdllm, call.split()[0]).default, CALLS[call])
+
+
+def test_registered_ops_are_those_that_the_table_tests():
+    assert {call.split()[0] for call in CALLS} == {name.split("::")[1].split(".")[0] for name in module._LIBRARY._op_defs}
+
+
+def test_what_is_written_is_declared():
+    def written(name: str) -> list[str]:
+        arguments = getattr(torch.ops.fastdllm, name).default._schema.arguments
+        return [argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write]
+
+    assert written("rope_kv_write") == ["k_cache", "v_cache"]
+    assert written("commit_tokens")[0] == "x"
+    assert "step_map" in written("commit_tokens")
+    assert written("window_attention") == []
+
+
+class Layer(nn.Module):
+    """The ops of a transformer layer, with matrices between them."""
+
+    def __init__(self, ops: Ops, device: torch.device | str) -> None:
+        super().__init__()
+        self.ops = ops
+        width, heads = 32, 4 + 2 * 2
+        for name, shape in (("norm", (width,)), ("qkv", (heads * 16, width)), ("back", (width, 64)), ("up", (48, width))):
+            self.register_buffer(name, randn(*shape, dtype=torch.float32, device=device, seed=len(name)) / 6)
+        self.register_buffer("down", randn(width, 24, dtype=torch.float32, device=device) / 5)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        h = self.ops.rms_norm(x, self.norm, 1e-5)
+        q = self.ops.rope_kv_write(h @ self.qkv.T, k, v, start + 2, start, 1e4)
+        y, lse = self.ops.window_attention(q, k, v, start, end, return_lse=True)
+        h, x = self.ops.rms_norm(y.flatten(2) @ self.back.T, self.norm, 1e-5, residual=x)
+        y = self.ops.window_attention(q, k, v, start, end)
+        return x + self.ops.swiglu(h @ self.up.T) @ self.down.T + y.sum() + lse.mean()
+
+
+def check_compiled_layer(ops: Ops, device: torch.device, backend: str) -> None:
+    layer = Layer(ops, device)
+    x, start, end = randn(2, 5, 32, dtype=torch.float32, device=device), ints([0, 1], device), ints([12, 9], device)
+    eager_caches, compiled_caches = caches(device), caches(device)
+    want = layer(x, *eager_caches, start, end)
+    got = torch.compile(layer, fullgraph=True, backend=backend)(x, *compiled_caches, start, end)
+    torch.testing.assert_close(got, want)
+    for eager, compiled, before in zip(eager_caches, compiled_caches, caches(device), strict=True):
+        torch.testing.assert_close(compiled, eager)
+        assert not torch.equal(compiled, before)
+
+
+def test_a_layer_compiles_to_one_graph():
+    check_compiled_layer(resolve("reference", CPU), CPU, "aot_eager")
+
+
+@pytest.mark.gpu
+def test_a_layer_of_kernels_compiles_to_one_graph():
+    check_compiled_layer(module._ops("triton", "test", torch.device("cuda")), torch.device("cuda"), "inductor")
+
+
+def test_selection_compiles_to_one_graph():
+    ops = resolve("reference", CPU)
+    hidden, weight = randn(8, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32)
+
+    def select(tokens: Tensor, policy: PolicyState) -> Tensor:
+        found = ops.head_statistics(hidden, weight, temperature=1.0, seed=7, step=policy.step[0], forbidden=[10])
+        again = ops.token_statistics(hidden @ weight.T, forbidden=[10])
+        ops.commit_tokens(tokens, found.view(2, 4), torch.tensor([4, 0], dtype=torch.int32), policy)
+        return again.logsumexp
+
+    eager, compiled = (torch.full((2, 12), 10), state("quota")), (torch.full((2, 12), 10), state("quota"))
+    want = select(*eager)
+    torch.testing.assert_close(torch.compile(select, fullgraph=True, backend="aot_eager")(*compiled), want)
+    assert torch.equal(compiled[0], eager[0])
+    assert (eager[0] != 10).sum() == 4
+    assert torch.equal(compiled[1].step_map, eager[1].step_map)
+
+
+def test_a_call_with_out_is_not_replaced():
+    ops = resolve("reference", CPU)
+    x, out = randn(3, 8, dtype=torch.float32), torch.zeros(3, 4)
+    assert torch.compile(lambda: ops.swiglu(x, out=out), backend="eager")().data_ptr() == out.data_ptr()
+    assert torch.equal(out, reference.swiglu(x))
