@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from ..types import TokenStatistics
 
@@ -232,12 +231,6 @@ def launch_merge(partial: Tensor, partial_id: Tensor, rows: Tensor | None, out: 
 
 
 # --- what both launchers validate -----------------------------------------------------------------------------------------
-
-
-def check_device(name: str, device: torch.device) -> None:
-    """Raises unless the kernels run on the device: a GPU, or the CPU under Triton's interpreter."""
-    if device.type != "cuda" and not (device.type == "cpu" and knobs.runtime.interpret):
-        raise ValueError(f"{name} is on {device}; the Triton kernel needs a CUDA device (or TRITON_INTERPRET=1 on a CPU)")
 
 
 def check_sampling(temperature: float, seed: Any) -> None:

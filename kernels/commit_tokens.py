@@ -24,8 +24,9 @@ from torch import Tensor
 
 from ..types import PolicyState, RuleName, ScoreName, TokenStatistics
 from ._arch import Arch
+from ._check import check_device
 from ._compile import CompileCase
-from ._statistics import check_device, outputs
+from ._statistics import outputs
 
 # Pointers                        shape     dtype    owned by
 # x_ptr                           [B, L]    int64    caller, read and written; stride_x between rows
@@ -264,7 +265,7 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     if x.dim() != 2 or x.dtype != torch.int64 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [B, L] torch.int64 of last stride 1, got {x.dtype} {list(x.shape)} of strides {x.stride()}")
     (rows, slots), device = x.shape, x.device
-    check_device("x", device)
+    check_device("x", x)
     block = statistics.token.shape[-1] if statistics.token.dim() else 0
     if not 1 <= block <= min(MAX_BLOCK, slots):
         raise ValueError(f"statistics must hold 1 to {min(MAX_BLOCK, slots)} slots a row, got {list(statistics.token.shape)}")
@@ -292,33 +293,34 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
         return
 
     config = commit_tokens_config(None, state.rule, block)
-    _commit_tokens_kernel[(rows,)](
-        x,
-        *outputs(statistics),
-        window_start,
-        state.kv_start,
-        state.seed,
-        state.value,
-        state.steps,
-        state.step,
-        state.masked,
-        state.remaining,
-        state.forwards,
-        state.done.view(torch.uint8),
-        state.invalid.view(torch.uint8),
-        state.forward,
-        state.step_map,
-        state.confidence,
-        slots,
-        block,
-        state.mask_id,
-        x.stride(0),
-        SCORE=state.score,
-        RULE=state.rule,
-        BLOCK=config.block,
-        CHUNK=config.chunk,
-        num_warps=config.num_warps,
-    )
+    with torch.cuda.device_of(x):
+        _commit_tokens_kernel[(rows,)](
+            x,
+            *outputs(statistics),
+            window_start,
+            state.kv_start,
+            state.seed,
+            state.value,
+            state.steps,
+            state.step,
+            state.masked,
+            state.remaining,
+            state.forwards,
+            state.done.view(torch.uint8),
+            state.invalid.view(torch.uint8),
+            state.forward,
+            state.step_map,
+            state.confidence,
+            slots,
+            block,
+            state.mask_id,
+            x.stride(0),
+            SCORE=state.score,
+            RULE=state.rule,
+            BLOCK=config.block,
+            CHUNK=config.chunk,
+            num_warps=config.num_warps,
+        )
 
 
 def _check(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:

@@ -18,15 +18,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from ..types import TokenStatistics
 from ._arch import Arch, arch_of
+from ._check import INTERPRETED, check_device
 from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
     PARTIAL_FIELDS,
-    check_device,
     check_sampling,
     forbid,
     forbidden_ids,
@@ -231,8 +230,8 @@ def head_statistics(
     if hidden.dim() != 2 or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"hidden must be [N, E] float32, float16 or bfloat16, got {hidden.dtype} {list(hidden.shape)}")
     device, (vocabulary, width) = hidden.device, (weight.shape[0], hidden.shape[1])
-    check_device("hidden", device)
-    if knobs.runtime.interpret and hidden.dtype == torch.bfloat16:
+    check_device("hidden", hidden)
+    if INTERPRETED and hidden.dtype == torch.bfloat16:
         raise ValueError("hidden must be float32 or float16 in Triton's interpreter, which multiplies the bits of bfloat16")
     _check("weight", weight, (weight.shape[0], width), hidden.dtype, device)
     if not 0 < vocabulary <= 2**30:
@@ -268,38 +267,39 @@ def head_statistics(
         positions = None if position is None else row_keys("position", position, count, device)
     partial = torch.empty(PARTIAL_FIELDS, count, config.parts, device=device)
     partial_id = torch.empty(count, config.parts, dtype=torch.int32, device=device)
-    _head_statistics_kernel[(config.parts,)](
-        hidden,
-        weight,
-        bias,
-        rows,
-        ids,
-        seeds,
-        positions,
-        steps,
-        partial,
-        partial_id,
-        count,
-        vocabulary,
-        config.part,
-        hidden.stride(0),
-        weight.stride(0),
-        0 if seeds is None else seeds.stride(0),
-        0 if positions is None else positions.stride(0),
-        0 if steps is None else steps.stride(0),
-        count * config.parts,
-        float(temperature),
-        E=width,
-        FORBIDDEN=0 if ids is None else len(ids),
-        SAMPLE=sample,
-        LOGITS=_ROUNDED.get(logits_dtype),
-        BLOCK_R=config.block_rows,
-        BLOCK_V=config.block_vocabulary,
-        BLOCK_E=config.block_width,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    launch_merge(partial, partial_id, rows, out, sample)
+    with torch.cuda.device_of(hidden):
+        _head_statistics_kernel[(config.parts,)](
+            hidden,
+            weight,
+            bias,
+            rows,
+            ids,
+            seeds,
+            positions,
+            steps,
+            partial,
+            partial_id,
+            count,
+            vocabulary,
+            config.part,
+            hidden.stride(0),
+            weight.stride(0),
+            0 if seeds is None else seeds.stride(0),
+            0 if positions is None else positions.stride(0),
+            0 if steps is None else steps.stride(0),
+            count * config.parts,
+            float(temperature),
+            E=width,
+            FORBIDDEN=0 if ids is None else len(ids),
+            SAMPLE=sample,
+            LOGITS=_ROUNDED.get(logits_dtype),
+            BLOCK_R=config.block_rows,
+            BLOCK_V=config.block_vocabulary,
+            BLOCK_E=config.block_width,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        launch_merge(partial, partial_id, rows, out, sample)
     return out
 
 

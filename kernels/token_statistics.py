@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..types import TokenStatistics
 from ._arch import Arch, arch_of
+from ._check import check_device
 from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
     PARTIAL_FIELDS,
-    check_device,
     check_sampling,
     forbid,
     forbidden_ids,
@@ -201,7 +201,7 @@ def token_statistics(
     (rows, vocabulary), device = logits.shape, logits.device
     if not 0 < vocabulary <= 2**30:
         raise ValueError(f"logits must have 1 to 2^30 tokens, got {vocabulary}")
-    check_device("logits", device)
+    check_device("logits", logits)
     check_sampling(temperature, seed)
     ids = forbidden_ids(forbidden, vocabulary, device)
     out = output_of(out, rows, device)
@@ -219,32 +219,33 @@ def token_statistics(
     if split:
         partial = torch.empty(PARTIAL_FIELDS, rows, config.splits, device=device)
         partial_id = torch.empty(rows, config.splits, dtype=torch.int32, device=device)
-    _token_statistics_kernel[(rows, config.splits)](
-        logits,
-        ids,
-        seeds,
-        positions,
-        steps,
-        *outputs(out),
-        partial,
-        partial_id,
-        vocabulary,
-        config.chunk,
-        *logits.stride(),
-        0 if seeds is None else seeds.stride(0),
-        0 if positions is None else positions.stride(0),
-        0 if steps is None else steps.stride(0),
-        rows * config.splits,
-        float(temperature),
-        FORBIDDEN=0 if ids is None else len(ids),
-        SAMPLE=sample,
-        SPLIT=split,
-        LANES=config.lanes,
-        WIDTH=config.width,
-        num_warps=config.num_warps,
-    )
-    if partial is not None and partial_id is not None:
-        launch_merge(partial, partial_id, None, out, sample)
+    with torch.cuda.device_of(logits):
+        _token_statistics_kernel[(rows, config.splits)](
+            logits,
+            ids,
+            seeds,
+            positions,
+            steps,
+            *outputs(out),
+            partial,
+            partial_id,
+            vocabulary,
+            config.chunk,
+            *logits.stride(),
+            0 if seeds is None else seeds.stride(0),
+            0 if positions is None else positions.stride(0),
+            0 if steps is None else steps.stride(0),
+            rows * config.splits,
+            float(temperature),
+            FORBIDDEN=0 if ids is None else len(ids),
+            SAMPLE=sample,
+            SPLIT=split,
+            LANES=config.lanes,
+            WIDTH=config.width,
+            num_warps=config.num_warps,
+        )
+        if partial is not None and partial_id is not None:
+            launch_merge(partial, partial_id, None, out, sample)
     return out
 
 

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
-from fastdllm_triton.kernels.commit_tokens import commit_tokens_config
+from fastdllm_triton.kernels.commit_tokens import commit_tokens_config, compile_cases
 from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
 from fastdllm_triton.types import PolicyState, TokenStatistics
 
@@ -450,7 +451,7 @@ def bad(**changes):
     [
         ({"x": torch.zeros(2, 8)}, r"x must be \[B, L\] torch.int64 of last stride 1, got torch.float32"),
         ({"x": torch.zeros(8, 2, dtype=torch.int64).t()}, "last stride 1"),
-        ({"x": torch.zeros(2, 8, dtype=torch.int64, device="meta")}, "x is on meta"),
+        ({"x": torch.zeros(2, 8, dtype=torch.int64, device="meta")}, "x: got a tensor on meta, needs a GPU tensor"),
         ({"x": torch.full((2, 3), MASK)}, r"1 to 3 slots a row, got \[2, 4\]"),
         ({"x": torch.full((1025, 8), MASK)}, "at most 1024 rows, got 1025"),
         ({"statistics__token": torch.zeros((), dtype=torch.int64)}, r"1 to 8 slots a row, got \[\]"),
@@ -468,6 +469,16 @@ def bad(**changes):
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         kernel(**bad(**changes))
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_compile_cases_name_every_argument_once(arch):
+    cases = compile_cases(arch)
+    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
+    for case in cases:
+        assert not case.signature.keys() & case.constexprs.keys()
+        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
+        assert set(case.divisible) <= case.signature.keys()
 
 
 def test_the_state_starts_empty():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdllm_triton.kernels._arch import ARCHS
-from fastdllm_triton.kernels.head_statistics import FUSED_ROWS, head_statistics_config
+from fastdllm_triton.kernels.head_statistics import FUSED_ROWS, compile_cases, head_statistics_config
 from fastdllm_triton.kernels.head_statistics import head_statistics as kernel
 from fastdllm_triton.reference.head_statistics import head_statistics as reference
 from fastdllm_triton.reference.token_statistics import token_statistics
@@ -253,7 +253,7 @@ def test_strided_rows_of_hidden_states_and_weight():
     [
         ({"hidden": torch.zeros(4)}, r"hidden must be \[N, E\] float32, float16 or bfloat16, got torch.float32 \[4\]"),
         ({"hidden": torch.zeros(2, 16).double()}, "hidden must be .* got torch.float64"),
-        ({"hidden": torch.zeros(2, 16, device="meta")}, "hidden is on meta"),
+        ({"hidden": torch.zeros(2, 16, device="meta")}, "hidden: got a tensor on meta, needs a GPU tensor"),
         ({"hidden": torch.zeros(16, 2).t()}, "hidden must have last stride 1"),
         ({"weight": torch.zeros(9, 15)}, r"weight must be torch.float32 \[9, 16\]"),
         ({"weight": torch.zeros(9, 16).half()}, "weight must be torch.float32"),
@@ -280,8 +280,17 @@ def test_the_interpreter_refuses_what_it_computes_wrong():
         kernel(torch.zeros(2, 16).bfloat16(), torch.zeros(9, 16).bfloat16())
 
 
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_compile_cases_name_every_argument_once(arch):
+    cases = compile_cases(arch)
+    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
+    for case in cases:
+        assert not case.signature.keys() & case.constexprs.keys()
+        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
+        assert set(case.divisible) <= case.signature.keys()
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="bfloat16 needs a GPU")
 @pytest.mark.parametrize(("vocabulary", "width"), [(126_464, 4096), (152_064, 3584)])
 @pytest.mark.parametrize("rows", [1, 17, 32, 64, 128])
 def test_bfloat16_on_a_gpu(rows, vocabulary, width):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels._statistics import merge_distribution
-from fastdllm_triton.kernels.token_statistics import TokenStatisticsConfig, token_statistics_config
+from fastdllm_triton.kernels.token_statistics import TokenStatisticsConfig, compile_cases, token_statistics_config
 from fastdllm_triton.kernels.token_statistics import token_statistics as kernel
 from fastdllm_triton.reference._random import gumbel, philox, uniform
 from fastdllm_triton.reference.token_statistics import statistics_merge
@@ -388,7 +388,7 @@ def test_unwritten_workspace_would_show(monkeypatch):
         ({"logits": torch.zeros(3, 4, dtype=torch.int32)}, "float32, float16 or bfloat16, got torch.int32"),
         ({"logits": torch.zeros(3, 4).double()}, "float32, float16 or bfloat16, got torch.float64"),
         ({"logits": torch.zeros(3, 0)}, "1 to 2.30 tokens, got 0"),
-        ({"logits": torch.zeros(3, 4, device="meta")}, "logits is on meta"),
+        ({"logits": torch.zeros(3, 4, device="meta")}, "logits: got a tensor on meta, needs a GPU tensor"),
         ({"forbidden": [4]}, r"forbidden must hold ids in \[0, 4\), got \[4\]"),
         ({"forbidden": [-1]}, "forbidden must hold ids"),
         ({"forbidden": list(range(65))}, "forbidden has 65 ids; at most 64"),
@@ -406,8 +406,17 @@ def test_bad_arguments_are_named(change, message):
         kernel(**arguments)
 
 
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_compile_cases_name_every_argument_once(arch):
+    cases = compile_cases(arch)
+    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
+    for case in cases:
+        assert not case.signature.keys() & case.constexprs.keys()
+        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
+        assert set(case.divisible) <= case.signature.keys()
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="bfloat16 and real occupancy need a GPU")
 @pytest.mark.parametrize("vocabulary", [320, 126_464, 152_064])
 @pytest.mark.parametrize("rows", [1, 32, 130, 512])
 def test_bfloat16_on_a_gpu(rows, vocabulary):
