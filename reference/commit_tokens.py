@@ -20,7 +20,7 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     * ``quota``: with ``m`` masked slots at the block's first forward and ``S`` forwards, ``m // S``, and one more in each of
       the first ``m % S`` forwards (LLaDA, arXiv 2502.09992: ``get_num_transfer_tokens``).
     * ``threshold``: all whose score is at least the threshold (Fast-dLLM, arXiv 2505.22618, section 3.3). For the
-      confidence that is ``rest <= 1 / threshold - 1``, which stays sharp where a float32 confidence has become 1.
+      confidence that is ``(1 + rest) * threshold <= 1`` in float64, which stays sharp where a float32 confidence has become 1.
     * ``factor``: the longest prefix with ``1 - score_n <= factor / (n + 1)`` for every n from 2 on. As in the official
       code, a failure at the very last rank is ignored and that token is committed too.
     * ``entropy_budget``: the longest prefix in which the entropies, less the largest, sum to at most the budget
@@ -93,15 +93,17 @@ def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, total: Tens
         fits = within & (others <= state.value)
         return fits.int().cumprod(1).sum(1)
 
-    if state.rule == "threshold":
-        if state.score == "confidence":
-            return (within & (cost.double().gather(1, order) <= 1 / state.value - 1)).sum(1)
-        return (within & (cost.double().gather(1, order) <= -state.value)).sum(1)
+    cost, value = cost.double().gather(1, order), state.value
+    if state.rule == "threshold":  # inf * 0 is no failure: a threshold of 0 lets everything pass
+        fails = (1 + cost) * value > 1 if state.score == "confidence" else cost > -value
+        return (within & ~fails).sum(1)
 
-    # 1 - score, in float64: the odds against a token are accurate where its probability has rounded to 1.
-    doubt = cost.double()
-    doubt = torch.where(doubt == torch.inf, 1, doubt / (1 + doubt)) if state.score == "confidence" else 1 + doubt
-    doubt = doubt.gather(1, order)
-    fits = within & ((n == 1) | (doubt <= state.value / (n + 1)))
+    # (n + 1) (1 - score) <= factor. The odds against a token are accurate where its probability has rounded to 1, so for the
+    # confidence, where cost is the odds, both sides are multiplied by 1 + cost.
+    if state.score == "confidence":
+        fits = torch.where(cost == torch.inf, n + 1 <= value, (n + 1) * cost <= value * (1 + cost))
+    else:
+        fits = (n + 1) * (1 + cost) <= value
+    fits = within & (fits | (n == 1))
     prefix = fits.int().cumprod(1).sum(1)
     return torch.where(prefix == total - 1, total, prefix)  # the official code's last rank

@@ -12,13 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
+from fastdllm_triton.kernels.commit_tokens import commit_tokens_config, compile_cases
 from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
 from fastdllm_triton.types import PolicyState, TokenStatistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = 9
 INF = math.inf
-OPS = {"reference": reference}
+OPS = {"reference": reference, "triton": kernel}
 SCORES = ["confidence", "margin", "neg_entropy", "random"]
 RULES = ["quota", "threshold", "factor", "entropy_budget"]
 
@@ -186,7 +189,7 @@ def torch_rest(slot: Slot) -> Slot:
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(problem=problems())
 def test_commits_what_plain_python_commits(name, problem):
     p = problem
@@ -344,7 +347,7 @@ def test_random_scores_depend_on_seed_position_and_step(op):
 
 
 def test_random_order_is_uniform(op):
-    rows = 600
+    rows = 150
     x = torch.full((rows, 5), MASK, device=DEVICE)
     state = state_of("random", "quota", steps=5, rows=rows, slots=5)
     state.seed.copy_(torch.arange(rows))
@@ -382,6 +385,100 @@ def test_blocks_of_a_thousand_slots(op, score, rule, value):
     expected = committed(score, rule, value, 1, 0, first, slots, [0.0] * 1000)
     assert 4 < len(expected) < 800
     assert run(op, slots, score, rule, value) == sorted(expected)
+
+
+# --- the kernel alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_every_launch_counts_one_forward(rows):
+    slots = by_rest([1.0, 2.0])
+    state = state_of("confidence", "quota", steps=2, rows=rows, slots=2)
+    x = torch.full((rows, 2), MASK, device=DEVICE)
+    for forward in (1, 2, 3):
+        kernel(x, statistics_of([slots] * rows), int32(*[0] * rows), state)
+        assert state.forward.item() == forward
+    assert state.step_map.tolist() == [[0, 1]] * rows
+    assert state.forwards.tolist() == [2] * rows
+
+
+def test_no_rows_still_count_a_forward():
+    state = state_of("confidence", "quota", rows=0)
+    statistics = TokenStatistics(torch.zeros(0, 4, dtype=torch.int64), *(torch.zeros(0, 4) for _ in range(5)))
+    kernel(torch.zeros(0, 8, dtype=torch.int64, device=DEVICE), statistics, int32(), state)
+    assert state.forward.item() == 1
+
+
+def test_a_block_that_leaves_the_row_touches_nothing_else():
+    memory = torch.full((3, 12), MASK, device=DEVICE)
+    x = memory[:, 2:10]  # rows of 8, with masked neighbours
+    state = state_of("confidence", "threshold", 0.0, rows=3, slots=8)
+    slots = by_rest([0.0] * 4)
+    kernel(x, statistics_of([slots] * 3), int32(-2, 6, 2), state)
+    assert (memory[0, :2] == MASK).all() and (memory[2, 10:] == MASK).all() and (memory[1, 10:] == MASK).all()
+    assert (x != MASK).nonzero().tolist() == [[0, 0], [0, 1], [1, 6], [1, 7], [2, 2], [2, 3], [2, 4], [2, 5]]
+    assert (state.step_map >= 0).nonzero().tolist() == (x != MASK).nonzero().tolist()
+
+
+@pytest.mark.parametrize("block", [1, 2, 31, 32, 33, 128, 700, 1024])
+def test_a_tile_of_comparisons_stays_small(block):
+    for rule in RULES:
+        config = commit_tokens_config(None, rule, block)
+        assert block <= config.block < 2 * block
+        assert config.block * config.chunk <= 32 * config.num_warps * (4 if rule == "entropy_budget" else 16)
+        assert 1 <= config.chunk <= config.block
+
+
+def bad(**changes):
+    state = state_of("confidence", "quota", rows=2)
+    arguments = {
+        "x": torch.full((2, 8), MASK, device=DEVICE),
+        "statistics": statistics_of([by_rest([1.0] * 4)] * 2),
+        "window_start": int32(0, 0),
+        "state": state,
+    }
+    for name, value in changes.items():
+        holder, _, field = name.partition("__")
+        if field:
+            setattr(arguments[holder], field, value)
+        else:
+            arguments[name] = value
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(2, 8)}, r"x must be \[B, L\] torch.int64 of last stride 1, got torch.float32"),
+        ({"x": torch.zeros(8, 2, dtype=torch.int64).t()}, "last stride 1"),
+        ({"x": torch.zeros(2, 8, dtype=torch.int64, device="meta")}, "x: got a tensor on meta, needs a GPU tensor"),
+        ({"x": torch.full((2, 3), MASK)}, r"1 to 3 slots a row, got \[2, 4\]"),
+        ({"x": torch.full((1025, 8), MASK)}, "at most 1024 rows, got 1025"),
+        ({"statistics__token": torch.zeros((), dtype=torch.int64)}, r"1 to 8 slots a row, got \[\]"),
+        ({"statistics__token": torch.zeros(2, 4, dtype=torch.int32)}, "statistics.token must be a contiguous torch.int64"),
+        ({"statistics__rest": torch.zeros(2, 8)[:, ::2]}, "statistics.rest must be a contiguous torch.float32"),
+        ({"statistics__entropy": torch.zeros(2, 4).double()}, "statistics.entropy must be a contiguous torch.float32"),
+        ({"window_start": torch.zeros(2, dtype=torch.int64)}, "window_start must be a contiguous torch.int32"),
+        ({"state__score": "entropy"}, "state.score must be one of confidence, margin, neg_entropy, random, got 'entropy'"),
+        ({"state__rule": "all"}, "state.rule must be one of quota, threshold, factor, entropy_budget, got 'all'"),
+        ({"state__value": torch.zeros(())}, "state.value must be a contiguous torch.float64"),
+        ({"state__kv_start": int32(0)}, r"state.kv_start must be a contiguous torch.int32 \[2\]"),
+        ({"state__step_map": torch.zeros(2, 4, dtype=torch.int32)}, r"state.step_map must be a contiguous torch.int32 \[2, 8\]"),
+    ],
+)
+def test_bad_arguments_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        kernel(**bad(**changes))
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_compile_cases_name_every_argument_once(arch):
+    cases = compile_cases(arch)
+    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
+    for case in cases:
+        assert not case.signature.keys() & case.constexprs.keys()
+        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
+        assert set(case.divisible) <= case.signature.keys()
 
 
 def test_the_state_starts_empty():

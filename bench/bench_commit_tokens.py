@@ -1,0 +1,106 @@
+"""commit_tokens against the same decision in PyTorch. A launch reads a few kilobytes: what is timed is latency.
+
+python bench/bench_commit_tokens.py [--json FILE] [--plot FILE] [--only NAME,...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import _timing
+import torch
+from _baselines import official_threshold
+from _memory import main
+from _timing import Bench, Inputs, Row, measure
+from torch import Tensor
+
+from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
+from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
+from fastdllm_triton.types import PolicyState, TokenStatistics
+
+MASK, START, SLOTS = 126_336, 512, 2048
+
+SHAPES = [
+    {"batch": batch, "block": block, "rule": rule}
+    for batch, block in ((1, 32), (16, 32), (64, 32), (16, 128), (16, 1024))
+    for rule in ("threshold", "factor", "entropy_budget")
+]
+
+
+def inputs(shape: Mapping[str, Any], device: torch.device, seed: int) -> Inputs:
+    """A masked block in which every token is [MASK] itself: committing it changes nothing, so every launch has all to decide."""
+    generator = torch.Generator(device).manual_seed(seed)
+    batch, block = shape["batch"], shape["block"]
+    rest = torch.rand((batch, block), generator=generator, device=device)
+    states = [
+        PolicyState.create(
+            "neg_entropy" if shape["rule"] == "entropy_budget" else "confidence",
+            shape["rule"],
+            value=0.7,
+            mask_id=MASK,
+            kv_start=torch.zeros(batch, dtype=torch.int32, device=device),
+            seed=torch.zeros(batch, dtype=torch.int64, device=device),
+            slots=SLOTS,
+        )
+        for _ in range(2)
+    ]
+    token = torch.full((batch, block), MASK, device=device)
+    return {
+        "x": torch.full((batch, SLOTS), MASK, device=device),
+        "statistics": TokenStatistics(token, -rest, -2 - rest, torch.log1p(rest) - rest, rest, rest),
+        "window_start": torch.full((batch,), START, dtype=torch.int32, device=device),
+        "state": states[0],
+        "other_state": states[1],
+    }
+
+
+def run_kernel(i: Inputs) -> list[Tensor]:
+    """One launch; what it is checked by."""
+    kernel(i["x"], i["statistics"], i["window_start"], i["state"])
+    return [i["state"].remaining, i["state"].step_map]
+
+
+def run_reference(i: Inputs) -> list[Tensor]:
+    """Some dozens of launches, on a state of their own."""
+    reference(i["x"], i["statistics"], i["window_start"], i["other_state"])
+    return [i["other_state"].remaining, i["other_state"].step_map]
+
+
+def run_official(i: Inputs) -> Tensor:
+    """Only the threshold rule is free of host reads in the official code."""
+    if i["state"].rule != "threshold":
+        raise ValueError("the official factor rule reads the GPU from Python; the entropy budget is not in it")
+    statistics = i["statistics"]
+    return official_threshold(i["x"], statistics.token, statistics.confidence.double(), START, MASK, 0.7)
+
+
+def bytes_moved(shape: Mapping[str, Any]) -> int:
+    """Each slot's id, token and two statistics in; id, step and confidence out: 40 bytes."""
+    return 40 * shape["batch"] * shape["block"]
+
+
+BENCH = Bench(
+    op="commit_tokens",
+    shapes=SHAPES,
+    inputs=inputs,
+    ours=run_kernel,
+    oracle=run_reference,
+    baselines={"torch": run_reference, "official": run_official},
+    bytes=bytes_moved,
+)
+
+
+def measure_few_sets(bench: Bench, device: torch.device, *, cache: int, **options: Any) -> list[Row]:
+    """:func:`_timing.measure` over a dozen sets of inputs a shape: a cache full of blocks would be a hundred thousand."""
+    rows = []
+    for shape in bench.shapes:
+        rows += measure(replace(bench, shapes=(shape,)), device, cache=min(cache, 4 * bench.bytes(shape)), **options)
+    return rows
+
+
+if __name__ == "__main__":
+    _timing.measure = measure_few_sets
+    sys.exit(main(BENCH))

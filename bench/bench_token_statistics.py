@@ -1,0 +1,62 @@
+"""token_statistics against what decoders do to logits today, at the vocabularies of LLaDA and Dream.
+
+python bench/bench_token_statistics.py [--json FILE] [--plot FILE] [--only NAME,...]
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from _baselines import compiled_float32, official_float64, torch_float32
+from _memory import main
+from _timing import Bench, Inputs
+from torch import Tensor
+
+from fastdllm_triton.kernels.token_statistics import token_statistics as kernel
+from fastdllm_triton.reference.token_statistics import token_statistics as reference
+from fastdllm_triton.types import TokenStatistics
+
+#: A block of one sequence, of a batch, and the rows of a refresh; noise where the engine samples.
+SHAPES = [
+    {"rows": rows, "vocabulary": vocabulary, "temperature": temperature}
+    for vocabulary in (126_464, 152_064)
+    for rows, temperature in ((1, 0.0), (32, 0.0), (32, 1.0), (128, 0.0), (512, 0.0), (2048, 0.0))
+]
+
+
+def inputs(shape: Mapping[str, Any], device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+    """Normal logits, ten wide."""
+    generator = torch.Generator(device).manual_seed(seed)
+    logits = torch.randn((shape["rows"], shape["vocabulary"]), generator=generator, device=device, dtype=dtype)
+    return {"logits": logits.mul_(3), "temperature": shape["temperature"], "seed": 1 if shape["temperature"] else None}
+
+
+def compared(found: TokenStatistics) -> list[Tensor]:
+    """What the kernel is checked by before it is timed."""
+    return [found.token, found.logit, found.second_logit, found.logsumexp, found.confidence, found.entropy]
+
+
+def bytes_moved(shape: Mapping[str, Any]) -> int:
+    """Two bytes a logit in; what comes out, 28 bytes a row, is nothing beside it."""
+    return 2 * shape["rows"] * shape["vocabulary"] + 28 * shape["rows"]
+
+
+BENCH = Bench(
+    op="token_statistics",
+    shapes=SHAPES,
+    inputs=inputs,
+    ours=lambda i: compared(kernel(**i)),
+    oracle=lambda i: compared(reference(**i)),
+    baselines={
+        "official float64": lambda i: official_float64(i["logits"]),
+        "torch float32": lambda i: torch_float32(i["logits"]),
+        "torch.compile float32": lambda i: compiled_float32(i["logits"]),
+    },
+    bytes=bytes_moved,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(BENCH))

@@ -1,0 +1,369 @@
+"""Decides which masked tokens of each row's block to commit and writes them: one launch, one program a sequence.
+
+Every rule commits a prefix of the slots ordered by (cost, position), cost being small where the score is good. No slot is
+sorted: a slot's rank is the number of slots before it, and a prefix that ends at the first slot that does not fit is as
+long as the smallest rank among those that do not. Comparing all pairs of a block of 32 is cheaper than a sort and needs
+no other order of the data; longer blocks go through it in chunks.
+
+Costs are float64, as the reference's decisions are: odds of 1e-9 and 2e-9 must not meet in rounding. They are compared as
+integers of the same order, since GPUs without fast float64 compare those at full rate.
+
+The rules and their sources are in ``reference/commit_tokens.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import get_args
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import PolicyState, RuleName, ScoreName, TokenStatistics
+from ._arch import Arch
+from ._check import check_device
+from ._compile import CompileCase
+from ._statistics import outputs
+
+# Pointers                        shape     dtype    owned by
+# x_ptr                           [B, L]    int64    caller, read and written; stride_x between rows
+# token_ptr                       [B, N]    int64    statistics, read, as are the five below in fp32
+# logit_ptr … entropy_ptr         [B, N]    fp32     what the score does not need is not read
+# window_start_ptr, kv_start_ptr  [B]       int32    caller, read
+# seed_ptr                        [B]       int64    state, read
+# value_ptr, steps_ptr            []        fp64, int32  state, read
+# step_ptr … forwards_ptr         [B]       int32    state, read and written
+# done_ptr, invalid_ptr           [B]       bool     state, written; invalid_ptr also read
+# forward_ptr                     []        int32    state, counted up
+# step_map_ptr, confidence_ptr    [B, L]    int32, fp32  state, written where a token is committed
+
+#: Fourth word of the random counter: numbers that rank slots (reference/_random.py).
+STREAM_SCORE = tl.constexpr(1)
+#: What an arriving program adds to the forward counter, above all forwards of a generation.
+ARRIVED = tl.constexpr(1 << 20)
+MAX_ROWS, MAX_BLOCK = 1024, 1024
+
+
+@triton.jit
+def _candidates(
+    x_ptr,
+    token_ptr,
+    logit_ptr,
+    second_ptr,
+    lse_ptr,
+    rest_ptr,
+    entropy_ptr,
+    o,
+    start,
+    slots,
+    block,
+    mask_id,
+    position,
+    seed,
+    step,
+    SCORE: tl.constexpr,
+):
+    """Of the slots ``o [N]`` of a block: whether each is masked, whether it may be committed, and its cost."""
+    inside = (o < block) & (start + o >= 0) & (start + o < slots)
+    masked = inside & (tl.load(x_ptr + start + o, mask=inside, other=0) == mask_id)
+    eligible = masked & (tl.load(token_ptr + o, mask=masked, other=-1) >= 0)
+    if SCORE == "confidence":
+        cost = tl.load(rest_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+    elif SCORE == "margin":
+        logit = tl.load(logit_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+        second = tl.load(second_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+        lse = tl.load(lse_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+        p = 1 / (1 + tl.load(rest_ptr + o, mask=eligible, other=0.0).to(tl.float64))
+        sampled = second > logit  # a sample need not be the best token
+        gap = (1 - tl.exp(-tl.abs(second - logit))) * tl.where(sampled, tl.exp(second - lse), p)
+        cost = tl.where(sampled, gap, -gap)
+    elif SCORE == "neg_entropy":
+        cost = tl.load(entropy_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+    else:
+        zero = (o * 0).to(tl.uint32)
+        word, _, _, _ = tl.philox(seed, zero, (position + o).to(tl.uint32), step.to(tl.uint32), STREAM_SCORE)
+        cost = -tl.minimum((word.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24).to(tl.float64)
+    return masked, eligible, tl.where(cost == 0, 0.0, cost)  # one zero
+
+
+@triton.jit
+def _ordered(cost):
+    """Integers in the order of the float64 costs."""
+    bits = cost.to(tl.int64, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+
+
+@triton.jit
+def _commit_tokens_kernel(
+    x_ptr,
+    token_ptr,
+    logit_ptr,
+    second_ptr,
+    lse_ptr,
+    rest_ptr,
+    entropy_ptr,
+    window_start_ptr,
+    kv_start_ptr,
+    seed_ptr,
+    value_ptr,
+    steps_ptr,
+    step_ptr,
+    masked_ptr,
+    remaining_ptr,
+    forwards_ptr,
+    done_ptr,
+    invalid_ptr,
+    forward_ptr,
+    step_map_ptr,
+    confidence_ptr,
+    slots,
+    block,
+    mask_id,
+    stride_x,
+    SCORE: tl.constexpr,
+    RULE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x
+    token_ptr += row * block
+    logit_ptr += row * block
+    second_ptr += row * block
+    lse_ptr += row * block
+    rest_ptr += row * block
+    entropy_ptr += row * block
+    start = tl.load(window_start_ptr + row)
+    position = start - tl.load(kv_start_ptr + row)
+    seed = tl.load(seed_ptr + row)
+    step = tl.load(step_ptr + row)
+    value = tl.load(value_ptr)
+
+    o = tl.arange(0, BLOCK)
+    masked, eligible, cost = _candidates(
+        x_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
+        o, start, slots, block, mask_id, position, seed, step, SCORE,
+    )  # fmt: skip
+    key = _ordered(cost)  # [BLOCK]
+    masked_now = tl.sum(masked.to(tl.int32), 0)
+    total = tl.sum(eligible.to(tl.int32), 0)
+    masked_first = tl.where(step == 0, masked_now, tl.load(masked_ptr + row))
+
+    if RULE == "quota":
+        steps = tl.load(steps_ptr)
+        count = masked_first // steps + (step < masked_first % steps).to(tl.int32)
+    elif RULE == "threshold":
+        fails = cost > -value
+        if SCORE == "confidence":
+            fails = (1 + cost) * value > 1  # false for inf * 0: a threshold of 0 lets everything pass
+        count = tl.sum((eligible & (fails == 0)).to(tl.int32), 0)
+
+    rank = tl.zeros((BLOCK,), tl.int32)
+    entropies = tl.zeros((BLOCK,), tl.float64)  # of the slots before, their sum and their largest
+    largest = tl.full((BLOCK,), float("-inf"), tl.float64)
+    for begin in range(0, block, CHUNK):
+        j = begin + tl.arange(0, CHUNK)
+        _, eligible_j, cost_j = _candidates(
+            x_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
+            j, start, slots, block, mask_id, position, seed, step, SCORE,
+        )  # fmt: skip
+        key_j = _ordered(cost_j)[:, None]  # the chunk along the first axis, which a thread holds whole
+        before = (key_j < key[None, :]) | ((key_j == key[None, :]) & (j[:, None] < o[None, :]))  # [CHUNK, BLOCK]
+        before = before & eligible_j[:, None]
+        rank += tl.sum(before.to(tl.int32), 0)
+        if RULE == "entropy_budget":
+            entropy_j = tl.load(entropy_ptr + j, mask=eligible_j, other=0.0).to(tl.float64)[:, None]
+            entropies += tl.sum(tl.where(before, entropy_j, 0.0), 0)
+            largest = tl.maximum(largest, tl.max(tl.where(before, entropy_j, float("-inf")), 0))
+
+    if RULE == "factor" or RULE == "entropy_budget":
+        if RULE == "factor":
+            # (n + 1) (1 - score) <= factor, times 1 + cost where cost is the odds.
+            bound = (rank + 2).to(tl.float64)
+            if SCORE == "confidence":
+                fits = tl.where(cost == float("inf"), bound <= value, bound * cost <= value * (1 + cost))
+            else:
+                fits = bound * (1 + cost) <= value
+            fits = fits | (rank == 0)
+        else:
+            entropy = tl.load(entropy_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+            fits = entropies + entropy - tl.maximum(largest, entropy) <= value
+        count = tl.min(tl.where(eligible & (fits == 0), rank, total), 0)
+        if RULE == "factor":
+            count = tl.where(count == total - 1, total, count)  # the official code's last rank
+    count = tl.minimum(tl.maximum(count, 1), total)
+    chosen = eligible & (rank < count)
+    remaining = masked_now - tl.sum(chosen.to(tl.int32), 0)
+    broken = (tl.load(invalid_ptr + row) != 0) | (total < masked_now)
+    forwards = tl.load(forwards_ptr + row)
+    # All programs read the forward's index and one counts it up, whatever their order: each adds its arrival in the high
+    # bits and reads the low ones, and the last takes all arrivals off again.
+    arrivals = tl.atomic_add(forward_ptr, ARRIVED, sem="relaxed")
+    forward = arrivals % ARRIVED
+    if arrivals // ARRIVED == tl.num_programs(0) - 1:
+        tl.atomic_add(forward_ptr, 1 - tl.num_programs(0) * ARRIVED, sem="relaxed")
+
+    token = tl.load(token_ptr + o, mask=chosen, other=0)
+    tl.debug_barrier()  # no warp writes before all have read
+    odds = tl.load(rest_ptr + o, mask=chosen, other=0.0)
+    tl.store(x_ptr + start + o, token, mask=chosen)
+    tl.store(step_map_ptr + row * slots + start + o, tl.zeros((BLOCK,), tl.int32) + forward, mask=chosen)
+    tl.store(confidence_ptr + row * slots + start + o, 1 / (1 + odds), mask=chosen)
+    unfinished = (masked_now > 0).to(tl.int32)
+    tl.store(masked_ptr + row, masked_first)
+    tl.store(remaining_ptr + row, remaining)
+    tl.store(done_ptr + row, remaining == 0)
+    tl.store(invalid_ptr + row, broken)
+    tl.store(step_ptr + row, step + unfinished)
+    tl.store(forwards_ptr + row, forwards + unfinished)
+
+
+@dataclass(frozen=True)
+class CommitTokensConfig:
+    """How a program holds its block.
+
+    Attributes:
+        block: slots, rounded up to a power of two.
+        chunk: slots that all others are compared with at a time.
+        num_warps: warps of a program.
+    """
+
+    block: int
+    chunk: int
+    num_warps: int
+
+
+def commit_tokens_config(arch: Arch | None, rule: str, block: int) -> CommitTokensConfig:
+    """Bounds a tile of comparisons to few a thread, and half of them where float64 sums are taken: more would spill.
+
+    The compile report chose the numbers. The same for every architecture: nothing here is worth a difference.
+    """
+    padded = triton.next_power_of_2(block)
+    num_warps, a_thread = (1, 8) if padded <= 32 else (4, 4) if padded <= 128 else (8, 8)
+    tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
+    return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
+
+
+def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
+    """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
+
+    Unlike there, slots outside ``[0, L)`` are left alone instead of an error: where a block lies is known on the device only.
+    The forward counter must stay below 2^20.
+
+    Args:
+        x: ``[B, L]`` int64, last stride 1.
+        statistics: entries ``[B, N]``, contiguous, N up to 1,024.
+        window_start: ``[B]`` int32.
+        state: updated in place.
+
+    Raises:
+        ValueError: an argument's rank, dtype, shape, device or range.
+    """
+    if x.dim() != 2 or x.dtype != torch.int64 or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be [B, L] torch.int64 of last stride 1, got {x.dtype} {list(x.shape)} of strides {x.stride()}")
+    (rows, slots), device = x.shape, x.device
+    check_device("x", x)
+    block = statistics.token.shape[-1] if statistics.token.dim() else 0
+    if not 1 <= block <= min(MAX_BLOCK, slots):
+        raise ValueError(f"statistics must hold 1 to {min(MAX_BLOCK, slots)} slots a row, got {list(statistics.token.shape)}")
+    if rows > MAX_ROWS:
+        raise ValueError(f"x must have at most {MAX_ROWS} rows, got {rows}")
+    for name, allowed in (("score", get_args(ScoreName)), ("rule", get_args(RuleName))):
+        if getattr(state, name) not in allowed:
+            raise ValueError(f"state.{name} must be one of {', '.join(allowed)}, got {getattr(state, name)!r}")
+    _check("window_start", window_start, torch.int32, (rows,), device)
+    for name, field in vars(statistics).items():
+        _check(f"statistics.{name}", field, torch.int64 if name == "token" else torch.float32, (rows, block), device)
+    for names, dtype, shape in (
+        (("kv_start", "step", "masked", "remaining", "forwards"), torch.int32, (rows,)),
+        (("done", "invalid"), torch.bool, (rows,)),
+        (("seed",), torch.int64, (rows,)),
+        (("steps", "forward"), torch.int32, ()),
+        (("value",), torch.float64, ()),
+        (("step_map",), torch.int32, (rows, slots)),
+        (("confidence",), torch.float32, (rows, slots)),
+    ):
+        for name in names:
+            _check(f"state.{name}", getattr(state, name), dtype, shape, device)
+    if rows == 0:
+        state.forward.add_(1)
+        return
+
+    config = commit_tokens_config(None, state.rule, block)
+    with torch.cuda.device_of(x):
+        _commit_tokens_kernel[(rows,)](
+            x,
+            *outputs(statistics),
+            window_start,
+            state.kv_start,
+            state.seed,
+            state.value,
+            state.steps,
+            state.step,
+            state.masked,
+            state.remaining,
+            state.forwards,
+            state.done.view(torch.uint8),
+            state.invalid.view(torch.uint8),
+            state.forward,
+            state.step_map,
+            state.confidence,
+            slots,
+            block,
+            state.mask_id,
+            x.stride(0),
+            SCORE=state.score,
+            RULE=state.rule,
+            BLOCK=config.block,
+            CHUNK=config.chunk,
+            num_warps=config.num_warps,
+        )
+
+
+def _check(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises unless a tensor is contiguous and what it must be."""
+    if given.dtype != dtype or tuple(given.shape) != shape or given.device != device or not given.is_contiguous():
+        found = f"{given.dtype} {list(given.shape)} of strides {given.stride()} on {given.device}"
+        raise ValueError(f"{name} must be a contiguous {dtype} {list(shape)} on {device}, got {found}")
+
+
+def compile_cases(arch: Arch) -> list[CompileCase]:
+    """Every score with every rule at the usual block, and the largest block with the rules that differ most."""
+    signature = {"x_ptr": "*i64", "token_ptr": "*i64"}
+    signature |= dict.fromkeys(("logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr"), "*fp32")
+    signature |= {
+        "window_start_ptr": "*i32",
+        "kv_start_ptr": "*i32",
+        "seed_ptr": "*i64",
+        "value_ptr": "*fp64",
+        "steps_ptr": "*i32",
+    }
+    signature |= dict.fromkeys(("step_ptr", "masked_ptr", "remaining_ptr", "forwards_ptr"), "*i32")
+    signature |= {
+        "done_ptr": "*u8",
+        "invalid_ptr": "*u8",
+        "forward_ptr": "*i32",
+        "step_map_ptr": "*i32",
+        "confidence_ptr": "*fp32",
+    }
+    signature |= dict.fromkeys(("slots", "block", "mask_id", "stride_x"), "i32")
+    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    largest = (("confidence", "factor"), ("margin", "entropy_budget"))
+    cases = []
+    for block in (32, 128, 1024):
+        for score, rule in product(get_args(ScoreName), get_args(RuleName)) if block == 32 else largest:
+            config = commit_tokens_config(arch, rule, block)
+            case = CompileCase(
+                op="commit_tokens",
+                kernel=_commit_tokens_kernel,
+                config=f"{score} {rule} N={block}",
+                signature=signature,
+                constexprs={"SCORE": score, "RULE": rule, "BLOCK": config.block, "CHUNK": config.chunk},
+                divisible=(*pointers, "block"),
+                num_warps=config.num_warps,
+            )
+            cases.append(case)
+    return cases

@@ -1,0 +1,374 @@
+"""Token statistics straight from hidden states: the product with the head's weight never reaches memory as logits.
+
+For few rows the head is a stream of its weight. Each program owns a range of the vocabulary, equally long for all, and
+walks it in tiles; a tile's logits stay in registers, are summed up by the states of ``_statistics`` and merged into one
+running state a row, so that a program leaves 28 bytes a row for the merge kernel. The weight is the first operand of the
+product: on Hopper only an M of 64 or more reaches wgmma, and the vocabulary is the long side.
+
+For more rows than :data:`FUSED_ROWS` the product is left to cuBLAS and ``token_statistics`` reads its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import TokenStatistics
+from ._arch import Arch, arch_of
+from ._check import INTERPRETED, check_device
+from ._compile import CompileCase
+from ._statistics import (
+    NO_ID,
+    PARTIAL_FIELDS,
+    check_sampling,
+    forbid,
+    forbidden_ids,
+    gumbel_noise,
+    launch_merge,
+    merge_distribution,
+    output_of,
+    row_keys,
+    store_partial,
+    tile_choice,
+    tile_distribution,
+)
+from .token_statistics import token_statistics
+
+# Pointers                shape                  dtype             owned by
+# hidden_ptr              [N, E]                 fp32/fp16/bf16    caller, read; last stride 1
+# weight_ptr              [V, E]                 same              caller, read; last stride 1
+# bias_ptr                [V] or None            any float         caller, read
+# rows_ptr                [R] or None            int64             caller, read; -1 asks for nothing, None: rows in order
+# forbidden_ptr           [F]                    int64             launcher, read
+# seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
+# position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
+# partial_ptr             [6, R, parts]          fp32              workspace, written
+# partial_id_ptr          [R, parts]             int32             workspace, written
+
+#: Most rows of the fused kernel. Published figures of a like kernel (FlashSampling, arXiv 2603.15854, against cuBLAS and a
+#: separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows. Elsewhere the limit is
+#: the largest tile of rows whose statistics stay in registers (the compile report: on sm_100, where a thread reads whole rows
+#: of tensor memory, 64 spill); a second tile of rows would stream the weight twice.
+FUSED_ROWS = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 32, "sm_120": 64, "gfx942": 64}
+
+
+@triton.jit
+def _head_statistics_kernel(
+    hidden_ptr,
+    weight_ptr,
+    bias_ptr,
+    rows_ptr,
+    forbidden_ptr,
+    seed_ptr,
+    position_ptr,
+    step_ptr,
+    partial_ptr,
+    partial_id_ptr,
+    rows,
+    vocabulary,
+    part,
+    stride_hidden,
+    stride_weight,
+    stride_seed,
+    stride_position,
+    stride_step,
+    stride_field,
+    temperature,
+    E: tl.constexpr,
+    FORBIDDEN: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    LOGITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    begin = tl.program_id(0) * part
+    end = tl.minimum(begin + part, vocabulary)
+    temperature = tl.full((), temperature, tl.float32)
+    o_r = tl.arange(0, BLOCK_R)
+    o_v = tl.arange(0, BLOCK_V)
+    o_e = tl.arange(0, BLOCK_E)
+    in_r = o_r < rows
+    row = tl.where(in_r, o_r, -1).to(tl.int64)
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + o_r, mask=in_r, other=-1)
+    asked = row >= 0  # [BLOCK_R]
+    if tl.max(row, 0) < 0:
+        return  # the merge reads no partials of rows that ask for nothing
+    if SAMPLE:
+        seed = tl.load(seed_ptr + o_r * stride_seed, mask=in_r, other=0)[:, None]
+        step = tl.load(step_ptr + o_r * stride_step, mask=in_r, other=0)[:, None]
+        position = o_r.to(tl.int64)[:, None]
+        if position_ptr is not None:
+            position = tl.load(position_ptr + o_r * stride_position, mask=in_r, other=0)[:, None]
+
+    p_hidden = hidden_ptr + row[:, None] * stride_hidden + o_e[None, :]  # [BLOCK_R, BLOCK_E]
+    m = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    t = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    g = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    c = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    r = tl.zeros((BLOCK_R,), tl.float32)
+    u = tl.zeros((BLOCK_R,), tl.float32)
+    i = tl.full((BLOCK_R,), NO_ID, tl.int32)
+
+    for start in range(begin, end, BLOCK_V):
+        in_v = start + o_v < end
+        p_weight = weight_ptr + (start + o_v).to(tl.int64)[:, None] * stride_weight + o_e[None, :]  # [BLOCK_V, BLOCK_E]
+        logits = tl.zeros((BLOCK_V, BLOCK_R), tl.float32)
+        for e in range(0, E, BLOCK_E):
+            mask_w, mask_h = in_v[:, None], asked[:, None]
+            if E % BLOCK_E != 0:
+                mask_w, mask_h = mask_w & (e + o_e < E)[None, :], mask_h & (e + o_e < E)[None, :]
+            w = tl.load(p_weight + e, mask=mask_w, other=0.0)
+            h = tl.load(p_hidden + e, mask=mask_h, other=0.0)
+            logits = tl.dot(w, tl.trans(h), logits, input_precision="ieee")
+        if bias_ptr is not None:
+            logits += tl.load(bias_ptr + start + o_v, mask=in_v, other=0.0).to(tl.float32)[:, None]
+        if LOGITS is not None:
+            logits = logits.to(LOGITS).to(tl.float32)
+
+        ids = (start + o_v)[None, :]
+        x = tl.where(in_v[None, :], tl.trans(logits), float("-inf"))  # [BLOCK_R, BLOCK_V]
+        x = forbid(x, ids, start, start + BLOCK_V, forbidden_ptr, FORBIDDEN)
+        m_x, t_x, r_x, u_x, first = tile_distribution(x, ids)
+        if SAMPLE:
+            counter = tl.zeros((BLOCK_R, BLOCK_V // 4), tl.int32) + (start // 4 + tl.arange(0, BLOCK_V // 4))[None, :]
+            noisy = x + temperature * gumbel_noise(seed, counter, position, step)
+            g_x, i_x, c_x = tile_choice(noisy, x, ids)
+            better = g_x > g  # ids only rise, so the first of equals is kept
+            g = tl.where(better, g_x, g)
+            c = tl.where(better, c_x, c)
+            i = tl.where(better, i_x, i)
+        else:
+            i = tl.where(m_x > m, first, i)
+        m, t, r, u = merge_distribution(m, t, r, u, m_x, t_x, r_x, u_x)
+
+    if not SAMPLE:
+        g = m
+        c = m
+    offset = o_r.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    store_partial(partial_ptr, partial_id_ptr, offset, stride_field, asked, m, t, r, u, g, i, c)
+
+
+@dataclass(frozen=True)
+class HeadStatisticsConfig:
+    """How the fused kernel tiles ``[R, V, E]``.
+
+    Attributes:
+        block_rows: rows of a tile; one tile takes them all.
+        block_vocabulary, block_width: tokens and columns of a tile of the weight.
+        part: tokens of a program, a multiple of 16.
+        parts: programs.
+        num_warps, num_stages: launch options.
+    """
+
+    block_rows: int
+    block_vocabulary: int
+    block_width: int
+    part: int
+    parts: int
+    num_warps: int
+    num_stages: int
+
+
+def head_statistics_config(
+    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool
+) -> HeadStatisticsConfig | None:
+    """The fused kernel's tiling, or None where cuBLAS and a separate pass are the better choice.
+
+    As many programs as are resident at once share the vocabulary equally: a whole number of tiles each would leave a
+    quarter of the last wave idle.
+    """
+    if rows > FUSED_ROWS[arch.name]:
+        return None
+    block_rows = max(16, triton.next_power_of_2(rows))
+    # The statistics hold several tiles of logits in registers at once, the noise and float32 products a few more; these
+    # choices spill nowhere. Two programs an SM, so that one's statistics overlap the other's stream.
+    block_vocabulary = 64 if block_rows * (2 if sample else 1) * (element_size // 2) > 32 else 128
+    num_warps = 4 if block_rows == 64 and not sample else 8
+    block_width = 128 // element_size
+    resident = 2 if arch.shared_bytes > 2**17 else 1
+    stage = (block_vocabulary + block_rows) * block_width * element_size
+    num_stages = 2 if arch.backend == "hip" else min(6, (arch.shared_bytes_per_sm // resident - 1024) // stage)
+    part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
+    return HeadStatisticsConfig(
+        block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
+    )
+
+
+def head_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    position: Tensor | None = None,
+    step: int | Tensor = 0,
+    forbidden: Tensor | Sequence[int] | None = None,
+    logits_dtype: torch.dtype | None = None,
+    out: TokenStatistics | None = None,
+) -> TokenStatistics:
+    """Statistics of ``hidden[rows] @ weight.T``: :func:`fastdllm_triton.reference.head_statistics`, which states the contract.
+
+    Args:
+        hidden: ``[N, E]`` float32, float16 or bfloat16, last stride 1.
+        weight: ``[V, E]``, same dtype, last stride 1.
+        rows: ``[R]`` int64 on the device; indices are not checked, they are not known on the host.
+        bias, temperature, seed, position, step, forbidden, logits_dtype, out: as there.
+
+    Raises:
+        ValueError: an argument's rank, dtype, shape, device or range.
+    """
+    if hidden.dim() != 2 or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"hidden must be [N, E] float32, float16 or bfloat16, got {hidden.dtype} {list(hidden.shape)}")
+    device, (vocabulary, width) = hidden.device, (weight.shape[0], hidden.shape[1])
+    check_device("hidden", hidden)
+    if INTERPRETED and hidden.dtype == torch.bfloat16:
+        raise ValueError("hidden must be float32 or float16 in Triton's interpreter, which multiplies the bits of bfloat16")
+    _check("weight", weight, (weight.shape[0], width), hidden.dtype, device)
+    if not 0 < vocabulary <= 2**30:
+        raise ValueError(f"weight must have 1 to 2^30 tokens, got {vocabulary}")
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        if width > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"{name} must have last stride 1, got strides {matrix.stride()}")
+    if bias is not None:
+        _check("bias", bias, (vocabulary,), bias.dtype, device)
+        if not bias.is_floating_point() or not bias.is_contiguous():
+            raise ValueError(f"bias must be contiguous and floating point, got {bias.dtype} of strides {bias.stride()}")
+    if rows is not None:
+        _check("rows", rows, (rows.numel(),), torch.int64, device)
+        rows = rows.contiguous()
+    if logits_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"logits_dtype must be float32, float16, bfloat16 or None, got {logits_dtype}")
+    check_sampling(temperature, seed)
+    count, sample = hidden.shape[0] if rows is None else len(rows), temperature > 0
+    ids = forbidden_ids(forbidden, vocabulary, device)
+    out = output_of(out, count, device)
+    if count == 0:
+        return out
+    config = head_statistics_config(arch_of(device), count, vocabulary, width, hidden.element_size(), sample)
+    if config is None:
+        logits = _logits(hidden, weight, rows, bias, logits_dtype)
+        keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
+        token_statistics(logits, forbidden=ids, out=out, **keys)  # type: ignore[arg-type]
+        return out if rows is None else _forget(out, rows < 0)
+
+    seeds, steps, positions = None, None, None
+    if sample and seed is not None:
+        seeds, steps = row_keys("seed", seed, count, device), row_keys("step", step, count, device)
+        positions = None if position is None else row_keys("position", position, count, device)
+    partial = torch.empty(PARTIAL_FIELDS, count, config.parts, device=device)
+    partial_id = torch.empty(count, config.parts, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(hidden):
+        _head_statistics_kernel[(config.parts,)](
+            hidden,
+            weight,
+            bias,
+            rows,
+            ids,
+            seeds,
+            positions,
+            steps,
+            partial,
+            partial_id,
+            count,
+            vocabulary,
+            config.part,
+            hidden.stride(0),
+            weight.stride(0),
+            0 if seeds is None else seeds.stride(0),
+            0 if positions is None else positions.stride(0),
+            0 if steps is None else steps.stride(0),
+            count * config.parts,
+            float(temperature),
+            E=width,
+            FORBIDDEN=0 if ids is None else len(ids),
+            SAMPLE=sample,
+            LOGITS=_ROUNDED.get(logits_dtype),
+            BLOCK_R=config.block_rows,
+            BLOCK_V=config.block_vocabulary,
+            BLOCK_E=config.block_width,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        launch_merge(partial, partial_id, rows, out, sample)
+    return out
+
+
+#: Triton's name of a dtype that logits are rounded to.
+_ROUNDED: dict[torch.dtype | None, tl.dtype] = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _check(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises unless a tensor is what it must be."""
+    if tuple(given.shape) != shape or given.dtype != dtype or given.device != device:
+        found = f"{given.dtype} {list(given.shape)} on {given.device}"
+        raise ValueError(f"{name} must be {dtype} {list(shape)} on {device}, got {found}")
+
+
+def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:
+    """``[R, V]`` logits by matmul, rounded once; rows that ask for nothing get those of row 0."""
+    if rows is not None:
+        hidden = hidden.index_select(0, rows.clamp(min=0))
+    wanted = logits_dtype or torch.float32
+    if hidden.dtype == wanted and bias is None:
+        return hidden @ weight.T
+    if hidden.dtype == torch.float32:
+        logits = hidden @ weight.T
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = hidden.float() @ weight.float().T
+    if bias is not None:
+        logits += bias
+    return logits.to(wanted)
+
+
+def _forget(out: TokenStatistics, missing: Tensor) -> TokenStatistics:
+    """Overwrites the entries of rows that asked for nothing."""
+    out.token.masked_fill_(missing, -1)
+    out.rest.masked_fill_(missing, torch.inf)
+    for field in (out.logit, out.second_logit, out.logsumexp, out.entropy):
+        field.masked_fill_(missing, torch.nan)
+    return out
+
+
+def compile_cases(arch: Arch) -> list[CompileCase]:
+    """The heads of LLaDA and Dream over the buckets of rows; logits rounded where the dtype is bfloat16."""
+    keys = ("seed_ptr", "position_ptr", "step_ptr")
+    numbers = ("vocabulary", "part", "stride_hidden", "stride_weight")
+    grid = [("bf16", 2, 4096, rows) for rows in (16, 32, 64)] + [("fp32", 4, 4096, rows) for rows in (16, 32, 64)]
+    grid += [("bf16", 2, 3584, 32), ("fp16", 2, 4096, 32), ("fp16", 2, 3584, 64)]
+    cases = []
+    for (dtype, size, width, rows), sample in product(grid, (False, True)):
+        config = head_statistics_config(arch, rows, 126_464 if width == 4096 else 152_064, width, size, sample)
+        if config is None:
+            continue
+        signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "rows_ptr": "*i64", "forbidden_ptr": "*i64"}
+        signature |= dict.fromkeys(keys, "*i64") if sample else {}
+        signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32", "rows": "i32", "temperature": "fp32"}
+        signature |= dict.fromkeys((*numbers, "stride_seed", "stride_position", "stride_step", "stride_field"), "i32")
+        constexprs = {} if sample else dict.fromkeys(keys)
+        constexprs |= {"bias_ptr": None, "E": width, "FORBIDDEN": 1, "SAMPLE": sample}
+        constexprs |= {"LOGITS": tl.bfloat16 if dtype == "bf16" else None, "BLOCK_R": config.block_rows}
+        constexprs |= {"BLOCK_V": config.block_vocabulary, "BLOCK_E": config.block_width}
+        case = CompileCase(
+            op="head_statistics",
+            kernel=_head_statistics_kernel,
+            config=f"{dtype} E={width} rows={rows}{' sample' if sample else ''}",
+            signature=signature,
+            constexprs=constexprs,
+            divisible=(*(name for name, kind in signature.items() if kind.startswith("*")), *numbers),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        cases.append(case)
+    return cases

@@ -1,0 +1,302 @@
+"""What a masked-diffusion decoder needs to know about each row of logits, in one pass over them.
+
+The states and their merge are those of ``_statistics``. A program takes a row, or a chunk of it where rows are few; each of
+its lanes sums up ``WIDTH`` neighbouring tokens a step, the lanes merge at the end, and the chunks in a second, small kernel.
+Work per token is what limits this pass beside memory: inside a lane's tokens the maximum is found first, so that a token
+costs one exponential and the running sums are rescaled once a step.
+
+Sampling is Gumbel-max in the same pass: ``argmax(logits + temperature * noise)`` follows softmax(logits / temperature). The
+noise is keyed on (seed, position, step, token id), so a draw depends neither on the tiling nor on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import TokenStatistics
+from ._arch import Arch, arch_of
+from ._check import check_device
+from ._compile import CompileCase
+from ._statistics import (
+    NO_ID,
+    PARTIAL_FIELDS,
+    check_sampling,
+    forbid,
+    forbidden_ids,
+    gumbel_noise,
+    launch_merge,
+    merge_block,
+    merge_distribution,
+    merge_statistics_kernel,
+    output_of,
+    outputs,
+    reduce_choice,
+    reduce_distribution,
+    row_keys,
+    store_partial,
+    store_statistics,
+    tile_choice,
+    tile_distribution,
+)
+
+# Pointers                shape                  dtype             owned by
+# logits_ptr              [R, V]                 fp32/fp16/bf16    caller, read; any strides
+# forbidden_ptr           [F]                    int64             launcher, read
+# seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
+# position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
+# token_ptr               [R]                    int64             result, written without SPLIT
+# logit_ptr … entropy_ptr [R]                    fp32              result, written without SPLIT
+# partial_ptr             [6, R, splits]         fp32              workspace, written with SPLIT
+# partial_id_ptr          [R, splits]            int32             workspace, written with SPLIT
+
+
+@triton.jit
+def _token_statistics_kernel(
+    logits_ptr,
+    forbidden_ptr,
+    seed_ptr,
+    position_ptr,
+    step_ptr,
+    token_ptr,
+    logit_ptr,
+    second_ptr,
+    lse_ptr,
+    rest_ptr,
+    entropy_ptr,
+    partial_ptr,
+    partial_id_ptr,
+    vocabulary,
+    chunk,
+    stride_row,
+    stride_token,
+    stride_seed,
+    stride_position,
+    stride_step,
+    stride_field,
+    temperature,
+    FORBIDDEN: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    begin = part * chunk
+    end = tl.minimum(begin + chunk, vocabulary)
+    logits_ptr += row * stride_row
+    temperature = tl.full((), temperature, tl.float32)  # whatever type the caller gave the number
+    if SAMPLE:
+        seed = tl.load(seed_ptr + row * stride_seed)
+        step = tl.load(step_ptr + row * stride_step)
+        position = row
+        if position_ptr is not None:
+            position = tl.load(position_ptr + row * stride_position)
+
+    TILE: tl.constexpr = LANES * WIDTH
+    lane = tl.arange(0, LANES)
+    o = lane[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [LANES, WIDTH], tokens in memory order
+    m = tl.full((LANES,), float("-inf"), tl.float32)
+    t = tl.full((LANES,), float("-inf"), tl.float32)
+    g = tl.full((LANES,), float("-inf"), tl.float32)
+    c = tl.full((LANES,), float("-inf"), tl.float32)
+    r = tl.zeros((LANES,), tl.float32)
+    u = tl.zeros((LANES,), tl.float32)
+    i = tl.full((LANES,), NO_ID, tl.int32)
+
+    for start in range(begin, end, TILE):
+        ids = start + o
+        p = logits_ptr + tl.cast(start, tl.int64) * stride_token + o * stride_token
+        if start + TILE <= end:  # noqa: SIM108 (a branch, so that only a chunk's last step pays for masks)
+            x = tl.load(p).to(tl.float32)
+        else:
+            x = tl.load(p, mask=ids < end, other=float("-inf")).to(tl.float32)
+        x = forbid(x, ids, start, start + TILE, forbidden_ptr, FORBIDDEN)  # [LANES, WIDTH]
+
+        m_x, t_x, r_x, u_x, first = tile_distribution(x, ids)
+        if SAMPLE:
+            counter = start // 4 + lane[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
+            noisy = x + temperature * gumbel_noise(seed, counter, position, step)
+            g_x, i_x, c_x = tile_choice(noisy, x, ids)
+            better = g_x > g  # ids only rise, so the first of equals is kept
+            g = tl.where(better, g_x, g)
+            c = tl.where(better, c_x, c)
+            i = tl.where(better, i_x, i)
+        else:
+            i = tl.where(m_x > m, first, i)
+        m, t, r, u = merge_distribution(m, t, r, u, m_x, t_x, r_x, u_x)
+
+    if not SAMPLE:
+        g = m
+        c = m
+    m, t, r, u = reduce_distribution(m, t, r, u)
+    g, i, c = reduce_choice(g, i, c)
+    if SPLIT:
+        offset = row * tl.num_programs(1) + part
+        store_partial(partial_ptr, partial_id_ptr, offset, stride_field, None, m, t, r, u, g, i, c)
+    else:
+        store_statistics(
+            token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr, row, row >= 0, m, t, r, u, i, c, SAMPLE
+        )
+
+
+@dataclass(frozen=True)
+class TokenStatisticsConfig:
+    """How a launch tiles ``[R, V]``.
+
+    Attributes:
+        lanes: independent running states of a program, two a thread.
+        width: neighbouring tokens a lane takes a step: one 16-byte load.
+        chunk: tokens of a program, a multiple of ``lanes * width``.
+        splits: programs a row.
+        num_warps: warps of a program.
+    """
+
+    lanes: int
+    width: int
+    chunk: int
+    splits: int
+    num_warps: int = 4
+
+
+def token_statistics_config(arch: Arch, rows: int, vocabulary: int, element_size: int) -> TokenStatisticsConfig:
+    """Splits rows until there are about four programs an SM, in chunks of at least four steps."""
+    num_warps = 4
+    lanes, width = 2 * num_warps * arch.warp_size, 16 // element_size
+    tile = lanes * width
+    splits = max(1, min(triton.cdiv(4 * arch.sms, rows), vocabulary // (4 * tile)))
+    chunk = triton.cdiv(triton.cdiv(vocabulary, splits), tile) * tile
+    return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps)
+
+
+def token_statistics(
+    logits: Tensor,
+    *,
+    temperature: float = 0.0,
+    seed: int | Tensor | None = None,
+    position: Tensor | None = None,
+    step: int | Tensor = 0,
+    forbidden: Tensor | Sequence[int] | None = None,
+    out: TokenStatistics | None = None,
+) -> TokenStatistics:
+    """Statistics of each row of logits: :func:`fastdllm_triton.reference.token_statistics`, which states the contract.
+
+    Args:
+        logits: ``[R, V]`` float32, float16 or bfloat16, any strides.
+        temperature, seed, position, step, forbidden, out: as there.
+
+    Raises:
+        ValueError: an argument's rank, dtype, shape, device or range.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [R, V], got shape {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
+    (rows, vocabulary), device = logits.shape, logits.device
+    if not 0 < vocabulary <= 2**30:
+        raise ValueError(f"logits must have 1 to 2^30 tokens, got {vocabulary}")
+    check_device("logits", logits)
+    check_sampling(temperature, seed)
+    ids = forbidden_ids(forbidden, vocabulary, device)
+    out = output_of(out, rows, device)
+    if rows == 0:
+        return out
+    sample = temperature > 0
+    seeds, steps, positions = None, None, None
+    if sample and seed is not None:
+        seeds, steps = row_keys("seed", seed, rows, device), row_keys("step", step, rows, device)
+        positions = None if position is None else row_keys("position", position, rows, device)
+
+    config = token_statistics_config(arch_of(device), rows, vocabulary, logits.element_size())
+    split = config.splits > 1
+    partial, partial_id = None, None
+    if split:
+        partial = torch.empty(PARTIAL_FIELDS, rows, config.splits, device=device)
+        partial_id = torch.empty(rows, config.splits, dtype=torch.int32, device=device)
+    with torch.cuda.device_of(logits):
+        _token_statistics_kernel[(rows, config.splits)](
+            logits,
+            ids,
+            seeds,
+            positions,
+            steps,
+            *outputs(out),
+            partial,
+            partial_id,
+            vocabulary,
+            config.chunk,
+            *logits.stride(),
+            0 if seeds is None else seeds.stride(0),
+            0 if positions is None else positions.stride(0),
+            0 if steps is None else steps.stride(0),
+            rows * config.splits,
+            float(temperature),
+            FORBIDDEN=0 if ids is None else len(ids),
+            SAMPLE=sample,
+            SPLIT=split,
+            LANES=config.lanes,
+            WIDTH=config.width,
+            num_warps=config.num_warps,
+        )
+        if partial is not None and partial_id is not None:
+            launch_merge(partial, partial_id, None, out, sample)
+    return out
+
+
+def compile_cases(arch: Arch) -> list[CompileCase]:
+    """The vocabularies of LLaDA and Dream, from one row to 512; one case for all that launch the same code."""
+    outs = ("token_ptr", "logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr")
+    partials = ("partial_ptr", "partial_id_ptr")
+    ids_and_keys = {"forbidden_ptr": "*i64", "seed_ptr": "*i64", "position_ptr": "*i64", "step_ptr": "*i64"}
+    numbers = ("vocabulary", "chunk", "stride_row", "stride_field")
+    cases: dict[str, CompileCase] = {}
+    for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+        for vocabulary in (126_464, 152_064):
+            for rows in (1, 16, 32, 64, 128, 512, 1024):
+                config = token_statistics_config(arch, rows, vocabulary, size)
+                split = config.splits > 1
+                for sample in (False, True):
+                    label = f"{dtype}{' split' if split else ''}{' sample' if sample else ''}"
+                    signature = {
+                        "logits_ptr": f"*{dtype}",
+                        **ids_and_keys,
+                        "token_ptr": "*i64",
+                        **dict.fromkeys(outs[1:], "*fp32"),
+                    }
+                    signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32"} | dict.fromkeys(numbers, "i32")
+                    signature |= {"stride_position": "i32", "stride_seed": "i32", "stride_step": "i32", "temperature": "fp32"}
+                    absent = [] if sample else ["seed_ptr", "position_ptr", "step_ptr"]
+                    absent += [] if split else partials
+                    constexprs = dict.fromkeys(absent) | {"stride_token": 1, "FORBIDDEN": 1, "SAMPLE": sample, "SPLIT": split}
+                    constexprs |= {"LANES": config.lanes, "WIDTH": config.width}
+                    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
+                    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+                    cases[label] = CompileCase(
+                        op="token_statistics",
+                        kernel=_token_statistics_kernel,
+                        config=label,
+                        signature=signature,
+                        constexprs=constexprs,
+                        divisible=pointers + numbers[:3],
+                        num_warps=config.num_warps,
+                    )
+    for block in (16, 512):
+        for sample in (False, True):
+            pointers = (*partials, "rows_ptr", *outs)
+            cases[f"merge {block} {sample}"] = CompileCase(
+                op="token_statistics",
+                kernel=merge_statistics_kernel,
+                config=f"BLOCK={merge_block(block)}{' sample' if sample else ''}",
+                signature={"partial_ptr": "*fp32", "partial_id_ptr": "*i32", "rows_ptr": "*i64", "token_ptr": "*i64"}
+                | dict.fromkeys(outs[1:], "*fp32")
+                | {"parts": "i32", "stride_field": "i32"},
+                constexprs={"SAMPLE": sample, "BLOCK": merge_block(block)},
+                divisible=pointers,
+            )
+    return list(cases.values())
