@@ -68,9 +68,9 @@ def generate(
     for block in range(config.blocks):
         run.begin(block)
         run.forward(refresh=True, callback=callback)
-        while not run.block_done():
+        while not run.block_is_done():
             run.forward(refresh=run.refresh_is_due(), callback=callback)
-        if config.stop_at_eos and run.close_ended_rows():
+        if run.all_ended:
             break
     return run.output(_now(network.device) - start_time)
 
@@ -97,12 +97,13 @@ class _Run:
             steps=config.strategy.steps_per_block(config.blocks),
             mask_id=ids.mask_id,
             kv_start=kv_start,
+            eos_ids=ids.eos_ids if config.stop_at_eos else (),
             seed=torch.tensor(ids.seeds, device=device),
             slots=slots,
         )
         self.forbidden = torch.tensor(ids.forbidden, device=device)
-        self.eos = torch.tensor(ids.eos_ids, dtype=torch.int64, device=device)
         self.refreshes = self.steps = self.block = self.forwards_of_block = 0
+        self.all_ended = False  # whether no row has anything left to decode after this block
 
     def begin(self, block: int) -> None:
         """Moves on to a block."""
@@ -152,22 +153,15 @@ class _Run:
         if callback is not None:
             callback(Forward(self.refreshes + self.steps - 1, refresh, self.block, self.x, state))
 
-    def block_done(self) -> bool:
-        """Whether every row's block is complete. Reads the device."""
-        done, invalid = torch.stack((self.state.done.all(), self.state.invalid.any())).tolist()
+    def block_is_done(self) -> bool:
+        """Whether every row's block is complete. The one place that reads the device."""
+        state = self.state
+        done, self.all_ended, invalid = torch.stack((state.done.all(), state.ended.all(), state.invalid.any())).tolist()
         if invalid:
-            rows = ", ".join(map(str, self.state.invalid.nonzero()[:, 0].tolist()))
-            raise FloatingPointError(
-                f"forward {self.refreshes + self.steps - 1} gave logits that are NaN or nowhere finite in row {rows}"
-            )
+            rows = ", ".join(map(str, state.invalid.nonzero()[:, 0].tolist()))
+            forward = self.refreshes + self.steps - 1
+            raise FloatingPointError(f"forward {forward} gave logits that are NaN or nowhere finite in row {rows}")
         return bool(done)
-
-    def close_ended_rows(self) -> bool:
-        """Fills the rest of each row whose block holds an end token. Returns whether no row has anything left to decode."""
-        ended = torch.isin(self.x[:, self.start : self.end], self.eos).any(1)
-        rest = self.x[:, self.end :]
-        rest.masked_fill_(ended[:, None] & (rest == self.state.mask_id), self.ids.eos_ids[0])
-        return not (rest == self.state.mask_id).any()
 
     def output(self, seconds: float) -> GenerationOutput:
         """The result."""

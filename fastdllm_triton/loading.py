@@ -59,6 +59,11 @@ def load(
             raise CheckpointError(f"{folder} stores its tensors in a dtype that is not read; float64, 32, 16 and bfloat16 are")
         wanted = _dtype(checkpoint.dtype, target)
 
+    if wanted == torch.float64 and ops.name == "triton":
+        if backend == "triton":
+            raise ValueError("dtype: the Triton kernels have no float64; give float32, bfloat16 or float16, or another backend")
+        ops = resolve("reference", target)
+
     shapes = {
         name: tuple(t.shape)
         for name, t in Weights.allocate(config, torch.device("meta"), wanted).named(config, architecture.NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -80,6 +81,7 @@ class PolicyState:
         value: 0-d float64: the threshold, the factor, or the entropy budget in nats (not read by ``quota``).
         steps: 0-d int32: forwards a block is spread over (``quota`` only).
         mask_id: the token that marks a masked slot.
+        eos_ids: ``[E]`` int64, tokens that end a row; none to decode every block whatever is in it.
         kv_start: ``[B]`` int32, the slot of position 0.
         seed: ``[B]`` int64, key of every random number of a row.
         step: ``[B]`` int32, forwards the row's block has had. The engine sets it to 0 when a block begins; a commit counts
@@ -88,6 +90,7 @@ class PolicyState:
         remaining: ``[B]`` int32, masked slots left in the block after the commit.
         done: ``[B]`` bool, ``remaining == 0``.
         invalid: ``[B]`` bool, set and kept once a masked slot had no token to commit (NaN logits).
+        ended: ``[B]`` bool, set and kept once a finished block of the row holds one of ``eos_ids``.
         forward: 0-d int32, index of the current forward. Every commit counts it up.
         forwards: ``[B]`` int32, forwards in which the row had something masked.
         step_map: ``[B, L]`` int32, index of the forward that committed each slot; ``-1`` where none did.
@@ -99,6 +102,7 @@ class PolicyState:
     value: Tensor
     steps: Tensor
     mask_id: int
+    eos_ids: Tensor
     kv_start: Tensor
     seed: Tensor
     step: Tensor
@@ -106,6 +110,7 @@ class PolicyState:
     remaining: Tensor
     done: Tensor
     invalid: Tensor
+    ended: Tensor
     forward: Tensor
     forwards: Tensor
     step_map: Tensor
@@ -123,11 +128,12 @@ class PolicyState:
         kv_start: Tensor,
         seed: Tensor,
         slots: int,
+        eos_ids: Sequence[int] = (),
     ) -> PolicyState:
         """The state before the first forward, on the device of ``kv_start``.
 
         Args:
-            score, rule, value, steps, mask_id: as the attributes.
+            score, rule, value, steps, mask_id, eos_ids: as the attributes.
             kv_start: ``[B]`` int32.
             seed: ``[B]`` int64.
             slots: ``L``.
@@ -143,6 +149,7 @@ class PolicyState:
             value=torch.tensor(value, dtype=torch.float64, device=device),
             steps=torch.tensor(steps, dtype=torch.int32, device=device),
             mask_id=mask_id,
+            eos_ids=torch.tensor(eos_ids, dtype=torch.int64, device=device),
             kv_start=kv_start,
             seed=seed,
             step=zeros(rows),
@@ -150,6 +157,7 @@ class PolicyState:
             remaining=zeros(rows),
             done=zeros(rows, dtype=torch.bool),
             invalid=zeros(rows, dtype=torch.bool),
+            ended=zeros(rows, dtype=torch.bool),
             forward=zeros(),
             forwards=zeros(rows),
             step_map=zeros(rows, slots) - 1,

@@ -35,8 +35,9 @@ from ._statistics import outputs
 # window_start_ptr, kv_start_ptr  [B]       int32    caller, read
 # seed_ptr                        [B]       int64    state, read
 # value_ptr, steps_ptr            []        fp64, int32  state, read
+# eos_ptr                         [EOS]     int64    state, read
 # step_ptr … forwards_ptr         [B]       int32    state, read and written
-# done_ptr, invalid_ptr           [B]       bool     state, written; invalid_ptr also read
+# done_ptr, invalid_ptr, ended_ptr [B]      bool     state, written; invalid_ptr and ended_ptr also read
 # forward_ptr                     []        int32    state, counted up
 # step_map_ptr, confidence_ptr    [B, L]    int32, fp32  state, written where a token is committed
 
@@ -45,6 +46,8 @@ STREAM_SCORE = tl.constexpr(1)
 #: What an arriving program adds to the forward counter, above all forwards of a generation.
 ARRIVED = tl.constexpr(1 << 20)
 MAX_ROWS, MAX_BLOCK = 1024, 1024
+#: Each end token is compared in code of its own.
+MAX_EOS = 16
 
 
 @triton.jit
@@ -110,12 +113,14 @@ def _commit_tokens_kernel(
     seed_ptr,
     value_ptr,
     steps_ptr,
+    eos_ptr,
     step_ptr,
     masked_ptr,
     remaining_ptr,
     forwards_ptr,
     done_ptr,
     invalid_ptr,
+    ended_ptr,
     forward_ptr,
     step_map_ptr,
     confidence_ptr,
@@ -125,6 +130,7 @@ def _commit_tokens_kernel(
     stride_x,
     SCORE: tl.constexpr,
     RULE: tl.constexpr,
+    EOS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -207,6 +213,14 @@ def _commit_tokens_kernel(
         tl.atomic_add(forward_ptr, 1 - tl.num_programs(0) * ARRIVED, sem="relaxed")
 
     token = tl.load(token_ptr + o, mask=chosen, other=0)
+    inside = (o < block) & (start + o >= 0) & (start + o < slots)
+    if EOS > 0:
+        text = tl.where(chosen, token, tl.load(x_ptr + start + o, mask=inside, other=mask_id))
+        ends = inside & (text == tl.load(eos_ptr))
+        for i in tl.static_range(1, EOS):
+            ends = ends | (inside & (text == tl.load(eos_ptr + i)))
+        ended = (masked_now > 0) & (remaining == 0) & (tl.max(ends.to(tl.int32), 0) > 0)
+        ended_before = tl.load(ended_ptr + row) != 0
     tl.debug_barrier()  # no warp writes before all have read
     odds = tl.load(rest_ptr + o, mask=chosen, other=0.0)
     tl.store(x_ptr + start + o, token, mask=chosen)
@@ -217,6 +231,13 @@ def _commit_tokens_kernel(
     tl.store(remaining_ptr + row, remaining)
     tl.store(done_ptr + row, remaining == 0)
     tl.store(invalid_ptr + row, broken)
+    if EOS > 0:
+        tl.store(ended_ptr + row, ended_before | ended)
+        # The slots after the block of a row that has ended; of any other row, none.
+        for begin in range(tl.where(ended, start + block, slots), slots, BLOCK):
+            behind = begin + o
+            masked = (behind < slots) & (tl.load(x_ptr + behind, mask=behind < slots, other=0) == mask_id)
+            tl.store(x_ptr + behind, tl.zeros((BLOCK,), tl.int64) + tl.load(eos_ptr), mask=masked)
     tl.store(step_ptr + row, step + unfinished)
     tl.store(forwards_ptr + row, forwards + unfinished)
 
@@ -279,7 +300,8 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
         _check(f"statistics.{name}", field, torch.int64 if name == "token" else torch.float32, (rows, block), device)
     for names, dtype, shape in (
         (("kv_start", "step", "masked", "remaining", "forwards"), torch.int32, (rows,)),
-        (("done", "invalid"), torch.bool, (rows,)),
+        (("done", "invalid", "ended"), torch.bool, (rows,)),
+        (("eos_ids",), torch.int64, (len(state.eos_ids),)),
         (("seed",), torch.int64, (rows,)),
         (("steps", "forward"), torch.int32, ()),
         (("value",), torch.float64, ()),
@@ -288,6 +310,8 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     ):
         for name in names:
             _check(f"state.{name}", getattr(state, name), dtype, shape, device)
+    if len(state.eos_ids) > MAX_EOS:
+        raise ValueError(f"state.eos_ids must hold at most {MAX_EOS} tokens, got {len(state.eos_ids)}")
     if rows == 0:
         state.forward.add_(1)
         return
@@ -302,12 +326,14 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
             state.seed,
             state.value,
             state.steps,
+            state.eos_ids,
             state.step,
             state.masked,
             state.remaining,
             state.forwards,
             state.done.view(torch.uint8),
             state.invalid.view(torch.uint8),
+            state.ended.view(torch.uint8),
             state.forward,
             state.step_map,
             state.confidence,
@@ -317,6 +343,7 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
             x.stride(0),
             SCORE=state.score,
             RULE=state.rule,
+            EOS=len(state.eos_ids),
             BLOCK=config.block,
             CHUNK=config.chunk,
             num_warps=config.num_warps,
@@ -340,11 +367,13 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
         "seed_ptr": "*i64",
         "value_ptr": "*fp64",
         "steps_ptr": "*i32",
+        "eos_ptr": "*i64",
     }
     signature |= dict.fromkeys(("step_ptr", "masked_ptr", "remaining_ptr", "forwards_ptr"), "*i32")
     signature |= {
         "done_ptr": "*u8",
         "invalid_ptr": "*u8",
+        "ended_ptr": "*u8",
         "forward_ptr": "*i32",
         "step_map_ptr": "*i32",
         "confidence_ptr": "*fp32",
@@ -361,7 +390,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                 kernel=_commit_tokens_kernel,
                 config=f"{score} {rule} N={block}",
                 signature=signature,
-                constexprs={"SCORE": score, "RULE": rule, "BLOCK": config.block, "CHUNK": config.chunk},
+                constexprs={"SCORE": score, "RULE": rule, "EOS": 1, "BLOCK": config.block, "CHUNK": config.chunk},
                 divisible=(*pointers, "block"),
                 num_warps=config.num_warps,
             )

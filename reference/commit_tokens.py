@@ -26,6 +26,9 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     * ``entropy_budget``: the longest prefix in which the entropies, less the largest, sum to at most the budget
       (EB-Sampler, arXiv 2505.24857).
 
+    A row whose block this completes, and whose block then holds one of ``state.eos_ids``, has ended: its masked slots after
+    the block are filled with the first of them and no longer decoded. What is before the end token stays as it is.
+
     The statistics of slots that are not masked are not read. A row whose masked slot has no token (``-1``) is flagged in
     ``state.invalid``; the slot is left masked.
 
@@ -61,6 +64,13 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     state.confidence.scatter_(1, slot, confidence)
     state.remaining.copy_(masked.sum(1) - chosen.sum(1))
     state.done.copy_(state.remaining == 0)
+
+    if len(state.eos_ids):
+        ended = unfinished & state.done & torch.isin(x.gather(1, slot), state.eos_ids).any(1)
+        after = torch.arange(x.shape[1], device=x.device) >= window_start[:, None] + block
+        x.masked_fill_(ended[:, None] & after & (x == state.mask_id), state.eos_ids[0])
+        state.ended |= ended
+
     state.step += unfinished
     state.forwards += unfinished
     state.forward += 1

@@ -486,3 +486,55 @@ def test_the_state_starts_empty():
     assert state.value.dtype == torch.float64 and state.value.item() == 0.9
     assert state.step_map.shape == state.confidence.shape == (2, 5)
     assert {field.name for field in fields(state)} >= {"seed", "kv_start", "invalid"}
+
+
+# --- the end of a row -----------------------------------------------------------------------------------------------------
+
+EOS, EOT, WORD = 1, 2, 3
+
+
+@pytest.mark.parametrize("block", [3, 40])  # 40: more slots after the block than a program holds at a time
+@pytest.mark.parametrize(
+    ("eos_ids", "before", "tokens", "ended"),
+    [
+        ((EOS, EOT), (WORD, MASK, WORD), (0, EOS, 0), True),
+        ((EOS, EOT), (WORD, MASK, WORD), (0, EOT, 0), True),  # any of them ends a row, the first of them fills it
+        ((EOS, EOT), (EOS, MASK, WORD), (0, WORD, 0), True),  # committed by an earlier forward
+        ((EOS, EOT), (WORD, MASK, WORD), (0, WORD, 0), False),
+        ((EOS, EOT), (EOS, MASK, MASK), (0, WORD, WORD), False),  # the block is not complete
+        ((EOS, EOT), (EOS, WORD, WORD), (0, 0, 0), False),  # nothing masked: a no-op
+        ((), (WORD, MASK, WORD), (0, EOS, 0), False),  # no rule
+    ],
+)
+def test_a_row_ends_with_the_block_that_holds_an_end_token(op, block, eos_ids, before, tokens, ended):
+    length = 1 + block + 70
+    state = state_of("confidence", "quota", steps=2 if before.count(MASK) == 2 else 1, slots=length)
+    state.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=DEVICE)
+    filler = [WORD] * (block - 3)
+    x = torch.tensor([[EOS, *before, *filler, *[MASK] * 69, WORD]], device=DEVICE)
+    slots = [Slot(token == MASK, new, -1.0, 0.5, 0.1) for token, new in zip(before, tokens, strict=True)]
+    op(x, statistics_of([slots + [Slot(False, 0, -1.0, 0.5, 0.1)] * len(filler)]), int32(1), state)
+    after = x[0, 1 + block :].tolist()
+    assert state.ended.tolist() == [ended]
+    assert after == [EOS if ended else MASK] * 69 + [WORD]
+    assert x[0, 0].item() == EOS  # before the block nothing is looked at, or written
+    assert (state.step_map[0, 1 + block :] == -1).all()
+    op(x, statistics_of([slots + [Slot(False, 0, -1.0, 0.5, 0.1)] * len(filler)]), int32(1), state)
+    assert state.ended.tolist() == [ended or before.count(MASK) == 2]  # kept; a block that the second forward completed
+
+
+def test_rows_end_apart(op):
+    state = state_of("confidence", "quota", rows=3, slots=6)
+    state.eos_ids = torch.tensor([EOS], device=DEVICE)
+    x = torch.tensor([[MASK] * 6] * 3, device=DEVICE)
+    blocks = [[Slot(True, token, -1.0, 0.5, 0.1)] * 2 for token in (WORD, EOS, WORD)]
+    op(x, statistics_of(blocks), int32(0, 2, 4), state)
+    assert state.ended.tolist() == [False, True, False]
+    assert x.tolist() == [[WORD] * 2 + [MASK] * 4, [MASK] * 2 + [EOS] * 4, [MASK] * 4 + [WORD] * 2]
+
+
+def test_too_many_end_tokens_are_refused():
+    state = state_of("confidence", "quota")
+    state.eos_ids = torch.arange(17, device=DEVICE)
+    with pytest.raises(ValueError, match=r"state.eos_ids must hold at most 16 tokens, got 17"):
+        kernel(torch.zeros(1, 8, dtype=torch.int64, device=DEVICE), statistics_of([by_rest([1.0] * 8)]), int32(0), state)

@@ -76,6 +76,28 @@ def _selected(out: fdt.GenerationOutput, case: dict[str, Any]) -> list[list[list
     return selected
 
 
+@pytest.mark.parametrize(("model", "cases"), GROUPS if torch.cuda.is_available() else GROUPS[len(GROUPS) // 2 :])
+def test_the_kernels_decode_the_same(model: str, cases: list[dict[str, Any]]) -> None:
+    """On a GPU every case; in Triton's interpreter, which takes a second a forward, one short case of each kind."""
+    gpu = torch.cuda.is_available()
+    lm = fdt.load(GOLDEN / model, device="cuda" if gpu else "cpu", backend="triton")
+    assert lm.network.ops.name == "triton"
+    # With at least one step, so that a window over the cache is among them.
+    several = [case for case in cases if case["nfe"] > case["gen_length"] // case["block_length"]]
+    chosen = cases if gpu else [min(several, key=lambda case: case["nfe"] * case["gen_length"] * len(case["prompt"]))]
+    for case in chosen:
+        out = lm.generate(
+            torch.tensor(case["prompt"]),
+            gen_length=case["gen_length"],
+            block_length=case["block_length"],
+            cache=case["cache"],
+            strategy=_strategy(case),
+            stop_at_eos=False,
+        )
+        assert out.generated.tolist() == case["tokens"], case
+        assert out.nfe == case["nfe"], case
+
+
 @pytest.mark.parametrize("model", GOLDEN_MODELS)
 @pytest.mark.parametrize("cache", OFFICIAL)
 def test_the_official_calls_give_the_official_results(model: str, cache: str) -> None:
