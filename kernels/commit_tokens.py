@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import PolicyState, RuleName, ScoreName, TokenStatistics
-from ._arch import Arch
+from ._arch import Arch, arch_of
 from ._check import check_device
 from ._compile import CompileCase
 from ._statistics import outputs
@@ -236,13 +236,15 @@ class CommitTokensConfig:
     num_warps: int
 
 
-def commit_tokens_config(arch: Arch | None, rule: str, block: int) -> CommitTokensConfig:
+def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfig:
     """Bounds a tile of comparisons to few a thread, and half of them where float64 sums are taken: more would spill.
 
-    The compile report chose the numbers. The same for every architecture: nothing here is worth a difference.
+    The compile report chose the numbers.
     """
     padded = triton.next_power_of_2(block)
     num_warps, a_thread = (1, 8) if padded <= 32 else (4, 4) if padded <= 128 else (8, 8)
+    if arch.backend == "hip":  # which keeps the outcome of every comparison in scalar registers
+        a_thread = 2
     tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
     return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
@@ -292,7 +294,7 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
         state.forward.add_(1)
         return
 
-    config = commit_tokens_config(None, state.rule, block)
+    config = commit_tokens_config(arch_of(device), state.rule, block)
     with torch.cuda.device_of(x):
         _commit_tokens_kernel[(rows,)](
             x,
@@ -331,7 +333,7 @@ def _check(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...],
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Every score with every rule at the usual block, and the largest block with the rules that differ most."""
+    """Every score with every rule at the usual block, and larger blocks with the pairs that strategies use."""
     signature = {"x_ptr": "*i64", "token_ptr": "*i64"}
     signature |= dict.fromkeys(("logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr"), "*fp32")
     signature |= {
@@ -351,7 +353,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     }
     signature |= dict.fromkeys(("slots", "block", "mask_id", "stride_x"), "i32")
     pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-    largest = (("confidence", "factor"), ("margin", "entropy_budget"))
+    largest = (("confidence", "factor"), ("margin", "threshold"), ("neg_entropy", "entropy_budget"))
     cases = []
     for block in (32, 128, 1024):
         for score, rule in product(get_args(ScoreName), get_args(RuleName)) if block == 32 else largest:
