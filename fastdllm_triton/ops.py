@@ -12,13 +12,27 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, wraps
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from .reference.token_statistics import statistics_merge
 from .types import PolicyState, RopeRounding, TokenStatistics
+
+__all__ = [
+    "Ops",
+    "commit_tokens",
+    "head_statistics",
+    "resolve",
+    "rms_norm",
+    "rope_kv_write",
+    "statistics_merge",
+    "swiglu",
+    "token_statistics",
+    "window_attention",
+]
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -372,3 +386,24 @@ _REGISTERED: dict[str, Callable[..., Any]] = {
     "token_statistics": _token_statistics,
     "window_attention": _window_attention,
 }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The ops as functions, for callers with tensors of their own: each runs where its first tensor lives.
+
+
+def _dispatched(op: str) -> Callable[..., Any]:
+    @wraps(_function("reference", op))
+    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(resolve("auto", tensor.device), op)(tensor, *args, **kwargs)
+
+    return call
+
+
+commit_tokens = _dispatched("commit_tokens")
+head_statistics = _dispatched("head_statistics")
+rms_norm = _dispatched("rms_norm")
+rope_kv_write = _dispatched("rope_kv_write")
+swiglu = _dispatched("swiglu")
+token_statistics = _dispatched("token_statistics")
+window_attention = _dispatched("window_attention")
