@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5"]
+TEST = ["hypothesis>=6.100", "matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.5"]
 LINT = ["mypy>=1.11", "ruff>=0.6"]
 
 setup(

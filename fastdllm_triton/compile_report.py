@@ -9,7 +9,7 @@ compiled ahead of time in processes of their own, where Triton's interpreter is 
 | arch          | ``sm_80`` ... ``gfx942``                                                                 |
 | config        | label of the configuration                                                               |
 | registers     | a thread (AMD: vector registers, accumulation registers included)                        |
-| spill_bytes   | a thread: stack on NVIDIA (the kernels have no other use for one), spilled registers on AMD |
+| spill_bytes   | a thread: stack on NVIDIA, scratch memory on AMD; the kernels have no other use for either |
 | shared_bytes  | a program                                                                                |
 | ctas_per_sm   | programs that fit an SM at once                                                          |
 | mma           | tensor-core instruction: ``mma.sync``, ``wgmma``, ``tcgen05``, ``mfma`` or ``none``      |
@@ -254,7 +254,8 @@ def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
     words = re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", text)
     return {
         "registers": registers,
-        "spill_bytes": 4 * (count("vgpr_spill_count") + count("sgpr_spill_count")),
+        # Scalar registers that spill into lanes of vector registers take no memory, and do not count.
+        "spill_bytes": count("private_segment_fixed_size"),
         "shared_bytes": shared,
         "ctas_per_sm": ctas,
         "mma": "mfma" if "v_mfma" in text else "none",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .decoding import GenerationConfig, GenerationOutput
+from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
 from .models.transformer import Transformer
 from .types import PolicyState
 
@@ -63,6 +64,8 @@ def generate(
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
     """
     check_prompts(prompts, config, network)
+    if network.ops.name == "triton":
+        check_kernel_limits(len(prompts), config, network)
     run = _Run(network, prompts, config)
     start_time = _now(network.device)
     for block in range(config.blocks):
@@ -103,6 +106,7 @@ class _Run:
         )
         self.forbidden = torch.tensor(ids.forbidden, device=device)
         self.refreshes = self.steps = self.block = self.forwards_of_block = 0
+        self.row_forwards = torch.zeros_like(kv_start)
         self.all_ended = False  # whether no row has anything left to decode after this block
 
     def begin(self, block: int) -> None:
@@ -111,6 +115,7 @@ class _Run:
         self.start = self.x.shape[1] - self.config.gen_length + block * self.config.block_length
         self.end = self.start + self.config.block_length
         self.block_start = torch.full_like(self.cache.kv_start, self.start)
+        self.row_forwards += self.state.step
         self.state.step.zero_()
 
     def window(self, refresh: bool) -> tuple[int, int]:
@@ -171,7 +176,7 @@ class _Run:
             gen_length=length,
             refreshes=self.refreshes,
             steps=self.steps,
-            row_forwards=self.state.forwards,
+            row_forwards=self.row_forwards + self.state.step,
             step_map=self.state.step_map[:, -length:],
             confidence=self.state.confidence[:, -length:],
             seconds=seconds,
@@ -195,6 +200,19 @@ def check_prompts(prompts: list[list[int]], config: GenerationConfig, network: T
         if (low := min(prompt)) < 0 or (high := max(prompt)) >= c.vocab_size:
             token = low if low < 0 else high
             raise ValueError(f"prompts: row {row} holds token id {token}, outside the vocabulary [0, {c.vocab_size})")
+
+
+def check_kernel_limits(rows: int, config: GenerationConfig, network: Transformer) -> None:
+    """Raises ``ValueError`` for what is valid but more than the selection kernels take."""
+    ids = config.resolve(network.config, rows)
+    for name, count, most in (
+        ("prompts", rows, MAX_ROWS),
+        ("block_length", config.block_length, MAX_BLOCK),
+        ("forbidden", len(ids.forbidden), MAX_FORBIDDEN),
+        ("eos_ids", len(ids.eos_ids), MAX_EOS),
+    ):
+        if count > most:
+            raise ValueError(f"{name}: the Triton kernels take at most {most}, got {count} (forbidden counts [MASK])")
 
 
 def _now(device: torch.device) -> float:

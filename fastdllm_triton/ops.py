@@ -367,8 +367,8 @@ _commit_tokens_op = _register(
     "(Tensor(a!) x, Tensor token, Tensor logit, Tensor second_logit, Tensor logsumexp, Tensor rest, Tensor entropy, "
     "Tensor window_start, str score, str rule, Tensor value, Tensor steps, int mask_id, Tensor eos_ids, Tensor kv_start, "
     "Tensor seed, "
-    "Tensor(b!) step, Tensor(c!) masked, Tensor(d!) remaining, Tensor(e!) done, Tensor(f!) invalid, Tensor(k!) ended, "
-    "Tensor(g!) forward, Tensor(h!) forwards, Tensor(i!) step_map, Tensor(j!) confidence) -> ()",
+    "Tensor(b!) step, Tensor(c!) masked, Tensor(d!) remaining, Tensor(f!) invalid, Tensor(k!) ended, "
+    "Tensor(g!) forward, Tensor(i!) step_map, Tensor(j!) confidence) -> ()",
     _run_commit,
     lambda *_: None,
 )

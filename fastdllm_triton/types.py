@@ -84,15 +84,13 @@ class PolicyState:
         eos_ids: ``[E]`` int64, tokens that end a row; none to decode every block whatever is in it.
         kv_start: ``[B]`` int32, the slot of position 0.
         seed: ``[B]`` int64, key of every random number of a row.
-        step: ``[B]`` int32, forwards the row's block has had. The engine sets it to 0 when a block begins; a commit counts
-            it up for rows that had something masked.
+        step: ``[B]`` int32, forwards in which the row's block had something masked. The engine sets it to 0 when a block
+            begins; a commit counts it up.
         masked: ``[B]`` int32, masked slots of the block before its first forward; set by the commit at ``step == 0``.
         remaining: ``[B]`` int32, masked slots left in the block after the commit.
-        done: ``[B]`` bool, ``remaining == 0``.
         invalid: ``[B]`` bool, set and kept once a masked slot had no token to commit (NaN logits).
         ended: ``[B]`` bool, set and kept once a finished block of the row holds one of ``eos_ids``.
         forward: 0-d int32, index of the current forward. Every commit counts it up.
-        forwards: ``[B]`` int32, forwards in which the row had something masked.
         step_map: ``[B, L]`` int32, index of the forward that committed each slot; ``-1`` where none did.
         confidence: ``[B, L]`` float32, probability of the committed token at that forward; NaN where none was.
     """
@@ -108,13 +106,16 @@ class PolicyState:
     step: Tensor
     masked: Tensor
     remaining: Tensor
-    done: Tensor
     invalid: Tensor
     ended: Tensor
     forward: Tensor
-    forwards: Tensor
     step_map: Tensor
     confidence: Tensor
+
+    @property
+    def done(self) -> Tensor:
+        """``[B]`` bool: whether nothing is left in the row's block."""
+        return self.remaining == 0
 
     @classmethod
     def create(
@@ -155,11 +156,9 @@ class PolicyState:
             step=zeros(rows),
             masked=zeros(rows),
             remaining=zeros(rows),
-            done=zeros(rows, dtype=torch.bool),
             invalid=zeros(rows, dtype=torch.bool),
             ended=zeros(rows, dtype=torch.bool),
             forward=zeros(),
-            forwards=zeros(rows),
             step_map=zeros(rows, slots) - 1,
             confidence=torch.full((rows, slots), torch.nan, device=device),
         )

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import TokenStatistics
+from ._limits import MAX_FORBIDDEN
 
 #: Larger than any token id.
 NO_ID = tl.constexpr(2**31 - 1)
@@ -36,8 +37,6 @@ FLOOR = tl.constexpr(-200.0)
 STREAM_TOKEN = tl.constexpr(0)
 #: Partial states are float32 ``[PARTIAL_FIELDS, rows, parts]`` in the order m, t, r, u, g, c, and int32 ids ``[rows, parts]``.
 PARTIAL_FIELDS = 6
-#: Each forbidden id is compared in code of its own.
-MAX_FORBIDDEN = 64
 
 
 @triton.jit

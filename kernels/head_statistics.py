@@ -51,11 +51,19 @@ from .token_statistics import token_statistics
 # partial_ptr             [6, R, parts]          fp32              workspace, written
 # partial_id_ptr          [R, parts]             int32             workspace, written
 
-#: Most rows of the fused kernel. Published figures of a like kernel (FlashSampling, arXiv 2603.15854, against cuBLAS and a
-#: separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows. Elsewhere the limit is
-#: the largest tile of rows whose statistics stay in registers (the compile report: on sm_100, where a thread reads whole rows
-#: of tensor memory, 64 spill); a second tile of rows would stream the weight twice.
-FUSED_ROWS = {"sm_80": 64, "sm_89": 64, "sm_90": 64, "sm_100": 32, "sm_120": 64, "gfx942": 64}
+#: Most rows of the fused kernel, without and with noise. Published figures of a like kernel (FlashSampling, arXiv 2603.15854,
+#: against cuBLAS and a separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows.
+#: Elsewhere the limit is the largest tile of rows whose statistics stay in registers: the compile report shows spills beyond
+#: it on sm_100, where a thread reads whole rows of tensor memory, and on gfx942 with noise. A second tile of rows would
+#: stream the weight twice.
+FUSED_ROWS = {
+    "sm_80": (64, 64),
+    "sm_89": (64, 64),
+    "sm_90": (64, 64),
+    "sm_100": (32, 32),
+    "sm_120": (64, 64),
+    "gfx942": (64, 16),
+}
 
 
 @triton.jit
@@ -185,13 +193,13 @@ def head_statistics_config(
     As many programs as are resident at once share the vocabulary equally: a whole number of tiles each would leave a
     quarter of the last wave idle.
     """
-    if rows > FUSED_ROWS[arch.name]:
+    if rows > FUSED_ROWS[arch.name][sample]:
         return None
     block_rows = max(16, triton.next_power_of_2(rows))
     # The statistics hold several tiles of logits in registers at once, the noise and float32 products a few more; these
     # choices spill nowhere. Two programs an SM, so that one's statistics overlap the other's stream.
     block_vocabulary = 64 if block_rows * (2 if sample else 1) * (element_size // 2) > 32 else 128
-    num_warps = 4 if block_rows == 64 and not sample else 8
+    num_warps = 4 if arch.backend == "hip" or (block_rows == 64 and not sample) else 8
     block_width = 128 // element_size
     resident = 2 if arch.shared_bytes > 2**17 else 1
     stage = (block_vocabulary + block_rows) * block_width * element_size

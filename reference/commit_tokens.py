@@ -63,7 +63,6 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     confidence = torch.where(chosen, statistics.confidence.float(), state.confidence.gather(1, slot))
     state.confidence.scatter_(1, slot, confidence)
     state.remaining.copy_(masked.sum(1) - chosen.sum(1))
-    state.done.copy_(state.remaining == 0)
 
     if len(state.eos_ids):
         ended = unfinished & state.done & torch.isin(x.gather(1, slot), state.eos_ids).any(1)
@@ -72,7 +71,6 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
         state.ended |= ended
 
     state.step += unfinished
-    state.forwards += unfinished
     state.forward += 1
 
 

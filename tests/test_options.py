@@ -114,6 +114,22 @@ def test_the_longest_prompt_that_fits() -> None:
         lm.generate([[1] * 17], gen_length=8, block_length=8)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forbidden": range(64)}, r"forbidden: the Triton kernels take at most 64, got 65"),
+        ({"eos_ids": range(17)}, r"eos_ids: the Triton kernels take at most 16, got 17"),
+        ({"gen_length": 2048, "block_length": 2048}, r"block_length: the Triton kernels take at most 1024, got 2048"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused_at_once(
+    idle: fdt.MaskedDiffusionLM, options: dict[str, Any], message: str
+) -> None:
+    idle.network.ops = replace(idle.network.ops, name="triton")
+    with pytest.raises(ValueError, match=message):
+        idle.generate([[1, 2, 3]], **{"gen_length": 16, "block_length": 8, **options})
+
+
 STRATEGIES = st.one_of(
     st.builds(fdt.FixedSteps, st.integers(1, 24), score=st.sampled_from(fdt.FixedSteps.scores)),
     st.builds(fdt.Threshold, st.floats(0.01, 1), score=st.sampled_from(fdt.Threshold.scores)),
