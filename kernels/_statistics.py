@@ -193,7 +193,7 @@ def merge_statistics_kernel(
     u = tl.zeros((BLOCK,), tl.float32)
     i = tl.full((BLOCK,), NO_ID, tl.int32)
     for start in range(0, parts, BLOCK):
-        mask = (start + o < parts) & asked  # [BLOCK]
+        mask = start + o < tl.where(asked, parts, 0)  # [BLOCK]
         p = partial_ptr + row * parts + start + o
         m_p = tl.load(p, mask=mask, other=float("-inf"))
         t_p = tl.load(p + stride_field, mask=mask, other=float("-inf"))

@@ -120,7 +120,7 @@ def _rope_kv_write_kernel(
 
     head = block * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
     half = tl.arange(0, BLOCK_HALF)  # [BLOCK_HALF]
-    mask = ((head < heads) & writable)[:, None] & (half < HALF)[None, :]  # [BLOCK_H, BLOCK_HALF]
+    mask = (head < tl.where(writable, heads, 0))[:, None] & (half < HALF)[None, :]  # [BLOCK_H, BLOCK_HALF]
 
     offset = (before + head)[:, None] * D + half[None, :]  # [BLOCK_H, BLOCK_HALF]
     row_ptr = qkv_ptr + b * stride_xb + i * stride_xw

@@ -162,7 +162,8 @@ def _window_attention_kernel(
     if SPLIT:
         # The merge does not read the sums of an empty chunk.
         at = (split.to(tl.int64) * tl.num_programs(2) + pair) * M + row
-        tl.store(partial_ptr + at[:, None] * D + d[None, :], y, mask=row_mask & (lo < hi))
+        mask = (row < tl.where(lo < hi, M, 0))[:, None] & (d < D)[None, :]
+        tl.store(partial_ptr + at[:, None] * D + d[None, :], y, mask=mask)
         tl.store(partial_lse_ptr + at, lse, mask=row < M)
     else:
         out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
