@@ -69,17 +69,17 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=GOLDEN_MODELS)
 def golden(request: pytest.FixtureRequest) -> fdt.MaskedDiffusionLM:
-    """Each of the recorded checkpoints, freshly loaded."""
-    return fdt.load(GOLDEN / request.param)
+    """Each of the recorded checkpoints, freshly loaded, on the CPU as in the recording."""
+    return fdt.load(GOLDEN / request.param, device="cpu")
 
 
 @pytest.fixture
 def llada() -> fdt.MaskedDiffusionLM:
     """A tiny LLaDA with random weights, freshly loaded, so a test may change it."""
-    return fdt.load(GOLDEN / "llada-gqa")
+    return fdt.load(GOLDEN / "llada-gqa", device="cpu")
 
 
 @pytest.fixture(scope="session")
 def tiny() -> fdt.MaskedDiffusionLM:
     """The built-in model."""
-    return fdt.load("tiny")
+    return fdt.load("tiny", device="cpu")

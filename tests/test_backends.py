@@ -10,6 +10,7 @@ import torch
 import fastdllm_triton as fdt
 
 GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if GPU else []
 SHORT = {"gen_length": 16, "block_length": 8}
 
 

@@ -48,7 +48,7 @@ def test_no_case_is_lost() -> None:
 
 @pytest.mark.parametrize(("model", "cases"), GROUPS)
 def test_tokens_slots_and_forwards_are_those_of_the_official_code(model: str, cases: list[dict[str, Any]]) -> None:
-    lm = fdt.load(GOLDEN / model)
+    lm = fdt.load(GOLDEN / model, device="cpu")
     for case in cases:
         out = lm.generate(
             torch.tensor(case["prompt"]),
@@ -76,6 +76,8 @@ def _selected(out: fdt.GenerationOutput, case: dict[str, Any]) -> list[list[list
     return selected
 
 
+# With a GPU these belong to its tests.
+@(pytest.mark.gpu if torch.cuda.is_available() else lambda test: test)
 @pytest.mark.parametrize(("model", "cases"), GROUPS if torch.cuda.is_available() else GROUPS[len(GROUPS) // 2 :])
 def test_the_kernels_decode_the_same(model: str, cases: list[dict[str, Any]]) -> None:
     """On a GPU every case; in Triton's interpreter, which takes a second a forward, one short case of each kind."""
@@ -101,7 +103,7 @@ def test_the_kernels_decode_the_same(model: str, cases: list[dict[str, Any]]) ->
 @pytest.mark.parametrize("model", GOLDEN_MODELS)
 @pytest.mark.parametrize("cache", OFFICIAL)
 def test_the_official_calls_give_the_official_results(model: str, cache: str) -> None:
-    lm = fdt.load(GOLDEN / model)
+    lm = fdt.load(GOLDEN / model, device="cpu")
     cases = [case for case in _cases(model) if case["cache"] == cache]
     for case in cases[:: len(cases) // 16]:
         arguments: dict[str, Any] = {"steps": case["gen_length"], case["strategy"]: case["value"]}
