@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decoding import GenerationConfig, GenerationOutput
+from .decoding import GenerationConfig, GenerationOutput, Resolved
 from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
 from .models.transformer import Transformer
 from .types import PolicyState
@@ -64,9 +64,10 @@ def generate(
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
     """
     check_prompts(prompts, config, network)
+    ids = config.resolve(network.config, len(prompts))
     if network.ops.name == "triton":
-        check_kernel_limits(len(prompts), config, network)
-    run = _Run(network, prompts, config)
+        check_kernel_limits(len(prompts), config.block_length, ids)
+    run = _Run(network, prompts, config, ids)
     start_time = _now(network.device)
     for block in range(config.blocks):
         run.begin(block)
@@ -81,9 +82,8 @@ def generate(
 class _Run:
     """The buffers of one generation, and the forward that advances them."""
 
-    def __init__(self, network: Transformer, prompts: list[list[int]], config: GenerationConfig) -> None:
-        c, device = network.config, network.device
-        ids = config.resolve(c, len(prompts))
+    def __init__(self, network: Transformer, prompts: list[list[int]], config: GenerationConfig, ids: Resolved) -> None:
+        device = network.device
         longest = max(map(len, prompts))
         slots = longest + config.gen_length
 
@@ -202,12 +202,11 @@ def check_prompts(prompts: list[list[int]], config: GenerationConfig, network: T
             raise ValueError(f"prompts: row {row} holds token id {token}, outside the vocabulary [0, {c.vocab_size})")
 
 
-def check_kernel_limits(rows: int, config: GenerationConfig, network: Transformer) -> None:
+def check_kernel_limits(rows: int, block_length: int, ids: Resolved) -> None:
     """Raises ``ValueError`` for what is valid but more than the selection kernels take."""
-    ids = config.resolve(network.config, rows)
     for name, count, most in (
         ("prompts", rows, MAX_ROWS),
-        ("block_length", config.block_length, MAX_BLOCK),
+        ("block_length", block_length, MAX_BLOCK),
         ("forbidden", len(ids.forbidden), MAX_FORBIDDEN),
         ("eos_ids", len(ids.eos_ids), MAX_EOS),
     ):

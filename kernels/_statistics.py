@@ -251,6 +251,16 @@ def row_keys(name: str, key: int | Tensor, rows: int, device: torch.device) -> T
     return key.to(torch.int64).expand(rows)
 
 
+def noise_keys(
+    seed: int | Tensor | None, position: Tensor | None, step: int | Tensor, rows: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor] | tuple[None, None, None]:
+    """Seeds, positions (None: a row's index) and steps of the noise, ``[rows]`` each; nothing where there is no seed."""
+    if seed is None:
+        return None, None, None
+    positions = None if position is None else row_keys("position", position, rows, device)
+    return row_keys("seed", seed, rows, device), positions, row_keys("step", step, rows, device)
+
+
 def forbidden_ids(forbidden: Tensor | Sequence[int] | None, vocabulary: int, device: torch.device) -> Tensor | None:
     """The forbidden ids on the device, or None. Ids in a tensor are not read on the host; those out of range match nothing."""
     if forbidden is None or len(forbidden) == 0:

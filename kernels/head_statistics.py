@@ -32,8 +32,8 @@ from ._statistics import (
     gumbel_noise,
     launch_merge,
     merge_distribution,
+    noise_keys,
     output_of,
-    row_keys,
     store_partial,
     tile_choice,
     tile_distribution,
@@ -269,10 +269,7 @@ def head_statistics(
         token_statistics(logits, forbidden=ids, out=out, **keys)  # type: ignore[arg-type]
         return out if rows is None else _forget(out, rows < 0)
 
-    seeds, steps, positions = None, None, None
-    if sample and seed is not None:
-        seeds, steps = row_keys("seed", seed, count, device), row_keys("step", step, count, device)
-        positions = None if position is None else row_keys("position", position, count, device)
+    seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
     partial = torch.empty(PARTIAL_FIELDS, count, config.parts, device=device)
     partial_id = torch.empty(count, config.parts, dtype=torch.int32, device=device)
     with torch.cuda.device_of(hidden):

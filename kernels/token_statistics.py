@@ -34,11 +34,11 @@ from ._statistics import (
     merge_block,
     merge_distribution,
     merge_statistics_kernel,
+    noise_keys,
     output_of,
     outputs,
     reduce_choice,
     reduce_distribution,
-    row_keys,
     store_partial,
     store_statistics,
     tile_choice,
@@ -208,10 +208,7 @@ def token_statistics(
     if rows == 0:
         return out
     sample = temperature > 0
-    seeds, steps, positions = None, None, None
-    if sample and seed is not None:
-        seeds, steps = row_keys("seed", seed, rows, device), row_keys("step", step, rows, device)
-        positions = None if position is None else row_keys("position", position, rows, device)
+    seeds, positions, steps = noise_keys(seed if sample else None, position, step, rows, device)
 
     config = token_statistics_config(arch_of(device), rows, vocabulary, logits.element_size())
     split = config.splits > 1

@@ -30,6 +30,17 @@ def _strategy(case: dict[str, Any]) -> fdt.Strategy:
     return kind(case["value"])
 
 
+def _decode(lm: fdt.MaskedDiffusionLM, case: dict[str, Any]) -> fdt.GenerationOutput:
+    return lm.generate(
+        torch.tensor(case["prompt"]),
+        gen_length=case["gen_length"],
+        block_length=case["block_length"],
+        cache=case["cache"],
+        strategy=_strategy(case),
+        stop_at_eos=False,
+    )
+
+
 def _key(case: dict[str, Any]) -> tuple[str, str]:
     return case["cache"], case["strategy"]
 
@@ -50,14 +61,7 @@ def test_no_case_is_lost() -> None:
 def test_tokens_slots_and_forwards_are_those_of_the_official_code(model: str, cases: list[dict[str, Any]]) -> None:
     lm = fdt.load(GOLDEN / model, device="cpu")
     for case in cases:
-        out = lm.generate(
-            torch.tensor(case["prompt"]),
-            gen_length=case["gen_length"],
-            block_length=case["block_length"],
-            cache=case["cache"],
-            strategy=_strategy(case),
-            stop_at_eos=False,
-        )
+        out = _decode(lm, case)
         assert out.generated.tolist() == case["tokens"], case
         assert out.nfe == case["nfe"], case
         assert _selected(out, case) == case["selected"], case
@@ -88,14 +92,7 @@ def test_the_kernels_decode_the_same(model: str, cases: list[dict[str, Any]]) ->
     several = [case for case in cases if case["nfe"] > case["gen_length"] // case["block_length"]]
     chosen = cases if gpu else [min(several, key=lambda case: case["nfe"] * case["gen_length"] * len(case["prompt"]))]
     for case in chosen:
-        out = lm.generate(
-            torch.tensor(case["prompt"]),
-            gen_length=case["gen_length"],
-            block_length=case["block_length"],
-            cache=case["cache"],
-            strategy=_strategy(case),
-            stop_at_eos=False,
-        )
+        out = _decode(lm, case)
         assert out.generated.tolist() == case["tokens"], case
         assert out.nfe == case["nfe"], case
 
