@@ -164,7 +164,7 @@ class Batch:
 
         # Only the rows that predict the block pass the final norm, only those of its masked slots the head.
         block = block_start[:, None] + self._slots[:length]  # [R, N]
-        at = block - window_start[:, None] - network.config.shift
+        at = block - window_start[:, None] - int(network.config.shift)
         hidden = hidden.gather(1, at.clamp(0, window - 1)[..., None].expand(-1, -1, hidden.shape[2]))
         masked = x.gather(1, block) == state.mask_id
         noise = {}

@@ -234,7 +234,11 @@ class GenerationConfig:
             value = getattr(self, name)
             ok = (optional and value is None) or (_is_int(value) and value >= least)
             _require(name, value, f"{'None or ' if optional else ''}an integer of {least} or more", ok)
-        for name, caches in (("prompt_refresh", ("prefix", "dual")), ("look_back", ("prefix", "dual")), ("look_ahead", ("dual",))):
+        for name, caches in (
+            ("prompt_refresh", ("prefix", "dual")),
+            ("look_back", ("prefix", "dual")),
+            ("look_ahead", ("dual",)),
+        ):
             if getattr(self, name) and self.cache not in caches:
                 raise ValueError(f"{name} means something for cache = {' or '.join(caches)} only, got cache = {self.cache!r}")
         ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,23 @@ from .decoding import GenerationConfig, GenerationOutput, Resolved
 from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
 from .memory import check_memory
 from .models.transformer import Transformer
-from .shapes import rows_bucket, slots_bucket
+from .shapes import buckets
+
+
+class Committed(NamedTuple):
+    """A token that a forward committed.
+
+    Attributes:
+        row: of the batch.
+        position: within the generation, from 0.
+        token: its id.
+        confidence: the model's probability of it at that forward.
+    """
+
+    row: int
+    position: int
+    token: int
+    confidence: float
 
 
 @dataclass(frozen=True)
@@ -59,62 +76,72 @@ class Forward:
         """``[B, L]`` float32: the probability of each committed token at that forward; NaN where none was."""
         return self._run.records()[2]
 
+    @property
+    def committed(self) -> list[Committed]:
+        """What this forward committed, row by row from left to right; to be asked for before the next forward."""
+        x, step_map, confidence = self._run.records()
+        first = x.shape[1] - self._run.config.gen_length
+        found = step_map == self.index
+        places = found.nonzero().tolist()
+        values = zip(places, x[found].tolist(), confidence[found].tolist(), strict=True)
+        return [Committed(row, column - first, token, sure) for (row, column), token, sure in values]
+
 
 class Generation:
-    """A generation that is under way: iterating runs it forward by forward.
+    """A generation that is under way: an iterator that runs it forward by forward.
+
+    Prompts are left padded to one length. Padding is neither attended nor counted as positions, so each row gets the
+    tokens it would get alone.
 
     Args:
         network: the model.
         prompts: token ids of each row, of any lengths. A ``[MASK]`` in a prompt stays one.
         config: the options.
+        tokenizer: what the output's ``texts`` decode with, or None.
 
     Raises:
         ValueError: a prompt is empty, too long, or holds an id outside the vocabulary; an option does not fit the model.
         MemoryError: the cache does not fit; says what is needed and what there is.
     """
 
-    def __init__(self, network: Transformer, prompts: list[list[int]], config: GenerationConfig) -> None:
+    def __init__(
+        self, network: Transformer, prompts: list[list[int]], config: GenerationConfig, tokenizer: object | None = None
+    ) -> None:
         check_prompts(prompts, config, network)
         ids = config.resolve(network.config, len(prompts))
         if network.ops.name == "triton":
             check_kernel_limits(len(prompts), config.block_length, ids)
         self._run = _Run(network, prompts, config, ids)
+        self._forwards = self._run.forwards()
+        self._tokenizer = tokenizer
+
+    def __iter__(self) -> Generation:
+        return self
 
     @torch.no_grad()
-    def __iter__(self) -> Iterator[Forward]:
-        yield from self._run.forwards()
+    def __next__(self) -> Forward:
+        return next(self._forwards)
 
     def output(self) -> GenerationOutput:
-        """The result; of a generation that was stopped, what there is so far, masks included."""
-        return self._run.output()
+        """The result; before the end, what there is so far, masks included."""
+        return replace(self._run.output(), tokenizer=self._tokenizer)
 
 
-@torch.no_grad()
-def generate(
-    network: Transformer,
-    prompts: list[list[int]],
-    config: GenerationConfig,
-    callback: Callable[[Forward], None] | None = None,
-) -> GenerationOutput:
-    """Decodes a batch of prompts.
-
-    Prompts are left padded to one length. Padding is neither attended nor counted as positions, so each row gets the
-    tokens it would get alone.
+def run(generation: Generation, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
+    """Runs a generation to its end.
 
     Args:
-        network, prompts, config: as of :class:`Generation`.
+        generation: as it was made.
         callback: called after each forward.
 
     Returns:
         The sequences and the record of how they came about.
 
     Raises:
-        ValueError, MemoryError: as :class:`Generation`.
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
-        BaseException: whatever stopped the generation (an interrupt, an exception of the callback); its attribute
-            ``output`` then holds the :class:`~fastdllm_triton.decoding.GenerationOutput` so far.
+        BaseException: whatever stopped it, an interrupt or an exception of the callback. Its attribute ``output`` then holds
+            the :class:`~fastdllm_triton.decoding.GenerationOutput` so far.
     """
-    generation = Generation(network, prompts, config)
     try:
         for forward in generation:
             if callback is not None:
@@ -151,9 +178,8 @@ class _Run:
     def __init__(self, network: Transformer, prompts: list[list[int]], config: GenerationConfig, ids: Resolved) -> None:
         self.network, self.config = network, config
         device, self.columns = network.device, max(map(len, prompts)) + config.gen_length
-        graphs = device.type == "cuda"  # Buckets are for captured graphs to be used again; without them nothing is rounded up.
-        self.bucket: Callable[[int], int] = rows_bucket if graphs else int
-        rows, slots = self.bucket(len(prompts)), slots_bucket(self.columns) if graphs else self.columns
+        self.rows_bucket, slots_bucket = buckets(device)
+        rows, slots = self.rows_bucket(len(prompts)), slots_bucket(self.columns)
         self.padding = slots - self.columns  # slots in front of the output's first column
         self.kv_start = [slots - config.gen_length - len(prompt) for prompt in prompts]
         self.eos_ids = ids.eos_ids
@@ -260,7 +286,7 @@ class _Run:
             starts = [self.start_of(row) for row in rows]
             ends = [min(start + config.block_length + ahead, self.end_of(row)) for start, row in zip(starts, rows, strict=True)]
             windows = [(start - self.batch.look_back, end) for start, end in zip(starts, ends, strict=True)]
-        self.batch.step(self.bucket(len(self.rows)), max(end - start for start, end in windows))
+        self.batch.step(self.rows_bucket(len(self.rows)), max(end - start for start, end in windows))
         return self.forward(refresh, rows, windows)
 
     def forward(self, refresh: bool, rows: list[_Row], windows: list[tuple[int, int]]) -> Forward:
@@ -285,9 +311,7 @@ class _Run:
             raise FloatingPointError(f"forward {forward} gave logits that are NaN or nowhere finite in row {rows}")
         for row, left in zip(self.rows, remaining, strict=True):
             row.done = left == 0
-        finished = [
-            i for i, row in enumerate(self.rows) if row.done and (ended[i] or row.block == self.config.blocks - 1)
-        ]
+        finished = [i for i, row in enumerate(self.rows) if row.done and (ended[i] or row.block == self.config.blocks - 1)]
         for i in reversed(finished):
             self.let_go(i)
         if not self.config.lockstep or all(row.done for row in self.rows):

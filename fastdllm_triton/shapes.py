@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
+Bucket = Callable[[int], int]
+
+
+def buckets(device: torch.device) -> tuple[Bucket, Bucket]:
+    """How rows and slots are rounded up on a device: where nothing is captured, not at all."""
+    return (rows_bucket, slots_bucket) if device.type == "cuda" else (int, int)
+
 
 def rows_bucket(rows: int) -> int:
     """The smallest power of two, or one and a half times one, that holds ``rows``."""

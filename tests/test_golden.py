@@ -38,6 +38,7 @@ def _decode(lm: fdt.MaskedDiffusionLM, case: dict[str, Any]) -> fdt.GenerationOu
         cache=case["cache"],
         strategy=_strategy(case),
         stop_at_eos=False,
+        lockstep=True,
     )
 
 

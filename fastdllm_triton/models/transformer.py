@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,12 +100,15 @@ class Transformer:
         config: the model's shape.
         weights: its parameters.
         ops: the backend that runs.
+        kept: on a GPU, the buffers and captured steps of the last generation, for the next one of the same shape. Clear it to
+            have their memory back.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.kept: list[Any] = []
 
     @property
     def device(self) -> torch.device:
