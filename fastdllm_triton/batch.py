@@ -62,7 +62,7 @@ class Batch:
         cuda = device.type == "cuda"
         self._bounds = torch.zeros((2, rows), dtype=torch.int32, pin_memory=cuda)
         self._flags = torch.zeros((3, rows), dtype=torch.int32, pin_memory=cuda)
-        self._looked = torch.cuda.Event() if cuda else None
+        self._looked = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         captured = cuda and network.ops.name == "triton"
         self._run_step = Graphs(self._step, fall_back=not network.ops.required) if captured else self._step
 
@@ -149,7 +149,7 @@ class Batch:
         return remaining, ended, invalid
 
     def _step(self, rows: int, window: int) -> None:
-        start = self._first if self.config.cache == "none" else self.block_start[:rows] - self.look_back
+        start = self._first if self.config.cache == "none" else (self.block_start[:rows] - self.look_back).clamp(min=0)
         # A done row's window lies behind the cache: nothing of it is written.
         start = torch.where(self.state.done[:rows], self.slots, start)
         self._advance(0, rows, start, window)

@@ -184,11 +184,11 @@ class _Run:
         self.kv_start = [slots - config.gen_length - len(prompt) for prompt in prompts]
         self.eos_ids = ids.eos_ids
 
-        self.batch = network.kept.pop() if network.kept else None
-        if self.batch is None or not self.batch.serves(rows, slots, config, ids):
-            self.batch = None  # What it held is free before anything is allocated.
+        if not (network.kept and network.kept[0].serves(rows, slots, config, ids)):
+            network.kept.clear()  # What it held is free before anything is allocated.
             check_memory(network, len(prompts), rows, slots, config)
-            self.batch = Batch(network, rows, slots, config, ids)
+            network.kept.append(Batch(network, rows, slots, config, ids))
+        self.batch = network.kept.pop()
         masks = [ids.mask_id] * config.gen_length
         padded = [[ids.filler] * start + prompt + masks for start, prompt in zip(self.kv_start, prompts, strict=True)]
         self.batch.fill(padded, self.kv_start, ids.seeds)
@@ -285,7 +285,7 @@ class _Run:
             ahead = config.look_ahead if config.cache == "dual" else self.batch.slots
             starts = [self.start_of(row) for row in rows]
             ends = [min(start + config.block_length + ahead, self.end_of(row)) for start, row in zip(starts, rows, strict=True)]
-            windows = [(start - self.batch.look_back, end) for start, end in zip(starts, ends, strict=True)]
+            windows = [(max(start - self.batch.look_back, 0), end) for start, end in zip(starts, ends, strict=True)]
         self.batch.step(self.rows_bucket(len(self.rows)), max(end - start for start, end in windows))
         return self.forward(refresh, rows, windows)
 

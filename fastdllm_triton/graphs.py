@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class Graphs:
         self._function, self._fall_back = function, fall_back
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._seen: set[tuple[int, ...]] = set()
-        self._pool: object | None = None
+        self._pool: Any = None
         self._usable = True
 
     def __call__(self, *shape: int) -> None:

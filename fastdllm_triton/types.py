@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ class PolicyState:
 
     def rows(self, first: int, last: int) -> PolicyState:
         """The state of the rows ``[first, last)``, sharing memory."""
-        return replace(self, **{name: tensor[first:last] for name, tensor in self.by_row.items()})
+        changes: dict[str, Any] = {name: tensor[first:last] for name, tensor in self.by_row.items()}
+        return replace(self, **changes)
 
     @classmethod
     def create(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor
 from ..cache import KVCache
 from ..ops import Ops
 from .config import ModelConfig, NameMap
+
+if TYPE_CHECKING:
+    from ..batch import Batch
 
 
 @dataclass
@@ -108,7 +111,7 @@ class Transformer:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self.kept: list[Any] = []
+        self.kept: list[Batch] = []
 
     @property
     def device(self) -> torch.device:
