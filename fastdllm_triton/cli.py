@@ -7,8 +7,8 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption, clear_errors, console, errors
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
 from .live import LiveView
@@ -36,14 +37,6 @@ _STRATEGIES: dict[str, Callable[..., Strategy]] = {
 }
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
-console = Console()
-errors = Console(stderr=True)
-
-ModelOption = Annotated[str, typer.Option(help="'tiny' (built in), a checkpoint folder, or a hub id.")]
-DeviceOption = Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; the GPU if there is one.")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16 or float64; the checkpoint's own if not given.")
-]
 
 
 class CacheChoice(StrEnum):
@@ -52,27 +45,6 @@ class CacheChoice(StrEnum):
     none = "none"
     prefix = "prefix"
     dual = "dual"
-
-
-class BackendChoice(StrEnum):
-    """Backends."""
-
-    auto = "auto"
-    triton = "triton"
-    reference = "reference"
-
-
-BackendOption = Annotated[BackendChoice, typer.Option(help="Who runs the ops.")]
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """What a user can mend is told in a line; anything else is a bug and keeps its trace."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError) as error:
-        errors.print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -107,7 +79,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
     """Generate text from one or more prompts."""
-    with _clear_errors():
+    with clear_errors():
         prompts = _prompts(prompt, prompt_file)
         options = {"threshold": threshold, "factor": factor, "steps": steps, "entropy-budget": entropy_budget}
         given = {name: value for name, value in options.items() if value is not None}
@@ -186,7 +158,7 @@ def demo(
     backend: BackendOption = BackendChoice.auto,
 ) -> None:
     """Decode unseen problems with the built-in model in every way, side by side."""
-    with _clear_errors():
+    with clear_errors():
         run_demo(console, count, seed, device, backend.value)
 
 
@@ -217,7 +189,7 @@ def compile_report_command(
 
     Ends with status 1 if a configuration spills or does not fit.
     """
-    with _clear_errors():
+    with clear_errors():
         if importlib.util.find_spec("triton") is None:
             raise RuntimeError("compile-report needs triton, which is not installed")
         from . import compile_report as report
