@@ -249,7 +249,6 @@ class _Run:
 
     def bring_forward(self, due: list[_Row]) -> None:
         """Puts the rows that are due in front, those that renew their prompt first, and tells the device where all stand."""
-
         ahead = set(due)
 
         def key(row: _Row) -> int:
