@@ -34,7 +34,8 @@ def merged(given: dict[str, Any], generation_config: object | None) -> dict[str,
     Raises:
         TypeError: ``generation_config`` is not a config.
     """
-    if generation_config is not None and not any(hasattr(generation_config, name) for name in DEFAULTS):
+    names = (*DEFAULTS, "max_new_tokens", "max_length")
+    if generation_config is not None and not any(hasattr(generation_config, name) for name in names):
         raise TypeError(
             f"generation_config must be an object with attributes such as steps and alg, got {type(generation_config).__name__}; "
             "give single parameters by keyword"

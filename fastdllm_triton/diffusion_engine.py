@@ -134,7 +134,7 @@ class _Run:
         """Statistics ``[B, K]`` of the predictions for the slots that are masked.
 
         At a temperature they are those of ``softmax(logits / temperature)``, as Dream's confidence is. The hidden states are
-        divided by it instead of the logits: one more rounding like the norm's own, and no logits in memory.
+        divided by it instead of the logits: one more rounding like the norm's own, and the logits need not be in memory.
 
         Args:
             hidden: ``[B, W, E]``, of the window from slot ``first`` on.
