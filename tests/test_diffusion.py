@@ -5,6 +5,7 @@ Recorded trajectories of the official code are in ``test_golden.py``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -293,6 +294,33 @@ def test_a_tensor_unless_a_dict_is_asked_for(lm: fdt.MaskedDiffusionLM) -> None:
     assert torch.equal(x, out.sequences)
     assert x.dtype == torch.int64
     assert torch.equal(x[:, :5], PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("cache", "normed", "asked"),
+    [
+        ("none", [8, 7, 5, 3], [8, 7, 5, 3]),  # of eight masks, the schedule commits 1, 2, 2 and the last 3
+        ("dual", [1, 4, 1, 4], [1, 3, 1, 3]),  # a refresh for one token, a step for the rest of the block
+    ],
+)
+def test_only_rows_that_predict_a_masked_slot_pass_the_norm_and_the_head(
+    dream: fdt.MaskedDiffusionLM, monkeypatch: pytest.MonkeyPatch, cache: Any, normed: list[int], asked: list[int]
+) -> None:
+    network, seen_normed, seen_asked = dream.network, [], []
+    norm, head = network.final_norm, network.ops.head_statistics
+
+    def spy_norm(hidden: Tensor) -> Tensor:
+        seen_normed.append(hidden.shape[:-1].numel())
+        return norm(hidden)
+
+    def spy_head(hidden: Tensor, weight: Tensor, *, rows: Tensor, **options: Any) -> Any:
+        seen_asked.append(int((rows >= 0).sum()))
+        return head(hidden, weight, rows=rows, **options)
+
+    monkeypatch.setattr(network, "final_norm", spy_norm)
+    monkeypatch.setattr(network, "ops", replace(network.ops, head_statistics=spy_head))
+    _run(dream, max_new_tokens=8, steps=4, block_length=4, alg="entropy", cache=cache)
+    assert (seen_normed, seen_asked) == (normed, asked)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
