@@ -4,8 +4,10 @@ Between two launches a GPU idles for some microseconds, the tail of the first an
 chain of seven launches. From sm_90 on a kernel may be launched before its predecessor has ended: its programs come up on free
 SMs, do what depends on nothing, such as fetching weights, and then wait. The rule that makes a chain of them safe:
 
-**every program of a kernel that is launched so waits, whatever path it takes, before it reads or writes any memory that
-another kernel writes or reads.** Then a kernel has ended only after its predecessor has, and with it all before.
+**every program of a kernel that is launched so waits, whatever path it takes, before it reads or writes memory.** Then a kernel
+has ended only after its predecessor has, and with it all before; and its buffers are free for the kernel after the next. What
+may come before the wait are index arithmetic and :func:`prefetch`, which fills the L2 cache, where all programs see one truth,
+and no register.
 
 CUDA programming guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, ``griddepcontrol``.
 """

@@ -201,6 +201,11 @@ class Config:
     num_warps: int
     num_stages: int
 
+    @property
+    def launches(self) -> int:
+        """The kernel, and the sum of its splits."""
+        return 1 if self.splits == 1 else 2
+
     def part(self, k: int) -> int:
         """Columns of a program."""
         return triton.cdiv(triton.cdiv(k, self.splits), self.block_k) * self.block_k
@@ -208,13 +213,6 @@ class Config:
     def workspace_elements(self, rows: int, n: int) -> int:
         """float32 elements of scratch for ``n`` rows of the weight: nothing for one split."""
         return 0 if self.splits == 1 else self.splits * rows * n
-
-
-def launches(config: Config | None, *, norm: bool = False, residual: bool = False, activation: Activation | None = None) -> int:
-    """Launches of a call: the kernel and the sum of its splits; of the library (no config), each part its own."""
-    if config is not None:
-        return 1 if config.splits == 1 else 2
-    return 1 + norm + residual + (activation is not None)
 
 
 @cache
@@ -313,6 +311,14 @@ def measured_config(
     shape = {"rows": bucket, "n": n, "k": k, "dtype": dtype, "norm": norm, "activation": activation, "residual": residual}
     found = tuned(gpu, "linear", **shape)
     return None if found is None else Config(**found)
+
+
+def launches(
+    gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None, residual: bool
+) -> int:
+    """Launches of a call without a config: those of the measured one, or of the library with a kernel for each other part."""
+    config = measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
+    return 1 + norm + (activation is not None) + residual if config is None else config.launches
 
 
 #: Bytes of its weight that a program asks for before it waits or reads its rows.
