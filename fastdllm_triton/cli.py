@@ -7,8 +7,8 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ._console import clear_errors, console, errors, wide
+from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
+from .commands.roofline import roofline
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
 from .live import LiveView
@@ -36,14 +38,6 @@ _STRATEGIES: dict[str, Callable[..., Strategy]] = {
 }
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
-console = Console()
-errors = Console(stderr=True)
-
-ModelOption = Annotated[str, typer.Option(help="'tiny' (built in), a checkpoint folder, or a hub id.")]
-DeviceOption = Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; the GPU if there is one.")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16 or float64; the checkpoint's own if not given.")
-]
 
 
 class CacheChoice(StrEnum):
@@ -52,27 +46,6 @@ class CacheChoice(StrEnum):
     none = "none"
     prefix = "prefix"
     dual = "dual"
-
-
-class BackendChoice(StrEnum):
-    """Backends."""
-
-    auto = "auto"
-    triton = "triton"
-    reference = "reference"
-
-
-BackendOption = Annotated[BackendChoice, typer.Option(help="Who runs the ops.")]
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """What a user can mend is told in a line; anything else is a bug and keeps its trace."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError) as error:
-        errors.print(Text(f"error: {error}", style="red"))
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -107,7 +80,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
     """Generate text from one or more prompts."""
-    with _clear_errors():
+    with clear_errors():
         prompts = _prompts(prompt, prompt_file)
         options = {"threshold": threshold, "factor": factor, "steps": steps, "entropy-budget": entropy_budget}
         given = {name: value for name, value in options.items() if value is not None}
@@ -186,7 +159,7 @@ def demo(
     backend: BackendOption = BackendChoice.auto,
 ) -> None:
     """Decode unseen problems with the built-in model in every way, side by side."""
-    with _clear_errors():
+    with clear_errors():
         run_demo(console, count, seed, device, backend.value)
 
 
@@ -217,15 +190,14 @@ def compile_report_command(
 
     Ends with status 1 if a configuration spills or does not fit.
     """
-    with _clear_errors():
+    with clear_errors():
         if importlib.util.find_spec("triton") is None:
             raise RuntimeError("compile-report needs triton, which is not installed")
         from . import compile_report as report
 
         earlier = None if compare is None else report.read_json(compare)
         records = report.compile_report(arch, op)
-        wide = Console(width=max(console.width, 160)) if not console.is_terminal else console
-        wide.print(report.render(records))
+        wide(160).print(report.render(records))
         if json_file is not None:
             report.write_json(records, json_file)
         faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
@@ -233,6 +205,9 @@ def compile_report_command(
             errors.print(Text(fault, style="red"))
     if faults:
         raise typer.Exit(1)
+
+
+app.command()(roofline)
 
 
 def _version(package: str) -> str:
