@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ._console import clear_errors, console, errors, wide
 from .commands.roofline import roofline
+from .commands.verify import verify
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
 from .live import LiveView
@@ -224,6 +225,7 @@ def compile_report_command(
 
 
 app.command()(roofline)
+app.command()(verify)
 
 
 def _version(package: str) -> str:
