@@ -13,7 +13,7 @@ no confidence reaches a threshold, so a bench says how many forwards each block 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -277,18 +277,24 @@ def _shift(logits: Tensor) -> Tensor:
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
 
 
-def _dream_commit(
-    x: Tensor, logits: Tensor, block_length: int, mask_id: int, neg_entropy: bool, choose: Callable[[Tensor], Tensor]
-) -> None:
-    """Samples the masked rows of a window and writes those that ``choose`` picks by the confidence of the first block."""
+def _dream_commit(x: Tensor, logits: Tensor, block_length: int, mask_id: int, count: int, threshold: float | None, *,
+                  by_entropy: bool = True) -> None:  # fmt: skip
+    """Samples the masked rows of a window and writes the ``count`` surest of its first block; with a threshold the surest
+    and those of the others that reach it.
+    """
     masked = x == mask_id
-    confidence, x0 = dream_sample(logits[masked], neg_entropy=neg_entropy)
+    confidence, x0 = dream_sample(logits[masked], neg_entropy=by_entropy and threshold is None)
     all_confidence = torch.full(x.shape, -torch.inf, device=x.device, dtype=logits.dtype)
     all_confidence[masked] = confidence
     all_confidence[:, block_length:] = -torch.inf
     x_ = torch.full_like(x, mask_id)
     x_[masked] = x0
-    chosen = torch.zeros_like(masked).scatter_(1, choose(all_confidence), True)
+    surest, order = torch.topk(all_confidence, count)
+    if threshold is not None:
+        keep = surest[0] >= threshold
+        keep[0] = True
+        order = order[:, keep]
+    chosen = torch.zeros_like(masked).scatter_(1, order, True)
     x[chosen] = x_[chosen]
 
 
@@ -328,7 +334,7 @@ def dream_generate(
             left = (x == mask_id).sum() / len(x)
             count = int(left * (1 - timesteps[i + 1] / timesteps[i])) if i < forwards - 1 else int(left)
             if count > 0:
-                _dream_commit(x, logits, x.shape[1], mask_id, False, lambda c, n=count: torch.topk(c, n)[1])
+                _dream_commit(x, logits, x.shape[1], mask_id, count, None, by_entropy=False)
         return x, forwards
 
     nfe = 0
@@ -351,18 +357,11 @@ def dream_generate(
             window = x[:, start:stop]
             logits = _shift(model(window, past, replace)[0])
             nfe += 1
-            left = (window[:, :block_length] == mask_id).sum()
-
-            def choose(confidence: Tensor, left: Tensor = left, i: int = i) -> Tensor:
-                if threshold is not None:
-                    surest, order = torch.topk(confidence, int(left))
-                    keep = surest[0] >= threshold
-                    keep[0] = True
-                    return order[:, keep]
-                count = int(left * (1 - timesteps[i + 1] / timesteps[i])) if i < steps - 1 else int(left)
-                return torch.topk(confidence, count)[1]
-
-            _dream_commit(window, logits, block_length, mask_id, threshold is None, choose)
+            left = int((window[:, :block_length] == mask_id).sum())
+            count = left
+            if threshold is None and i < steps - 1:
+                count = int(left * (1 - timesteps[i + 1] / timesteps[i]))
+            _dream_commit(window, logits, block_length, mask_id, count, threshold)
             i += 1
             if (window[:, :block_length] == mask_id).sum() == 0 or (threshold is None and i >= steps):
                 break
