@@ -22,6 +22,7 @@ from rich.text import Text
 from ._console import clear_errors, console, errors, wide
 from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
 from .commands.roofline import roofline
+from .commands.verify import verify
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
 from .live import LiveView
@@ -208,6 +209,7 @@ def compile_report_command(
 
 
 app.command()(roofline)
+app.command()(verify)
 
 
 def _version(package: str) -> str:
