@@ -22,7 +22,9 @@ from .ops import Ops
 from .types import Activation, PolicyState, TokenStatistics
 
 #: Calls that return memory or a view of it and launch nothing.
-_FREE = "empty new_empty view unsafe_view alias expand slice select split unbind unsqueeze scalar_tensor".split()
+_FREE = frozenset(
+    "empty empty_like new_empty view unsafe_view alias expand slice select split unbind unsqueeze scalar_tensor".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
