@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ._console import clear_errors, console, errors, wide
+from .commands.bench import bench
 from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
@@ -224,6 +225,7 @@ def compile_report_command(
         raise typer.Exit(1)
 
 
+app.command()(bench)
 app.command()(roofline)
 app.command()(verify)
 
