@@ -24,9 +24,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import Row, Session, Shape, main
 from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
-from fastdllm_triton.decoding import FixedSteps, GenerationConfig
-from fastdllm_triton.engine import Generation
+from fastdllm_triton.decoding import CacheName, FixedSteps, GenerationConfig
+from fastdllm_triton.engine import Forward, Generation
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.roofline import Gpu, Setting
 from fastdllm_triton.roofline import floor as floor_of
@@ -88,11 +88,11 @@ def blocks_until(end: int) -> int:
     return -(-end // BLOCK)
 
 
-def run_ours(network: Transformer, prompts: Tensor, cache: str, counts: Sequence[int], gen_length: int) -> Tensor:
+def run_ours(network: Transformer, prompts: Tensor, cache: CacheName, counts: Sequence[int], gen_length: int) -> Tensor:
     """Decodes ``len(counts)`` blocks, each in its number of forwards, and returns the sequences."""
     config = GenerationConfig(
         gen_length=gen_length, block_length=BLOCK, cache=cache, strategy=FixedSteps(gen_length // BLOCK), stop_at_eos=False
-    )  # type: ignore[arg-type]
+    )
     generation = Generation(network, prompts.tolist(), config)
     # The strategy is one token count for all blocks; the schedule has one for each.
     steps = generation._run.batch.state.steps
@@ -101,7 +101,7 @@ def run_ours(network: Transformer, prompts: Tensor, cache: str, counts: Sequence
         if done in begins:
             steps.fill_(begins[done])
         next(generation)
-    generation._forwards.close()  # gives the buffers and captured steps back, for the next run
+    cast("Generator[Forward]", generation._forwards).close()  # gives the buffers and captured steps back, for the next run
     return generation.output().sequences
 
 

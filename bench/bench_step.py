@@ -29,7 +29,7 @@ from fastdllm_triton.batch import Batch
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import Row, Session, Shape, main, timed
 from fastdllm_triton.bench._timing import Timing, percentiles, reason
-from fastdllm_triton.bench.official_step import OfficialModel, dream_commit, dream_sample, llada_select
+from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
 from fastdllm_triton.bench.official_step import shift as shift_logits
 from fastdllm_triton.decoding import GenerationConfig, Threshold
 from fastdllm_triton.models.transformer import Transformer
@@ -111,7 +111,8 @@ class OfficialStep:
         self.model, self.mask_id = OfficialModel(network), network.config.mask_id
         self.dream = network.config.architecture == "dream"
         self.sequences, self.start, self.window = sequences, start, window
-        self.x, self.past = sequences.clone(), None
+        self.x = sequences.clone()
+        self.past: Past | None = None
         self.replace = torch.zeros_like(sequences, dtype=torch.bool)
         self.replace[:, start : start + window] = True
 

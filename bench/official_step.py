@@ -24,6 +24,8 @@ from fastdllm_triton.models.transformer import Transformer
 
 #: Keys and values of a layer. LLaDA keeps ``[B, Hkv, L, D]``, Dream ``[B, L, Hkv D]``, both before the rotation.
 Past = list[tuple[Tensor, Tensor]]
+#: Sine and cosine of positions, ``[L, D]``.
+Tables = tuple[Tensor, Tensor]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,7 +46,7 @@ class _Projections:
     q: Tensor
     k: Tensor
     v: Tensor
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    biases: tuple[Tensor | None, ...]
     out: Tensor
     gate: Tensor
     up: Tensor
@@ -60,11 +62,10 @@ class OfficialModel:
         rows = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
         self.layers = []
         for layer in network.weights.layers:
-            biases = (None, None, None) if layer.qkv_bias is None else layer.qkv_bias.split(rows)
+            biases = (None, None, None) if layer.qkv_bias is None else tuple(layer.qkv_bias.split(rows))
             gate, up = layer.gate_up.weight.chunk(2)
-            projections = _Projections(
-                *layer.qkv.weight.split(rows), biases, layer.attn_out.weight, gate, up, layer.down.weight
-            )  # fmt: skip
+            q, k, v = layer.qkv.weight.split(rows)
+            projections = _Projections(q, k, v, biases, layer.attn_out.weight, gate, up, layer.down.weight)
             self.layers.append(projections)
         self.head = network.head
         self._table: tuple[Tensor, Tensor] | None = None
@@ -100,7 +101,7 @@ class OfficialModel:
         return x.view(*x.shape[:2], heads, self.config.head_dim).transpose(1, 2)
 
     def _attend_llada(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, _: object
+        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, _: Tables | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         c, dtype = self.config, q.dtype
         q, k, v = self._heads(q, c.heads), self._heads(k, c.kv_heads), self._heads(v, c.kv_heads)
@@ -149,7 +150,7 @@ class OfficialModel:
         return angles.sin().to(dtype), angles.cos().to(dtype)
 
     def _attend_dream(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, tables: object
+        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, tables: Tables | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         c = self.config
         end = None
@@ -166,7 +167,8 @@ class OfficialModel:
         window, length = q.shape[1], k.shape[1]
         end = end or length
         q, k, v = self._heads(q, c.heads), self._heads(k, c.kv_heads), self._heads(v, c.kv_heads)
-        sin, cos = tables  # type: ignore[misc]
+        assert tables is not None
+        sin, cos = tables
         q = q * cos[end - window : end] + _rotate_half(q) * sin[end - window : end]
         k = k * cos[:length] + _rotate_half(k) * sin[:length]
         k, v = (
@@ -338,8 +340,8 @@ def dream_generate(
         timesteps = torch.linspace(1, 1e-3, forwards + 1, device=x.device)
         for i in range(min(forwards, most or forwards)):
             logits = shift(model(x)[0])
-            left = (x == mask_id).sum() / len(x)
-            count = int(left * (1 - timesteps[i + 1] / timesteps[i])) if i < forwards - 1 else int(left)
+            masks = (x == mask_id).sum() / len(x)
+            count = int(masks * (1 - timesteps[i + 1] / timesteps[i]) if i < forwards - 1 else masks)
             if count > 0:
                 dream_commit(x, logits, x.shape[1], mask_id, count, None, by_entropy=False)
         return x, min(forwards, most or forwards)
