@@ -46,11 +46,13 @@ class Ops:
         name: ``"triton"`` or ``"reference"``.
         reason: why it was chosen, in words.
         required: whether it was asked for by name, so that nothing may fall back to anything slower.
+        fuses_residual: of ``(x, weight)``: whether ``linear`` adds a residual without a launch of its own.
     """
 
     name: str
     reason: str
     required: bool
+    fuses_residual: Callable[[Tensor, Tensor], bool]
     commit_tokens: Callable[..., Any]
     head_statistics: Callable[..., Any]
     linear: Callable[..., Any]
@@ -61,7 +63,7 @@ class Ops:
     window_attention: Callable[..., Any]
 
 
-NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required"))
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required", "fuses_residual"))
 
 
 @cache
@@ -121,7 +123,17 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
     # What torch.compile may replace by the registered op: only where that op would run the same function.
     same = (name, device.type) in (("triton", "cuda"), ("reference", "cpu"))
     functions = {op: _function(name, op) for op in NAMES}
-    return Ops(name, reason, required, **({op: _compilable(op, f) for op, f in functions.items()} if same else functions))
+    if same:
+        functions = {op: _compilable(op, f) for op, f in functions.items()}
+    return Ops(name, reason, required, _fuses_residual(name), **functions)
+
+
+def _fuses_residual(name: str) -> Callable[[Tensor, Tensor], bool]:
+    if name == "reference":
+        return lambda x, weight: False
+    from .kernels.linear import fuses_residual
+
+    return fuses_residual
 
 
 def _function(backend: str, op: str) -> Callable[..., Any]:

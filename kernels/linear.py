@@ -332,6 +332,12 @@ def launches(
     return 1 + norm + (activation is not None) + residual if config is None else config.launches
 
 
+def fuses_residual(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
+    rows, (n, k), dtype = x.shape[:-1].numel(), weight.shape, str(x.dtype).removeprefix("torch.")
+    return measured_config(gpu_name(x.device), rows, n, k, dtype, False, None, True) is not None
+
+
 #: Bytes of its weight that a program asks for before it waits or reads its rows.
 PREFETCHED = 2**16
 #: Columns of a program of the second kernel.
