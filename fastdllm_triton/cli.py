@@ -21,6 +21,7 @@ from rich.text import Text
 
 from ._console import clear_errors, console, errors, wide
 from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
+from .commands.bench import bench
 from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
@@ -208,6 +209,7 @@ def compile_report_command(
         raise typer.Exit(1)
 
 
+app.command()(bench)
 app.command()(roofline)
 app.command()(verify)
 
