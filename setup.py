@@ -36,6 +36,6 @@ setup(
         "lint": LINT,
         "dev": TEST + LINT,
         "bench": ["matplotlib>=3.8"],
-        "eval": ["lm_eval>=0.4.8"],
+        "eval": ["lm_eval>=0.4.8", "matplotlib>=3.8"],
     },
 )

@@ -23,6 +23,7 @@ from rich.text import Text
 from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption, clear_errors, console, errors
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
+from .evaluation.command import evaluate, lm_eval
 from .live import LiveView
 from .loading import load
 from .model import MaskedDiffusionLM
@@ -205,6 +206,12 @@ def compile_report_command(
             errors.print(Text(fault, style="red"))
     if faults:
         raise typer.Exit(1)
+
+
+app.command()(evaluate)
+app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+    lm_eval
+)
 
 
 def _version(package: str) -> str:
