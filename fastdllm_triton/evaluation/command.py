@@ -93,9 +93,9 @@ def lm_eval(context: typer.Context) -> None:
     with clear_errors():
         if importlib.util.find_spec("lm_eval") is None:
             raise RuntimeError("lm-eval needs lm-evaluation-harness: pip install 'fastdllm-triton[eval]'")
-        from .harness import main
+    from .harness import main
 
-        main(context.args)
+    main(context.args)
 
 
 def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -86,6 +87,9 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(f"batch_size must be an integer of 1 or more, got {batch_size!r}")
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            log.warning("torch sees no GPU: %s, which the harness asks for by default, becomes cpu", device)
+            device = "cpu"
         self.lm = load(pretrained, device=device, dtype=None if dtype == "auto" else dtype, backend=backend)
         if self.lm.tokenizer is None:
             raise ValueError(f"pretrained: {pretrained} has no tokenizer.json")
