@@ -16,14 +16,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption, clear_errors, console, errors
+from ._console import clear_errors, console, errors, wide
+from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
+from .commands.evaluate import evaluate, lm_eval
+from .commands.roofline import roofline
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
-from .evaluation.command import evaluate, lm_eval
 from .live import LiveView
 from .loading import load
 from .model import MaskedDiffusionLM
@@ -197,8 +198,7 @@ def compile_report_command(
 
         earlier = None if compare is None else report.read_json(compare)
         records = report.compile_report(arch, op)
-        wide = Console(width=max(console.width, 160)) if not console.is_terminal else console
-        wide.print(report.render(records))
+        wide(160).print(report.render(records))
         if json_file is not None:
             report.write_json(records, json_file)
         faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
@@ -208,6 +208,7 @@ def compile_report_command(
         raise typer.Exit(1)
 
 
+app.command()(roofline)
 app.command()(evaluate)
 app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     lm_eval

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
 from fastdllm_triton.cli import app
-from fastdllm_triton.evaluation import command, plots, runner
+from fastdllm_triton.commands import evaluate as command
+from fastdllm_triton.evaluation import plots, runner
 from fastdllm_triton.evaluation.grid import CacheSpec, StrategySpec, Way, parse_grid
 from fastdllm_triton.evaluation.runner import Evaluation, Result
 from fastdllm_triton.evaluation.scoring import builtin_requests, builtin_scorer, final_number, find_scorer, read_requests

@@ -1,4 +1,4 @@
-"""The command ``fastdllm-triton evaluate``."""
+"""``fastdllm-triton evaluate`` and ``lm-eval``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption, clear_errors, console
+from .._console import clear_errors, console, wide
+from ..cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
+from ..evaluation.grid import Way, parse_grid
+from ..evaluation.runner import Evaluation, Result, write_atomically
+from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
+from ..evaluation.summary import Record, compare, summarize
 from ..loading import load
-from .grid import Way, parse_grid
-from .runner import Evaluation, Result, write_atomically
-from .scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
-from .summary import Record, compare, summarize
 
 _STRATEGIES = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0"
 
@@ -82,7 +82,7 @@ def evaluate(
         if importlib.util.find_spec("matplotlib") is None:
             console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")
         else:
-            from .plots import draw_all
+            from ..evaluation.plots import draw_all
 
             for path in draw_all(summary, comparison, out):
                 console.print(f"wrote {path}", soft_wrap=True)
@@ -93,7 +93,7 @@ def lm_eval(context: typer.Context) -> None:
     with clear_errors():
         if importlib.util.find_spec("lm_eval") is None:
             raise RuntimeError("lm-eval needs lm-evaluation-harness: pip install 'fastdllm-triton[eval]'")
-    from .harness import main
+    from ..evaluation.harness import main
 
     main(context.args)
 
@@ -129,7 +129,6 @@ def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
 
 def _print(summary: list[Record], comparison: list[Record]) -> None:
     """The tables."""
-    wide = Console(width=max(console.width, 120)) if not console.is_terminal else console
     extra = any(record["whole"] is not None for record in summary)
     table = Table(title=f"{summary[0]['n']} requests; 95 % intervals")
     for column in ("block", "cache", "strategy"):
@@ -149,7 +148,7 @@ def _print(summary: list[Record], comparison: list[Record]) -> None:
             f"{r['nfe']:.1f}",
             rate,
         )
-    wide.print(table)
+    wide(120).print(table)
     if comparison:
         table = Table(title="against fixed steps at equal tokens per forward; paired 95 % intervals")
         for column in ("block", "cache", "strategy", "score"):
@@ -167,7 +166,7 @@ def _print(summary: list[Record], comparison: list[Record]) -> None:
                 f"{r['fixed_at_equal_speed']:.3f}",
                 f"{r['gain']:+.3f} [{r['gain_ci'][0]:+.3f}, {r['gain_ci'][1]:+.3f}]",
             )
-        wide.print(table)
+        wide(120).print(table)
 
 
 def _with_interval(value: Any, ci: Any, digits: int) -> str:

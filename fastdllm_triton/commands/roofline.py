@@ -1,0 +1,181 @@
+"""``fastdllm-triton roofline``: the floor of a generation, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any, cast
+
+import typer
+from rich.table import Table
+
+from .. import roofline as model_of
+from .._console import clear_errors, console, wide
+from ..roofline import GPUS, SHAPES, CacheName, Floor, Gpu, Setting, Shape
+
+
+def roofline(
+    model: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}, tiny, or a config.json.")] = "llada-8b",
+    gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}; its data sheet's numbers.")] = "h200",
+    bandwidth: Annotated[float | None, typer.Option(help="GB/s, instead of the data sheet's.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="Dense bfloat16 TFLOP/s, instead of the data sheet's.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 1000,
+    gen: Annotated[int, typer.Option("--gen", "--gen-length", help="Tokens to generate.")] = 256,
+    block_length: Annotated[int, typer.Option(help="Tokens of a block.")] = 32,
+    cache: Annotated[str, typer.Option(help="none, prefix or dual.")] = "dual",
+    tpf: Annotated[float, typer.Option("--tpf", help="Tokens per forward, refreshes among the forwards.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Sequences in lockstep.")] = 1,
+    weight_bits: Annotated[float, typer.Option(help="Of the matrices: 16, 8, 4. Products stay bfloat16.")] = 16,
+    cache_bits: Annotated[float, typer.Option(help="Of keys and values.")] = 16,
+    refresh_every_blocks: Annotated[int, typer.Option(help="Blocks between refreshes; 1 is the paper.")] = 1,
+    stop_at: Annotated[int | None, typer.Option(help="Tokens up to the end token: decoding stops after its block.")] = None,
+    ops: Annotated[bool, typer.Option("--ops", help="Also each op of a refresh and of a step.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+) -> None:
+    """The least time a generation can take on a GPU: per step, per refresh, in all; and what would change it."""
+    with clear_errors():
+        shape = model_of.shape_of(model)
+        target = gpu_of(gpu, bandwidth, tflops)
+        setting = Setting(
+            prompt,
+            gen,
+            block_length,
+            cast(CacheName, cache),
+            tpf,
+            batch,
+            refresh_every_blocks,
+            stop_at,
+            weight_bits,
+            cache_bits,
+        )
+        floors = [(name, model_of.floor(shape, changed, target)) for name, changed in model_of.what_if(setting)]
+        if as_json:
+            typer.echo(json.dumps(record(shape, target, setting, floors)))
+            return
+        console.print(
+            f"[bold]{shape.name}[/bold] on {target.name}: {target.bandwidth / 1e9:,.0f} GB/s, "
+            f"{target.matrix_rate / 1e12:,.0f} TFLOP/s bfloat16; {shape.streamed_parameters * weight_bits / 8 / 1e9:.2f} GB of "
+            f"weights a forward"
+        )
+        console.print(
+            f"prompt {prompt}, {gen} tokens in blocks of {block_length}, cache {cache}, {tpf:g} tokens a forward, batch {batch}"
+            + (f", end token at {stop_at}" if stop_at else "")
+        )
+        console.print(phases_table(shape, setting, target))
+        if ops:
+            wide(120).print(ops_table(shape, setting, target))
+        console.print(what_if_table(floors))
+        console.print("[dim]A floor: nothing here was measured.[/dim]")
+
+
+def gpu_of(name: str, bandwidth: float | None, tflops: float | None) -> Gpu:
+    """A GPU by name; ``bandwidth`` (GB/s) and ``tflops`` replace the data sheet's numbers, and both together any name."""
+    key = name.lower().replace(" ", "").replace("-", "").replace("_", "")
+    if key not in GPUS and (bandwidth is None or tflops is None):
+        raise ValueError(f"--gpu: got {name!r}, needs one of {', '.join(GPUS)}, or both --bandwidth and --tflops")
+    known = GPUS.get(key)
+    return Gpu(
+        known.name if known else name,
+        known.bandwidth if bandwidth is None and known else (bandwidth or 0) * 1e9,
+        known.matrix_rate if tflops is None and known else (tflops or 0) * 1e12,
+    )
+
+
+def phases_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
+    """A forward of each kind."""
+    table = Table("forward", title="A forward")
+    for column in ("how many", "rows", "keys", "head rows", "GB", "TFLOP", "bound", "floor ms"):
+        table.add_column(column, justify="right")
+    bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
+    schedule = setting.schedule()
+    costs = model_of.generation_cost(shape, schedule, **bits)
+    # Steps over a prefix differ from block to block: the first and the last one show the range.
+    shown = costs if len(costs) <= 4 else [costs[0], costs[1], costs[-1]]
+    for phase, total in shown:
+        cost = total * (1 / phase.forwards)
+        table.add_row(
+            phase.name,
+            f"{phase.forwards:.1f}",
+            f"{phase.batch * phase.window:g}",
+            f"{phase.keys:g}",
+            f"{phase.batch * phase.head_rows:g}",
+            f"{cost.bytes / 1e9:.2f}",
+            f"{cost.flops / 1e12:.3f}",
+            cost.bound(gpu),
+            f"{cost.seconds(gpu) * 1e3:.3f}",
+        )
+    if len(shown) < len(costs):
+        table.caption = f"{len(costs) - len(shown)} kinds of steps between the last two are left out"
+    return table
+
+
+def ops_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
+    """The ops of the first refresh (or whole forward) and of the last step, each as if alone with a cold cache."""
+    schedule = setting.schedule()
+    kinds = {"refresh": schedule[0], "step": schedule[-1]}
+    if len(schedule) == 1 or kinds["refresh"].name != "refresh":
+        del kinds["refresh"]
+    table = Table("op", title="Its ops, each timed alone")
+    table.add_column("calls", justify="right")
+    table.caption = "alone, an op's activations pass the memory too, so the sum is above the floor"
+    for kind in kinds:
+        for column in (f"{kind}: GB", "TFLOP", "bound", "ms"):
+            table.add_column(column, justify="right")
+    bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
+    costs = [model_of.op_costs(shape, p.batch, p.window, p.keys, p.head_rows, **bits) for p in kinds.values()]
+    for op, first in costs[0].items():
+        cells = []
+        for found in (forward[op].alone for forward in costs):
+            milliseconds = found.seconds(gpu) * 1e3
+            cells += [f"{found.bytes / 1e9:.2f}", f"{found.flops / 1e12:.2f}", found.bound(gpu), f"{milliseconds:.3f}"]
+        table.add_row(op, str(first.calls), *cells)
+    return table
+
+
+def what_if_table(floors: list[tuple[str, Floor]]) -> Table:
+    """Whole generations."""
+    table = Table("what if", title="The generation", caption="quantised weights are multiplied in bfloat16")
+    for column in ("forwards", "refreshes ms", "steps ms", "all ms", "tokens/s", "times as fast"):
+        table.add_column(column, justify="right")
+    base = floors[0][1]
+    for name, found in floors:
+        table.add_row(
+            name,
+            f"{found.forwards:.1f}",
+            f"{found.refresh_seconds * 1e3:.1f}",
+            f"{found.step_seconds * 1e3:.1f}",
+            f"{found.seconds * 1e3:.1f}",
+            f"{found.tokens_per_second:,.0f}",
+            f"{found.tokens_per_second / base.tokens_per_second:.2f}",
+        )
+    return table
+
+
+def record(shape: Shape, gpu: Gpu, setting: Setting, floors: list[tuple[str, Floor]]) -> dict[str, Any]:
+    """What ``--json`` prints: times in milliseconds."""
+    bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
+    costs = model_of.generation_cost(shape, setting.schedule(), **bits)
+    return {
+        "model": asdict(shape),
+        "gpu": asdict(gpu),
+        "setting": asdict(setting),
+        "forwards": [
+            asdict(phase)
+            | {
+                "bytes": total.bytes / phase.forwards,
+                "flops": total.flops / phase.forwards,
+                "floor_ms": total.seconds(gpu) / phase.forwards * 1e3,
+            }
+            for phase, total in costs
+        ],
+        "generation": {
+            name: {
+                "forwards": found.forwards,
+                "refresh_ms": found.refresh_seconds * 1e3,
+                "step_ms": found.step_seconds * 1e3,
+                "floor_ms": found.seconds * 1e3,
+                "tokens_per_second": found.tokens_per_second,
+            }
+            for name, found in floors
+        },
+    }
