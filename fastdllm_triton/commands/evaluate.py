@@ -14,9 +14,10 @@ from rich.table import Table
 from .._console import clear_errors, console, wide
 from ..cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
 from ..evaluation.grid import Way, parse_grid
-from ..evaluation.runner import Evaluation, Result, write_atomically
+from ..evaluation.runner import Evaluation, Result
 from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
 from ..evaluation.summary import Record, compare, summarize
+from ..files import write_atomically
 from ..loading import load
 
 _STRATEGIES = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0"

@@ -21,6 +21,7 @@ import torch
 
 from .. import __version__
 from ..engine import check_prompts
+from ..files import write_atomically
 from ..model import MaskedDiffusionLM
 from .grid import Way
 from .scoring import Request, Scorer, digest
@@ -201,20 +202,6 @@ class Evaluation:
 
     def _write(self, way: Way, results: Sequence[Result]) -> None:
         write_atomically(self._path(way), _lines(results))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is either the old one or the new one, whatever happens on the way."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def device_name(device: torch.device) -> str:
