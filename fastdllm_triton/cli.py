@@ -22,6 +22,7 @@ from rich.text import Text
 from ._console import clear_errors, console, errors, wide
 from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
 from .commands.evaluate import evaluate, lm_eval
+from .commands.inspect import inspect
 from .commands.roofline import roofline
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
@@ -210,6 +211,7 @@ def compile_report_command(
 
 app.command()(roofline)
 app.command()(evaluate)
+app.command()(inspect)
 app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     lm_eval
 )

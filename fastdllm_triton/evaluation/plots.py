@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ _NAMES = {
     "factor": "factor f",
     "entropy": "entropy budget (nats)",
 }
-_CACHE_COLORS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#F0E442")
+CACHE_COLORS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#F0E442")
+MARKERS = "os^Dv<>P"
 _SCORES = {"exact_match": "exact match", "whole": "whole text right"}
 
 _STYLE: Any = {
@@ -56,9 +57,14 @@ def draw_all(summary: Sequence[Record], comparison: Sequence[Record], folder: Pa
     Returns:
         The files written, PNG ones only; an SVG lies beside each.
     """
+    return save(_figures(summary, comparison), folder)
+
+
+def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
+    """Draws figures in one style and writes each as PNG and SVG; returns the PNG files. The same figure is the same bytes."""
     written: list[Path] = []
     with matplotlib.rc_context(_STYLE):
-        for name, figure in _figures(summary, comparison):
+        for name, figure in figures:
             for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
                 figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
             written.append(folder / f"{name}.png")
@@ -147,13 +153,13 @@ def against_block_length(summary: Sequence[Record]) -> Figure:
                 (r for r in summary if r["cache"] == cache and r["strategy"] == strategy and r[key] is not None),
                 key=lambda r: int(r["block_length"]),
             )
-            color = _CACHE_COLORS[number % len(_CACHE_COLORS)]
+            color = CACHE_COLORS[number % len(CACHE_COLORS)]
             # Side by side, so that bars of equal values can be told apart.
             x = [r["block_length"] * (1 + 0.03 * (number - (len(caches) - 1) / 2)) for r in points]
             ci = f"{key}_ci"
             bars = [[abs(r[key] - r[ci][side]) for r in points] for side in (0, 1)] if points and ci in points[0] else None
             ax.errorbar(
-                x, [r[key] for r in points], yerr=bars, color=color, marker="os^Dv<>P"[number % 8], capsize=2, label=cache
+                x, [r[key] for r in points], yerr=bars, color=color, marker=MARKERS[number % len(MARKERS)], capsize=2, label=cache
             )
         ax.set_xscale("log", base=2)
         ax.set_xticks(blocks, [str(block) for block in blocks])
