@@ -7,20 +7,19 @@ finish the block, and ``[MASK]`` is never committed. Masks in the prompt stay ma
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoding import CacheName, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
 from .model import MaskedDiffusionLM
+from .swap import runtime_of
 from .types import ScoreName
 
 _SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
 
 
 def generate(
-    model: MaskedDiffusionLM,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int = 128,
     gen_length: int = 128,
@@ -34,7 +33,7 @@ def generate(
     """Decodes without a cache.
 
     Args:
-        model: what :func:`fastdllm_triton.load` returns.
+        model: what :func:`fastdllm_triton.load` returns, or a module that :func:`fastdllm_triton.accelerate` was called on.
         prompt: ``[B, P]`` int64. All of it is attended.
         steps: forwards for the whole generation, a multiple of the number of blocks (with a threshold or a factor it
             decides nothing).
@@ -58,7 +57,7 @@ def generate(
 
 
 def generate_with_prefix_cache(
-    model: MaskedDiffusionLM,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int = 128,
     gen_length: int = 128,
@@ -76,7 +75,7 @@ def generate_with_prefix_cache(
 
 
 def generate_with_dual_cache(
-    model: MaskedDiffusionLM,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int = 128,
     gen_length: int = 128,
@@ -94,7 +93,7 @@ def generate_with_dual_cache(
 
 
 def _generate(
-    model: Any,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int,
     gen_length: int,
@@ -107,8 +106,7 @@ def _generate(
     *,
     cache: CacheName,
 ) -> tuple[Tensor, int]:
-    if not isinstance(model, MaskedDiffusionLM):
-        raise TypeError(f"model must come from fastdllm_triton.load, got {type(model).__name__}")
+    lm = runtime_of(model)
     if remasking not in _SCORES:
         raise ValueError(f"remasking must be one of {', '.join(_SCORES)}, got {remasking!r}")
     score = _SCORES[remasking]
@@ -119,7 +117,7 @@ def _generate(
         strategy = Threshold(threshold, score=score)
     # Here as in the official code the blocks must divide the steps even where those decide nothing.
     config = GenerationConfig(gen_length=gen_length, block_length=block_length, strategy=FixedSteps(steps))
-    output = model.generate(
+    output = lm.generate(
         prompt,
         config,
         cache=cache,
@@ -129,6 +127,6 @@ def _generate(
         stop_at_eos=False,
         mask_id=mask_id,
         # The official code decides on logits in the model's dtype.
-        logits_dtype=None if model.dtype in (torch.float32, torch.float64) else model.dtype,
+        logits_dtype=None if lm.dtype in (torch.float32, torch.float64) else lm.dtype,
     )
     return output.sequences, output.nfe
