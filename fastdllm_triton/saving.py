@@ -18,8 +18,8 @@ from .models.checkpoint import read_json
 #: Files of a source folder that are written anew, or not at all.
 _REPLACED = ("*.safetensors", "*.index.json", "*.bin", "config.json")
 
-#: What else of a source folder belongs to a checkpoint: tokenizer, defaults, and the original classes where they are at hand.
-_COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.py")
+#: What else of a source folder belongs to a checkpoint: tokenizer and defaults; and code, if the config names any.
+_COPIED = ("*.json", "*.txt", "*.jinja", "*.model")
 
 
 def save_checkpoint(
@@ -29,8 +29,8 @@ def save_checkpoint(
 
     Args:
         tensors: by the names of the checkpoint, of one dtype.
-        source: the folder that the model was read from. Its ``config.json`` is kept but for the dtype; tokenizer files,
-            ``generation_config.json`` and Python files are copied.
+        source: the folder that the model was read from. Its ``config.json`` is kept but for the dtype; tokenizer files
+            and ``generation_config.json`` are copied, and Python files if it names classes in its ``auto_map``.
         hub_id: the repository that ``source`` is a copy of, if it is one. Classes that the configs name and whose code is not
             in ``source`` are named as that repository's.
         target: a folder that does not exist yet, or is empty.
@@ -68,7 +68,8 @@ def save_checkpoint(
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         config |= {field: dtype for field in ("torch_dtype", "dtype") if config.get(field)}
         _write_json(partial / "config.json", _with_code(config, source, hub_id))
-        for path in {path for pattern in _COPIED for path in source.glob(pattern)}:
+        patterns = (*_COPIED, "*.py") if "auto_map" in config else _COPIED
+        for path in {path for pattern in patterns for path in source.glob(pattern)}:
             if path.is_file() and not any(path.match(pattern) for pattern in _REPLACED):
                 shutil.copyfile(path, partial / path.name)
         tokenizer = partial / "tokenizer_config.json"

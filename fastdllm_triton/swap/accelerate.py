@@ -17,7 +17,7 @@ from ..loading import HUB_PATTERNS, ops_for
 from ..model import MaskedDiffusionLM
 from ..models.transformer import Transformer, Weights
 from ..ops import PARTS, Ops, without_kernels
-from .fuse import fuse, fused_tensors, unfuse
+from .fuse import fuse, fused_storages, unfuse
 from .recognise import Found, recognise
 from .report import Entry, Report
 
@@ -209,8 +209,9 @@ class Accelerated:
             attributes.pop(name, None)
         attributes.update(self.shadowed or {})
         if self._runtime is not None:
-            weights, self._runtime = self._runtime.network.weights, None
-            unfuse(self._parameters, weights)
+            storages = fused_storages(self._runtime.network.weights)
+            self._runtime = None
+            unfuse(self._parameters, storages.keys())
             self._parameters = []
 
     @wraps(MaskedDiffusionLM.generate)
@@ -293,7 +294,7 @@ def _report(found: Found, weights: Weights, ops: Ops, options: Options) -> Repor
         device=str(found.device),
         dtype=str(found.dtype).removeprefix("torch."),
         entries=tuple(entries),
-        fused_bytes=sum(tensor.nbytes for layer in weights.layers for tensor in fused_tensors(layer)),
+        fused_bytes=sum(fused_storages(weights).values()),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -43,24 +43,25 @@ def fuse(parameters: Mapping[str, nn.Parameter], config: ModelConfig, names: Nam
     return Weights(embedding, layers, parameters[names.final_norm].data, head)
 
 
-def unfuse(parameters: Iterable[nn.Parameter], weights: Weights) -> None:
+def unfuse(parameters: Iterable[nn.Parameter], storages: Set[int]) -> None:
     """Gives each parameter that is a part of a fused tensor memory of its own again.
+
+    Once nothing else holds the fused tensors, each goes as soon as its parts are out of it.
 
     Args:
         parameters: what :func:`fuse` was given. Those that have moved elsewhere since are left alone.
-        weights: what it returned.
+        storages: what :func:`fused_storages` says of its result.
 
     Raises:
         RuntimeError: there is no memory for the parts of one fused tensor.
     """
-    fused = {t.untyped_storage().data_ptr() for layer in weights.layers for t in fused_tensors(layer)}
-    _separate([p for p in parameters if p.untyped_storage().data_ptr() in fused])
+    _separate([p for p in parameters if p.untyped_storage().data_ptr() in storages])
 
 
-def fused_tensors(layer: Layer) -> list[Tensor]:
-    """The tensors of a layer that several parameters are views of."""
-    tensors = [layer.qkv.weight, layer.gate_up.weight]
-    return tensors if layer.qkv_bias is None else [*tensors, layer.qkv_bias]
+def fused_storages(weights: Weights) -> dict[int, int]:
+    """Address and bytes of the memory of each tensor that several parameters are views of."""
+    tensors = (t for layer in weights.layers for t in (layer.qkv.weight, layer.gate_up.weight, layer.qkv_bias))
+    return {t.untyped_storage().data_ptr(): t.nbytes for t in tensors if t is not None}
 
 
 def _layer(parameters: Mapping[str, nn.Parameter], names: NameMap, i: int, moved: list[nn.Parameter]) -> Layer:

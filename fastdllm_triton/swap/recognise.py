@@ -160,7 +160,7 @@ def _parameters(module: nn.Module, config: ModelConfig, architecture: ModuleType
         raise ValueError(f"module: {len(surplus)} parameters that the model has no place for, such as {surplus[0]}")
     if config.tied and parameters.get(names.head, parameters[names.embedding]) is not parameters[names.embedding]:
         raise ValueError(
-            f"module: {names.head} is a tensor of its own, but module.config ties it to the embedding; untie them there"
+            f"module: {names.head} is a tensor of its own, which module.config ties to the embedding; untie them there"
         )
     return {name: parameters[name] for name in expected}
 
