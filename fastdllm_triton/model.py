@@ -30,13 +30,12 @@ class MaskedDiffusionLM:
 
     Attributes:
         network: the transformer.
-        folder: the checkpoint it was read from; None if that is not known.
-        hub_id: the repository that the folder is a copy of, if it is one.
+        hub_id: the repository that it was fetched from, if it was.
     """
 
     def __init__(self, network: Transformer, folder: Path | None, hub_id: str | None = None) -> None:
         self.network = network
-        self.folder = folder
+        self._folder = folder
         self.hub_id = hub_id
 
     def __repr__(self) -> str:
@@ -61,6 +60,17 @@ class MaskedDiffusionLM:
         """Of parameters, activations and caches."""
         return self.network.dtype
 
+    @property
+    def folder(self) -> Path:
+        """The checkpoint it was read from.
+
+        Raises:
+            ValueError: that is not known, as of an accelerated module that was not loaded from a folder or the hub.
+        """
+        if self._folder is None:
+            raise ValueError("this model was not read from a checkpoint folder")
+        return self._folder
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The checkpoint's tokenizer, or None if it has none. Remote code is never run.
@@ -68,12 +78,12 @@ class MaskedDiffusionLM:
         Raises:
             CheckpointError: its files are damaged.
         """
-        return None if self.folder is None else read_tokenizer(self.folder)
+        return None if self._folder is None else read_tokenizer(self._folder)
 
     @cached_property
     def defaults(self) -> GenerationConfig:
         """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``."""
-        path = None if self.folder is None else self.folder / "generation_config.json"
+        path = None if self._folder is None else self._folder / "generation_config.json"
         given = read_json(path) if path is not None and path.exists() else {}
         return GenerationConfig(**{name: given[name] for name in ("gen_length", "block_length") if name in given})
 
@@ -98,11 +108,11 @@ class MaskedDiffusionLM:
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
-            raise ValueError(f"prompts: {self.folder or 'the module'} has no tokenizer files; give token ids")
+            raise ValueError(f"prompts: {self._folder or 'the module'} has no tokenizer files; give token ids")
         if not chat:
             return list(tokenizer(text)["input_ids"])
         if not tokenizer.chat_template:
-            raise ValueError(f"chat: the tokenizer in {self.folder} has no chat template")
+            raise ValueError(f"chat: the tokenizer in {self._folder} has no chat template")
         rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
@@ -123,10 +133,10 @@ class MaskedDiffusionLM:
         """
         from .loading import ARCHITECTURES
 
-        if self.folder is None:
+        if self._folder is None:
             raise ValueError("this model has no checkpoint folder to take its config from; use the module's own save_pretrained")
         tensors = dict(self.network.weights.named(self.config, ARCHITECTURES[self.config.architecture].NAMES))
-        save_checkpoint(tensors, self.folder, self.hub_id, Path(folder), max_shard_size)
+        save_checkpoint(tensors, self._folder, self.hub_id, Path(folder), max_shard_size)
 
     def logits(self, ids: Tensor) -> Tensor:
         """``[B, T]`` ids to ``[B, T, V]`` logits of a plain forward over whole sequences, nothing cached."""
