@@ -92,8 +92,11 @@ class MaskedDiffusionLM:
 
         Raises:
             ValueError: an option is not valid.
-            TypeError: an option is unknown.
+            TypeError: an option is unknown, or ``config`` no config.
         """
+        if config is not None and not isinstance(config, GenerationConfig):
+            told = "fastdllm_triton.compat has the functions that take steps and lengths by position"
+            raise TypeError(f"config must be a GenerationConfig, got {type(config).__name__}; {told}")
         return replace(config or self.defaults, **options)
 
     def encode(self, text: str, *, chat: bool = False) -> list[int]:

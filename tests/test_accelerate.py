@@ -405,6 +405,21 @@ def test_prompts_are_strings_where_the_folder_of_the_tokenizer_is_known() -> Non
         module.generate(prompt)
 
 
+def test_the_tokenizer_of_a_module_from_the_hub_is_looked_for_in_its_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **kw: asked.update(name=name, **kw) or str(tiny.PATH))
+    module = load_module(tiny.PATH, _name_or_path="some/model", _commit_hash="abc")
+    fdt.accelerate(module)
+    assert runtime_of(module).folder == tiny.PATH
+    assert (asked["name"], asked["revision"], asked["local_files_only"]) == ("some/model", "abc", True)
+
+
+def test_official_arguments_by_position_are_pointed_to_their_function(llada_module: nn.Module) -> None:
+    fdt.accelerate(llada_module)
+    with pytest.raises(TypeError, match=r"config must be a GenerationConfig, got int; fastdllm_triton.compat has the functions"):
+        llada_module.generate([[1, 2]], 128)
+
+
 def test_diffusion_generate_is_dreams_alone() -> None:
     modules = {name: load_module(GOLDEN / name) for name in ALL}
     for module in modules.values():

@@ -32,8 +32,12 @@ def fuse(parameters: Mapping[str, nn.Parameter], config: ModelConfig, names: Nam
         RuntimeError: there is no memory for a fused tensor; what was fused until then is undone.
     """
     moved: list[nn.Parameter] = []
+    layers: list[Layer] = []
     try:
-        layers = [_layer(parameters, names, i, moved) for i in range(config.layers)]
+        for i in range(config.layers):
+            layers.append(_layer(parameters, names, i, moved))
+            if moved and moved[0].is_cuda:
+                torch.cuda.empty_cache()  # No fused tensor fits where a parameter was: the allocator would keep all of that.
     except BaseException:
         with contextlib.suppress(RuntimeError):  # Without memory for copies either, they stay views: as good as what they were.
             _separate(moved)
