@@ -107,7 +107,7 @@ def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
     if not parts or ops.name == "reference":
         return ops
     names = {op for part in parts for op in PARTS[part]}
-    functions = {op: _function("reference", op) for op in NAMES if op in names}
+    functions: dict[str, Any] = {op: _function("reference", op) for op in NAMES if op in names}
     name = "reference" if len(functions) == len(NAMES) else "mixed"
     return replace(ops, name=name, reason=f"{', '.join(parts)} without kernels as asked for", **functions)
 

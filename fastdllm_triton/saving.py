@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,6 +46,8 @@ def save_checkpoint(
     if isinstance(max_shard_size, int) and max_shard_size < 1:
         raise ValueError(f"max_shard_size must be 1 byte or more, got {max_shard_size}")
     config = read_json(source / "config.json")
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     try:
         split = split_state_dict_into_shards_factory(
             dict(tensors),

@@ -22,6 +22,8 @@ from torch.profiler import profile, record_function
 
 import fastdllm_triton as fdt
 from fastdllm_triton import compat, tiny
+from fastdllm_triton.ops import NAMES as OPS
+from fastdllm_triton.ops import PARTS
 from fastdllm_triton.swap import fuse, runtime_of
 
 ALL = (*GOLDEN_MODELS, GOLDEN_DREAM)
@@ -453,21 +455,20 @@ def test_the_report_says_what_runs_and_why(module: nn.Module) -> None:
     assert all(part in table for part in (*report.replaced, *report.kept))
 
 
+def test_every_op_belongs_to_a_part() -> None:
+    assert sorted(op for names in PARTS.values() for op in names) == sorted(OPS)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels do not take the CPU's tensors")
 def test_each_part_can_do_without_its_kernels(llada_module: nn.Module) -> None:
-    parts = {
-        "attention": ("rope_kv_write", "window_attention"),
-        "norms": ("rms_norm", "swiglu"),
-        "head": ("head_statistics", "token_statistics", "commit_tokens"),
-    }
-    for off in parts:
+    for off in PARTS:
         report = fdt.accelerate(llada_module, backend="triton", **{off: False})
         ops = runtime_of(llada_module).network.ops
         assert ops.name == "mixed"
-        for part, names in parts.items():
+        for part, names in PARTS.items():
             room = "reference" if part == off else "kernels"
             assert all(getattr(ops, name).__module__ == f"fastdllm_triton.{room}.{name}" for name in names)
-            assert report.as_dict()["entries"][list(parts).index(part)]["runs"] == ("reference" if part == off else "triton")
+            assert report.as_dict()["entries"][list(PARTS).index(part)]["runs"] == ("reference" if part == off else "triton")
     fdt.accelerate(llada_module, backend="triton", attention=False, norms=False, head=False)
     assert runtime_of(llada_module).network.ops.name == "reference"
 
