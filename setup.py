@@ -20,6 +20,7 @@ setup(
     package_data={
         "fastdllm_triton": ["py.typed"],
         "fastdllm_triton.bench": ["page.html"],
+        "fastdllm_triton.kernels": ["tuned/*.json"],
         "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"],
         # A link to one folder of tests/golden; its logits are for the tests alone.
         "fastdllm_triton.verify": ["golden/config.json", "golden/model.safetensors", "golden/cases.jsonl"],

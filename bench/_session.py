@@ -37,7 +37,16 @@ Shape = Mapping[str, Any]
 
 #: In the order of importance, so that a time limit cuts the least.
 SUITES = ("step", "generate", "ops")
-ORDER = ("window_attention", "head_statistics", "rope_kv_write", "rms_norm", "swiglu", "token_statistics", "commit_tokens")
+ORDER = (
+    "window_attention",
+    "linear",
+    "head_statistics",
+    "rope_kv_write",
+    "rms_norm",
+    "swiglu",
+    "token_statistics",
+    "commit_tokens",
+)
 
 
 @dataclass

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from .reference.token_statistics import statistics_merge
-from .types import PolicyState, RopeRounding, TokenStatistics
+from .types import Activation, PolicyState, RopeRounding, TokenStatistics
 
 __all__ = [
     "Ops",
     "commit_tokens",
     "head_statistics",
+    "linear",
     "resolve",
     "rms_norm",
     "rope_kv_write",
@@ -50,6 +51,7 @@ class Ops:
     reason: str
     commit_tokens: Callable[..., Any]
     head_statistics: Callable[..., Any]
+    linear: Callable[..., Any]
     rms_norm: Callable[..., Any]
     rope_kv_write: Callable[..., Any]
     swiglu: Callable[..., Any]
@@ -196,6 +198,35 @@ _swiglu_op = _register(
 
 def _swiglu(gate_up: Tensor) -> Any:
     return _swiglu_op(gate_up)
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2)))
+
+
+_linear_op = _register(
+    "linear",
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? norm_weight, float? eps, Tensor? residual, str? activation) -> Tensor",
+    lambda f, x, weight, norm_weight, eps, residual, activation: f(
+        x, weight, norm_weight=norm_weight, eps=eps, residual=residual, activation=activation
+    ),
+    _fake_linear,
+)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
+    return cast("Tensor", _linear_op(x, weight, norm_weight, eps, residual, activation))
 
 
 _rope_kv_write_op = _register(
@@ -381,6 +412,7 @@ def _commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor,
 _REGISTERED: dict[str, Callable[..., Any]] = {
     "commit_tokens": _commit_tokens,
     "head_statistics": _head_statistics,
+    "linear": _linear,
     "rms_norm": _rms_norm,
     "rope_kv_write": _rope_kv_write,
     "swiglu": _swiglu,
@@ -403,6 +435,7 @@ def _dispatched(op: str) -> Callable[..., Any]:
 
 commit_tokens = _dispatched("commit_tokens")
 head_statistics = _dispatched("head_statistics")
+linear = _dispatched("linear")
 rms_norm = _dispatched("rms_norm")
 rope_kv_write = _dispatched("rope_kv_write")
 swiglu = _dispatched("swiglu")

@@ -22,7 +22,7 @@ both products and their sum to the tensors' dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -34,6 +34,8 @@ from ..types import RopeRounding
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, require
 from ._compile import CompileCase
+from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._tuned import gpu_name, tuned
 
 
 @triton.jit
@@ -101,7 +103,9 @@ def _rope_kv_write_kernel(
     DREAM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
     token = tl.program_id(0)
     b, i = (token // W).to(tl.int64), (token % W).to(tl.int64)
     slot = tl.load(window_start_ptr + b).to(tl.int64) + i
@@ -164,17 +168,23 @@ class Config:
 
 
 @cache
-def select_config(arch: Arch, kv_heads: int, dim: int) -> Config:
+def select_config(arch: Arch, kv_heads: int, dim: int, gpu: str | None = None) -> Config:
     """No more heads than there are of k and v, so that no program is half empty, and at most 2048 elements: 16 a thread."""
     block_d = triton.next_power_of_2(dim)
     block_h = min(triton.next_power_of_2(kv_heads), max(2048 // block_d, 1))
-    return Config(block_h, max(block_h * block_d // (16 * arch.warp_size), 1))
+    config = Config(block_h, max(block_h * block_d // (16 * arch.warp_size), 1))
+    return replace(config, **tuned(gpu, "rope_kv_write", kv_heads=kv_heads, dim=dim) or {})
 
 
 @cache
 def rotary_frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
     """``[D/2]`` float32, rounded as PyTorch rounds it on a CPU, on every device. Made at the first call and kept."""
     return (1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).to(device)
+
+
+def launches(arch: Arch, kv_heads: int, dim: int) -> int:
+    """Launches of a call."""
+    return 1
 
 
 def rope_kv_write(
@@ -228,7 +238,8 @@ def rope_kv_write(
 
     out = torch.empty((batch, window, q_heads, dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if out.numel():
-        config = select_config(arch_of(qkv.device), kv_heads, dim)
+        arch = arch_of(qkv.device)
+        config = select_config(arch, kv_heads, dim, gpu_name(qkv.device))
         with torch.cuda.device_of(qkv):
             _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, kv_heads))](
                 qkv,
@@ -254,6 +265,7 @@ def rope_kv_write(
                 BLOCK_HALF=triton.next_power_of_2(dim // 2),
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
+                **dependent_launch(arch),
             )
     return out
 
@@ -285,6 +297,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                     "DREAM": model == "dream",
                     "BLOCK_H": config.block_h,
                     "BLOCK_HALF": 64,
+                    "PDL": has_dependent_launch(arch),
                 },
                 divisible=(*pointers, "frequency_ptr", *slots, *strides),
                 num_warps=config.num_warps,

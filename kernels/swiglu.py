@@ -13,7 +13,7 @@ silu(gate) is rounded to the tensors' dtype before the product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -24,14 +24,17 @@ from torch import Tensor
 from ._arch import Arch, arch_of
 from ._check import as_rows, check_floats, check_shape, require
 from ._compile import CompileCase
+from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._tuned import gpu_name, tuned
 
 
 @triton.jit
-def _swiglu_kernel(gate_up_ptr, out_ptr, stride_g, stride_o, F, BLOCK_F: tl.constexpr):
+def _swiglu_kernel(gate_up_ptr, out_ptr, stride_g, stride_o, F, BLOCK_F: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     dtype = out_ptr.dtype.element_ty
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
     mask = column < F
+    wait_for_predecessor(PDL)
 
     gate_ptr = gate_up_ptr + row * stride_g
     gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_F]
@@ -50,10 +53,16 @@ class Config:
 
 
 @cache
-def select_config(arch: Arch, width: int) -> Config:
+def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     """Eight elements of each operand a thread, one 16-byte load in 16-bit dtypes; small programs, so that few rows fill a GPU."""
     block_f = min(triton.next_power_of_2(width), 1024)
-    return Config(block_f, max(block_f // (8 * arch.warp_size), 1))
+    config = Config(block_f, max(block_f // (8 * arch.warp_size), 1))
+    return replace(config, **tuned(gpu, "swiglu", width=width) or {})
+
+
+def launches(arch: Arch, width: int) -> int:
+    """Launches of a call."""
+    return 1
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -74,7 +83,8 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     if out.numel():
         rows, y = gate_up.reshape(-1, 2 * width), as_rows("out", out)
-        config = select_config(arch_of(gate_up.device), width)
+        arch = arch_of(gate_up.device)
+        config = select_config(arch, width, gpu_name(gate_up.device))
         with torch.cuda.device_of(gate_up):
             _swiglu_kernel[(rows.shape[0], triton.cdiv(width, config.block_f))](
                 rows,
@@ -85,6 +95,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
                 BLOCK_F=config.block_f,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
+                **dependent_launch(arch),
             )
     return out
 
@@ -98,7 +109,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
             kernel=_swiglu_kernel,
             config=f"bf16 block={config.block_f}",
             signature={"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_g": "i32", "stride_o": "i32", "F": "i32"},
-            constexprs={"BLOCK_F": config.block_f},
+            constexprs={"BLOCK_F": config.block_f, "PDL": has_dependent_launch(arch)},
             divisible=("gate_up_ptr", "out_ptr", "stride_g", "stride_o", "F"),
             num_warps=config.num_warps,
         )

@@ -78,6 +78,17 @@ def test_bytes_and_flops_of_window_attention_are_those_of_the_tensors_and_produc
     assert bench.flops(shape) == counter.get_total_flops() > 0
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_bytes_and_flops_of_linear_are_those_of_the_tensors_and_the_product(residual):
+    bench = bench_of("linear")
+    shape = bench.quick[0] | {"residual": residual}
+    inputs = bench.inputs(shape, CPU, 0)
+    assert bench.bytes(shape) == sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.linear(inputs["x"], inputs["weight"])
+    assert bench.flops(shape) == counter.get_total_flops() > 0
+
+
 @pytest.mark.parametrize(
     ("op", "needed"),
     [("token_statistics", 2 * 3 * 500 + 3 * 28), ("head_statistics", 2 * (500 + 3) * 32), ("commit_tokens", 2 * 8 * 40)],
@@ -176,7 +187,7 @@ def test_percentiles_are_of_the_turns():
 
 
 def test_benches_come_in_the_order_of_importance_and_by_suite():
-    assert OPS[:2] == ["window_attention", "head_statistics"]
+    assert OPS[:3] == ["window_attention", "linear", "head_statistics"]
     assert [bench.op for bench in benches("ops", ["swiglu", "rms_norm"])] == ["rms_norm", "swiglu"]
     with pytest.raises(ValueError, match="suite: got 'fast', needs all, step or generate or ops"):
         benches("fast")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -122,6 +123,48 @@ SWIGLU = Grid(
     ],
     lambda random, rows, width: {"gate_up": random(rows, 2 * width, scale=4)},
     lambda function, inputs: {"y": function(**inputs)},
+)
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------------
+
+
+def _linear_inputs(
+    random: Random, rows: int, n: int, k: int, norm: bool = False, activation: str | None = None, residual: bool = False
+) -> Inputs:
+    found: Inputs = {"x": random(rows, k), "weight": random(n, k, scale=k**-0.5), "activation": activation}
+    found |= {"norm_weight": random(k), "eps": 1e-5} if norm else {}
+    return found | ({"residual": random(rows, n // 2 if activation else n)} if residual else {})
+
+
+def _linear_outputs(function: Function, inputs: Inputs) -> Outputs:
+    found = {"library": function(**inputs)}
+    if "config" in signature(function).parameters:  # the kernel's own product too, whatever was measured
+        from ..kernels._arch import arch_of
+        from ..kernels.linear import select_config
+
+        x, (n, k) = inputs["x"], inputs["weight"].shape
+        config = select_config(arch_of(x.device), x.shape[0], n, k, x.element_size(), inputs["activation"])
+        return found | {"kernel": function(**inputs, config=config)}
+    return found | {"kernel": found["library"]}
+
+
+_FUSED = {"norm": True, "activation": "swiglu"}
+LINEAR = Grid(
+    "linear",
+    [
+        Case("one row", {"rows": 1, "n": 2, "k": 16}, "quick"),
+        Case("tails of rows, outputs and columns", {"rows": 19, "n": 74, "k": 88, "residual": True}, "quick"),
+        Case("a norm and a gated unit", {"rows": 5, "n": 70, "k": 130, **_FUSED, "residual": True}, "quick"),
+        Case("split columns", {"rows": 3, "n": 64, "k": 2048, **_FUSED}),
+        Case("LLaDA's qkv", {"rows": 32, "n": 12_288, "k": 4096, "norm": True}, "gpu"),
+        Case("LLaDA's gate and up", {"rows": 64, "n": 24_576, "k": 4096, **_FUSED}, "gpu"),
+        Case("LLaDA's down", {"rows": 128, "n": 4096, "k": 12_288, "residual": True}, "gpu"),
+        Case("Dream's gate and up", {"rows": 32, "n": 37_888, "k": 3584, **_FUSED}, "gpu"),
+        Case("Dream's down", {"rows": 512, "n": 3584, "k": 18_944, "residual": True}, "gpu"),
+    ],
+    _linear_inputs,
+    _linear_outputs,
 )
 
 
@@ -433,5 +476,5 @@ COMMIT_TOKENS = Grid(
 #: In the order of a forward.
 GRIDS = {
     grid.op: grid
-    for grid in (RMS_NORM, ROPE_KV_WRITE, WINDOW_ATTENTION, SWIGLU, TOKEN_STATISTICS, HEAD_STATISTICS, COMMIT_TOKENS)
+    for grid in (RMS_NORM, LINEAR, ROPE_KV_WRITE, WINDOW_ATTENTION, SWIGLU, TOKEN_STATISTICS, HEAD_STATISTICS, COMMIT_TOKENS)
 }
