@@ -39,8 +39,8 @@ Shape = Mapping[str, Any]
 SUITES = ("step", "generate", "ops")
 ORDER = (
     "window_attention",
-    "linear",
     "head_statistics",
+    "linear",
     "rope_kv_write",
     "rms_norm",
     "swiglu",

@@ -76,15 +76,15 @@ compiled = torch.compile(reference)
 BENCH = Bench(
     op="linear",
     shapes=SHAPES,
-    quick=[{"name": "gated", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False}],
+    quick=[{"name": "small", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False}],
     axis="rows",
     inputs=inputs,
     ours=ours,
     oracle=lambda i: reference(**{**i, "out": None}),
     baselines={"library": library, "torch.compile": lambda i: compiled(**{**i, "out": None})},
     bytes=bytes_moved,
-    gpu_only=["torch.compile"],
     flops=lambda shape: 2 * shape["rows"] * shape["n"] * shape["k"],
+    gpu_only=["torch.compile"],
 )
 
 

@@ -32,3 +32,7 @@ class KVCache:
         shape = (layers, len(kv_start), kv_heads, slots, head_dim)
         k, v = (torch.empty(shape, dtype=dtype, device=kv_start.device) for _ in range(2))
         return cls(k, v, kv_start, torch.full_like(kv_start, slots))
+
+    def rows(self, first: int, last: int) -> KVCache:
+        """The sequences ``[first, last)``, sharing memory."""
+        return KVCache(self.k[:, first:last], self.v[:, first:last], self.kv_start[first:last], self.kv_end[first:last])

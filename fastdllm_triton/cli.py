@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ._console import clear_errors, console, errors, wide
+from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
 from .commands.bench import bench
 from .commands.roofline import roofline
 from .commands.verify import verify
@@ -40,12 +41,6 @@ _STRATEGIES: dict[str, Callable[..., Strategy]] = {
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
 
-ModelOption = Annotated[str, typer.Option(help="'tiny' (built in), a checkpoint folder, or a hub id.")]
-DeviceOption = Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; the GPU if there is one.")]
-DtypeOption = Annotated[
-    str | None, typer.Option(help="float32, bfloat16, float16 or float64; the checkpoint's own if not given.")
-]
-
 
 class CacheChoice(StrEnum):
     """Caches."""
@@ -53,17 +48,6 @@ class CacheChoice(StrEnum):
     none = "none"
     prefix = "prefix"
     dual = "dual"
-
-
-class BackendChoice(StrEnum):
-    """Backends."""
-
-    auto = "auto"
-    triton = "triton"
-    reference = "reference"
-
-
-BackendOption = Annotated[BackendChoice, typer.Option(help="Who runs the ops.")]
 
 
 @app.command()

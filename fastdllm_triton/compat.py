@@ -127,6 +127,7 @@ def _generate(
         temperature=temperature,
         seed=int(torch.randint(2**62, ())) if temperature > 0 or score == "random" else 0,
         stop_at_eos=False,
+        lockstep=True,
         mask_id=mask_id,
         # The official code decides on logits in the model's dtype.
         logits_dtype=None if model.dtype in (torch.float32, torch.float64) else model.dtype,

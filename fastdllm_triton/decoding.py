@@ -181,6 +181,15 @@ class GenerationConfig:
         forbidden: token ids that are never committed. ``[MASK]`` never is.
         mask_id: the token that marks what is to be generated; the model's if not given.
         refresh_every: forwards from one refresh of the cache to the next within a block; only at its start if not given.
+        prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; refreshes in between recompute
+            the generated part alone (cf. dLLM-Cache, arXiv 2506.06295). At every block if not given.
+        suffix_window: masked slots after the block that are computed and attended (cf. DPad, arXiv 2508.14148); all if not
+            given.
+        look_back: slots before the block that a step over a cache recomputes with it (vicinity refresh, dInfer,
+            arXiv 2510.08666, section 3).
+        look_ahead: slots after the block that a step over the dual cache recomputes with it.
+        lockstep: the rows of a batch begin each block together, as in the official code, instead of each when it can. Decides
+            no token, only the number of forwards.
         logits_dtype: rounds logits before anything is decided, to agree with code that materialises them in it.
     """
 
@@ -195,6 +204,11 @@ class GenerationConfig:
     forbidden: Sequence[int] = ()
     mask_id: int | None = None
     refresh_every: int | None = None
+    prompt_refresh: int | None = None
+    suffix_window: int | None = None
+    look_back: int = 0
+    look_ahead: int = 0
+    lockstep: bool = False
     logits_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
@@ -210,8 +224,23 @@ class GenerationConfig:
         self.strategy.steps_per_block(self.blocks)
         ok = _is_number(self.temperature) and self.temperature >= 0
         _require("temperature", self.temperature, "0 or more", ok)
-        ok = self.refresh_every is None or (_is_int(self.refresh_every) and self.refresh_every >= 1)
-        _require("refresh_every", self.refresh_every, "None or an integer of 1 or more", ok)
+        for name, least, optional in (
+            ("refresh_every", 1, True),
+            ("prompt_refresh", 1, True),
+            ("suffix_window", 0, True),
+            ("look_back", 0, False),
+            ("look_ahead", 0, False),
+        ):
+            value = getattr(self, name)
+            ok = (optional and value is None) or (_is_int(value) and value >= least)
+            _require(name, value, f"{'None or ' if optional else ''}an integer of {least} or more", ok)
+        for name, caches in (
+            ("prompt_refresh", ("prefix", "dual")),
+            ("look_back", ("prefix", "dual")),
+            ("look_ahead", ("dual",)),
+        ):
+            if getattr(self, name) and self.cache not in caches:
+                raise ValueError(f"{name} means something for cache = {' or '.join(caches)} only, got cache = {self.cache!r}")
         ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
         _require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
 
@@ -219,6 +248,10 @@ class GenerationConfig:
     def blocks(self) -> int:
         """Number of blocks."""
         return self.gen_length // self.block_length
+
+    def look_back_in(self, model: ModelConfig) -> int:
+        """Slots before the block that a step recomputes: one at least where the slot before predicts the block's first."""
+        return max(self.look_back, int(model.shift))
 
     def resolve(self, model: ModelConfig, rows: int) -> Resolved:
         """Fills in what the model decides, and checks token ids against its vocabulary.
@@ -257,6 +290,11 @@ class Resolved:
     eos_ids: tuple[int, ...]
     forbidden: tuple[int, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def filler(self) -> int:
+        """A token that is not ``[MASK]``, for slots that hold nothing."""
+        return next(token for token in (*self.eos_ids, 0, 1) if token != self.mask_id)
 
 
 @dataclass

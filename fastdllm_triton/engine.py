@@ -1,51 +1,94 @@
-"""Block-wise decoding of a masked-diffusion model: Algorithm 1 of Fast-dLLM (arXiv 2505.22618) over windows.
+"""Block-wise decoding of a masked-diffusion model: Algorithm 1 of Fast-dLLM (arXiv 2505.22618) over windows, row by row.
 
-A forward recomputes a window of slots in place. The paper's three caches are three choices of the window of a step; the
-first forward of a block, a refresh, always covers everything and is also the block's first decoding step.
+A forward recomputes a window of slots in place. The first forward of a block, a refresh, rebuilds the cache and is also the
+block's first decoding step; steps follow until nothing in the block is masked. The rows of a batch need not stand at the same
+block: those that begin one are refreshed together, then all take a step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .batch import Batch
 from .decoding import GenerationConfig, GenerationOutput, Resolved
 from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
+from .memory import check_memory
 from .models.transformer import Transformer
-from .types import PolicyState
+from .shapes import buckets
+
+
+class Committed(NamedTuple):
+    """A token that a forward committed.
+
+    Attributes:
+        row: of the batch.
+        position: within the generation, from 0.
+        token: its id.
+        confidence: the model's probability of it at that forward.
+    """
+
+    row: int
+    position: int
+    token: int
+    confidence: float
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What a callback is told after each forward.
+    """What is known after a forward. Columns and rows are those of the output; ``[B, L]`` tensors are made when asked for.
 
     Attributes:
         index: of the forward, from 0.
         refresh: whether it rebuilt the cache.
-        block: the block being decoded, from 0.
-        x: ``[B, L]`` the sequences so far, masks included. The live buffer: read it, do not write it.
-        state: the records so far, ``step_map`` and ``confidence`` among them.
+        rows: the rows of the batch that it decoded.
+        blocks: the block that each of them stands at, from 0.
+        windows: the columns ``[first, last)`` that it recomputed of each of them.
+        mask_id: the token of a masked slot.
     """
 
     index: int
     refresh: bool
-    block: int
-    x: Tensor
-    state: PolicyState
+    rows: tuple[int, ...]
+    blocks: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...]
+    mask_id: int
+    _run: _Run
+
+    @property
+    def x(self) -> Tensor:
+        """``[B, L]`` int64: the sequences, masks included, as they are now."""
+        return self._run.records()[0]
+
+    @property
+    def step_map(self) -> Tensor:
+        """``[B, L]`` int32: the forward that committed each slot; ``-1`` where none did."""
+        return self._run.records()[1]
+
+    @property
+    def confidence(self) -> Tensor:
+        """``[B, L]`` float32: the probability of each committed token at that forward; NaN where none was."""
+        return self._run.records()[2]
+
+    @property
+    def committed(self) -> list[Committed]:
+        """What this forward committed, row by row from left to right; to be asked for before the next forward."""
+        x, step_map, confidence = self._run.records()
+        first = x.shape[1] - self._run.config.gen_length
+        found = step_map == self.index
+        places = found.nonzero().tolist()
+        values = zip(places, x[found].tolist(), confidence[found].tolist(), strict=True)
+        return [Committed(row, column - first, token, sure) for (row, column), token, sure in values]
 
 
-@torch.no_grad()
-def generate(
-    network: Transformer,
-    prompts: list[list[int]],
-    config: GenerationConfig,
-    callback: Callable[[Forward], None] | None = None,
-) -> GenerationOutput:
-    """Decodes a batch of prompts.
+class Generation:
+    """A generation that is under way: an iterator that runs it forward by forward.
 
     Prompts are left padded to one length. Padding is neither attended nor counted as positions, so each row gets the
     tokens it would get alone.
@@ -54,134 +97,276 @@ def generate(
         network: the model.
         prompts: token ids of each row, of any lengths. A ``[MASK]`` in a prompt stays one.
         config: the options.
+        tokenizer: what the output's ``texts`` decode with, or None.
+
+    Raises:
+        ValueError: a prompt is empty, too long, or holds an id outside the vocabulary; an option does not fit the model.
+        MemoryError: the cache does not fit; says what is needed and what there is.
+    """
+
+    def __init__(
+        self, network: Transformer, prompts: list[list[int]], config: GenerationConfig, tokenizer: object | None = None
+    ) -> None:
+        check_prompts(prompts, config, network)
+        ids = config.resolve(network.config, len(prompts))
+        if network.ops.name == "triton":
+            check_kernel_limits(len(prompts), config.block_length, ids)
+        self._run = _Run(network, prompts, config, ids)
+        self._forwards = self._run.forwards()
+        self._tokenizer = tokenizer
+
+    def __iter__(self) -> Generation:
+        return self
+
+    @torch.no_grad()
+    def __next__(self) -> Forward:
+        return next(self._forwards)
+
+    def output(self) -> GenerationOutput:
+        """The result; before the end, what there is so far, masks included."""
+        return replace(self._run.output(), tokenizer=self._tokenizer)
+
+
+def run(generation: Generation, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
+    """Runs a generation to its end.
+
+    Args:
+        generation: as it was made.
         callback: called after each forward.
 
     Returns:
         The sequences and the record of how they came about.
 
     Raises:
-        ValueError: a prompt is empty, too long, or holds an id outside the vocabulary; or an option does not fit the model.
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
+        BaseException: whatever stopped it, an interrupt or an exception of the callback. Its attribute ``output`` then holds
+            the :class:`~fastdllm_triton.decoding.GenerationOutput` so far.
     """
-    check_prompts(prompts, config, network)
-    ids = config.resolve(network.config, len(prompts))
-    if network.ops.name == "triton":
-        check_kernel_limits(len(prompts), config.block_length, ids)
-    run = _Run(network, prompts, config, ids)
-    start_time = _now(network.device)
-    for block in range(config.blocks):
-        run.begin(block)
-        run.forward(refresh=True, callback=callback)
-        while not run.block_is_done():
-            run.forward(refresh=run.refresh_is_due(), callback=callback)
-        if run.all_ended:
-            break
-    return run.output(_now(network.device) - start_time)
+    try:
+        for forward in generation:
+            if callback is not None:
+                callback(forward)
+    except BaseException as error:
+        error.output = generation.output()  # type: ignore[attr-defined]
+        raise
+    return generation.output()
+
+
+@dataclass
+class _Row:
+    """Where a row of the batch stands.
+
+    Attributes:
+        origin: its place in the batch as given.
+        block: the block it decodes.
+        forwards: that it has had in this block.
+        done: whether the block is complete.
+    """
+
+    origin: int
+    block: int = 0
+    forwards: int = 0
+    done: bool = False
 
 
 class _Run:
-    """The buffers of one generation, and the forward that advances them."""
+    """Algorithm 1: which rows are refreshed, stepped, moved on and let go.
+
+    The first ``len(self.rows)`` rows of the batch are those that are not finished, in the order of ``self.rows``.
+    """
 
     def __init__(self, network: Transformer, prompts: list[list[int]], config: GenerationConfig, ids: Resolved) -> None:
-        device = network.device
-        longest = max(map(len, prompts))
-        slots = longest + config.gen_length
+        self.network, self.config = network, config
+        device, self.columns = network.device, max(map(len, prompts)) + config.gen_length
+        self.rows_bucket, slots_bucket = buckets(device)
+        rows, slots = self.rows_bucket(len(prompts)), slots_bucket(self.columns)
+        self.padding = slots - self.columns  # slots in front of the output's first column
+        self.kv_start = [slots - config.gen_length - len(prompt) for prompt in prompts]
+        self.eos_ids = ids.eos_ids
 
-        self.network, self.config, self.ids = network, config, ids
-        padding = ids.eos_ids[0] if ids.eos_ids else 0
-        rows = [[padding] * (longest - len(prompt)) + prompt + [ids.mask_id] * config.gen_length for prompt in prompts]
-        self.x = torch.tensor(rows, device=device)
-        kv_start = torch.tensor([longest - len(prompt) for prompt in prompts], dtype=torch.int32, device=device)
-        self.cache = network.new_cache(kv_start, slots)
-        self.state = PolicyState.create(
-            config.strategy.score,
-            config.strategy.rule,
-            value=config.strategy.value,
-            steps=config.strategy.steps_per_block(config.blocks),
-            mask_id=ids.mask_id,
-            kv_start=kv_start,
-            eos_ids=ids.eos_ids if config.stop_at_eos else (),
-            seed=torch.tensor(ids.seeds, device=device),
-            slots=slots,
-        )
-        self.forbidden = torch.tensor(ids.forbidden, device=device)
-        self.refreshes = self.steps = self.block = self.forwards_of_block = 0
-        self.row_forwards = torch.zeros_like(kv_start)
-        self.all_ended = False  # whether no row has anything left to decode after this block
+        if not (network.kept and network.kept[0].serves(rows, slots, config, ids)):
+            network.kept.clear()  # What it held is free before anything is allocated.
+            check_memory(network, len(prompts), rows, slots, config)
+            network.kept.append(Batch(network, rows, slots, config, ids))
+        self.batch = network.kept.pop()
+        masks = [ids.mask_id] * config.gen_length
+        padded = [[ids.filler] * start + prompt + masks for start, prompt in zip(self.kv_start, prompts, strict=True)]
+        self.batch.fill(padded, self.kv_start, ids.seeds)
 
-    def begin(self, block: int) -> None:
-        """Moves on to a block."""
-        self.block, self.forwards_of_block = block, 0
-        self.start = self.x.shape[1] - self.config.gen_length + block * self.config.block_length
-        self.end = self.start + self.config.block_length
-        self.block_start = torch.full_like(self.cache.kv_start, self.start)
-        self.row_forwards += self.state.step
-        self.state.step.zero_()
+        self.rows = [_Row(row) for row in range(len(prompts))]
+        self.refreshes = self.steps = 0
+        self.seconds, self.running = 0.0, True
+        sizes = (len(prompts), self.columns)
+        self._x = torch.empty(sizes, dtype=torch.int64, device=device)
+        self._step_map = torch.empty(sizes, dtype=torch.int32, device=device)
+        self._confidence = torch.empty(sizes, device=device)
+        self._row_forwards = torch.empty(sizes[0], dtype=torch.int32, device=device)
+        self._recorded = -1
 
-    def window(self, refresh: bool) -> tuple[int, int]:
-        """The slots that a forward recomputes."""
-        if refresh or self.config.cache == "none":
-            return 0, self.x.shape[1]
-        return self.start, self.end if self.config.cache == "dual" else self.x.shape[1]
+    def forwards(self) -> Iterator[Forward]:
+        """Decodes, a forward at a time."""
+        started = _now(self.network.device)
+        try:
+            self.move_on(self.rows)
+            while self.rows:
+                due = [row for row in self.rows if self.is_due(row)]
+                if due:
+                    self.bring_forward(due)
+                if self.config.cache == "none":  # Every forward recomputes everything: there is nothing to refresh apart.
+                    yield self.step(refresh=bool(due))
+                else:
+                    whole = sum(map(self.renews_prompt, due))
+                    if whole:
+                        yield self.refresh(0, whole, min(self.kv_start))
+                    if whole < len(due):
+                        yield self.refresh(whole, len(due), self.batch.slots - self.config.gen_length)
+                    if any(not row.done for row in self.rows[len(due) :]):
+                        yield self.step()
+                self.look()
+        finally:
+            self.record()
+            self.running = False
+            self.seconds = _now(self.network.device) - started
+            if self.network.device.type == "cuda":
+                self.network.kept.append(self.batch)  # The next generation of the same shape finds its graphs captured.
 
-    def refresh_is_due(self) -> bool:
-        """Whether the next forward of the block rebuilds the cache."""
-        return self.config.refresh_every is not None and self.forwards_of_block % self.config.refresh_every == 0
+    def move_on(self, rows: list[_Row], blocks: int = 0) -> None:
+        """Lets rows begin their next block."""
+        for row in rows:
+            row.block, row.forwards, row.done = row.block + blocks, 0, False
+        for first, last in _runs([i for i, row in enumerate(self.rows) if row in rows]):
+            self.batch.begin(first, last)
 
-    def forward(self, refresh: bool, callback: Callable[[Forward], None] | None) -> None:
-        """Recomputes a window, takes the statistics of the block's masked rows, and commits."""
-        network, ops, state, block_length = self.network, self.network.ops, self.state, self.config.block_length
-        first, last = self.window(refresh)
-        hidden = network.forward(self.x[:, first:last], torch.full_like(self.block_start, first), self.cache)
+    def is_due(self, row: _Row) -> bool:
+        """Whether the next forward of a row rebuilds its cache: the first of a block, and those asked for within it."""
+        every = self.config.refresh_every
+        return not row.done and (row.forwards % every == 0 if every else row.forwards == 0)
 
-        # Only the block's rows pass the final norm, only the masked ones of them the head.
-        block = network.final_norm(hidden[:, self.start - first : self.end - first])  # [B, N, E]
-        rows = torch.arange(block.shape[0] * block_length, device=block.device)
-        masked = (self.x[:, self.start : self.end] == state.mask_id).flatten()
-        position = torch.arange(self.start, self.end, device=block.device) - state.kv_start[:, None]
-        statistics = ops.head_statistics(
-            block.flatten(0, 1),
-            network.head,
-            rows=torch.where(masked, rows, -1),
-            temperature=self.config.temperature,
-            seed=state.seed.repeat_interleave(block_length),
-            position=position.flatten(),
-            step=state.step.repeat_interleave(block_length),
-            forbidden=self.forbidden,
-            logits_dtype=self.config.logits_dtype,
-        )
-        ops.commit_tokens(self.x, statistics.view(-1, block_length), self.block_start, state)
+    def renews_prompt(self, row: _Row) -> bool:
+        """Whether a refresh of a row recomputes its prompt as well."""
+        return row.block % (self.config.prompt_refresh or 1) == 0
 
+    def bring_forward(self, due: list[_Row]) -> None:
+        """Puts the rows that are due in front, those that renew their prompt first, and tells the device where all stand."""
+
+        def key(row: _Row) -> int:
+            return (0 if self.renews_prompt(row) else 1) if row in due else 2
+
+        wanted = sorted(map(key, self.rows))
+        for i, kind in enumerate(wanted):
+            if key(self.rows[i]) != kind:
+                j = next(j for j in range(i + 1, len(wanted)) if key(self.rows[j]) == kind != wanted[j])
+                self.batch.swap(i, j)
+                self.rows[i], self.rows[j] = self.rows[j], self.rows[i]
+        self.batch.place([self.start_of(row) for row in self.rows], [self.end_of(row) for row in self.rows])
+
+    def start_of(self, row: _Row) -> int:
+        """First slot of a row's block."""
+        return self.batch.slots - self.config.gen_length + row.block * self.config.block_length
+
+    def end_of(self, row: _Row) -> int:
+        """End of the slots that a row computes and attends: all, or a suffix window behind its block."""
+        suffix = self.config.suffix_window
+        everything = self.batch.slots
+        return everything if suffix is None else min(everything, self.start_of(row) + self.config.block_length + suffix)
+
+    def refresh(self, first: int, last: int, start: int) -> Forward:
+        """Recomputes everything from ``start`` on for the rows ``[first, last)``."""
+        rows = self.rows[first:last]
+        self.batch.refresh(first, last, start, max(map(self.end_of, rows)) - start)
+        return self.forward(True, rows, [(start, self.end_of(row)) for row in rows])
+
+    def step(self, refresh: bool = False) -> Forward:
+        """Recomputes the step windows of all rows; those that are done are no-ops."""
+        config, rows = self.config, [row for row in self.rows if not row.done]
+        if config.cache == "none":
+            windows = [(min(self.kv_start), self.end_of(row)) for row in rows]
+        else:
+            ahead = config.look_ahead if config.cache == "dual" else self.batch.slots
+            starts = [self.start_of(row) for row in rows]
+            ends = [min(start + config.block_length + ahead, self.end_of(row)) for start, row in zip(starts, rows, strict=True)]
+            windows = [(max(start - self.batch.look_back, 0), end) for start, end in zip(starts, ends, strict=True)]
+        self.batch.step(self.rows_bucket(len(self.rows)), max(end - start for start, end in windows))
+        return self.forward(refresh, rows, windows)
+
+    def forward(self, refresh: bool, rows: list[_Row], windows: list[tuple[int, int]]) -> Forward:
+        """Counts a forward."""
+        for row in rows:
+            row.forwards += 1
         self.refreshes += refresh
         self.steps += not refresh
-        self.forwards_of_block += 1
-        if callback is not None:
-            callback(Forward(self.refreshes + self.steps - 1, refresh, self.block, self.x, state))
+        columns = [
+            (max(first, self.kv_start[row.origin]) - self.padding, last - self.padding)
+            for row, (first, last) in zip(rows, windows, strict=True)
+        ]
+        origins, blocks = tuple(row.origin for row in rows), tuple(row.block for row in rows)
+        return Forward(self.refreshes + self.steps - 1, refresh, origins, blocks, tuple(columns), self.batch.ids.mask_id, self)
 
-    def block_is_done(self) -> bool:
-        """Whether every row's block is complete. The one place that reads the device."""
-        state = self.state
-        done, self.all_ended, invalid = torch.stack((state.done.all(), state.ended.all(), state.invalid.any())).tolist()
-        if invalid:
-            rows = ", ".join(map(str, state.invalid.nonzero()[:, 0].tolist()))
+    def look(self) -> None:
+        """Reads how far the rows are: those whose block is done move on, those that are finished leave the batch."""
+        remaining, ended, invalid = self.batch.look(len(self.rows))
+        if any(invalid):
+            rows = ", ".join(str(row.origin) for row, bad in zip(self.rows, invalid, strict=True) if bad)
             forward = self.refreshes + self.steps - 1
             raise FloatingPointError(f"forward {forward} gave logits that are NaN or nowhere finite in row {rows}")
-        return bool(done)
+        for row, left in zip(self.rows, remaining, strict=True):
+            row.done = left == 0
+        finished = [i for i, row in enumerate(self.rows) if row.done and (ended[i] or row.block == self.config.blocks - 1)]
+        for i in reversed(finished):
+            self.let_go(i)
+        if not self.config.lockstep or all(row.done for row in self.rows):
+            self.move_on([row for row in self.rows if row.done], blocks=1)
 
-    def output(self, seconds: float) -> GenerationOutput:
+    def let_go(self, i: int) -> None:
+        """Records a row and gives its place to the last one."""
+        self._record(i)
+        last = self.rows.pop()
+        if i < len(self.rows):
+            self.batch.move(len(self.rows), i)
+            self.rows[i] = last
+
+    def records(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequences, step map and confidence of all rows, as they are now."""
+        self.record()
+        return self._x, self._step_map, self._confidence
+
+    def record(self) -> None:
+        """Brings the records of the rows that are not finished up to date."""
+        now = self.refreshes + self.steps
+        if self.running and self._recorded != now:
+            for i in range(len(self.rows)):
+                self._record(i)
+            self._recorded = now
+
+    def _record(self, i: int) -> None:
+        batch, origin, own = self.batch, self.rows[i].origin, slice(self.padding, None)
+        self._x[origin].copy_(batch.x[i, own])
+        self._step_map[origin].copy_(batch.state.step_map[i, own])
+        self._confidence[origin].copy_(batch.state.confidence[i, own])
+        self._row_forwards[origin].copy_(batch.forwards[i] + batch.state.step[i])
+
+    def output(self) -> GenerationOutput:
         """The result."""
-        length = self.config.gen_length
+        self.record()
+        generated = slice(self.columns - self.config.gen_length, None)
         return GenerationOutput(
-            sequences=self.x,
-            gen_length=length,
+            sequences=self._x,
+            gen_length=self.config.gen_length,
             refreshes=self.refreshes,
             steps=self.steps,
-            row_forwards=self.row_forwards + self.state.step,
-            step_map=self.state.step_map[:, -length:],
-            confidence=self.state.confidence[:, -length:],
-            seconds=seconds,
-            eos_ids=self.ids.eos_ids,
+            row_forwards=self._row_forwards,
+            step_map=self._step_map[:, generated],
+            confidence=self._confidence[:, generated],
+            seconds=self.seconds,
+            eos_ids=self.eos_ids,
         )
+
+
+def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
+    """Ascending indices as ranges ``[first, last)``."""
+    for _, group in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        members = [index for _, index in group]
+        yield members[0], members[-1] + 1
 
 
 def check_prompts(prompts: list[list[int]], config: GenerationConfig, network: Transformer) -> None:

@@ -47,18 +47,21 @@ class LiveView:
         kind = "refresh" if forward.refresh else "step"
         panels = []
         ids = forward.x[:, -self._gen_length :].tolist()
-        when = forward.state.step_map[:, -self._gen_length :].tolist()
+        when = forward.step_map[:, -self._gen_length :].tolist()
+        blocks = dict(zip(forward.rows, forward.blocks, strict=True))
         for row, (tokens, steps) in enumerate(zip(ids, when, strict=True)):
             text = Text()
             for i, (token, step) in enumerate(zip(tokens, steps, strict=True)):
-                masked = token == forward.state.mask_id
+                masked = token == forward.mask_id
                 style = "dim" if masked else "bold green" if step == forward.index else ""
-                if i // self._block_length == forward.block:
+                if i // self._block_length == blocks.get(row):
                     style += " underline"
                 text.append(_MASK if masked else self._word(token), style=style.strip() or None)
             panels.append(Panel(text, title=f"row {row}", title_align="left"))
-        left = int(forward.state.remaining.sum())
-        head = Text(f"forward {forward.index + 1} ({kind})   block {forward.block + 1}   {left} masks left in it", style="cyan")
+        left = sum(tokens.count(forward.mask_id) for tokens in ids)
+        numbers = sorted({block + 1 for block in forward.blocks})
+        standing = f"block{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+        head = Text(f"forward {forward.index + 1} ({kind})   {standing}   {left} masks left", style="cyan")
         return Group(head, *panels)
 
     def _word(self, token: int) -> str:

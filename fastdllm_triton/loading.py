@@ -10,14 +10,14 @@ import torch
 
 from . import tiny
 from .model import MaskedDiffusionLM
-from .models import llada
+from .models import dream, llada
 from .models.checkpoint import Checkpoint, read_json
 from .models.config import CheckpointError
 from .models.transformer import Transformer, Weights
 from .ops import resolve
 
-#: ``model_type`` of a ``config.json`` to the module with its config and name map.
-ARCHITECTURES: dict[str, ModuleType] = {"llada": llada}
+#: ``model_type`` of a ``config.json``, in lower case, to the module with its config and name map.
+ARCHITECTURES: dict[str, ModuleType] = {"llada": llada, "dream": dream}
 
 #: What of a hub repository is fetched: data, never code.
 _PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -100,9 +100,9 @@ def find(path_or_hub_id: str | Path) -> Path:
 
 def _architecture(raw: dict[str, Any]) -> ModuleType:
     kind = raw.get("model_type")
-    if kind not in ARCHITECTURES:
+    if (name := str(kind).lower()) not in ARCHITECTURES:  # Dream's configs write it with a capital
         raise CheckpointError(f"config.json: model_type {kind!r} is not known; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[kind]
+    return ARCHITECTURES[name]
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .decoding import GenerationConfig, GenerationOutput
-from .engine import Forward, generate
+from .engine import Forward, Generation, run
 from .models.checkpoint import read_json
 from .models.config import ModelConfig
 from .models.transformer import Transformer
@@ -130,12 +130,28 @@ class MaskedDiffusionLM:
         Raises:
             ValueError: an option or a prompt is not valid; raised before any forward.
             TypeError: ``prompts`` is of another type, or an option is unknown.
+            MemoryError: the cache does not fit; says what is needed, what there is and the largest batch that fits.
+            FloatingPointError: a forward gave logits that are NaN or nowhere finite.
+
+        An interrupt (Ctrl-C) and an exception of the callback pass through, with the output so far as their attribute
+        ``output``; the model stays usable.
         """
-        config = self.options(config, **options)
-        rows = self._rows(prompts)
-        output = generate(self.network, rows, config, callback)
-        output.tokenizer = self.tokenizer
-        return output
+        return run(self.stream(prompts, config, **options), callback)
+
+    def stream(self, prompts: Prompts, config: GenerationConfig | None = None, **options: Any) -> Generation:
+        """Generates forward by forward.
+
+        Args:
+            prompts, config, options: as of :meth:`generate`.
+
+        Returns:
+            An iterator: each item tells of one forward, what it committed (:attr:`~fastdllm_triton.engine.Forward.committed`)
+            and the sequences so far. Its ``output()`` is the result, at any time. It may be left at any time.
+
+        Raises:
+            ValueError, TypeError, MemoryError: as :meth:`generate`, before any forward.
+        """
+        return Generation(self.network, self._rows(prompts), self.options(config, **options), self.tokenizer)
 
     def _rows(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form as lists of ids."""

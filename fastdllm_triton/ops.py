@@ -45,10 +45,12 @@ class Ops:
     Attributes:
         name: ``"triton"`` or ``"reference"``.
         reason: why it was chosen, in words.
+        required: whether it was asked for by name, so that nothing may fall back to anything slower.
     """
 
     name: str
     reason: str
+    required: bool
     commit_tokens: Callable[..., Any]
     head_statistics: Callable[..., Any]
     linear: Callable[..., Any]
@@ -59,7 +61,7 @@ class Ops:
     window_attention: Callable[..., Any]
 
 
-NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason"))
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required"))
 
 
 @cache
@@ -78,10 +80,11 @@ def resolve(backend: str, device: torch.device) -> Ops:
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "reference":
-        return _ops("reference", "asked for", device)
+        return _ops("reference", "asked for", device, required=True)
     obstacle = _obstacle(device, interpreter=backend == "triton")
     if obstacle is None:
-        return _ops("triton", "a GPU with Triton" if backend == "auto" else "asked for", device)
+        required = backend == "triton"
+        return _ops("triton", "asked for" if required else "a GPU with Triton", device, required=required)
     if backend == "triton":
         raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
     if device.type == "cuda":
@@ -114,11 +117,11 @@ def _interpreted() -> bool:
     return _check.INTERPRETED
 
 
-def _ops(name: str, reason: str, device: torch.device) -> Ops:
+def _ops(name: str, reason: str, device: torch.device, *, required: bool = False) -> Ops:
     # What torch.compile may replace by the registered op: only where that op would run the same function.
     same = (name, device.type) in (("triton", "cuda"), ("reference", "cpu"))
     functions = {op: _function(name, op) for op in NAMES}
-    return Ops(name, reason, **({op: _compilable(op, f) for op, f in functions.items()} if same else functions))
+    return Ops(name, reason, required, **({op: _compilable(op, f) for op, f in functions.items()} if same else functions))
 
 
 def _function(backend: str, op: str) -> Callable[..., Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -118,6 +118,17 @@ class PolicyState:
     def done(self) -> Tensor:
         """``[B]`` bool: whether nothing is left in the row's block."""
         return self.remaining == 0
+
+    @property
+    def by_row(self) -> dict[str, Tensor]:
+        """The fields with one entry (or line) a row."""
+        names = ("kv_start", "seed", "step", "masked", "remaining", "invalid", "ended", "step_map", "confidence")
+        return {name: getattr(self, name) for name in names}
+
+    def rows(self, first: int, last: int) -> PolicyState:
+        """The state of the rows ``[first, last)``, sharing memory."""
+        changes: dict[str, Any] = {name: tensor[first:last] for name, tensor in self.by_row.items()}
+        return replace(self, **changes)
 
     @classmethod
     def create(

@@ -24,6 +24,7 @@ settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_MODELS = ("llada-mha", "llada-gqa")
+GOLDEN_DREAM = "dream-gqa"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,8 +70,14 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=GOLDEN_MODELS)
 def golden(request: pytest.FixtureRequest) -> fdt.MaskedDiffusionLM:
-    """Each of the recorded checkpoints, freshly loaded, on the CPU as in the recording."""
+    """Each of the recorded checkpoints of LLaDA, freshly loaded, on the CPU as in the recording."""
     return fdt.load(GOLDEN / request.param, device="cpu")
+
+
+@pytest.fixture
+def dream() -> fdt.MaskedDiffusionLM:
+    """The recorded checkpoint of Dream, freshly loaded."""
+    return fdt.load(GOLDEN / GOLDEN_DREAM, device="cpu")
 
 
 @pytest.fixture

@@ -111,6 +111,9 @@ def test_the_formulas_are_those_of_the_roofline():
     head = {"rows": 128, "vocabulary": 126_464, "width": 4096}
     assert bench_of("head_statistics").bytes(head) == ops["head_statistics"].alone.bytes
     assert bench_of("head_statistics").flops(head) == ops["head_statistics"].flops
+    down = {"rows": 128, "n": 4096, "k": 12_288, "norm": False, "activation": None, "residual": False}
+    assert bench_of("linear").bytes(down) * 32 == ops["down"].alone.bytes
+    assert bench_of("linear").flops(down) * 32 == ops["down"].flops
 
 
 def test_a_wrong_kernel_is_not_timed():
@@ -187,7 +190,7 @@ def test_percentiles_are_of_the_turns():
 
 
 def test_benches_come_in_the_order_of_importance_and_by_suite():
-    assert OPS[:3] == ["window_attention", "linear", "head_statistics"]
+    assert OPS[:3] == ["window_attention", "head_statistics", "linear"]
     assert [bench.op for bench in benches("ops", ["swiglu", "rms_norm"])] == ["rms_norm", "swiglu"]
     with pytest.raises(ValueError, match="suite: got 'fast', needs all, step or generate or ops"):
         benches("fast")

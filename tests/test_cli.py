@@ -105,7 +105,7 @@ def test_a_live_frame_shows_masks_new_tokens_and_the_block(tiny: fdt.MaskedDiffu
     shown = console.export_text(styles=True)
     plain = console_text(frames[2])
     assert plain.count("░") == 48 - 6
-    assert "forward 3 (step)   block 1   10 masks left in it" in plain
+    assert "forward 3 (step)   block 1   42 masks left" in plain
     assert "\x1b[1;4;32m" in shown  # bold, underlined, green: committed by this forward, in the block
     assert "¶" in console_text(frames[-1])
 

@@ -95,7 +95,7 @@ def test_refresh_every_counts_forwards_within_a_block(llada: fdt.MaskedDiffusion
         strategy=fdt.FixedSteps(16),
         refresh_every=3,
         stop_at_eos=False,
-        callback=lambda forward: kinds.append((forward.block, forward.refresh)),
+        callback=lambda forward: kinds.append((forward.blocks[0], forward.refresh)),
     )
     assert kinds == [(block, step % 3 == 0) for block in range(2) for step in range(8)]
 
@@ -211,7 +211,8 @@ def test_a_row_that_ended_waits_without_taking_part(tiny: fdt.MaskedDiffusionLM)
 
 
 def test_the_records_tell_what_happened(golden: fdt.MaskedDiffusionLM) -> None:
-    out = golden.generate(_ragged(golden, (6, 3)), gen_length=32, block_length=8, strategy=fdt.Threshold(0.7), stop_at_eos=False)
+    options: dict[str, Any] = {"gen_length": 32, "block_length": 8, "strategy": fdt.Threshold(0.7), "stop_at_eos": False}
+    out = golden.generate(_ragged(golden, (6, 3)), lockstep=True, **options)
     assert out.nfe == out.refreshes + out.steps
     assert out.refreshes == 4
     assert out.committed == 64

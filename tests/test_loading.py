@@ -114,7 +114,7 @@ def test_fused_projections_stack_the_checkpoints_rows() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not known; supported: llada"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not known; supported: llada, dream"),
         ({"model_type": "absent"}, r"model_type None is not known"),
         ({"d_model": "absent"}, r"the field 'd_model' is missing"),
         ({"mask_token_id": "absent"}, r"the field 'mask_token_id' is missing"),
@@ -124,7 +124,10 @@ def test_fused_projections_stack_the_checkpoints_rows() -> None:
         ({"mask_token_id": 400}, r"token id 400 is outside the vocabulary \[0, 320\)"),
         ({"embedding_size": 300}, r"embedding_size 300 is below vocab_size 320"),
         ({"activation_type": "gelu"}, r"activation_type = 'gelu' is not supported, only 'silu'"),
-        ({"alibi": True}, r"alibi = True is not supported"),
+        ({"alibi": True}, r"alibi = True is not supported, only False; use the code that the model was released with"),
+        ({"attention_layer_norm": True}, r"attention_layer_norm = True is not supported"),
+        ({"rope_full_precision": False}, r"rope_full_precision = False is not supported, only True"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, r"rope_scaling of type 'dynamic' is not supported.*; set it to null"),
         ({"n_layers": 4}, r"the tensor model.transformer.blocks.3.attn_norm.weight is missing"),
         ({"n_layers": 2}, r"tensors that the model has no place for, such as model.transformer.blocks.2"),
         ({"mlp_hidden_size": 128}, r"ff_proj.weight has shape \(160, 64\), config.json asks for \(128, 64\)"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from ..types import RopeRounding
 
 
 class CheckpointError(ValueError):
@@ -27,6 +30,9 @@ class ModelConfig:
         tied: whether the head is the embedding.
         mask_id: the ``[MASK]`` token.
         eos_ids: tokens that end a text; the first one fills what comes after.
+        qkv_bias: whether the q, k and v projections have biases.
+        shift: the row that predicts position ``i`` is the hidden state of position ``i - 1``; position 0 uses its own.
+        rope_rounding: whose rounding points the rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
     """
 
     architecture: str
@@ -44,6 +50,9 @@ class ModelConfig:
     tied: bool
     mask_id: int
     eos_ids: tuple[int, ...]
+    qkv_bias: bool = False
+    shift: bool = False
+    rope_rounding: RopeRounding = "llada"
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_length"):
@@ -74,3 +83,50 @@ class NameMap:
     final_norm: str
     head: str
     layer: dict[str, tuple[str, ...]]
+
+
+#: What to do about an option that is not supported, where there is more to say than :func:`require_supported` does.
+_ADVICE = {
+    "use_sliding_window": "every position attends all others here; set it to false if the weights were trained that way",
+    "rope_scaling": "set it to null to use the model within the length it was trained on",
+}
+
+
+def require_supported(raw: dict[str, Any], supported: dict[str, Any]) -> None:
+    """Refuses a ``config.json`` that asks for a variant which the runtime would silently leave out.
+
+    Args:
+        raw: the file's fields. One that is absent or null has its default, which is the supported one.
+        supported: field to the one value that is supported.
+
+    Raises:
+        CheckpointError: a field has another value; names it and says what to do.
+    """
+    for field, value in supported.items():
+        given = raw.get(field)
+        if given is not None and given != value:
+            advice = _ADVICE.get(field, "use the code that the model was released with")
+            raise CheckpointError(f"config.json: {field} = {given!r} is not supported, only {value!r}; {advice}")
+
+
+def rope_theta(raw: dict[str, Any], default: float) -> float:
+    """The base of the rotary frequencies, from ``rope_theta`` or from the ``rope_parameters`` that transformers 5 writes.
+
+    Raises:
+        CheckpointError: the frequencies are scaled (linear, dynamic, YaRN ...), which is not implemented.
+    """
+    for field in ("rope_scaling", "rope_parameters"):
+        options = raw.get(field) or {}
+        if not isinstance(options, dict):
+            raise CheckpointError(f"config.json: {field} must be null or an object, got {options!r}")
+        kind = options.get("rope_type", options.get("type", "default"))
+        if kind != "default":
+            raise CheckpointError(
+                f"config.json: {field} of type {kind!r} is not supported, only 'default'; {_ADVICE['rope_scaling']}"
+            )
+    return float((raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta") or default)
+
+
+def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
+    """A field that holds a token id, several, or none."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)

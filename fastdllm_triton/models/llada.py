@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config import CheckpointError, ModelConfig, NameMap
+from .config import CheckpointError, ModelConfig, NameMap, require_supported, rope_theta, token_ids
 
 _PREFIX = "model.transformer"
 _BLOCK = f"{_PREFIX}.blocks.{{i}}"
@@ -24,11 +24,14 @@ NAMES = NameMap(
 )
 
 #: Variants that the modelling code knows and no released checkpoint uses: field, the value that is supported.
-_FIXED = {
+_SUPPORTED = {
     "block_type": "llama",
     "activation_type": "silu",
     "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "bias_for_layer_norm": False,
     "rope": True,
+    "rope_full_precision": True,
     "alibi": False,
     "include_bias": False,
     "include_qkv_bias": False,
@@ -44,13 +47,10 @@ def config(raw: dict[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: a field is missing, or asks for a variant that is not supported.
     """
-    for field, supported in _FIXED.items():
-        if raw.get(field, supported) != supported:
-            raise CheckpointError(f"config.json: {field} = {raw[field]!r} is not supported, only {supported!r}")
+    require_supported(raw, _SUPPORTED)
     try:
         heads = raw["n_heads"]
         kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else heads)
-        eos = raw["eos_token_id"]
         if raw["d_model"] % heads:
             raise CheckpointError(f"config.json: n_heads = {heads} does not divide d_model = {raw['d_model']}")
         return ModelConfig(
@@ -63,12 +63,12 @@ def config(raw: dict[str, Any]) -> ModelConfig:
             kv_heads=kv_heads,
             head_dim=raw["d_model"] // heads,
             mlp=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
-            rope_theta=raw.get("rope_theta", 10000.0),
+            rope_theta=rope_theta(raw, 10000.0),
             eps=raw.get("rms_norm_eps", 1e-5),
             max_length=raw["max_sequence_length"],
             tied=raw.get("weight_tying", True),
             mask_id=raw["mask_token_id"],
-            eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
+            eos_ids=token_ids(raw["eos_token_id"]),
         )
     except KeyError as error:
         raise CheckpointError(f"config.json: the field {error.args[0]!r} is missing") from None

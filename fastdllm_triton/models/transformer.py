@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from torch import Tensor
 from ..cache import KVCache
 from ..ops import Ops
 from .config import ModelConfig, NameMap
+
+if TYPE_CHECKING:
+    from ..batch import Batch
 
 
 @dataclass
@@ -29,7 +33,10 @@ class Linear:
 
 @dataclass
 class Layer:
-    """Parameters of a layer, projections that share an input fused: ``qkv [(Hq + 2 Hkv) D, E]``, ``gate_up [2F, E]``."""
+    """Parameters of a layer, projections that share an input fused: ``qkv [(Hq + 2 Hkv) D, E]``, ``gate_up [2F, E]``.
+
+    ``qkv_bias [(Hq + 2 Hkv) D]`` is apart from ``qkv``, since the op that rotates adds it in its own pass.
+    """
 
     attn_norm: Tensor
     qkv: Linear
@@ -37,6 +44,7 @@ class Layer:
     mlp_norm: Tensor
     gate_up: Linear
     down: Linear
+    qkv_bias: Tensor | None = None
 
 
 @dataclass
@@ -56,14 +64,16 @@ class Weights:
             return torch.empty(shape, device=device, dtype=dtype)
 
         embedding = empty(c.embedding_size, c.width)
+        qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
         layers = [
             Layer(
                 attn_norm=empty(c.width),
-                qkv=Linear(empty((c.heads + 2 * c.kv_heads) * c.head_dim, c.width)),
+                qkv=Linear(empty(qkv, c.width)),
                 attn_out=Linear(empty(c.width, c.heads * c.head_dim)),
                 mlp_norm=empty(c.width),
                 gate_up=Linear(empty(2 * c.mlp, c.width)),
                 down=Linear(empty(c.width, c.mlp)),
+                qkv_bias=empty(qkv) if c.qkv_bias else None,
             )
             for _ in range(c.layers)
         ]
@@ -72,7 +82,8 @@ class Weights:
 
     def named(self, c: ModelConfig, names: NameMap) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the checkpoint as a view of the fused one that holds it."""
-        rows = {"qkv": (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim), "gate_up": (c.mlp, c.mlp)}
+        qkv = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
+        rows = {"qkv": qkv, "qkv_bias": qkv, "gate_up": (c.mlp, c.mlp)}
         yield names.embedding, self.embedding
         for i, layer in enumerate(self.layers):
             for field, parts in names.layer.items():
@@ -92,12 +103,15 @@ class Transformer:
         config: the model's shape.
         weights: its parameters.
         ops: the backend that runs.
+        kept: on a GPU, the buffers and captured steps of the last generation, for the next one of the same shape. Clear it to
+            have their memory back.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.kept: list[Batch] = []
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +148,9 @@ class Transformer:
         x, delta = F.embedding(ids, self.weights.embedding), None
         for layer, k, v in zip(self.weights.layers, cache.k, cache.v, strict=True):
             h, x = self._add_and_norm(x, delta, layer.attn_norm)
-            q = ops.rope_kv_write(layer.qkv(h), k, v, window_start, cache.kv_start, c.rope_theta)
+            q = ops.rope_kv_write(
+                layer.qkv(h), k, v, window_start, cache.kv_start, c.rope_theta, bias=layer.qkv_bias, rounding=c.rope_rounding
+            )
             delta = layer.attn_out(ops.window_attention(q, k, v, cache.kv_start, cache.kv_end).flatten(2))
             h, x = self._add_and_norm(x, delta, layer.mlp_norm)
             delta = layer.down(ops.swiglu(layer.gate_up(h)))
@@ -146,7 +162,11 @@ class Transformer:
         return y
 
     def logits(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` ids to ``[B, T, V]`` logits: a plain forward over whole sequences, for scoring and for checks."""
+        """``[B, T]`` ids to ``[B, T, V]`` logits: a plain forward over whole sequences, for scoring and for checks.
+
+        As the official modules' ``forward`` returns them: where the config says ``shift``, the logits at position ``i``
+        predict position ``i + 1``.
+        """
         start = torch.zeros(len(ids), dtype=torch.int32, device=self.device)
         hidden = self.forward(ids, start, self.new_cache(start, ids.shape[1]))
         return F.linear(self.final_norm(hidden), self.head)
