@@ -14,6 +14,7 @@ from torch import Tensor
 import fastdllm_triton as fdt
 from fastdllm_triton.invariant import CHUNK
 
+
 @pytest.fixture(autouse=True)
 def rows_of_a_product_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter multiplies tiles with BLAS, where a row's bits depend on its place in the tile, which an MMA's do not."""
