@@ -38,6 +38,7 @@ from ._statistics import (
     tile_choice,
     tile_distribution,
 )
+from ._tuned import gpu_name, tuned
 from .token_statistics import launches as launches_of_statistics
 from .token_statistics import token_statistics
 
@@ -187,7 +188,7 @@ class HeadStatisticsConfig:
 
 
 def head_statistics_config(
-    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool
+    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None
 ) -> HeadStatisticsConfig | None:
     """The fused kernel's tiling, or None where cuBLAS and a separate pass are the better choice.
 
@@ -205,7 +206,12 @@ def head_statistics_config(
     resident = 2 if arch.shared_bytes > 2**17 else 1
     stage = (block_vocabulary + block_rows) * block_width * element_size
     num_stages = 2 if arch.backend == "hip" else min(6, (arch.shared_bytes_per_sm // resident - 1024) // stage)
-    part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
+    parts = resident * arch.sms
+    shape = {"block_rows": block_rows, "vocabulary": vocabulary, "width": width, "element_size": element_size, "sample": sample}
+    if found := tuned(gpu, "head_statistics", **shape):
+        block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
+        num_warps, num_stages = found["num_warps"], found["num_stages"]
+    part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
     return HeadStatisticsConfig(
         block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
     )
@@ -279,7 +285,8 @@ def head_statistics(
     out = output_of(out, count, device)
     if count == 0:
         return out
-    config = head_statistics_config(arch_of(device), count, vocabulary, width, hidden.element_size(), sample)
+    sizes = (count, vocabulary, width, hidden.element_size(), sample)
+    config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
     if config is None:
         logits = _logits(hidden, weight, rows, bias, logits_dtype)
         keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
