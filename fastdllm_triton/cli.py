@@ -22,6 +22,8 @@ from rich.text import Text
 from ._console import clear_errors, console, errors, wide
 from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
 from .commands.bench import bench
+from .commands.evaluate import evaluate, lm_eval
+from .commands.inspect import inspect
 from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
@@ -212,6 +214,11 @@ def compile_report_command(
 app.command()(bench)
 app.command()(roofline)
 app.command()(verify)
+app.command()(evaluate)
+app.command()(inspect)
+app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+    lm_eval
+)
 
 
 def _version(package: str) -> str:

@@ -16,6 +16,7 @@ from .engine import Forward, Generation, run
 from .models.checkpoint import read_json
 from .models.config import ModelConfig
 from .models.transformer import Transformer
+from .trace import Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,7 @@ class MaskedDiffusionLM:
         config: GenerationConfig | None = None,
         *,
         callback: Callable[[Forward], None] | None = None,
+        trace: str | Path | None = None,
         **options: Any,
     ) -> GenerationOutput:
         """Generates a continuation of each prompt.
@@ -121,6 +123,7 @@ class MaskedDiffusionLM:
             prompts: a tensor ``[B, T]`` of ids, a list of lists of ids of any lengths, a string, or a list of strings.
             config: the options; :attr:`defaults` if not given.
             callback: called after each forward.
+            trace: a file to record the generation in: ``.html``, a page that replays it, or ``.json``, the data of that page.
             options: fields of :class:`GenerationConfig` that replace those of ``config``.
 
         Returns:
@@ -132,11 +135,25 @@ class MaskedDiffusionLM:
             TypeError: ``prompts`` is of another type, or an option is unknown.
             MemoryError: the cache does not fit; says what is needed, what there is and the largest batch that fits.
             FloatingPointError: a forward gave logits that are NaN or nowhere finite.
+            OSError: ``trace`` cannot be written; where it lies is checked before any forward.
 
         An interrupt (Ctrl-C) and an exception of the callback pass through, with the output so far as their attribute
         ``output``; the model stays usable.
         """
-        return run(self.stream(prompts, config, **options), callback)
+        config, rows = self.options(config, **options), self._rows(prompts)
+        if trace is None:
+            return run(self.stream(rows, config), callback)
+        recorder = Trace(trace, self, rows, config)
+
+        def both(forward: Forward) -> None:
+            recorder(forward)
+            if callback is not None:
+                callback(forward)
+
+        try:
+            return run(self.stream(rows, config), both)
+        finally:
+            recorder.write()
 
     def stream(self, prompts: Prompts, config: GenerationConfig | None = None, **options: Any) -> Generation:
         """Generates forward by forward.
