@@ -23,7 +23,7 @@ def clear_errors() -> Iterator[None]:
     """What a user can mend is told in a line; anything else is a bug and keeps its trace."""
     try:
         yield
-    except typer.Exit:  # A RuntimeError to Python.
+    except typer.Exit:  # a RuntimeError itself
         raise
     except (ValueError, RuntimeError, OSError) as error:
         errors.print(Text(f"error: {error}", style="red"))

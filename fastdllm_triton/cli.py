@@ -24,6 +24,7 @@ from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption
 from .commands.evaluate import evaluate, lm_eval
 from .commands.inspect import inspect
 from .commands.roofline import roofline
+from .commands.verify import verify
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
 from .demo import demo as run_demo
 from .live import LiveView
@@ -210,8 +211,10 @@ def compile_report_command(
 
 
 app.command()(roofline)
+app.command()(verify)
 app.command()(evaluate)
 app.command()(inspect)
+# Every argument is the harness's own, --help too.
 app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     lm_eval
 )
