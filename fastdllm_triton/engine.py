@@ -195,7 +195,7 @@ class _Run:
 
         self.rows = [_Row(row) for row in range(len(prompts))]
         self.refreshes = self.steps = 0
-        self.seconds, self.running = 0.0, True
+        self.started, self.seconds, self.running = 0.0, 0.0, True
         sizes = (len(prompts), self.columns)
         self._x = torch.empty(sizes, dtype=torch.int64, device=device)
         self._step_map = torch.empty(sizes, dtype=torch.int32, device=device)
@@ -205,7 +205,7 @@ class _Run:
 
     def forwards(self) -> Iterator[Forward]:
         """Decodes, a forward at a time."""
-        started = _now(self.network.device)
+        self.started = _now(self.network.device)
         try:
             self.move_on(self.rows)
             while self.rows:
@@ -226,7 +226,7 @@ class _Run:
         finally:
             self.record()
             self.running = False
-            self.seconds = _now(self.network.device) - started
+            self.seconds = _now(self.network.device) - self.started
             if self.network.device.type == "cuda":
                 self.network.kept.append(self.batch)  # The next generation of the same shape finds its graphs captured.
 
@@ -357,7 +357,7 @@ class _Run:
             row_forwards=self._row_forwards,
             step_map=self._step_map[:, generated],
             confidence=self._confidence[:, generated],
-            seconds=self.seconds,
+            seconds=_now(self.network.device) - self.started if self.running and self.started else self.seconds,
             eos_ids=self.eos_ids,
         )
 

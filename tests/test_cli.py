@@ -120,7 +120,7 @@ def console_text(frame: Any) -> str:
     ("arguments", "message"),
     [
         (["--prompt", "x", "--threshold", "1.5"], "threshold must be in (0, 1], got 1.5"),
-        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "--threshold and --factor exclude each other"),
+        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "threshold and factor exclude each other"),
         (["--prompt", "x", "--model", "./nowhere"], "there is no folder './nowhere'"),
         (["--prompt", "x", "--gen-length", "50"], "gen_length must be a multiple of block_length = 16, got 50"),
         (["--prompt", "x", "--score", "best"], "score must be one of"),
