@@ -16,7 +16,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fastdllm_triton*"]),
-    package_data={"fastdllm_triton": ["py.typed"], "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"]},
+    package_data={
+        "fastdllm_triton": ["py.typed"],
+        "fastdllm_triton.kernels": ["tuned/*.json"],
+        "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"],
+        # A link to one folder of tests/golden; its logits are for the tests alone.
+        "fastdllm_triton.verify": ["golden/config.json", "golden/model.safetensors", "golden/cases.jsonl"],
+    },
     entry_points={"console_scripts": ["fastdllm-triton=fastdllm_triton.cli:app"]},
     install_requires=[
         # Each CUDA build of torch pins the triton it was made with: 2.11 takes 3.6.0.

@@ -5,28 +5,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import platform
 import sys
 from contextlib import nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from . import cli_options as cli
 from ._console import clear_errors, console, errors, wide
 from .commands.chat import chat as chat_command
+from .commands.info import info
 from .commands.roofline import roofline
+from .commands.verify import verify
 from .decoding import GenerationOutput
 from .demo import demo as run_demo
 from .live import LiveView, Painter
 from .loading import load
 from .model import MaskedDiffusionLM
-from .ops import resolve
 from .settings import changed, strategy_of
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
@@ -163,22 +160,6 @@ def demo(
         run_demo(console, count, seed, device, backend.value)
 
 
-@app.command()
-def info() -> None:
-    """Versions, the device, and the backend with the reason why it is chosen."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ops = resolve("auto", device)
-    table = Table(show_header=False, box=None)
-    for package in ("fastdllm-triton", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"):
-        table.add_row(package, _version(package))
-    table.add_row("python", platform.python_version())
-    table.add_row(
-        "device", torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    )
-    table.add_row("backend", f"{ops.name}: {ops.reason}")
-    console.print(table)
-
-
 @app.command("compile-report")
 def compile_report_command(
     arch: Annotated[list[str] | None, typer.Option(help="An architecture, such as sm_90. All if not given.")] = None,
@@ -208,14 +189,9 @@ def compile_report_command(
 
 
 app.command("chat")(chat_command)
+app.command()(info)
 app.command()(roofline)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+app.command()(verify)
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

@@ -15,6 +15,7 @@ compiled ahead of time in processes of their own, where Triton's interpreter is 
 | mma           | tensor-core instruction: ``mma.sync``, ``wgmma``, ``tcgen05``, ``mfma`` or ``none``      |
 | widest_load   | bits of the widest load from global memory                                               |
 | async_loads   | whether tiles travel to shared memory without passing through registers                  |
+| waits_first   | whether programs wait for the launch before theirs ahead of any access to memory         |
 """
 
 from __future__ import annotations
@@ -237,7 +238,15 @@ def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
         "mma": next((name for name, text in instructions.items() if text in ptx), "none"),
         "widest_load": max(loads, default=0),
         "async_loads": "cp.async" in ptx,
+        "waits_first": _waits_first(ptx),
     }
+
+
+def _waits_first(ptx: str) -> bool:
+    """Whether every program comes past ``griddepcontrol.wait`` (programmatic dependent launch) before it reads or writes."""
+    before, found, _ = ptx.partition("griddepcontrol.wait")
+    # In the first stretch of code, which no branch enters or leaves.
+    return bool(found) and re.search(r"\b(?:bra|ret|(?:ld|st|atom|red)\.global|cp\.async)\b", before) is None
 
 
 def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
@@ -261,4 +270,5 @@ def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
         "mma": "mfma" if "v_mfma" in text else "none",
         "widest_load": max((32 * int(number or 1) for number in words), default=0),
         "async_loads": re.search(r"(?:global|buffer)_load_.*\blds\b", text) is not None,
+        "waits_first": False,
     }

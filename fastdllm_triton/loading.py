@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import tiny
+from .invariant import invariant
 from .model import MaskedDiffusionLM
 from .models import dream, llada
 from .models.checkpoint import Checkpoint, read_json
@@ -28,6 +29,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    deterministic: bool = False,
 ) -> MaskedDiffusionLM:
     """Loads a masked-diffusion language model.
 
@@ -40,6 +42,8 @@ def load(
         device: where to put it; the GPU if there is one.
         dtype: of parameters, activations and caches; the checkpoint's own if not given.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
+        deterministic: fixed tiles and fixed chunks: the bits of a row's result depend neither on the rows it is batched with
+            nor on their lengths. Slower, and with the Triton kernels only.
 
     Raises:
         CheckpointError: (a ``ValueError``) the checkpoint is incomplete, damaged or of an unknown architecture.
@@ -63,6 +67,8 @@ def load(
         if backend == "triton":
             raise ValueError("dtype: the Triton kernels have no float64; give float32, bfloat16 or float16, or another backend")
         ops = resolve("reference", target)
+    if deterministic:
+        ops = invariant(ops)
 
     shapes = {
         name: tuple(t.shape)

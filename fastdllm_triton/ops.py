@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from .reference.token_statistics import statistics_merge
-from .types import PolicyState, RopeRounding, TokenStatistics
+from .types import Activation, PolicyState, RopeRounding, TokenStatistics
 
 __all__ = [
     "Ops",
     "commit_tokens",
     "head_statistics",
+    "linear",
     "resolve",
     "rms_norm",
     "rope_kv_write",
@@ -45,13 +46,16 @@ class Ops:
         name: ``"triton"`` or ``"reference"``.
         reason: why it was chosen, in words.
         required: whether it was asked for by name, so that nothing may fall back to anything slower.
+        fuses_residual: of ``(x, weight)``: whether ``linear`` adds a residual without a launch of its own.
     """
 
     name: str
     reason: str
     required: bool
+    fuses_residual: Callable[[Tensor, Tensor], bool]
     commit_tokens: Callable[..., Any]
     head_statistics: Callable[..., Any]
+    linear: Callable[..., Any]
     rms_norm: Callable[..., Any]
     rope_kv_write: Callable[..., Any]
     swiglu: Callable[..., Any]
@@ -59,7 +63,7 @@ class Ops:
     window_attention: Callable[..., Any]
 
 
-NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required"))
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required", "fuses_residual"))
 
 
 @cache
@@ -119,7 +123,17 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
     # What torch.compile may replace by the registered op: only where that op would run the same function.
     same = (name, device.type) in (("triton", "cuda"), ("reference", "cpu"))
     functions = {op: _function(name, op) for op in NAMES}
-    return Ops(name, reason, required, **({op: _compilable(op, f) for op, f in functions.items()} if same else functions))
+    if same:
+        functions = {op: _compilable(op, f) for op, f in functions.items()}
+    return Ops(name, reason, required, _fuses_residual(name), **functions)
+
+
+def _fuses_residual(name: str) -> Callable[[Tensor, Tensor], bool]:
+    if name == "reference":
+        return lambda x, weight: False
+    from .kernels.linear import fuses_residual
+
+    return fuses_residual
 
 
 def _function(backend: str, op: str) -> Callable[..., Any]:
@@ -199,6 +213,35 @@ _swiglu_op = _register(
 
 def _swiglu(gate_up: Tensor) -> Any:
     return _swiglu_op(gate_up)
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, activation: str | None
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // (1 if activation is None else 2)))
+
+
+_linear_op = _register(
+    "linear",
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? norm_weight, float? eps, Tensor? residual, str? activation) -> Tensor",
+    lambda f, x, weight, norm_weight, eps, residual, activation: f(
+        x, weight, norm_weight=norm_weight, eps=eps, residual=residual, activation=activation
+    ),
+    _fake_linear,
+)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+) -> Tensor:
+    return cast("Tensor", _linear_op(x, weight, norm_weight, eps, residual, activation))
 
 
 _rope_kv_write_op = _register(
@@ -384,6 +427,7 @@ def _commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor,
 _REGISTERED: dict[str, Callable[..., Any]] = {
     "commit_tokens": _commit_tokens,
     "head_statistics": _head_statistics,
+    "linear": _linear,
     "rms_norm": _rms_norm,
     "rope_kv_write": _rope_kv_write,
     "swiglu": _swiglu,
@@ -406,6 +450,7 @@ def _dispatched(op: str) -> Callable[..., Any]:
 
 commit_tokens = _dispatched("commit_tokens")
 head_statistics = _dispatched("head_statistics")
+linear = _dispatched("linear")
 rms_norm = _dispatched("rms_norm")
 rope_kv_write = _dispatched("rope_kv_write")
 swiglu = _dispatched("swiglu")

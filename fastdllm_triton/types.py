@@ -15,6 +15,8 @@ ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]
 RuleName = Literal["quota", "threshold", "factor", "entropy_budget"]
 #: Whose rounding points a rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
 RopeRounding = Literal["llada", "dream"]
+#: What :func:`fastdllm_triton.reference.linear` applies to its product.
+Activation = Literal["swiglu"]
 
 
 @dataclass

@@ -265,6 +265,11 @@ def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfi
     return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 
+def launches(arch: Arch, rule: str, block: int) -> int:
+    """Launches of a call."""
+    return 1
+
+
 def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
     """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
 

@@ -38,6 +38,7 @@ from ._statistics import (
     tile_choice,
     tile_distribution,
 )
+from .token_statistics import launches as launches_of_statistics
 from .token_statistics import token_statistics
 
 # Pointers                shape                  dtype             owned by
@@ -208,6 +209,22 @@ def head_statistics_config(
     return HeadStatisticsConfig(
         block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
     )
+
+
+def launches(
+    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, *, gathered: bool = False
+) -> int:
+    """Launches of a call with keys on the device and no bias: the fused kernel and its merge, or cuBLAS and a pass.
+
+    Args:
+        arch, rows, vocabulary, width, element_size, sample: as of :func:`head_statistics_config`.
+        gathered: whether ``rows`` is given. The fused kernel gathers by itself; before cuBLAS it takes two launches, and after
+            it seven to overwrite the rows that asked for nothing.
+    """
+    if head_statistics_config(arch, rows, vocabulary, width, element_size, sample) is not None:
+        return 2
+    # The logits are of float32, unless they are rounded to the dtype of the operands.
+    return 1 + launches_of_statistics(arch, rows, vocabulary, 4) + (9 if gathered else 0)
 
 
 def head_statistics(

@@ -28,6 +28,7 @@ from torch import Tensor
 from ._arch import Arch, arch_of
 from ._check import as_rows, check_floats, check_shape, require
 from ._compile import CompileCase
+from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 
 MAX_WIDTH = 32_768
 
@@ -47,11 +48,13 @@ def _rms_norm_kernel(
     E: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     dtype = out_ptr.dtype.element_ty
     column = tl.arange(0, BLOCK_E)  # [BLOCK_E]
     mask = column < E
+    wait_for_predecessor(PDL)
 
     x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_E]
     if HAS_RESIDUAL:
@@ -80,6 +83,11 @@ def select_config(arch: Arch, width: int) -> Config:
     """16 elements a thread: enough loads in flight, and no register pressure at any width."""
     block_e = triton.next_power_of_2(width)
     return Config(block_e, min(max(block_e // (16 * arch.warp_size), 1), 16))
+
+
+def launches(arch: Arch, width: int) -> int:
+    """Launches of a call, a residual included."""
+    return 1
 
 
 def rms_norm(
@@ -119,7 +127,8 @@ def rms_norm(
         residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual_out is None else residual_out
         r, total = residual.reshape(-1, width), as_rows("residual_out", residual_out)
     if x.numel():
-        config = select_config(arch_of(x.device), width)
+        arch = arch_of(x.device)
+        config = select_config(arch, width)
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(rows.shape[0],)](
                 rows,
@@ -137,6 +146,7 @@ def rms_norm(
                 BLOCK_E=config.block_e,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
+                **dependent_launch(arch),
             )
     return out if residual_out is None else (out, residual_out)
 
@@ -151,7 +161,12 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
             kernel=_rms_norm_kernel,
             config=f"bf16 E={width}{' residual' if residual else ''}",
             signature={**dict.fromkeys(pointers, "*bf16"), **dict.fromkeys(strides, "i32"), "eps": "fp32"},
-            constexprs={"E": width, "HAS_RESIDUAL": residual, "BLOCK_E": select_config(arch, width).block_e},
+            constexprs={
+                "E": width,
+                "HAS_RESIDUAL": residual,
+                "BLOCK_E": select_config(arch, width).block_e,
+                "PDL": has_dependent_launch(arch),
+            },
             divisible=pointers + strides,
             num_warps=select_config(arch, width).num_warps,
         )

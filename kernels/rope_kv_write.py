@@ -34,6 +34,7 @@ from ..types import RopeRounding
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, require
 from ._compile import CompileCase
+from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 
 
 @triton.jit
@@ -101,7 +102,9 @@ def _rope_kv_write_kernel(
     DREAM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_predecessor(PDL)
     token = tl.program_id(0)
     b, i = (token // W).to(tl.int64), (token % W).to(tl.int64)
     slot = tl.load(window_start_ptr + b).to(tl.int64) + i
@@ -177,6 +180,11 @@ def rotary_frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
     return (1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).to(device)
 
 
+def launches(arch: Arch, kv_heads: int, dim: int) -> int:
+    """Launches of a call."""
+    return 1
+
+
 def rope_kv_write(
     qkv: Tensor,
     k_cache: Tensor,
@@ -228,7 +236,8 @@ def rope_kv_write(
 
     out = torch.empty((batch, window, q_heads, dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if out.numel():
-        config = select_config(arch_of(qkv.device), kv_heads, dim)
+        arch = arch_of(qkv.device)
+        config = select_config(arch, kv_heads, dim)
         with torch.cuda.device_of(qkv):
             _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, kv_heads))](
                 qkv,
@@ -254,6 +263,7 @@ def rope_kv_write(
                 BLOCK_HALF=triton.next_power_of_2(dim // 2),
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
+                **dependent_launch(arch),
             )
     return out
 
@@ -285,6 +295,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                     "DREAM": model == "dream",
                     "BLOCK_H": config.block_h,
                     "BLOCK_HALF": 64,
+                    "PDL": has_dependent_launch(arch),
                 },
                 divisible=(*pointers, "frequency_ptr", *slots, *strides),
                 num_warps=config.num_warps,

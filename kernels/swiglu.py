@@ -24,14 +24,16 @@ from torch import Tensor
 from ._arch import Arch, arch_of
 from ._check import as_rows, check_floats, check_shape, require
 from ._compile import CompileCase
+from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 
 
 @triton.jit
-def _swiglu_kernel(gate_up_ptr, out_ptr, stride_g, stride_o, F, BLOCK_F: tl.constexpr):
+def _swiglu_kernel(gate_up_ptr, out_ptr, stride_g, stride_o, F, BLOCK_F: tl.constexpr, PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     dtype = out_ptr.dtype.element_ty
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)  # [BLOCK_F]
     mask = column < F
+    wait_for_predecessor(PDL)
 
     gate_ptr = gate_up_ptr + row * stride_g
     gate = tl.load(gate_ptr + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_F]
@@ -56,6 +58,11 @@ def select_config(arch: Arch, width: int) -> Config:
     return Config(block_f, max(block_f // (8 * arch.warp_size), 1))
 
 
+def launches(arch: Arch, width: int) -> int:
+    """Launches of a call."""
+    return 1
+
+
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``silu(gate) * up``.
 
@@ -74,7 +81,8 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     if out.numel():
         rows, y = gate_up.reshape(-1, 2 * width), as_rows("out", out)
-        config = select_config(arch_of(gate_up.device), width)
+        arch = arch_of(gate_up.device)
+        config = select_config(arch, width)
         with torch.cuda.device_of(gate_up):
             _swiglu_kernel[(rows.shape[0], triton.cdiv(width, config.block_f))](
                 rows,
@@ -85,6 +93,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
                 BLOCK_F=config.block_f,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
+                **dependent_launch(arch),
             )
     return out
 
@@ -98,7 +107,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
             kernel=_swiglu_kernel,
             config=f"bf16 block={config.block_f}",
             signature={"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_g": "i32", "stride_o": "i32", "F": "i32"},
-            constexprs={"BLOCK_F": config.block_f},
+            constexprs={"BLOCK_F": config.block_f, "PDL": has_dependent_launch(arch)},
             divisible=("gate_up_ptr", "out_ptr", "stride_g", "stride_o", "F"),
             num_warps=config.num_warps,
         )

@@ -175,6 +175,11 @@ def token_statistics_config(arch: Arch, rows: int, vocabulary: int, element_size
     return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps)
 
 
+def launches(arch: Arch, rows: int, vocabulary: int, element_size: int) -> int:
+    """Launches of a call with keys on the device: the kernel, and the merge where rows are split."""
+    return 1 if token_statistics_config(arch, rows, vocabulary, element_size).splits == 1 else 2
+
+
 def token_statistics(
     logits: Tensor,
     *,

@@ -43,6 +43,7 @@ from torch import Tensor
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, require
 from ._compile import CompileCase
+from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 
 #: A chunk of keys this long still costs more to read than its partial result to write and merge.
 MIN_CHUNK = 256
@@ -105,8 +106,9 @@ def _window_attention_kernel(
     stride_ob, stride_ow, stride_oh, W, L, chunk, scale,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, RETURN_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(PDL)
     split = tl.program_id(1)
     pair = tl.program_id(2).to(tl.int64)  # of sequence and KV head
     b, kv_head = pair // HKV, pair % HKV
@@ -176,7 +178,9 @@ def _window_attention_kernel(
 def _merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_ow, stride_oh, W, splits,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RETURN_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_predecessor(PDL)
     pair = tl.program_id(1).to(tl.int64)
     b, kv_head = pair // HKV, pair % HKV
     M = W * G
@@ -278,6 +282,13 @@ def select_config(
     splits = max(min(wanted, triton.cdiv(slots, MIN_CHUNK)), 1)
     chunk = max(triton.cdiv(triton.cdiv(slots, splits), 128) * 128, MIN_CHUNK)
     return Config(block_m, block_n, num_warps, num_stages, swap, triton.cdiv(slots, chunk), chunk)
+
+
+def launches(
+    arch: Arch, sms: int, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
+) -> int:
+    """Launches of a call: the kernel, and the merge where the keys are split."""
+    return 1 if select_config(arch, sms, batch, window, q_heads, kv_heads, dim, slots, itemsize).splits == 1 else 2
 
 
 #: Rows of a program of the merge kernel.
@@ -392,6 +403,7 @@ def _launch(
         "RETURN_LSE": lse is not None,
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
         "enable_fp_fusion": True,
+        **dependent_launch(arch),
     }
     lse_or_any = workspace if lse is None else lse
     _window_attention_kernel[(triton.cdiv(rows, config.block_m), config.splits, pairs)](
@@ -454,6 +466,7 @@ def add_cases(
         "D": dim,
         "RETURN_LSE": False,
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
+        "PDL": has_dependent_launch(arch),
     }
     tile = {
         "SPLIT": split,

@@ -6,6 +6,7 @@ cleverness, float64, float32 and bfloat16 on any device, float32 accumulation (f
 
 from .commit_tokens import commit_tokens
 from .head_statistics import head_statistics
+from .linear import linear
 from .rms_norm import rms_norm
 from .rope_kv_write import rope_kv_write
 from .swiglu import swiglu
@@ -15,6 +16,7 @@ from .window_attention import window_attention
 __all__ = [
     "commit_tokens",
     "head_statistics",
+    "linear",
     "rms_norm",
     "rope_kv_write",
     "statistics_merge",

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,10 @@ SMALL = {
     "window_attention": (
         {"model": "dream", "batch": 1, "window": 2, "slots": 40},
         ["triton plain", "triton swapped", "sdpa math"],
+    ),
+    "linear": (
+        {"name": "small", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False},
+        ["library"],
     ),
 }
 
@@ -91,6 +95,37 @@ def test_bytes_and_flops_of_window_attention_are_those_of_the_tensors_and_produc
     with FlopCounterMode(display=False) as counter:
         torch.softmax(inputs["q"].transpose(1, 2) @ k.mT, dim=-1) @ v
     assert bench.flops(shape) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_bytes_and_flops_of_linear_are_those_of_the_tensors_and_the_product(residual):
+    bench, _ = bench_of("linear")
+    shape = bench.shapes[0] | {"residual": residual}
+    inputs = bench.inputs(shape, torch.device("cpu"), 0)
+    assert bench.bytes(shape) == sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.linear(inputs["x"], inputs["weight"])
+    assert bench.flops(shape) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(("library_ms", "wins"), [(2.0, True), (1.0, False)])
+def test_linear_is_tuned_against_the_library_and_only_winners_are_committed(library_ms, wins, monkeypatch, tmp_path):
+    bench, module = bench_of("linear")
+    choice = module.candidates(module.arch_of(DEVICE), 3, 64, 128, 2, "swiglu")[:2]
+    monkeypatch.setattr(module, "candidates", lambda *_: choice)
+    monkeypatch.setattr(module._tuned, "FOLDER", tmp_path / "tuned")
+
+    def timer(run, inputs):
+        run(inputs[0])
+        return timing.Timing(library_ms if run is module.library else 1.0, 0, 0)
+
+    entries = module.tune(bench.shapes, DEVICE, timer=timer, cache=1, dtype=torch.float16)
+    module.commit(entries, "NVIDIA Test 7")
+    found = module._tuned.tuned(
+        "NVIDIA Test 7", "linear", rows=3, n=64, k=128, norm=True, activation="swiglu", residual=False, dtype="float16"
+    )
+    assert found == (asdict(choice[0]) if wins else None)
+    module._tuned._entries.cache_clear()
 
 
 def test_a_wrong_kernel_is_not_timed():

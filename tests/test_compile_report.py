@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fastdllm_triton.compile_report import (
     COMMITTED_WITH,
+    _waits_first,
     compile_report,
     differences,
     problems,
@@ -38,6 +39,7 @@ RECORD = {
     "mma": "none",
     "widest_load": 128,
     "async_loads": False,
+    "waits_first": True,
 }
 
 
@@ -80,6 +82,32 @@ def test_the_committed_report_has_no_problems_and_uses_tensor_cores():
     small = [record for record in attention if record["arch"] == "sm_90" and "bf16 llada D=128 32x64" in record["config"]]
     assert {("swapped" in record["config"], record["mma"]) for record in small} == {(True, "wgmma"), (False, "mma.sync")}
     assert all(record["async_loads"] for record in attention if record["arch"].startswith("sm_"))
+
+
+#: The ops of a layer, one behind the other.
+CHAIN = ("linear", "rms_norm", "rope_kv_write", "swiglu", "window_attention")
+
+
+def test_the_kernels_of_a_layer_wait_for_the_one_before_where_launches_may_overlap_and_nowhere_else():
+    for record in read_json(COMMITTED):
+        overlaps = record["op"] in CHAIN and record["arch"] in ("sm_90", "sm_100", "sm_120")
+        assert record["waits_first"] == overlaps, record
+
+
+@pytest.mark.parametrize(
+    ("ptx", "waits"),
+    [
+        ("mov.u32 %r1; prefetch.global.L2 [%rd1]; griddepcontrol.wait; ld.global.b32", True),
+        ("ld.param.u64 %rd1; griddepcontrol.wait; st.global.b32", True),
+        ("ld.global.b32 %r1; griddepcontrol.wait;", False),
+        ("cp.async.cg.shared.global [%r1]; griddepcontrol.wait;", False),
+        ("@%p1 bra $L1; griddepcontrol.wait;", False),
+        ("@%p1 ret; griddepcontrol.wait;", False),
+        ("ld.global.b32 %r1;", False),
+    ],
+)
+def test_an_access_or_a_way_out_ahead_of_the_wait_is_seen(ptx, waits):
+    assert _waits_first(ptx) == waits
 
 
 def test_the_bound_of_window_attention_on_shared_memory_is_one():

@@ -122,6 +122,8 @@ def registered_calls() -> dict[str, tuple]:
         "rms_norm": (x, weight, 1e-5),
         "add_rms_norm": (x, weight, 1e-5, x),
         "swiglu": (x,),
+        "linear": (x, randn(6, 8, dtype=torch.float32), None, None, None, None),
+        "linear fused": (x, randn(6, 8, dtype=torch.float32), weight, 1e-5, x[..., :3].contiguous(), "swiglu"),
         "rope_kv_write": (qkv, *caches(), start + 2, start, 1e4, None, "llada"),
         "rope_kv_write bias": (qkv, *caches(), start + 2, start, 1e4, randn(8 * 16, dtype=torch.float32), "dream"),
         "window_attention": (*attention, None, None, None),

@@ -1,0 +1,135 @@
+"""linear against cuBLAS between separate kernels: the projections of LLaDA and Dream with what is fused into them.
+
+python bench/bench_linear.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_linear.py --tune     # times the candidates of every shape and commits those that beat the library
+
+The library's time is what a layer without fusions spends: the norm in front and the gated unit behind are launches of their
+own, but the residual is not, since it is added by the next norm's launch.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from _timing import Bench, Inputs, Timer, check, main, sets_of_inputs, time_cold
+from torch import Tensor
+
+from fastdllm_triton.kernels import _tuned
+from fastdllm_triton.kernels._arch import arch_of
+from fastdllm_triton.kernels.linear import PROJECTIONS, Config, candidates, select_config
+from fastdllm_triton.kernels.linear import linear as kernel
+from fastdllm_triton.kernels.rms_norm import rms_norm
+from fastdllm_triton.kernels.swiglu import swiglu
+from fastdllm_triton.reference.linear import linear as reference
+
+EPS = 1e-5
+#: A kernel replaces the library only if it is faster by more than two runs of the same thing differ.
+MARGIN = 0.97
+SHAPES = [
+    {"name": name, "rows": rows, "n": n, "k": k, "norm": norm, "activation": activation, "residual": residual}
+    for (name, (n, k, norm, activation, residual)), rows in product(PROJECTIONS.items(), (16, 32, 64, 128, 256, 512))
+]
+
+
+def inputs(shape: Mapping[str, Any], device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+    """Normal numbers, the weight's of the size that keeps the product's."""
+    generator = torch.Generator(device).manual_seed(seed)
+    rows, n, k, gated = shape["rows"], shape["n"], shape["k"], shape["activation"] == "swiglu"
+    outputs = n // 2 if gated else n
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
+
+    found = {"x": randn(rows, k), "weight": randn(n, k).mul_(k**-0.5), "activation": shape["activation"]}
+    found["out"] = torch.empty(rows, outputs, device=device, dtype=dtype)
+    if shape["norm"]:
+        found |= {"norm_weight": randn(k), "eps": EPS}
+    if shape["residual"]:
+        found["residual"] = randn(rows, outputs)
+    return found
+
+
+def bytes_moved(shape: Mapping[str, Any]) -> int:
+    """The weight, x, the residual and the norm's weight in, the result out."""
+    outputs = shape["n"] // 2 if shape["activation"] == "swiglu" else shape["n"]
+    rows = shape["rows"] * (shape["k"] + outputs * (2 if shape["residual"] else 1))
+    return 2 * (shape["n"] * shape["k"] + rows + (shape["k"] if shape["norm"] else 0))
+
+
+def ours(i: Inputs, config: Config | None = None) -> Tensor:
+    """The kernel in the configuration that its pure function chooses, or a given one."""
+    x, (n, k) = i["x"], i["weight"].shape
+    chosen = config or select_config(arch_of(x.device), x.shape[0], n, k, x.element_size(), i["activation"])
+    return kernel(**i, config=chosen)
+
+
+def library(i: Inputs) -> Tensor:
+    """cuBLAS, with a norm and a gated unit as kernels of their own."""
+    x = rms_norm(i["x"], i["norm_weight"], EPS) if "norm_weight" in i else i["x"]
+    y = F.linear(x, i["weight"])  # type: ignore[arg-type]
+    return y if i["activation"] is None else swiglu(y)
+
+
+compiled = torch.compile(reference)
+
+BENCH = Bench(
+    op="linear",
+    shapes=SHAPES,
+    inputs=inputs,
+    ours=ours,
+    oracle=lambda i: reference(**{**i, "out": None}),
+    baselines={"library": library, "torch.compile": lambda i: compiled(**{**i, "out": None})},
+    bytes=bytes_moved,
+    flops=lambda shape: 2 * shape["rows"] * shape["n"] * shape["k"],
+)
+
+
+def tune(shapes: Sequence[Mapping[str, Any]], device: torch.device, *, timer: Timer, cache: int, **keywords: Any) -> list[Any]:
+    """An entry for each shape whose best candidate beats the library, checked against the reference first."""
+    entries = []
+    for shape in shapes:
+        sets = [inputs(shape, device, seed, **keywords) for seed in range(sets_of_inputs(bytes_moved(shape), cache))]
+        check(BENCH, shape, sets[0])
+        baseline, times = timer(library, sets).median, {}
+        sizes = (shape["rows"], shape["n"], shape["k"], sets[0]["x"].element_size(), shape["activation"])
+        for config in candidates(arch_of(device), *sizes):
+            times[config] = timer(lambda i, config=config: ours(i, config), sets).median
+        best = min(times, key=times.__getitem__)
+        print(f"{shape['name']} rows={shape['rows']}: {times[best]:.4f} ms, library {baseline:.4f} ms, {best}")
+        if times[best] < MARGIN * baseline:
+            key = {name: shape[name] for name in ("rows", "n", "k", "norm", "activation", "residual")}
+            key["dtype"] = str(sets[0]["x"].dtype).removeprefix("torch.")
+            entry = {"op": "linear", "shape": key, "config": asdict(best)}
+            entries.append(entry | {"ms": times[best], "library_ms": baseline})
+    return entries
+
+
+def commit(entries: Sequence[Any], gpu: str) -> Path:
+    """Replaces the entries of this op in the file of a GPU."""
+    path = _tuned.path_of(gpu)
+    path.parent.mkdir(exist_ok=True)
+    others = [e for e in json.loads(path.read_text())["entries"] if e["op"] != "linear"] if path.exists() else []
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    rows = ",\n".join(json.dumps(entry) for entry in [*others, *entries])
+    path.write_text(f'{{"gpu": {json.dumps(gpu)}, "versions": {json.dumps(versions)}, "entries": [\n{rows}\n]}}\n')
+    return path
+
+
+if __name__ == "__main__":
+    if "--tune" not in sys.argv[1:]:
+        sys.exit(main(BENCH))
+    if not torch.cuda.is_available():
+        sys.exit("bench_linear: torch sees no GPU here, so nothing is tuned.")
+    gpu = torch.cuda.get_device_properties(0)
+    found = tune(SHAPES, torch.device("cuda"), timer=time_cold, cache=gpu.L2_cache_size)
+    print(commit(found, gpu.name))

@@ -1,0 +1,108 @@
+"""What a measurement was made on: enough to repeat it, and to doubt it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Columns of ``nvidia-smi --query-gpu``, and what they are called here. Clocks are in MHz, power in watts.
+_SMI = {
+    "driver_version": "driver",
+    "clocks.sm": "sm_clock",
+    "clocks.mem": "memory_clock",
+    "clocks.max.sm": "max_sm_clock",
+    "clocks.max.mem": "max_memory_clock",
+    "power.limit": "power_limit",
+    "temperature.gpu": "temperature",
+    "clocks_throttle_reasons.active": "throttle_reasons",
+}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Device, driver, clocks, versions, commit and date; what cannot be found out is None."""
+    return {
+        "device": device_name(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        **(_gpu(device) if device.type == "cuda" else {}),
+        "fastdllm-triton": version("fastdllm-triton"),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "triton": version("triton"),
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """For people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}), Triton's interpreter"
+
+
+def folder_name(machine: dict[str, Any]) -> str:
+    """``<gpu>/<date>-<commit>``, where results of a machine belong in ``bench/results``."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or "cpu").lower()).strip("-")
+    return f"{gpu}/{machine['date'][:10]}-{(machine['commit'] or 'unknown')[:10]}"
+
+
+def version(package: str) -> str | None:
+    """Of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of the checkout that the package is imported from; ``FASTDLLM_COMMIT`` where a copy of it has no repository."""
+    if given := os.environ.get("FASTDLLM_COMMIT"):
+        return given
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    head = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    return f"{head}+changes" if head and changed else head
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    found: dict[str, Any] = {
+        "sms": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "capability": f"{properties.major}.{properties.minor}",
+    }
+    # Asked for by its bus id, since nvidia-smi counts all GPUs and torch only those it may see.
+    bus = getattr(properties, "pci_bus_id", None)
+    which = f"{properties.pci_domain_id:08x}:{bus:02x}:{properties.pci_device_id:02x}.0" if bus is not None else "0"
+    line = _output(["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"])
+    values = [value.strip() for value in line.split(",")] if line else []
+    if len(values) == len(_SMI):
+        found |= {name: _number(value) for name, value in zip(_SMI.values(), values, strict=True)}
+    return found
+
+
+def _number(value: str) -> float | str:
+    try:
+        return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else value
+    except ValueError:
+        return value
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints; None where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,201 @@
+"""Whole models with the kernels: recorded trajectories, batches against single rows, the reference, and a second run.
+
+A check is a function that yields cases; :data:`MODEL_CHECKS` lists them. One more is one more entry.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
+from ..loading import load
+from ..model import MaskedDiffusionLM
+from .records import CaseRecord, Record
+from .tolerance import bitwise
+
+#: A small checkpoint in LLaDA's format, and what the official Fast-dLLM code makes of it in float32 (``cases.jsonl``).
+GOLDEN = Path(__file__).parent / "golden"
+_PROMPTS = [
+    "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?",
+    "Ann has 20 books. Ann buys 30.",
+    "Sue has 9",
+]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how thoroughly models are checked."""
+
+    device: torch.device
+    quick: bool
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether a forward takes a second rather than milliseconds."""
+        return self.device.type == "cpu"
+
+    @cached_property
+    def golden(self) -> MaskedDiffusionLM:
+        """The checkpoint of the recorded trajectories, with the kernels."""
+        return load(GOLDEN, device=self.device, dtype="float32", backend="triton")
+
+    @cached_property
+    def tiny(self) -> MaskedDiffusionLM:
+        """The built-in model with the kernels."""
+        return load("tiny", device=self.device, dtype="float32", backend="triton")
+
+    @cached_property
+    def tiny_reference(self) -> MaskedDiffusionLM:
+        """The built-in model with PyTorch."""
+        return load("tiny", device=self.device, dtype="float32", backend="reference")
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """Of the generations with the built-in model."""
+        return {"gen_length": 8, "block_length": 4} if self.interpreted else {"gen_length": 48, "block_length": 16}
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """A check of whole models.
+
+    Attributes:
+        name: in the table.
+        run: yields a record for each case.
+    """
+
+    name: str
+    run: Callable[[Setup], Iterator[CaseRecord]]
+
+
+def verify_models(device: torch.device, *, quick: bool = False) -> Iterator[Record]:
+    """A record for each check."""
+    setup = Setup(device, quick)
+    for check in MODEL_CHECKS:
+        began = time.perf_counter()
+        try:
+            cases = list(check.run(setup))
+        except Exception as error:  # the other checks are still run
+            cases = [CaseRecord("all", 1.0, 0.0, ok=False, note=f"{type(error).__name__}: {str(error)[:160]}")]
+        yield Record(check.name, "float32", cases, time.perf_counter() - began)
+
+
+def _strategy(kind: str, value: Any) -> Strategy:
+    if kind == "fixed":
+        return FixedSteps(value)
+    return Threshold(value) if kind == "threshold" else Factor(value)
+
+
+def golden_cases() -> list[dict[str, Any]]:
+    """The recorded trajectories."""
+    return [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _chosen(setup: Setup) -> list[dict[str, Any]]:
+    """All on a GPU; of each cache and strategy the shortest with a step over the cache otherwise, and of those, where it is
+    to be quick, one a cache.
+    """
+    cases = golden_cases()
+    if not setup.interpreted and not setup.quick:
+        return cases
+    shortest: dict[Any, dict[str, Any]] = {}
+    for case in sorted(cases, key=lambda case: case["nfe"] * len(case["prompt"]) * (len(case["prompt"][0]) + case["gen_length"])):
+        if case["nfe"] > case["gen_length"] // case["block_length"]:
+            shortest.setdefault(case["cache"] if setup.quick else (case["cache"], case["strategy"]), case)
+    return list(shortest.values())
+
+
+def _golden(setup: Setup) -> Iterator[CaseRecord]:
+    """The same tokens in as many forwards as the official code."""
+    for case in _chosen(setup):
+        out = setup.golden.generate(
+            case["prompt"],
+            gen_length=case["gen_length"],
+            block_length=case["block_length"],
+            cache=case["cache"],
+            strategy=_strategy(case["strategy"], case["value"]),
+            stop_at_eos=False,
+        )
+        wrong = float((out.generated.cpu() != torch.tensor(case["tokens"])).sum())
+        name = f"{case['cache']}, {case['strategy']} {case['value']}, batch {len(case['prompt'])}, block {case['block_length']}"
+        note = f"{wrong:.0f} tokens differ" if wrong else ""
+        if out.nfe != case["nfe"]:
+            note = note or f"{out.nfe} forwards, not {case['nfe']}"
+        yield CaseRecord(name, wrong, 0.0, ok=not note, note=note)
+
+
+#: What a step can differ in.
+_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("dual, threshold", {"cache": "dual", "strategy": Threshold(0.9)}),
+    ("prefix, entropy budget, samples", {"cache": "prefix", "strategy": EntropyBudget(0.5), "temperature": 1.0, "seed": 5}),
+    ("dual, fixed steps at random", {"cache": "dual", "strategy": FixedSteps(2, score="random"), "seed": 9}),
+    ("none, factor, margin", {"cache": "none", "strategy": Factor(1.0, score="margin")}),
+]
+
+
+def _options(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
+    """The ways to decode: the first one where it is to be quick. Fixed steps are one a block, or a few."""
+    steps = setup.lengths["gen_length"] // setup.lengths["block_length"] * 2
+    found = [
+        (name, options | ({"strategy": FixedSteps(steps, score="random")} if isinstance(options["strategy"], FixedSteps) else {}))
+        for name, options in _OPTIONS
+    ]
+    return found[:1] if setup.quick and setup.interpreted else found
+
+
+def _differences(name: str, got: GenerationOutput, want: GenerationOutput) -> CaseRecord:
+    """Tokens and the forward that committed each."""
+    wrong = int((got.sequences != want.sequences).sum()) + int((got.step_map != want.step_map).sum())
+    return CaseRecord(name, float(wrong), 0.0, ok=not wrong, note=f"{wrong} tokens or steps differ" if wrong else "")
+
+
+def _reference(setup: Setup) -> Iterator[CaseRecord]:
+    """The built-in model with the kernels and with PyTorch."""
+    for name, options in _options(setup):
+        got, want = (model.generate(_PROMPTS[:2], **setup.lengths, **options) for model in (setup.tiny, setup.tiny_reference))
+        yield _differences(name, got, want)
+
+
+def _ragged(setup: Setup) -> Iterator[CaseRecord]:
+    """Each row of a batch of prompts of different lengths, and the row alone."""
+    for name, options in _options(setup):
+        options = options | {"temperature": 0.0}
+        if isinstance(options["strategy"], FixedSteps):  # a row's seed depends on its place
+            options = options | {"strategy": FixedSteps(options["strategy"].steps)}
+        prompts = _PROMPTS[1:] if setup.interpreted else _PROMPTS
+        batch = setup.tiny.generate(prompts, **setup.lengths, **options)
+        wrong = 0
+        for row, prompt in enumerate(prompts):
+            alone = setup.tiny.generate(prompt, **setup.lengths, **options)
+            wrong += int((batch.generated[row] != alone.generated[0]).sum())
+        yield CaseRecord(name, float(wrong), 0.0, ok=not wrong, note=f"{wrong} tokens differ" if wrong else "")
+
+
+def _again(setup: Setup) -> Iterator[CaseRecord]:
+    """The same generation twice: tokens, steps and confidences, bit by bit."""
+    for name, options in _options(setup)[: 1 if setup.interpreted else None]:
+        runs = [setup.tiny.generate(_PROMPTS[1:2], **setup.lengths, **options) for _ in range(2)]
+        first, second = ([run.sequences, run.step_map, run.confidence] for run in runs)
+        wrong = sum(not bitwise(a, b) for a, b in zip(_on_cpu(first), _on_cpu(second), strict=True))
+        yield CaseRecord(name, float(wrong), 0.0, ok=not wrong, note="other bits in the second run" if wrong else "")
+
+
+def _on_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.cpu() for tensor in tensors]
+
+
+MODEL_CHECKS = [
+    ModelCheck("recorded trajectories", _golden),
+    ModelCheck("kernels against PyTorch", _reference),
+    ModelCheck("ragged batch against rows", _ragged),
+    ModelCheck("run twice", _again),
+]

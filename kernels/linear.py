@@ -1,0 +1,526 @@
+"""A product of 1 to 512 rows with a weight, which is all that moves: ``y = residual + swiglu(rms_norm(x) W^T)``, each part
+optional.
+
+At 16 to 200 rows such a product takes as long as reading its weight, and what stands around it in a layer (a norm, a gated
+unit, a residual) is launches of its own that wait on each other. Here they are prologue and epilogue of the one kernel.
+
+Operand order: SWAP computes ``W x^T``, which puts the weight on the side of the MMA that Hopper's wgmma and Blackwell's
+tcgen05 want 64 or 128 wide, and the few rows on the other. Without it the tile is ``x W^T``.
+
+Norm: the rounding of the normalised row (below) needs its root mean square before the product, so each program first reads
+all of its rows: ``BLOCK_M K`` elements out of the L2 cache against the ``BLOCK_N K`` of weight that it streams from memory.
+Handing over sums of squares from the kernel before would save these reads and tie the two kernels together; instead the
+first tiles of the weight are fetched into the cache meanwhile, so that memory does not idle.
+
+Split K: where a weight has too few tiles to occupy a GPU, programs share its columns, write float32 partial products, and a
+second kernel adds them in order of the columns. No atomics: a result depends on nothing but its operands and the config.
+A row's result does not depend on the other rows of its launch, nor on their number in a given config.
+
+Rounding points, those of the LLaDA and Dream modules: the normalised row, its product with the norm's weight, the product
+with W, silu(gate), its product with up, and the sum with the residual are each rounded to the tensors' dtype.
+
+| pointer      | shape                     | strides        | written            |
+|--------------|---------------------------|----------------|--------------------|
+| x_ptr        | [M, K]                    | (stride_x, 1)  |                    |
+| weight_ptr   | [N, K], SWIGLU: [2N, K]   | (stride_w, 1)  |                    |
+| norm_ptr     | [K]                       | (1,)           |                    |
+| residual_ptr | [M, N]                    | (stride_r, 1)  |                    |
+| out_ptr      | [M, N]                    | (stride_o, 1)  | one split, finish  |
+| partial_ptr  | [splits, P, M, N] float32 | contiguous     | several splits     |
+
+P is 2 with SWIGLU (gate, then up), otherwise 1. ``residual_ptr`` may be ``out_ptr``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import Activation
+from ._arch import Arch, arch_of
+from ._check import INTERPRETED, as_rows, check_floats, check_shape, require
+from ._compile import CompileCase
+from ._pdl import dependent_launch, has_dependent_launch, prefetch, wait_for_predecessor
+from ._tuned import gpu_name, tuned
+from .rms_norm import rms_norm
+from .swiglu import swiglu
+
+#: Most rows that the kernel is tuned for. It takes any number, but beyond this a product is bound by arithmetic.
+MAX_ROWS = 512
+
+
+@triton.jit
+def _multiply(x, w, y, SWAP: tl.constexpr, PRECISION: tl.constexpr):
+    """``y + x w^T``; SWAP: the same transposed, y and result too."""
+    if SWAP:
+        return tl.dot(w, tl.trans(x), y, input_precision=PRECISION)
+    else:
+        return tl.dot(x, tl.trans(w), y, input_precision=PRECISION)
+
+
+@triton.jit
+def _finish(
+    y, up, residual_ptr, out_ptr, stride_r, stride_o, row, column, mask,
+    SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Rounds a float32 tile of the product, applies the epilogue and writes it."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    y = y.to(dtype)
+    if SWIGLU:
+        gate = y.to(tl.float32)
+        # exp may be inf, and g / inf is the limit.
+        silu = (gate / (1 + tl.exp(-gate))).to(dtype).to(tl.float32)
+        y = (silu * up.to(dtype).to(tl.float32)).to(dtype)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + row * stride_r + column, mask=mask, other=0.0)
+        y = (y.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + row * stride_o + column, y, mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_kernel(
+    x_ptr, weight_ptr, norm_ptr, residual_ptr, out_ptr, partial_ptr,
+    stride_x, stride_w, stride_r, stride_o, M, N, part, eps,
+    K: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_NORM: tl.constexpr, SWAP: tl.constexpr,
+    PREFETCH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # Tiles of rows are neighbours, so that they share a tile of the weight in the cache.
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    row = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    column = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N], of the output
+    k = tl.arange(0, BLOCK_K)
+    begin = tl.program_id(1) * part  # of the columns of x and W, a multiple of BLOCK_K
+    end = tl.minimum(begin + part, K)
+
+    in_m, in_n = row < M, column < N
+    p_w = weight_ptr + column.to(tl.int64)[:, None] * stride_w + k[None, :]  # [BLOCK_N, BLOCK_K]
+    p_up = p_w + N.to(tl.int64) * stride_w
+    if PREFETCH > 0:
+        # A line of the L2 cache has 128 bytes.
+        LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
+        line = begin + tl.arange(0, PREFETCH) * LINE
+        p_line = weight_ptr + column.to(tl.int64)[:, None] * stride_w + line[None, :]  # [BLOCK_N, PREFETCH]
+        ahead = in_n[:, None] & (line < end)[None, :]
+        prefetch(p_line, ahead)
+        if SWIGLU:
+            prefetch(p_line + N.to(tl.int64) * stride_w, ahead)
+    wait_for_predecessor(PDL)
+
+    x_ptr += row.to(tl.int64)[:, None] * stride_x  # [BLOCK_M, 1]
+    if NORM:
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        o_norm = tl.arange(0, BLOCK_NORM)
+        for start in tl.range(0, K, BLOCK_NORM, num_stages=3):
+            mask = in_m[:, None]
+            if K % BLOCK_NORM != 0:
+                mask = mask & (start + o_norm < K)[None, :]
+            x = tl.load(x_ptr + (start + o_norm)[None, :], mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_NORM]
+            squares += tl.sum(x * x, axis=1)
+        # Compilers that pass Python floats as float64 would drag everything after into float64.
+        inverse_rms = tl.rsqrt(squares / K + tl.cast(eps, tl.float32))  # [BLOCK_M]
+
+    y = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    up = y
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        mask_w, mask_x = in_n[:, None], in_m[:, None]
+        if K % BLOCK_K != 0:
+            mask_w, mask_x = mask_w & (start + k < K)[None, :], mask_x & (start + k < K)[None, :]
+        w = tl.load(p_w + start, mask=mask_w, other=0.0)
+        x = tl.load(x_ptr + (start + k)[None, :], mask=mask_x, other=0.0)  # [BLOCK_M, BLOCK_K]
+        if NORM:
+            if K % BLOCK_K != 0:
+                scale = tl.load(norm_ptr + start + k, mask=start + k < K, other=0.0)
+            else:
+                scale = tl.load(norm_ptr + start + k)
+            unit = (x.to(tl.float32) * inverse_rms[:, None]).to(x.dtype)
+            x = (unit.to(tl.float32) * scale.to(tl.float32)[None, :]).to(x.dtype)
+        y = _multiply(x, w, y, SWAP, PRECISION)
+        if SWIGLU:
+            w = tl.load(p_up + start, mask=mask_w, other=0.0)
+            up = _multiply(x, w, up, SWAP, PRECISION)
+    if SWAP:
+        y, up = tl.trans(y), tl.trans(up)
+
+    row = row.to(tl.int64)[:, None]
+    mask = in_m[:, None] & in_n[None, :]  # [BLOCK_M, BLOCK_N]
+    if SPLIT:
+        P: tl.constexpr = 2 if SWIGLU else 1
+        at = (tl.program_id(1).to(tl.int64) * P * M + row) * N + column[None, :]
+        tl.store(partial_ptr + at, y, mask=mask)
+        if SWIGLU:
+            tl.store(partial_ptr + M.to(tl.int64) * N + at, up, mask=mask)
+    else:
+        _finish(y, up, residual_ptr, out_ptr, stride_r, stride_o, row, column[None, :], mask, SWIGLU, RESIDUAL)
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _finish_kernel(
+    partial_ptr, residual_ptr, out_ptr, stride_r, stride_o, M, N, splits,
+    SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    mask = column < N
+    P: tl.constexpr = 2 if SWIGLU else 1
+    matrix = M.to(tl.int64) * N
+    y = tl.zeros([BLOCK_N], tl.float32)
+    up = y
+    for split in range(splits):
+        p_y = partial_ptr + split * P * matrix + row * N + column
+        y += tl.load(p_y, mask=mask, other=0.0)
+        if SWIGLU:
+            up += tl.load(p_y + matrix, mask=mask, other=0.0)
+    _finish(y, up, residual_ptr, out_ptr, stride_r, stride_o, row, column, mask, SWIGLU, RESIDUAL)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters.
+
+    Attributes:
+        block_m, block_n, block_k: rows, output columns and summed columns of a tile.
+        swap: compute ``W x^T`` instead of ``x W^T``.
+        splits: programs that share the columns of an output tile.
+        num_warps, num_stages: launch options.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    swap: bool
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def launches(self) -> int:
+        """The kernel, and the sum of its splits."""
+        return 1 if self.splits == 1 else 2
+
+    def part(self, k: int) -> int:
+        """Columns of a program."""
+        return triton.cdiv(triton.cdiv(k, self.splits), self.block_k) * self.block_k
+
+    def workspace_elements(self, rows: int, n: int) -> int:
+        """float32 elements of scratch for ``n`` rows of the weight: nothing for one split."""
+        return 0 if self.splits == 1 else self.splits * rows * n
+
+
+@cache
+def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activation: Activation | None = None) -> Config:
+    """A tiling that compiles without spills and keeps memory busy.
+
+    What matters is bytes in flight, some 30 KB an SM, and that the rows, which every tile reads again out of the L2 cache,
+    are few against the tile's part of the weight. So a tile is wider than the rows wherever that leaves half of the SMs with
+    work; columns are split only below a third, since adding up the splits is another launch.
+
+    Args:
+        arch: the architecture.
+        rows: of x.
+        n: rows of the weight (with ``activation="swiglu"`` 2F).
+        k: columns of the weight.
+        itemsize: bytes an element.
+        activation: the epilogue; a gated unit has two tiles of the weight and two sums.
+    """
+    gated = activation == "swiglu"
+    outputs = n // 2 if gated else n
+    block_m = min(max(triton.next_power_of_2(rows), 16), 128)
+    # Two sums of 128 rows, float32 products (three of tf32 each) and mma.sync have no room for wider tiles.
+    if itemsize == 4:
+        block_m = min(block_m, 32)
+    elif gated or arch.name not in ("sm_90", "sm_100"):
+        block_m = min(block_m, 64)
+    tiles_m = triton.cdiv(rows, block_m)
+    block_n = 128 if not gated and itemsize == 2 and tiles_m * triton.cdiv(outputs, 128) * 2 >= arch.sms else 64
+    if itemsize == 4:
+        block_n = 32
+    block_k = 64 if itemsize == 2 else 32
+    # 64 rows reach wgmma and tcgen05 either way round. Two products with a shared operand that is computed in the loop (a
+    # norm in front of a gated unit) end the compiler on sm_100: bench/findings/002.
+    swap = itemsize == 2 and block_m < 64 and (arch.name == "sm_90" or (arch.name == "sm_100" and not gated))
+    programs = tiles_m * triton.cdiv(outputs, block_n)
+    splits = max(min(arch.sms // (3 * programs), k // (8 * block_k)), 1)
+    splits = triton.cdiv(k, triton.cdiv(triton.cdiv(k, splits), block_k) * block_k)  # none of them empty
+    num_warps = 8 if block_m * block_n * (2 if gated else 1) > 4096 else 4
+    stage = itemsize * block_k * (block_m + block_n * (2 if gated else 1))
+    resident = 2 if programs * splits > arch.sms and (num_warps == 4 or gated) else 1
+    # What is not stages: rows on their way into the MMA, and the result on its way out.
+    beside = max(itemsize * block_m * block_k, 4 * block_m * block_n * (2 if gated else 1))
+    room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - beside
+    num_stages = 2 if arch.backend == "hip" else max(min(room // stage, 4 if gated else 6), 2)
+    return Config(block_m, block_n, block_k, swap, splits, num_warps, num_stages)
+
+
+def candidates(
+    arch: Arch, rows: int, n: int, k: int, itemsize: int, activation: Activation | None = None
+) -> list[Config]:  # fmt: skip
+    """What a tuner should time: the choice of :func:`select_config`, and around it other tiles, orders and splits."""
+    first, gated = select_config(arch, rows, n, k, itemsize, activation), activation == "swiglu"
+    found = [first]
+    outputs, tiles_m = n // (2 if gated else 1), triton.cdiv(rows, first.block_m)
+    for block_n, block_k, swap, splits in itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4)):
+        programs = tiles_m * triton.cdiv(outputs, block_n) * splits
+        sums = first.block_m * block_n * (2 if gated else 1)
+        stage = itemsize * block_k * (first.block_m + block_n * (2 if gated else 1))
+        wide_enough = not swap or (block_n >= 64 and (arch.name == "sm_90" or (arch.name == "sm_100" and not gated)))
+        # Not more registers than were seen to fit, no more splits than two programs an SM, all columns shared equally.
+        if not wide_enough or sums > 16_384 or (splits > 1 and programs > 2 * arch.sms) or k % (splits * block_k):
+            continue
+        resident = 2 if programs > arch.sms else 1
+        room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - 4 * sums
+        num_stages = 2 if arch.backend == "hip" else min(room // stage, 6)
+        if num_stages >= 2:
+            num_warps = 8 if sums > 4096 else 4
+            found.append(Config(first.block_m, block_n, block_k, swap, splits, num_warps, num_stages))
+    return list(dict.fromkeys(found))
+
+
+def invariant_config(arch: Arch, n: int, k: int, itemsize: int, activation: Activation | None = None) -> Config:
+    """One tiling for any number of rows: with it a row's result depends on that row alone, in any batch."""
+    return select_config(arch, 64, n, k, itemsize, activation)
+
+
+@cache
+def measured_config(
+    gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None, residual: bool
+) -> Config | None:
+    """The launch parameters with which this kernel was measured to beat the library, or None: then the library runs.
+
+    Args:
+        gpu: as :func:`fastdllm_triton.kernels._tuned.gpu_name` gives it.
+        rows: of x; what was measured for a power of two holds down to the next.
+        n: rows of the weight (with ``activation="swiglu"`` 2F).
+        k: columns of the weight.
+        dtype: ``"bfloat16"``.
+        norm: whether a norm comes first.
+        activation: the epilogue.
+        residual: whether one is added.
+    """
+    if not 0 < rows <= MAX_ROWS:
+        return None
+    bucket = max(triton.next_power_of_2(rows), 16)
+    shape = {"rows": bucket, "n": n, "k": k, "dtype": dtype, "norm": norm, "activation": activation, "residual": residual}
+    found = tuned(gpu, "linear", **shape)
+    return None if found is None else Config(**found)
+
+
+def launches(
+    gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None, residual: bool
+) -> int:
+    """Launches of a call without a config: those of the measured one, or of the library with a kernel for each other part."""
+    config = measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
+    return 1 + norm + (activation is not None) + residual if config is None else config.launches
+
+
+def fuses_residual(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
+    rows, (n, k), dtype = x.shape[:-1].numel(), weight.shape, str(x.dtype).removeprefix("torch.")
+    return measured_config(gpu_name(x.device), rows, n, k, dtype, False, None, True) is not None
+
+
+#: Bytes of its weight that a program asks for before it waits or reads its rows.
+PREFETCHED = 2**16
+#: Columns of a program of the second kernel.
+FINISH_COLUMNS = 512
+
+
+def _prefetched_lines(arch: Arch, config: Config, gated: bool, early: bool) -> int:
+    """Lines of the L2 cache, of each row of a tile: as many as there is time for, if there is any."""
+    if INTERPRETED or arch.backend != "cuda" or not early:
+        return 0
+    return max(PREFETCHED // (128 * config.block_n * (2 if gated else 1)), 1)
+
+
+def _precision(arch: Arch) -> str:
+    """How float32 operands are multiplied so that the product is one of float32; 16-bit operands are not affected."""
+    return "tf32x3" if arch.backend == "cuda" else "ieee"
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """``residual + activation(rms_norm(x) @ weight.T)``, each part optional.
+
+    The library (cuBLAS) multiplies, between kernels for the other parts, except where a committed measurement says that this
+    kernel wins (:func:`measured_config`), or a ``config`` asks for it.
+
+    Args:
+        x: ``[..., K]``.
+        weight: ``[N, K]``; with ``activation="swiglu"`` the fused gate and up projections, ``[2F, K]``.
+        norm_weight: ``[K]``: normalise ``x`` by its root mean square first.
+        eps: added to the mean square; needed with ``norm_weight`` and only then.
+        residual: ``[..., N]`` (``[..., F]``), added last.
+        activation: ``"swiglu"`` or nothing.
+        out: receives the result; may be ``residual`` itself.
+        workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
+        config: run this kernel with these launch parameters, measured or not.
+
+    Returns:
+        ``[..., N]``, with ``activation="swiglu"`` ``[..., F]``.
+
+    Raises:
+        ValueError: an argument's dtype, shape, strides or device.
+    """
+    check_floats(x=x, weight=weight, norm_weight=norm_weight, residual=residual, out=out)
+    require(x.ndim > 0, "x", "no dimension", "[..., K]")
+    require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "two dimensions, [N, K]")
+    (n, k), gated = weight.shape, activation == "swiglu"
+    require(k > 0 and x.shape[-1] == k, "x", f"a last dimension of {x.shape[-1]}", f"that of weight, {k}, at least 1")
+    require(activation in (None, "swiglu"), "activation", repr(activation), "'swiglu' or None")
+    require(not gated or n % 2 == 0, "weight", f"{n} rows", "an even number: gate, then up")
+    check_shape("norm_weight", norm_weight, k)
+    given = "nothing" if eps is None else eps
+    require((eps is None) == (norm_weight is None), "eps", given, "a number with norm_weight, and nothing without")
+    shape = (*x.shape[:-1], n // 2 if gated else n)
+    check_shape("residual", residual, *shape)
+    check_shape("out", out, *shape)
+    rows = x.shape[:-1].numel()
+    if config is None:
+        gpu, dtype = gpu_name(x.device), str(x.dtype).removeprefix("torch.")
+        config = measured_config(gpu, rows, n, k, dtype, norm_weight is not None, activation, residual is not None)
+    if config is None:
+        return _by_library(x, weight, norm_weight, eps, residual, gated, out)
+
+    out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
+    if out.numel():
+        needed = config.workspace_elements(rows, n)
+        if workspace is None:
+            workspace = torch.empty(needed, dtype=torch.float32, device=x.device)
+        is_scratch = workspace.dtype == torch.float32 and workspace.device == x.device and workspace.is_contiguous()
+        require(is_scratch, "workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {x.device}")
+        require(workspace.numel() >= needed, "workspace", f"{workspace.numel()} elements", f"at least {needed}")
+        with torch.cuda.device_of(x):
+            _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace)
+    return out
+
+
+def _by_library(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, gated: bool,
+    out: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The product by cuBLAS, what stands around it by kernels of their own."""
+    if norm_weight is not None:
+        assert eps is not None
+        x = rms_norm(x, norm_weight, eps)  # type: ignore[assignment]
+    last = residual is None
+    if last and not gated and out is not None:
+        return torch.matmul(x, weight.T, out=out)
+    y = F.linear(x, weight)
+    if gated:
+        y = swiglu(y, out=out if last else None)
+    return y if residual is None else torch.add(residual, y, out=out)
+
+
+def _launch(
+    config: Config, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None,
+    gated: bool, out: Tensor, workspace: Tensor,
+) -> None:  # fmt: skip
+    """One launch, and the sum of the splits if there are several."""
+    arch, k, outputs = arch_of(x.device), x.shape[-1], out.shape[-1]
+    rows, y = x.reshape(-1, k), as_rows("out", out)
+    r = y if residual is None else residual.reshape(-1, outputs)
+    count, split = rows.shape[0], config.splits > 1
+    launch = dependent_launch(arch)
+    epilogue = {"SWIGLU": gated, "RESIDUAL": residual is not None, "enable_fp_fusion": True, **launch}
+    tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outputs, config.block_n)
+    _linear_kernel[(tiles, config.splits)](
+        rows, weight, weight if norm_weight is None else norm_weight, r, y, workspace,
+        rows.stride(0), weight.stride(0), r.stride(0), y.stride(0), count, outputs, config.part(k), eps or 0.0,
+        **_constexprs(arch, config, k, norm_weight is not None, gated, launch["PDL"]), **epilogue,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if split:
+        _finish_kernel[(count, triton.cdiv(outputs, FINISH_COLUMNS))](
+            workspace, r, y, r.stride(0), y.stride(0), count, outputs, config.splits,
+            BLOCK_N=FINISH_COLUMNS, num_warps=4, **epilogue,
+        )  # fmt: skip
+
+
+def _constexprs(arch: Arch, config: Config, k: int, norm: bool, gated: bool, pdl: bool) -> dict[str, object]:
+    """What the compiler sees of a config, but for the epilogue."""
+    return {
+        "K": k,
+        "NORM": norm,
+        "SPLIT": config.splits > 1,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_NORM": min(triton.next_power_of_2(k), 64 * arch.warp_size * config.num_warps // config.block_m),
+        "SWAP": config.swap,
+        "PREFETCH": _prefetched_lines(arch, config, gated, norm or pdl),
+        "STAGES": config.num_stages,
+        "PRECISION": _precision(arch),
+    }
+
+
+#: The four projections of LLaDA-8B and Dream-7B, fused as a layer needs them: N, K, norm in front, gated unit, residual.
+PROJECTIONS: dict[str, tuple[int, int, bool, Activation | None, bool]] = {
+    "llada qkv": (12_288, 4096, True, None, False),
+    "llada out": (4096, 4096, False, None, True),
+    "llada gate_up": (24_576, 4096, True, "swiglu", False),
+    "llada down": (4096, 12_288, False, None, True),
+    "dream qkv": (4608, 3584, True, None, False),
+    "dream out": (3584, 3584, False, None, True),
+    "dream gate_up": (37_888, 3584, True, "swiglu", False),
+    "dream down": (3584, 18_944, False, None, True),
+}
+#: Rows that the configs are compiled for: windows of 16 to 128 for 1 to 16 sequences.
+ROWS = (16, 32, 64, 128, 512)
+#: Weights so small that the columns are split, as in a shard of a model: N, K.
+SHARD = (1024, 4096)
+
+
+def compile_cases(arch: Arch) -> list[CompileCase]:
+    """LLaDA's projections over the rows and some of Dream's, each distinct program once; split columns; other dtypes."""
+    grid: list[tuple[str, int, int, int, int, bool, Activation | None, bool]]
+    grid = [("bf16", 2, rows, *shape) for name, shape in PROJECTIONS.items() if name.startswith("llada") for rows in ROWS]
+    grid += [("bf16", 2, rows, *shape) for name, shape in PROJECTIONS.items() if name.startswith("dream") for rows in (32, 128)]
+    grid += [("bf16", 2, 32, *SHARD, False, None, True), ("bf16", 2, 32, *SHARD, True, "swiglu", False)]
+    grid += [("fp16", 2, 64, *PROJECTIONS["llada gate_up"]), ("fp32", 4, 64, *PROJECTIONS["llada gate_up"])]
+    cases: dict[str, CompileCase] = {}
+    for dtype, itemsize, rows, n, k, norm, activation, residual in grid:
+        _add_cases(cases, arch, select_config(arch, rows, n, k, itemsize, activation), dtype, k, norm, activation, residual)
+    return list(cases.values())
+
+
+def _add_cases(
+    cases: dict[str, CompileCase], arch: Arch, config: Config, dtype: str, k: int, norm: bool, activation: Activation | None,
+    residual: bool,
+) -> None:  # fmt: skip
+    """Adds the kernels that a config launches, each under a label of what the compiler sees."""
+    pdl, gated, split = has_dependent_launch(arch), activation == "swiglu", config.splits > 1
+    numbers = ("stride_x", "stride_w", "stride_r", "stride_o", "M", "N", "part", "splits")
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "norm_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
+    types |= {"partial_ptr": "*fp32", **dict.fromkeys(numbers, "i32"), "eps": "fp32"}
+    epilogue: dict[str, object] = {"SWIGLU": gated, "RESIDUAL": residual, "PDL": pdl}
+    main = _constexprs(arch, config, k, norm, gated, pdl) | epilogue
+    parts = [dtype, f"K={k}", f"{config.block_m}x{config.block_n}x{config.block_k}"]
+    extras = {"norm": norm, "swiglu": gated, "residual": residual}
+    words = [word for word, on in extras.items() if on]
+    label = " ".join(parts + [word for word, on in {"swapped": config.swap, "split": split}.items() if on] + words)
+    kernels = [(_linear_kernel, f"{label} stages={config.num_stages}", main, config.num_warps, config.num_stages)]
+    if split:
+        constexprs = {**epilogue, "BLOCK_N": FINISH_COLUMNS}
+        kernels.append((_finish_kernel, " ".join([dtype, "finish", *words[norm:]]), constexprs, 4, 2))
+    for kernel, label, constexprs, num_warps, num_stages in kernels:
+        signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+        divisible = tuple(argument for argument in signature if argument not in ("eps", "M", "splits"))
+        cases.setdefault(label, CompileCase("linear", kernel, label, signature, constexprs, divisible, num_warps, num_stages))

@@ -1,0 +1,188 @@
+"""How many kernels a call launches, and that neighbours may overlap without a change of results."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from _support import DEVICE, ints, randn
+
+from fastdllm_triton import ops, reference
+from fastdllm_triton.kernels import _pdl, _statistics
+from fastdllm_triton.kernels._arch import ARCHS, arch_of
+from fastdllm_triton.kernels.linear import PROJECTIONS, Config, select_config
+from fastdllm_triton.kernels.window_attention import sms_of
+from fastdllm_triton.types import PolicyState
+
+ARCH = arch_of(DEVICE)
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any, launched: list[str]) -> None:
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launched.append(self.kernel.__name__)
+        return self.kernel[grid]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels launched so far."""
+    names: list[str] = []
+    for module in (_statistics, *(importlib.import_module(f"fastdllm_triton.kernels.{op}") for op in ops.NAMES)):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel") and hasattr(kernel, "arg_names"):
+                monkeypatch.setattr(module, name, Counted(kernel, names))
+    return names
+
+
+def call(op: str, *args: Any, **kwargs: Any) -> None:
+    getattr(importlib.import_module(f"fastdllm_triton.kernels.{op}"), op)(*args, **kwargs)
+
+
+def predicted(op: str, *args: Any, **kwargs: Any) -> int:
+    count: int = importlib.import_module(f"fastdllm_triton.kernels.{op}").launches(*args, **kwargs)
+    return count
+
+
+def test_ops_of_one_kernel_launch_one(launched):
+    x, weight = randn(2, 3, 64, dtype=torch.float32, device=DEVICE), randn(64, dtype=torch.float32, device=DEVICE)
+    call("rms_norm", x, weight, 1e-5, residual=x)
+    call("swiglu", x)
+    cache, start = torch.zeros(2, 1, 8, 16, device=DEVICE), ints([0, 0], DEVICE)
+    call("rope_kv_write", x, cache, cache.clone(), start, start, 1e4)
+    assert len(launched) == predicted("rms_norm", ARCH, 64) + predicted("swiglu", ARCH, 32) + predicted(
+        "rope_kv_write", ARCH, 1, 16
+    )
+
+
+@pytest.mark.parametrize(("slots", "count"), [(64, 1), (600, 2)])
+def test_window_attention_launches_a_merge_where_the_keys_are_split(slots, count, launched):
+    q, cache = randn(1, 2, 2, 16, dtype=torch.float32, device=DEVICE), torch.zeros(1, 1, slots, 16, device=DEVICE)
+    call("window_attention", q, cache, cache, ints([0], DEVICE), ints([slots], DEVICE))
+    assert len(launched) == predicted("window_attention", ARCH, sms_of(DEVICE), 1, 2, 2, 1, 16, slots, 4) == count
+
+
+@pytest.mark.parametrize(("rows", "vocabulary", "count"), [(2, 100, 1), (1, 20_000, 2)])
+def test_token_statistics_launches_a_merge_where_rows_are_split(rows, vocabulary, count, launched):
+    call("token_statistics", torch.zeros(rows, vocabulary, device=DEVICE))
+    assert len(launched) == predicted("token_statistics", ARCH, rows, vocabulary, 4) == count
+
+
+@pytest.mark.parametrize("rows", [3, 65])
+def test_head_statistics_launches_two_or_the_library_and_a_pass(rows, launched):
+    hidden, weight = randn(rows, 16, dtype=torch.float32, device=DEVICE), randn(40, 16, dtype=torch.float32, device=DEVICE)
+    call("head_statistics", hidden, weight)
+    by_library = int(rows > 64)
+    assert len(launched) + by_library == predicted("head_statistics", ARCH, rows, 40, 16, 4, False) == 2
+    assert predicted("head_statistics", ARCH, rows, 40, 16, 4, False, gathered=True) == 2 + 9 * by_library
+
+
+def test_commit_tokens_launches_one_for_all_rows(launched):
+    state = PolicyState.create(
+        "confidence", "threshold", value=0.9, steps=1, mask_id=10, kv_start=torch.zeros(3, dtype=torch.int32, device=DEVICE),
+        seed=torch.zeros(3, dtype=torch.int64, device=DEVICE), slots=8,
+    )  # fmt: skip
+    statistics = reference.token_statistics(randn(12, 11, dtype=torch.float32, device=DEVICE)).view(3, 4)
+    call("commit_tokens", torch.full((3, 8), 10, device=DEVICE), statistics, ints([0, 0, 0], DEVICE), state)
+    assert len(launched) == predicted("commit_tokens", ARCH, "threshold", 4)
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_linear_launches_one_and_the_sum_of_its_splits(splits, launched):
+    x, weight = randn(3, 64, dtype=torch.float32, device=DEVICE), randn(16, 64, dtype=torch.float32, device=DEVICE)
+    config = Config(16, 16, 32, False, splits, 4, 2)
+    call("linear", x, weight, residual=x[:, :16], config=config)
+    assert len(launched) == config.launches == splits
+
+
+def test_linear_of_the_library_launches_a_kernel_for_each_part_around_the_product(launched):
+    x, weight = randn(3, 64, dtype=torch.float32, device=DEVICE), randn(32, 64, dtype=torch.float32, device=DEVICE)
+    call("linear", x, weight, norm_weight=weight[0], eps=1e-5, activation="swiglu", residual=x[:, :16])
+    product_and_sum = 2
+    assert len(launched) + product_and_sum == predicted("linear", None, 3, 32, 64, "float32", True, "swiglu", True) == 4
+
+
+# Programmatic dependent launch.
+
+
+def test_launches_overlap_from_hopper_on_and_never_in_the_interpreter(monkeypatch):
+    monkeypatch.setattr(_pdl, "INTERPRETED", False)
+    assert [name for name, arch in ARCHS.items() if _pdl.has_dependent_launch(arch)] == ["sm_90", "sm_100", "sm_120"]
+    assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": True, "launch_pdl": True}
+    # Other backends and the interpreter do not know the launch option.
+    assert _pdl.dependent_launch(ARCHS["sm_89"]) == _pdl.dependent_launch(ARCHS["gfx942"]) == {"PDL": False}
+    monkeypatch.setattr(_pdl, "INTERPRETED", True)
+    assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": False}
+
+
+def layers(
+    x: torch.Tensor, weights: dict[str, torch.Tensor], start: torch.Tensor, end: torch.Tensor, *, fused: bool
+) -> torch.Tensor:
+    """A chain of eight small layers over the same buffers, each kernel reading what the one before it wrote."""
+    k, v = torch.zeros(1, 4, 256, 32, device=x.device, dtype=x.dtype), torch.zeros(1, 4, 256, 32, device=x.device, dtype=x.dtype)
+    run = ops.resolve("triton", x.device)
+
+    def project(x: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
+        weight = weights[name]
+        config = select_config(arch_of(x.device), 32, *weight.shape, 2, kwargs.get("activation")) if fused else None
+        y: torch.Tensor = run.linear(x, weight, config=config, **kwargs)
+        return y
+
+    for _ in range(8):
+        q = run.rope_kv_write(project(x, "qkv", norm_weight=weights["norm"], eps=1e-5), k, v, start, start, 1e4)
+        y = run.window_attention(q, k, v, start, end).flatten(2)
+        x = project(y, "out", residual=x)
+        x = project(project(x, "gate_up", norm_weight=weights["norm"], eps=1e-5, activation="swiglu"), "down", residual=x)
+    return x
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_captured_chain_of_overlapping_kernels_gives_what_it_gives_one_by_one(fused, monkeypatch):
+    def normal(*size: int, seed: int) -> torch.Tensor:
+        return (randn(*size, seed=seed) / size[-1] ** 0.5).to(DEVICE, torch.bfloat16)
+
+    shapes = {"qkv": (384, 128), "out": (128, 128), "gate_up": (1024, 128), "down": (128, 512)}
+    weights = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    weights["norm"] = torch.ones(128, device=DEVICE, dtype=torch.bfloat16)
+    x, start, end = normal(1, 32, 128, seed=9), ints([0], DEVICE), ints([256], DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(_pdl, "has_dependent_launch", lambda arch: False)
+        want = layers(x, weights, start, end, fused=fused)
+        torch.cuda.synchronize()
+    assert torch.equal(layers(x, weights, start, end, fused=fused), want)  # also compiles what is captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = layers(x, weights, start, end, fused=fused)
+    for _ in range(200):
+        got.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_a_projection_launched_early_reads_what_the_launch_before_it_wrote(name):
+    # The producer is a product too, with more programs than fit at once, so that its last tiles are late.
+    n, k, norm, activation, residual = PROJECTIONS[name]
+    arch = arch_of(DEVICE)
+    first, second = randn(k, 512, seed=1).to(DEVICE, torch.bfloat16) / 16, randn(n, k, seed=2).to(DEVICE, torch.bfloat16) / 64
+    around: dict[str, Any] = {"activation": activation}
+    around |= {"norm_weight": torch.ones(k, device=DEVICE, dtype=torch.bfloat16), "eps": 1e-5} if norm else {}
+    around |= {"residual": torch.zeros(32, n, device=DEVICE, dtype=torch.bfloat16)} if residual else {}
+    middle = torch.empty(32, k, device=DEVICE, dtype=torch.bfloat16)
+    run = ops.resolve("triton", DEVICE).linear
+    for seed in range(20):
+        x = randn(32, 512, seed=seed).to(DEVICE, torch.bfloat16)
+        middle.fill_(torch.nan)
+        run(x, first, out=middle, config=select_config(arch, 32, k, 512, 2))
+        got = run(middle, second, config=select_config(arch, 32, n, k, 2, activation), **around)
+        torch.cuda.synchronize()
+        assert torch.equal(run(middle, second, config=select_config(arch, 32, n, k, 2, activation), **around), got)
+        assert got.isfinite().all()
