@@ -164,6 +164,14 @@ def test_a_generation_is_put_next_to_its_floor():
     assert not row["extrapolated"]
 
 
+def test_ratios_are_to_ours_and_to_vanilla():
+    rows = {name: {"median_ms": time} for name, time in (("triton", 4.0), ("triton eos", 1.0), ("vanilla", 120.0))}
+    assert bench_generate.ratios(rows["triton eos"], rows) == {"times_triton": 0.25, "over_vanilla": 120.0}
+    assert bench_generate.ratios(rows["vanilla"], rows) == {"times_triton": 30.0, "over_vanilla": 1.0}
+    assert bench_generate.ratios({"missing": "too little GPU memory"}, rows) == {}
+    assert bench_generate.ratios(rows["triton"], {"triton": rows["triton"], "vanilla": {"missing": "?"}}) == {"times_triton": 1.0}
+
+
 def test_rows_of_a_generation_without_a_gpu_say_that_nothing_was_timed():
     rows = list(bench_generate.BENCH.measure(Session(CPU)))
     assert [row["provider"] for row in rows[:4]] == ["triton", "triton eos", "official", "vanilla"]
