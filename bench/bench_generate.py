@@ -11,8 +11,9 @@ as the paper's tokens per forward make it, the same for ours and for the officia
 * ``vanilla``: the official loop without a cache, one token a forward. All its forwards are alike, so that some are timed and
   the whole is their product (``extrapolated``).
 
-Seconds are wall clock, the host included; ``over_vanilla`` is how many times faster than ``vanilla`` a row is. ``tokens_per_s`` counts the tokens of all rows, with an end token those up to it. The
-floor is that of ``fastdllm_triton.roofline`` for the schedule on this GPU.
+Seconds are wall clock, the host included; ``over_vanilla`` is how many times faster than ``vanilla`` a row is.
+``tokens_per_s`` counts the tokens of all rows, with an end token those up to it. The floor is that of
+``fastdllm_triton.roofline`` for the schedule on this GPU.
 
 Tokens per forward: on GSM8K with 8-shot prompts and 1024 tokens from the wall clocks of figure 1c of the paper (140 forwards),
 for 5-shot and 256 tokens as given there (3.01 with a cache). The others are not given: what they are is taken from the gain of
