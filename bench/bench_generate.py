@@ -150,14 +150,14 @@ class GenerateBench:
 
         return names()
 
-    def measure(self, session: Session) -> Iterator[Row]:
+    def measure(self, session: Session) -> Iterator[list[Row]]:
         """Rows of each shape, ours first, then the official loop and the vanilla one."""
         for shape in QUICK if session.timer is None else SHAPES[:2] if session.quick else SHAPES:
             if session.is_over():
                 return
             if not session.skips(self.op, shape):
                 gc.collect()
-                yield from self.rows_of(shape, session)
+                yield list(self.rows_of(shape, session))
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[Row]:
         """One shape."""
