@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from fastdllm_triton.bench._report import Report
-from fastdllm_triton.bench._session import Row, label
+from fastdllm_triton.bench._session import Row
+from fastdllm_triton.bench.readme_table import fastest_other
 
 
 def summary(out: Path) -> list[str]:
@@ -47,24 +48,11 @@ def _ops(rows: list[Row]) -> list[str]:
         line = f"{op:18} {len(ours):3} shapes"
         if floors:
             line += f", of the floor {floors[0]:4.0%} .. {statistics.median(floors):4.0%} .. {floors[-1]:4.0%}"
-        ratios = sorted(filter(None, (_fastest_other(rows, row) for row in ours)))
+        ratios = sorted(filter(None, (fastest_other(rows, row) for row in ours)))
         if ratios:
             line += f", against the best other {ratios[0]:.2f} .. {statistics.median(ratios):.2f} .. {ratios[-1]:.2f}"
         lines.append(line)
     return lines
-
-
-def _fastest_other(rows: list[Row], ours: Row) -> float | None:
-    """Time of the fastest baseline over ours; other forms of our own kernel are none."""
-    others = [
-        row["median_ms"]
-        for row in rows
-        if row["op"] == ours["op"]
-        and label(row["shape"]) == label(ours["shape"])
-        and not row["provider"].startswith("triton")
-        and "median_ms" in row
-    ]
-    return min(others) / ours["median_ms"] if others else None
 
 
 if __name__ == "__main__":
