@@ -25,6 +25,6 @@ def clear_errors() -> Iterator[None]:
         yield
     except typer.Exit:  # A RuntimeError to Python.
         raise
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         errors.print(Text(f"error: {error}", style="red"))
         raise typer.Exit(2) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -100,24 +100,26 @@ class MaskedDiffusionLM:
             raise TypeError(f"config must be a GenerationConfig, got {type(config).__name__}; {told}")
         return replace(config or self.defaults, **options)
 
-    def encode(self, text: str, *, chat: bool = False) -> list[int]:
+    def encode(self, text: str | Sequence[Mapping[str, str]], *, chat: bool = False) -> list[int]:
         """Token ids of a prompt.
 
         Args:
-            text: the prompt.
-            chat: wrap it as a user's turn in the checkpoint's chat template.
+            text: the prompt, or the messages of a conversation, oldest first, a ``role`` and a ``content`` each. Messages go
+                through the checkpoint's chat template, and the model's turn is next.
+            chat: wrap a string as a user's only message.
 
         Raises:
-            ValueError: the checkpoint has no tokenizer, or no chat template and ``chat`` asks for it.
+            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for.
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ValueError(f"prompts: {self._folder or 'the module'} has no tokenizer files; give token ids")
-        if not chat:
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+        if isinstance(text, str) and not chat:
             return list(tokenizer(text)["input_ids"])
         if not tokenizer.chat_template:
             raise ValueError(f"chat: the tokenizer in {self._folder} has no chat template")
-        rendered = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
