@@ -60,6 +60,7 @@ class Session:
         quick: few shapes.
         only: baselines to run; all if empty.
         deadline: ``time.monotonic()`` after which no further case is begun.
+        is_cut: whether a case was not begun for that reason.
         done: ``(op, shape as text)`` of the cases that an earlier run has measured.
     """
 
@@ -69,11 +70,13 @@ class Session:
     quick: bool = False
     only: Sequence[str] = ()
     deadline: float | None = None
+    is_cut: bool = False
     done: set[tuple[str, str]] = field(default_factory=set)
 
     def is_over(self) -> bool:
-        """Whether the time is up."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        """Whether the time is up; asked before each case."""
+        self.is_cut |= self.deadline is not None and time.monotonic() > self.deadline
+        return self.is_cut
 
     def skips(self, op: str, shape: Shape) -> bool:
         """Whether a case was measured before."""
@@ -145,10 +148,10 @@ class Bench:
     def measure(self, session: Session) -> Iterator[list[Row]]:
         """The rows of every shape: ours first, then the baselines."""
         for shape in self.chosen(session):
-            if session.is_over():
-                return
             if session.skips(self.op, shape):
                 continue
+            if session.is_over():
+                return
             base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": self.axis}
             try:
                 rows = self.rows_of(shape, session)

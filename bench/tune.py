@@ -340,11 +340,11 @@ def main(
     done = {_tuned._key(entry["op"], entry["shape"]) for entry in entries}
     for sweep in (SWEEPS[name] for name in SWEEPS if not op or name in op):
         for shape in sweep.shapes[:1] if quick else sweep.shapes:
-            if end is not None and time.monotonic() > end:
-                typer.echo("the time is up; the next run goes on here")
-                return
             if _tuned._key(sweep.op, sweep.key(shape, torch.bfloat16)) in done:
                 continue
+            if end is not None and time.monotonic() > end:
+                typer.echo("the time is up; the next run goes on here")
+                raise typer.Exit(3)
             entry = tune(sweep, shape, device, timer=time_in_turns, cache=gpu.L2_cache_size)
             entries.append(entry)
             typer.echo(f"{sweep.op} {label(shape)}: {entry['without_ms']:.4f} ms -> {entry['ms']:.4f} ms {entry['config']}")

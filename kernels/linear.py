@@ -1,5 +1,4 @@
-"""A product of 1 to 512 rows with a weight, which is all that moves: ``y = residual + swiglu(rms_norm(x) W^T)``, each part
-optional.
+"""A product of few rows with a weight and what stands around it: ``y = residual + swiglu(rms_norm(x) W^T)``, parts optional.
 
 At 16 to 200 rows such a product takes as long as reading its weight, and what stands around it in a layer (a norm, a gated
 unit, a residual) is launches of its own that wait on each other. Here they are prologue and epilogue of the one kernel.

@@ -159,7 +159,10 @@ def test_a_shape_too_large_for_the_memory_is_a_row_with_the_reason_and_the_other
 def test_cases_of_an_earlier_run_and_after_the_deadline_are_not_begun():
     bench = small("swiglu", shapes=[{"rows": rows, "width": 64} for rows in (3, 4)])
     assert {row["shape"]["rows"] for row in rows_of(bench, session(done={("swiglu", "rows=3 width=64")}))} == {4}
-    assert rows_of(bench, session(deadline=0.0)) == []
+    over = session(deadline=0.0)
+    assert rows_of(bench, over) == [] and over.is_cut
+    all_done = session(deadline=0.0, done={("swiglu", f"rows={rows} width=64") for rows in (3, 4)})
+    assert rows_of(bench, all_done) == [] and not all_done.is_cut
 
 
 def test_quick_is_four_shapes_on_a_gpu_and_the_small_ones_without():

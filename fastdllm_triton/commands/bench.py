@@ -37,7 +37,7 @@ def bench(
 ) -> None:
     """Time ours and the baselines in turns, each with its fraction of what this GPU reaches at its best.
 
-    An op whose verification fails here is refused. Ends with status 1 if one was.
+    An op whose verification fails here is refused. Ends with status 1 if one was, and with 3 if --minutes left cases out.
     """
     with clear_errors():
         require_triton("bench")
@@ -62,7 +62,7 @@ def bench(
         if json_folder is not None:
             check_folder(json_folder, resume)
             report = _resumed(report, json_folder) if resume else report
-        refused = run(chosen, report, target, quick=quick, only=only or (), folder=json_folder, minutes=minutes)
+        refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=json_folder, minutes=minutes)
         show(report, target)
         if earlier is not None:
             wide(150).print(changes_table(changes(earlier, report), earlier, report))
@@ -73,6 +73,9 @@ def bench(
         if refused:
             errors.print(Text(f"refused, as they do not verify here: {', '.join(refused)}", style="red"))
             raise typer.Exit(1)
+        if is_cut:
+            console.print("The time is up and cases are left; --json with --resume goes on with them.")
+            raise typer.Exit(3)
 
 
 def run(
@@ -84,11 +87,11 @@ def run(
     only: list[str] | tuple[str, ...],
     folder: Path | None,
     minutes: float | None,
-) -> list[str]:
+) -> tuple[list[str], bool]:
     """Fills a report, verification first, flushing each case.
 
     Returns:
-        The benches that were refused.
+        The benches that were refused, and whether the time was too short for all cases.
     """
     from ..bench._session import Session, label
     from ..bench._timing import measure_ceilings, time_in_turns
@@ -125,7 +128,7 @@ def run(
                 refused.append(bench.op)
             if folder is not None:
                 report.write_rows(folder, bench.op)
-    return refused
+    return refused, session.is_cut
 
 
 def show(report: Report, device: torch.device) -> None:
