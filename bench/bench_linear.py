@@ -1,6 +1,6 @@
 """linear against cuBLAS between separate kernels: the projections of LLaDA and Dream with what is fused into them.
 
-python bench/bench_linear.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_linear.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 python bench/bench_linear.py --tune     # times the candidates of every shape and commits those that beat the library
 
 The library's time is what a layer without fusions spends: the norm in front and the gated unit behind are launches of their
@@ -14,6 +14,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from _timing import Bench, Inputs, Timer, check, main, sets_of_inputs, time_cold
 from torch import Tensor
 
+from fastdllm_triton.bench._session import Bench, check, main
+from fastdllm_triton.bench._timing import Inputs, Run, Timer, Timing, sets_of_inputs, time_in_turns
 from fastdllm_triton.kernels import _tuned
 from fastdllm_triton.kernels._arch import arch_of
 from fastdllm_triton.kernels.linear import PROJECTIONS, Config, candidates, select_config
@@ -85,12 +87,15 @@ compiled = torch.compile(reference)
 BENCH = Bench(
     op="linear",
     shapes=SHAPES,
+    quick=[{"name": "small", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False}],
+    axis="rows",
     inputs=inputs,
     ours=ours,
     oracle=lambda i: reference(**{**i, "out": None}),
     baselines={"library": library, "torch.compile": lambda i: compiled(**{**i, "out": None})},
     bytes=bytes_moved,
     flops=lambda shape: 2 * shape["rows"] * shape["n"] * shape["k"],
+    gpu_only=["torch.compile"],
 )
 
 
@@ -100,16 +105,18 @@ def tune(shapes: Sequence[Mapping[str, Any]], device: torch.device, *, timer: Ti
     for shape in shapes:
         sets = [inputs(shape, device, seed, **keywords) for seed in range(sets_of_inputs(bytes_moved(shape), cache))]
         check(BENCH, shape, sets[0])
-        baseline, times = timer(library, sets).median, {}
         sizes = (shape["rows"], shape["n"], shape["k"], sets[0]["x"].element_size(), shape["activation"])
-        for config in candidates(arch_of(device), *sizes):
-            times[config] = timer(lambda i, config=config: ours(i, config), sets).median
+        configs = {str(config): config for config in candidates(arch_of(device), *sizes)}
+        runs: dict[str, Run] = {name: partial(ours, config=config) for name, config in configs.items()}
+        found = timer({"library": library} | runs, sets)
+        times = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
+        baseline = times.pop("library")
         best = min(times, key=times.__getitem__)
         print(f"{shape['name']} rows={shape['rows']}: {times[best]:.4f} ms, library {baseline:.4f} ms, {best}")
         if times[best] < MARGIN * baseline:
             key = {name: shape[name] for name in ("rows", "n", "k", "norm", "activation", "residual")}
             key["dtype"] = str(sets[0]["x"].dtype).removeprefix("torch.")
-            entry = {"op": "linear", "shape": key, "config": asdict(best)}
+            entry = {"op": "linear", "shape": key, "config": asdict(configs[best])}
             entries.append(entry | {"ms": times[best], "library_ms": baseline})
     return entries
 
@@ -127,9 +134,9 @@ def commit(entries: Sequence[Any], gpu: str) -> Path:
 
 if __name__ == "__main__":
     if "--tune" not in sys.argv[1:]:
-        sys.exit(main(BENCH))
+        main(BENCH.op)
     if not torch.cuda.is_available():
         sys.exit("bench_linear: torch sees no GPU here, so nothing is tuned.")
     gpu = torch.cuda.get_device_properties(0)
-    found = tune(SHAPES, torch.device("cuda"), timer=time_cold, cache=gpu.L2_cache_size)
+    found = tune(SHAPES, torch.device("cuda"), timer=time_in_turns, cache=gpu.L2_cache_size)
     print(commit(found, gpu.name))

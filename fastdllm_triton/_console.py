@@ -23,7 +23,7 @@ def clear_errors() -> Iterator[None]:
     """What a user can mend is told in a line; anything else is a bug and keeps its trace."""
     try:
         yield
-    except typer.Exit:  # a RuntimeError itself
+    except typer.Exit:  # A RuntimeError to Python.
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         errors.print(Text(f"error: {error}", style="red"))

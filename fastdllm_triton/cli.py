@@ -15,8 +15,11 @@ from rich.text import Text
 
 from . import cli_options as cli
 from ._console import clear_errors, console, errors, wide
+from .commands.bench import bench
 from .commands.chat import chat as chat_command
+from .commands.evaluate import evaluate, lm_eval
 from .commands.info import info
+from .commands.inspect import inspect
 from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import GenerationOutput
@@ -188,10 +191,16 @@ def compile_report_command(
         raise typer.Exit(1)
 
 
+app.command()(bench)
 app.command("chat")(chat_command)
 app.command()(info)
 app.command()(roofline)
 app.command()(verify)
+app.command()(evaluate)
+app.command()(inspect)
+app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+    lm_eval
+)
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

@@ -250,11 +250,13 @@ def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activati
     programs = tiles_m * triton.cdiv(outputs, block_n)
     splits = max(min(arch.sms // (3 * programs), k // (8 * block_k)), 1)
     splits = triton.cdiv(k, triton.cdiv(triton.cdiv(k, splits), block_k) * block_k)  # none of them empty
-    num_warps = 8 if block_m * block_n * (2 if gated else 1) > 4096 else 4
+    sums = block_m * block_n * (2 if gated else 1)
+    # Two sums beside the normalised rows need the registers of more threads where mma.sync keeps operands in them, too.
+    num_warps = 8 if sums > 4096 or (sums == 4096 and gated and not swap and arch.backend == "cuda") else 4
     stage = itemsize * block_k * (block_m + block_n * (2 if gated else 1))
     resident = 2 if programs * splits > arch.sms and (num_warps == 4 or gated) else 1
     # What is not stages: rows on their way into the MMA, and the result on its way out.
-    beside = max(itemsize * block_m * block_k, 4 * block_m * block_n * (2 if gated else 1))
+    beside = max(itemsize * block_m * block_k, 4 * sums)
     room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - beside
     num_stages = 2 if arch.backend == "hip" else max(min(room // stage, 4 if gated else 6), 2)
     return Config(block_m, block_n, block_k, swap, splits, num_warps, num_stages)
@@ -311,6 +313,15 @@ def measured_config(
     shape = {"rows": bucket, "n": n, "k": k, "dtype": dtype, "norm": norm, "activation": activation, "residual": residual}
     found = tuned(gpu, "linear", **shape)
     return None if found is None else Config(**found)
+
+
+def is_measured(
+    x: Tensor, weight: Tensor, *, norm: bool = False, activation: Activation | None = None, residual: bool = False
+) -> bool:
+    """Whether a call on these tensors would run this kernel: :func:`measured_config` has launch parameters for it."""
+    (n, k), dtype = weight.shape, str(x.dtype).removeprefix("torch.")
+    rows = x.shape[:-1].numel()
+    return measured_config(gpu_name(x.device), rows, n, k, dtype, norm, activation, residual) is not None
 
 
 def launches(

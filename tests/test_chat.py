@@ -72,7 +72,7 @@ def test_without_a_template_each_question_is_a_prompt_of_its_own(tiny: fdt.Maske
     assert _ask(conversation, FIRST) == tiny.generate(FIRST).texts[0].strip()
     assert conversation.prompt(SECOND) == tiny.encode(SECOND)
     assert conversation.messages == []
-    with pytest.raises(ValueError, match=r"system: the tokenizer of .* has no chat template"):
+    with pytest.raises(ValueError, match="system: the model's tokenizer has no chat template"):
         Conversation(tiny, system="Be brief.")
     with pytest.raises(ValueError, match="has no chat template"):
         tiny.encode([{"role": "user", "content": FIRST}])
@@ -168,7 +168,7 @@ def test_a_setting_reaches_the_engine(tiny: fdt.MaskedDiffusionLM) -> None:
 
 
 def test_a_model_without_a_tokenizer_cannot_talk(llada: fdt.MaskedDiffusionLM) -> None:
-    with pytest.raises(ValueError, match="has no tokenizer files"):
+    with pytest.raises(ValueError, match="has no tokenizer, and a conversation needs one"):
         Conversation(llada)
 
 
@@ -228,7 +228,7 @@ def test_a_line_that_fails_is_told_and_the_session_goes_on(line: str, message: s
         (("--threshold", "0.5", "--steps", "48"), "threshold and steps exclude each other"),
         (("--gen-length", "50"), "gen_length must be a multiple of block_length = 16, got 50"),
         (("--system", "x"), "has no chat template"),
-        (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer files"),
+        (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer, and a conversation needs one"),
     ],
 )
 def test_bad_options_end_before_the_first_line(arguments: tuple[str, ...], message: str) -> None:

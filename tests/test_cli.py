@@ -157,7 +157,7 @@ def console_text(frame: Any) -> str:
         (["--prompt", "x", "--prompt-file", "y"], "--prompt and --prompt-file exclude each other"),
         (["--prompt-file", "/no/such/file"], "No such file"),
         (["--prompt", "x", "--chat"], "has no chat template"),
-        (["--prompt", "x", "--model", str(GOLDEN / "llada-gqa")], "has no tokenizer.json"),
+        (["--prompt", "x", "--model", str(GOLDEN / "llada-gqa")], "has no tokenizer files"),
         (["--prompt", ""], "prompts: row 0 is empty"),
         (["--prompt", "x", "--backend", "triton", "--dtype", "float64"], "the Triton kernels have no float64"),
     ],

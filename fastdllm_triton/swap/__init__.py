@@ -1,0 +1,9 @@
+"""Swap-in: a LLaDA or Dream module that is already loaded generates with this library's engine, in place and reversibly.
+
+``recognise`` looks and refuses, ``fuse`` moves parameters, ``accelerate`` puts the two together, ``report`` says what came of it.
+"""
+
+from .accelerate import accelerate, restore, runtime_of
+from .report import Report
+
+__all__ = ["Report", "accelerate", "restore", "runtime_of"]
