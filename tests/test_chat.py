@@ -19,6 +19,7 @@ from conftest import GOLDEN
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton.batch import Batch
 from fastdllm_triton.chat import Conversation
 from fastdllm_triton.cli import app
 from fastdllm_triton.commands import chat as command
@@ -251,6 +252,22 @@ def test_ctrl_c_in_a_script_ends_it_with_what_was_said(monkeypatch: pytest.Monke
     assert result.stdout.startswith("That makes it 51")
     assert "what was said so far is kept" in result.stderr
     assert len(calls) == 6
+
+
+def test_a_forward_that_fails_ends_the_answer_and_not_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(self: Batch, rows: int) -> Any:
+        looks.append(rows)
+        if len(looks) == 2:
+            raise FloatingPointError("forward 1 gave logits that are NaN or nowhere finite in row 0")
+        return original(self, rows)
+
+    looks: list[int] = []
+    original = Batch.look
+    monkeypatch.setattr(Batch, "look", look)
+    result = _run(f"{FIRST}\n{FIRST}\n")
+    assert result.exit_code == 2
+    assert "error: forward 1 gave logits that are NaN" in " ".join(result.stderr.split())
+    assert result.stdout.count("####") == 1
 
 
 class Session:
