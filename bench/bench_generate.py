@@ -131,6 +131,7 @@ class GenerateBench:
 
     op = "generate"
     suite = "generate"
+    baselines = ("official", "vanilla")
 
     @property
     def gate(self) -> Sequence[str]:

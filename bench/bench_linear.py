@@ -1,7 +1,6 @@
 """linear against cuBLAS between separate kernels: the projections of LLaDA and Dream with what is fused into them.
 
 python bench/bench_linear.py [--quick] [--json DIR] [--html FILE] [--only NAME]
-python bench/bench_linear.py --tune     # times the candidates of every shape and commits those that beat the library
 
 The library's time is what a layer without fusions spends: the norm in front and the gated unit behind are launches of their
 own, but the residual is not, since it is added by the next norm's launch.
@@ -9,34 +8,24 @@ own, but the residual is not, since it is added by the next norm's launch.
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Mapping
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from fastdllm_triton.bench._session import Bench, check, main
-from fastdllm_triton.bench._timing import Inputs, Run, Timer, Timing, sets_of_inputs, time_in_turns
-from fastdllm_triton.kernels import _tuned
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels._arch import arch_of
-from fastdllm_triton.kernels.linear import PROJECTIONS, Config, candidates, select_config
+from fastdllm_triton.kernels.linear import PROJECTIONS, Config, select_config
 from fastdllm_triton.kernels.linear import linear as kernel
 from fastdllm_triton.kernels.rms_norm import rms_norm
 from fastdllm_triton.kernels.swiglu import swiglu
 from fastdllm_triton.reference.linear import linear as reference
 
 EPS = 1e-5
-#: A kernel replaces the library only if it is faster by more than two runs of the same thing differ.
-MARGIN = 0.97
 SHAPES = [
     {"name": name, "rows": rows, "n": n, "k": k, "norm": norm, "activation": activation, "residual": residual}
     for (name, (n, k, norm, activation, residual)), rows in product(PROJECTIONS.items(), (16, 32, 64, 128, 256, 512))
@@ -99,44 +88,5 @@ BENCH = Bench(
 )
 
 
-def tune(shapes: Sequence[Mapping[str, Any]], device: torch.device, *, timer: Timer, cache: int, **keywords: Any) -> list[Any]:
-    """An entry for each shape whose best candidate beats the library, checked against the reference first."""
-    entries = []
-    for shape in shapes:
-        sets = [inputs(shape, device, seed, **keywords) for seed in range(sets_of_inputs(bytes_moved(shape), cache))]
-        check(BENCH, shape, sets[0])
-        sizes = (shape["rows"], shape["n"], shape["k"], sets[0]["x"].element_size(), shape["activation"])
-        configs = {str(config): config for config in candidates(arch_of(device), *sizes)}
-        runs: dict[str, Run] = {name: partial(ours, config=config) for name, config in configs.items()}
-        found = timer({"library": library} | runs, sets)
-        times = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
-        baseline = times.pop("library")
-        best = min(times, key=times.__getitem__)
-        print(f"{shape['name']} rows={shape['rows']}: {times[best]:.4f} ms, library {baseline:.4f} ms, {best}")
-        if times[best] < MARGIN * baseline:
-            key = {name: shape[name] for name in ("rows", "n", "k", "norm", "activation", "residual")}
-            key["dtype"] = str(sets[0]["x"].dtype).removeprefix("torch.")
-            entry = {"op": "linear", "shape": key, "config": asdict(configs[best])}
-            entries.append(entry | {"ms": times[best], "library_ms": baseline})
-    return entries
-
-
-def commit(entries: Sequence[Any], gpu: str) -> Path:
-    """Replaces the entries of this op in the file of a GPU."""
-    path = _tuned.path_of(gpu)
-    path.parent.mkdir(exist_ok=True)
-    others = [e for e in json.loads(path.read_text())["entries"] if e["op"] != "linear"] if path.exists() else []
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    rows = ",\n".join(json.dumps(entry) for entry in [*others, *entries])
-    path.write_text(f'{{"gpu": {json.dumps(gpu)}, "versions": {json.dumps(versions)}, "entries": [\n{rows}\n]}}\n')
-    return path
-
-
 if __name__ == "__main__":
-    if "--tune" not in sys.argv[1:]:
-        main(BENCH.op)
-    if not torch.cuda.is_available():
-        sys.exit("bench_linear: torch sees no GPU here, so nothing is tuned.")
-    gpu = torch.cuda.get_device_properties(0)
-    found = tune(SHAPES, torch.device("cuda"), timer=time_in_turns, cache=gpu.L2_cache_size)
-    print(commit(found, gpu.name))
+    main(BENCH.op)

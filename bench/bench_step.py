@@ -6,7 +6,9 @@ A step of ours is the captured graph, from token ids to committed tokens, over t
 a row on a block that is masked again before each turn. The official step (``official_step.py``) does the same work with the
 same weights: its forward over the block, selection, and the test on the host whether the block is done. A refresh recomputes the
 whole context and is the first step of its block in both. The floor is that of ``fastdllm_triton.roofline``, with the copy
-bandwidth and the matrix rate that this GPU reached in the same run.
+bandwidth and the matrix rate that this GPU reached in the same run. Two more providers are ours with a choice made otherwise:
+``serial`` launches no kernel before its predecessor has ended, ``fused`` takes the kernel of ``linear`` for every product,
+measured or not.
 
 Rows of ours have more entries: ``parts`` (milliseconds by op), ``launches`` a step, ``host_ms`` (what reading the flags
 after every step adds), ``selection_share`` (of the commit and the merge of statistics), ``weights_floor_ms`` (the matrices over
@@ -19,6 +21,8 @@ import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -32,6 +36,10 @@ from fastdllm_triton.bench._timing import Timing, percentiles, reason
 from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
 from fastdllm_triton.bench.official_step import shift as shift_logits
 from fastdllm_triton.decoding import GenerationConfig, Threshold
+from fastdllm_triton.kernels import _pdl
+from fastdllm_triton.kernels._arch import arch_of
+from fastdllm_triton.kernels.linear import MAX_ROWS, select_config
+from fastdllm_triton.kernels.linear import linear as linear_kernel
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.roofline import forward_cost
 
@@ -208,11 +216,35 @@ def op_of(kernel: str) -> str:
     return next((op for op, pattern in OPS.items() if re.search(pattern, kernel)), "other")
 
 
+@contextmanager
+def serial() -> Iterator[None]:
+    """Launches one after the other."""
+    kept = _pdl.has_dependent_launch
+    _pdl.has_dependent_launch = lambda arch: False
+    try:
+        yield
+    finally:
+        _pdl.has_dependent_launch = kept
+
+
+def fused(network: Transformer) -> Transformer:
+    """The same model with every product of few rows by our own kernel, in the configuration of its pure function."""
+
+    def linear(x: Tensor, weight: Tensor, **around: Any) -> Tensor:
+        rows, (n, k) = x.shape[:-1].numel(), weight.shape
+        config = select_config(arch_of(x.device), rows, n, k, x.element_size(), around.get("activation"))
+        return linear_kernel(x, weight, config=config if rows <= MAX_ROWS else None, **around)
+
+    ops = replace(network.ops, linear=linear, fuses_residual=lambda x, weight: x.shape[:-1].numel() <= MAX_ROWS)
+    return Transformer(network.config, network.weights, ops)
+
+
 class StepBench:
     """Steps and refreshes of whole models."""
 
     op = "step"
     suite = "step"
+    baselines = ("official", "serial", "fused")
 
     @property
     def gate(self) -> Sequence[str]:
@@ -269,6 +301,23 @@ class StepBench:
             if "median_ms" in row and "median_ms" in mine:
                 row["times_triton"] = row["median_ms"] / mine["median_ms"]
             yield base | {"op": op, "provider": provider} | row
+        for provider in ("serial", "fused"):
+            if not session.only or provider in session.only:
+                row = self.other_row(provider, ours, shape, session)
+                if "median_ms" in row and "median_ms" in (mine := times["step", "triton"]):
+                    row["times_triton"] = row["median_ms"] / mine["median_ms"]
+                yield base | {"op": "step", "provider": provider} | row
+
+    def other_row(self, provider: str, ours: OurStep, shape: Shape, session: Session) -> Row:
+        """A step of ours with another choice."""
+        if ours.batch.network.ops.name != "triton":
+            return {"missing": "needs a GPU"}
+        network = fused(ours.batch.network) if provider == "fused" else ours.batch.network
+        try:
+            with serial() if provider == "serial" else nullcontext():
+                return self.row_of("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
+        except Exception as error:
+            return {"missing": reason(error)}
 
     def row_of(self, op: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
         """One measurement."""

@@ -198,6 +198,7 @@ app.command()(roofline)
 app.command()(verify)
 app.command()(evaluate)
 app.command()(inspect)
+# Every argument is the harness's own, --help too.
 app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     lm_eval
 )

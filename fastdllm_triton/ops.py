@@ -116,7 +116,7 @@ def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
     names = {op for part in parts for op in PARTS[part]}
     functions: dict[str, Any] = {op: _function("reference", op) for op in NAMES if op in names}
     name = "reference" if len(functions) == len(NAMES) else "mixed"
-    return replace(ops, name=name, reason=f"{', '.join(parts)} without kernels as asked for", **functions)
+    return replace(ops, name=name, reason=f"{ops.reason}, but for {', '.join(parts)}", **functions)
 
 
 def _obstacle(device: torch.device, *, interpreter: bool) -> str | None:

@@ -102,7 +102,7 @@ def _linear_kernel(
 
     in_m, in_n = row < M, column < N
     p_w = weight_ptr + column.to(tl.int64)[:, None] * stride_w + k[None, :]  # [BLOCK_N, BLOCK_K]
-    p_up = p_w + N.to(tl.int64) * stride_w
+    p_up = p_w + tl.cast(N, tl.int64) * stride_w
     if PREFETCH > 0:
         # A line of the L2 cache has 128 bytes.
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -111,7 +111,7 @@ def _linear_kernel(
         ahead = in_n[:, None] & (line < end)[None, :]
         prefetch(p_line, ahead)
         if SWIGLU:
-            prefetch(p_line + N.to(tl.int64) * stride_w, ahead)
+            prefetch(p_line + tl.cast(N, tl.int64) * stride_w, ahead)
     wait_for_predecessor(PDL)
 
     x_ptr += row.to(tl.int64)[:, None] * stride_x  # [BLOCK_M, 1]
@@ -156,7 +156,7 @@ def _linear_kernel(
         at = (tl.program_id(1).to(tl.int64) * P * M + row) * N + column[None, :]
         tl.store(partial_ptr + at, y, mask=mask)
         if SWIGLU:
-            tl.store(partial_ptr + M.to(tl.int64) * N + at, up, mask=mask)
+            tl.store(partial_ptr + tl.cast(M, tl.int64) * N + at, up, mask=mask)
     else:
         _finish(y, up, residual_ptr, out_ptr, stride_r, stride_o, row, column[None, :], mask, SWIGLU, RESIDUAL)
 
@@ -171,7 +171,7 @@ def _finish_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask = column < N
     P: tl.constexpr = 2 if SWIGLU else 1
-    matrix = M.to(tl.int64) * N
+    matrix = tl.cast(M, tl.int64) * N
     y = tl.zeros([BLOCK_N], tl.float32)
     up = y
     for split in range(splits):
@@ -313,15 +313,6 @@ def measured_config(
     shape = {"rows": bucket, "n": n, "k": k, "dtype": dtype, "norm": norm, "activation": activation, "residual": residual}
     found = tuned(gpu, "linear", **shape)
     return None if found is None else Config(**found)
-
-
-def is_measured(
-    x: Tensor, weight: Tensor, *, norm: bool = False, activation: Activation | None = None, residual: bool = False
-) -> bool:
-    """Whether a call on these tensors would run this kernel: :func:`measured_config` has launch parameters for it."""
-    (n, k), dtype = weight.shape, str(x.dtype).removeprefix("torch.")
-    rows = x.shape[:-1].numel()
-    return measured_config(gpu_name(x.device), rows, n, k, dtype, norm, activation, residual) is not None
 
 
 def launches(

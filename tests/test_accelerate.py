@@ -468,7 +468,9 @@ def test_each_part_can_do_without_its_kernels(llada_module: nn.Module) -> None:
         for part, names in PARTS.items():
             room = "reference" if part == off else "kernels"
             assert all(getattr(ops, name).__module__ == f"fastdllm_triton.{room}.{name}" for name in names)
-            assert report.as_dict()["entries"][list(PARTS).index(part)]["runs"] == ("reference" if part == off else "triton")
+            entry = report.as_dict()["entries"][list(PARTS).index(part)]
+            expected = ("reference", f"{off}=False") if part == off else ("triton", "asked for")
+            assert (entry["runs"], entry["reason"]) == expected
     fdt.accelerate(llada_module, backend="triton", attention=False, norms=False, head=False)
     assert runtime_of(llada_module).network.ops.name == "reference"
 
@@ -493,6 +495,15 @@ def test_strict_refuses_to_fall_back(llada_module: nn.Module) -> None:
     report = fdt.accelerate(llada_module)
     assert report.kept == ("forward", "hooks")
     assert "forward hooks of model.transformer.blocks.1" in report.as_dict()["entries"][-1]["what"]
+
+
+def test_strict_goes_on_looking(llada_module: nn.Module) -> None:
+    fdt.accelerate(llada_module, backend="reference", strict=True)
+    hook = llada_module.model.transformer["ln_f"].register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match=r"strict: forward hooks would not be run by generate: model.transformer.ln_f"):
+        llada_module.generate([[1, 2]], **SHORT)
+    hook.remove()
+    llada_module.generate([[1, 2]], **SHORT)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

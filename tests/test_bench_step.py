@@ -14,6 +14,8 @@ from fastdllm_triton.bench import _models, bench_generate, bench_step
 from fastdllm_triton.bench._session import Session
 from fastdllm_triton.bench._timing import Ceilings
 from fastdllm_triton.bench.official_step import OfficialModel
+from fastdllm_triton.kernels import _pdl
+from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels._statistics import merge_statistics_kernel
 from fastdllm_triton.roofline import SHAPES
 
@@ -83,10 +85,29 @@ def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
     assert [(row["op"], row["provider"]) for row in rows[:4]] == [
         ("refresh", "triton"), ("refresh", "official"), ("step", "triton"), ("step", "official")
     ]  # fmt: skip
-    assert len(rows) == 4 * len(bench_step.QUICK)
+    assert [(row["op"], row["provider"]) for row in rows[4:6]] == [("step", "serial"), ("step", "fused")]
+    assert len(rows) == 6 * len(bench_step.QUICK)
     reasons = {row["missing"] for row in rows}
-    assert reasons == {"ran; not timed without a GPU", "NotImplementedError: the official loop is for one row"}
+    assert reasons == {"ran; not timed without a GPU", "NotImplementedError: the official loop is for one row", "needs a GPU"}
+    only = list(bench_step.BENCH.measure(Session(CPU, only=["serial"])))
+    assert {row["provider"] for row in only} == {"triton", "serial"}
     json.dumps(rows)
+
+
+@pytest.mark.parametrize("model", ["tiny llada", "tiny dream"])
+def test_a_step_with_every_product_fused_computes_the_same(model):
+    network = _models.network_of(model, DEVICE, torch.float32, "triton")
+    ids = _models.prompt_of(model, 1, 12, DEVICE)
+    want, got = network.logits(ids), bench_step.fused(network).logits(ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(got, want)  # in another order
+
+
+def test_serial_launches_are_serial_inside_alone(monkeypatch):
+    monkeypatch.setattr(_pdl, "INTERPRETED", False)
+    with bench_step.serial():
+        assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": False}
+    assert _pdl.dependent_launch(ARCHS["sm_90"])["PDL"]
 
 
 @pytest.mark.parametrize(("gen_length", "tokens", "total"), [(1024, 1024 / 140, 140), (256, 3.01, 85), (512, 5.8, 88)])

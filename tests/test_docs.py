@@ -17,9 +17,13 @@ from fastdllm_triton import tiny
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/selection.md", "docs/switching.md", "docs/choosing.md"])
-def test_the_examples_run(page: str) -> None:
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+#: Every page with examples.
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_examples_run(page: Path) -> None:
+    examples = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
     assert examples
     names: dict[str, object] = {
         # What a reader has at hand.
@@ -28,7 +32,7 @@ def test_the_examples_run(page: str) -> None:
         "input_ids": torch.tensor([[40, 41, 42, 43]]),
     }
     for example in examples:
-        exec(compile(example, page, "exec"), names)
+        exec(compile(example, page.name, "exec"), names)
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,17 @@ import pytest
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton import roofline
 from fastdllm_triton.cli import app
 from fastdllm_triton.commands import evaluate as command
 from fastdllm_triton.evaluation import plots, runner
+from fastdllm_triton.evaluation.cost import Meter
 from fastdllm_triton.evaluation.grid import CacheSpec, StrategySpec, Way, parse_grid
 from fastdllm_triton.evaluation.runner import Evaluation, Result
 from fastdllm_triton.evaluation.scoring import builtin_requests, builtin_scorer, final_number, find_scorer, read_requests
 from fastdllm_triton.evaluation.statistics import ratio_interval, wilson
 from fastdllm_triton.evaluation.summary import compare, summarize
+from fastdllm_triton.roofline import Shape
 from fastdllm_triton.tiny.problems import is_test_prompt
 
 FIXED, QUICK = "fixed:8", "threshold:0.9"
@@ -198,7 +201,9 @@ def test_the_command_reports_what_single_generations_give(tiny: fdt.MaskedDiffus
 def test_the_profile_of_a_block_counts_what_its_forwards_commit() -> None:
     way = parse_grid("fixed:2", "none", "4", 8)[0]
     maps = ([0, 0, 1, 2, 3, 3, 3, 3], [0, 1, 1, 1, -1, -1, -1, -1])
-    results = [Result(i, "p", "a", "t", 8 - 4 * i, 4 - 2 * i, 1.0, m, {"exact_match": 1.0}) for i, m in enumerate(maps)]
+    results = [
+        Result(i, "p", "a", "t", 8 - 4 * i, 4 - 2 * i, 10.0, 20.0, 1.0, m, {"exact_match": 1.0}) for i, m in enumerate(maps)
+    ]
     (record,) = summarize({way: results})
     assert record["tokens_by_forward"] == pytest.approx([(2 + 4 + 1) / 3, (1 + 3) / 2, 1], abs=1e-6)
     assert record["tokens_by_position"] == pytest.approx([7 / 3, 9 / 3, 8 / 3, 8 / 3], abs=1e-6)
@@ -207,7 +212,9 @@ def test_the_profile_of_a_block_counts_what_its_forwards_commit() -> None:
 
 def test_a_strategy_is_compared_with_fixed_steps_at_its_own_speed() -> None:
     def results(speed: float, right: int) -> list[Result]:
-        return [Result(i, "p", "a", "", int(12 * speed), 12, 1.0, [0], {"exact_match": float(i < right)}) for i in range(100)]
+        return [
+            Result(i, "p", "a", "", int(12 * speed), 12, 1, 1, 1.0, [0], {"exact_match": float(i < right)}) for i in range(100)
+        ]
 
     fixed = {parse_grid(f"fixed:{k}", "none", "16", 48)[0]: results(k, right) for k, right in ((2, 90), (4, 70))}
     threshold, fast = parse_grid("threshold:0.9,threshold:0.5", "none", "16", 48)
@@ -218,6 +225,27 @@ def test_a_strategy_is_compared_with_fixed_steps_at_its_own_speed() -> None:
     low, high = record["gain_ci"]
     # The same requests: the spread is that of 8 differing ones and half of 10, not of two samples of 100.
     assert 0.02 < low < 0.08 < high < 0.15
+
+
+def test_the_cost_of_a_request_is_that_of_its_windows(tiny: fdt.MaskedDiffusionLM) -> None:
+    prompts = [tiny.encode(request.prompt) for request in builtin_requests(3, 1)]
+    shape, forward = Shape.of(tiny.config), roofline.forward_cost
+    # One token a forward: blocks have 16, 15, ... masked slots, and nothing about the counts is an average.
+    for cache, options in (("none", {}), ("prefix", {}), ("dual", {}), ("dual", {"suffix_window": 8, "look_ahead": 4})):
+        config = tiny.options(cache=cache, strategy=fdt.FixedSteps(48), stop_at_eos=False, **options)
+        meter = Meter(tiny.config, [len(prompt) for prompt in prompts], config)
+        costs = meter.costs(tiny.generate(prompts, config, callback=meter))
+        for prompt, cost in zip(map(len, prompts), costs, strict=True):
+            expected = roofline.Cost(0, 0)
+            for block in range(3):
+                start = prompt + 16 * block
+                end = min(prompt + 48, start + 16 + options.get("suffix_window", 48))
+                ahead = min(end, start + 16 + options.get("look_ahead", 0))
+                window = {"none": end, "prefix": end - start, "dual": ahead - start}[cache]
+                expected += forward(shape, 1, end, end, 16)
+                for masked in range(15, 0, -1):
+                    expected += forward(shape, 1, window, end, masked)
+            assert (cost.bytes, cost.flops) == pytest.approx((expected.bytes, expected.flops))
 
 
 class _Clock:

@@ -22,7 +22,9 @@ import torch
 from .. import __version__
 from ..engine import check_prompts
 from ..files import write_atomically
+from ..machine import commit
 from ..model import MaskedDiffusionLM
+from .cost import Meter
 from .grid import Way
 from .scoring import Request, Scorer, digest
 
@@ -40,6 +42,7 @@ class Result:
         text: what was generated, up to its first end token.
         tokens: committed by forwards; not what was filled in after the end token.
         forwards: in which the row still had something to decode.
+        bytes, flops: what these cost on their own by the roofline model (:mod:`~fastdllm_triton.evaluation.cost`).
         seconds: the request's share of the time of its batch.
         step_map: for each generated slot the forward of the batch that committed it, ``-1`` where none did.
         scores: by name; None as long as the way is not complete.
@@ -51,6 +54,8 @@ class Result:
     text: str
     tokens: int
     forwards: int
+    bytes: float
+    flops: float
     seconds: float
     step_map: list[int]
     scores: dict[str, float] | None = None
@@ -117,7 +122,8 @@ class Evaluation:
         path = self.folder / "run.json"
         if not path.exists():
             (self.folder / "requests").mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(identity, indent=1) + "\n")
+            # The commit is told, but may change: not every change of the code changes a result.
+            write_atomically(path, json.dumps({**identity, "commit": commit()}, indent=1) + "\n")
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
@@ -168,7 +174,10 @@ class Evaluation:
                 self.model.generate(self.prompts[len(results) : len(results) + self.batch_size], config)
         for start in range(len(results), len(self.requests), self.batch_size):
             batch = list(self.requests[start : start + self.batch_size])
-            output = self.model.generate(self.prompts[start : start + self.batch_size], config)
+            prompts = self.prompts[start : start + self.batch_size]
+            meter = Meter(self.model.config, [len(prompt) for prompt in prompts], config)
+            output = self.model.generate(prompts, config, callback=meter)
+            costs = meter.costs(output)
             fresh = [
                 Result(
                     index=start + row,
@@ -177,6 +186,8 @@ class Evaluation:
                     text=output.texts[row],
                     tokens=int((output.step_map[row] >= 0).sum()),
                     forwards=int(output.row_forwards[row]),
+                    bytes=costs[row].bytes,
+                    flops=costs[row].flops,
                     seconds=round(output.seconds / len(batch), 9),
                     step_map=output.step_map[row].tolist(),
                 )

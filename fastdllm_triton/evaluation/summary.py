@@ -18,10 +18,12 @@ Record = dict[str, Any]
 def summarize(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
     """One record a way, in the order given.
 
-    ``exact_match`` and ``whole`` (None where the task has no such score) with Wilson intervals; ``tokens_per_forward``, committed
-    tokens over forwards, and ``nfe``, forwards a request, with bootstrap intervals over requests; ``seconds`` of all requests.
-    All intervals are of 95 %. ``tokens_by_forward[i]``: tokens that forward ``i`` of a block commits, over the blocks that have
-    one; ``tokens_by_position[p]``: tokens committed by the forward that commits slot ``p`` of a block.
+    ``exact_match`` and ``whole`` (None where the task has no such score) with Wilson intervals; ``tokens_per_forward``,
+    committed tokens over forwards, and ``nfe``, forwards a request, with bootstrap intervals over requests; ``seconds`` of all
+    requests; ``bytes`` and ``flops`` of a request by the roofline model. All intervals are of 95 %.
+
+    ``tokens_by_forward[i]``: tokens that forward ``i`` of a block commits, over the blocks that have one;
+    ``tokens_by_position[p]``: tokens committed by the forward that commits slot ``p`` of a block.
     """
     return [_record(way, found) for way, found in results.items()]
 
@@ -54,6 +56,8 @@ def _record(way: Way, results: Sequence[Result]) -> Record:
         "nfe": _round(forwards.mean()),
         "nfe_ci": _round(ratio_interval(forwards, np.ones(n))),
         "tokens": _round(tokens.mean()),
+        "bytes": _round(_column(results, "bytes").mean()),
+        "flops": _round(_column(results, "flops").mean()),
         "seconds": _round(seconds),
         "tokens_per_second": _round(tokens.sum() / seconds) if seconds else None,
         "tokens_by_forward": _round(by_forward),
