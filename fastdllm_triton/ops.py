@@ -68,7 +68,7 @@ NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", 
 #: The ops by the part of a model that they belong to.
 PARTS = {
     "attention": ("rope_kv_write", "window_attention"),
-    "norms": ("rms_norm", "swiglu"),
+    "norms": ("rms_norm", "swiglu", "linear"),
     "head": ("head_statistics", "token_statistics", "commit_tokens"),
 }
 
@@ -115,7 +115,9 @@ def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
         return ops
     names = {op for part in parts for op in PARTS[part]}
     functions: dict[str, Any] = {op: _function("reference", op) for op in NAMES if op in names}
-    name = "reference" if len(functions) == len(NAMES) else "mixed"
+    if "linear" in names:
+        functions["fuses_residual"] = _fuses_residual("reference")
+    name = "reference" if names == set(NAMES) else "mixed"
     return replace(ops, name=name, reason=f"{ops.reason}, but for {', '.join(parts)}", **functions)
 
 

@@ -16,7 +16,7 @@ from .recognise import Found
 #: What each part of :data:`fastdllm_triton.ops.PARTS` is, in a reader's words.
 _WHAT = {
     "attention": "rotation, cache in place, attention",
-    "norms": "norms with residual, gate of the MLP",
+    "norms": "norms with residual, gate of the MLP, products fused with them",
     "head": "head, statistics and commit of the masked rows",
 }
 
