@@ -38,7 +38,7 @@ def accelerate(
         backend: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
         attention: run the kernels of rotation, cache and attention; plain PyTorch ops in their place if False.
         head: the same for the kernels from the head's weight to the committed tokens.
-        norms: the same for the norms and the MLP's gate.
+        norms: the same for the norms, the MLP's gate, and the products fused with them.
         weights: reserved for weight-only quantisation, which this version does not have for loaded modules.
         strict: raise where something would run otherwise than on the kernels, or be left out, that no argument asked for.
 
