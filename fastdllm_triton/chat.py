@@ -113,9 +113,9 @@ class Conversation:
     def __init__(self, model: MaskedDiffusionLM, config: GenerationConfig | None = None, system: str | None = None) -> None:
         self.model, self.config, self.system = model, config or model.defaults, system
         if model.tokenizer is None:
-            raise ValueError(f"model: {model.folder} has no tokenizer files, and a conversation needs them")
+            raise ValueError("model: it has no tokenizer, and a conversation needs one")
         if system is not None and not self.remembers:
-            raise ValueError(f"system: the tokenizer of {model.folder} has no chat template to put it in")
+            raise ValueError("system: the model's tokenizer has no chat template to put it in")
         self.messages: list[dict[str, str]] = []
         self.last = self.total = Usage()
 

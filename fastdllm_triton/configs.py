@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import tiny
-from .loading import ARCHITECTURES
+from .loading import architecture_of
 from .models.checkpoint import read_json
 from .models.config import CheckpointError, ModelConfig
 
@@ -23,11 +23,8 @@ def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
         CheckpointError: (a ``ValueError``) there is no such file, or it is not one of a supported model.
     """
     raw = read_json(_find(model))
-    kind = raw.get("model_type")
-    if (name := str(kind).lower()) not in ARCHITECTURES:  # Dream's configs write it with a capital.
-        raise CheckpointError(f"config.json: model_type {kind!r} is not known; supported: {', '.join(ARCHITECTURES)}")
     dtype = raw.get("dtype") or raw.get("torch_dtype")  # What transformers 5 writes, and what those before did.
-    return ARCHITECTURES[name].config(raw), None if dtype is None else str(dtype).removeprefix("torch.")
+    return architecture_of(raw).config(raw), None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _find(model: str | Path) -> Path:

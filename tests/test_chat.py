@@ -19,6 +19,7 @@ from conftest import GOLDEN
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton.batch import Batch
 from fastdllm_triton.chat import Conversation
 from fastdllm_triton.cli import app
 from fastdllm_triton.commands import chat as command
@@ -72,7 +73,7 @@ def test_without_a_template_each_question_is_a_prompt_of_its_own(tiny: fdt.Maske
     assert _ask(conversation, FIRST) == tiny.generate(FIRST).texts[0].strip()
     assert conversation.prompt(SECOND) == tiny.encode(SECOND)
     assert conversation.messages == []
-    with pytest.raises(ValueError, match=r"system: the tokenizer of .* has no chat template"):
+    with pytest.raises(ValueError, match="system: the model's tokenizer has no chat template"):
         Conversation(tiny, system="Be brief.")
     with pytest.raises(ValueError, match="has no chat template"):
         tiny.encode([{"role": "user", "content": FIRST}])
@@ -168,7 +169,7 @@ def test_a_setting_reaches_the_engine(tiny: fdt.MaskedDiffusionLM) -> None:
 
 
 def test_a_model_without_a_tokenizer_cannot_talk(llada: fdt.MaskedDiffusionLM) -> None:
-    with pytest.raises(ValueError, match="has no tokenizer files"):
+    with pytest.raises(ValueError, match="has no tokenizer, and a conversation needs one"):
         Conversation(llada)
 
 
@@ -228,7 +229,7 @@ def test_a_line_that_fails_is_told_and_the_session_goes_on(line: str, message: s
         (("--threshold", "0.5", "--steps", "48"), "threshold and steps exclude each other"),
         (("--gen-length", "50"), "gen_length must be a multiple of block_length = 16, got 50"),
         (("--system", "x"), "has no chat template"),
-        (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer files"),
+        (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer, and a conversation needs one"),
     ],
 )
 def test_bad_options_end_before_the_first_line(arguments: tuple[str, ...], message: str) -> None:
@@ -251,6 +252,22 @@ def test_ctrl_c_in_a_script_ends_it_with_what_was_said(monkeypatch: pytest.Monke
     assert result.stdout.startswith("That makes it 51")
     assert "what was said so far is kept" in result.stderr
     assert len(calls) == 6
+
+
+def test_a_forward_that_fails_ends_the_answer_and_not_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(self: Batch, rows: int) -> Any:
+        looks.append(rows)
+        if len(looks) == 2:
+            raise FloatingPointError("forward 1 gave logits that are NaN or nowhere finite in row 0")
+        return original(self, rows)
+
+    looks: list[int] = []
+    original = Batch.look
+    monkeypatch.setattr(Batch, "look", look)
+    result = _run(f"{FIRST}\n{FIRST}\n")
+    assert result.exit_code == 2
+    assert "error: forward 1 gave logits that are NaN" in " ".join(result.stderr.split())
+    assert result.stdout.count("####") == 1
 
 
 class Session:
@@ -288,14 +305,34 @@ class Session:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def press_ctrl_c_at_the_prompt(self, what: str) -> None:
+        """Again, if nothing comes of it: one that falls between the prompt and the wait for keys is seen with the next key."""
+        for attempt in range(5):
+            time.sleep(0.3 * (attempt + 1))
+            self.type("\x03")
+            try:
+                self.expect(what, 5)
+            except AssertionError:
+                continue
+            return
+        raise AssertionError(f"{what!r} did not come of Ctrl-C; the terminal shows {self.seen!r}")
+
     def close(self) -> None:
         if self.process.poll() is None:
-            self.process.send_signal(signal.SIGKILL)
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         os.close(self.fd)
 
 
-_IN_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+_IN_TERMINAL = """
+import fcntl, subprocess, sys, termios, signal
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+child = subprocess.Popen(sys.argv[1:])
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+status = child.wait()
+print("the session is over", flush=True)
+sys.exit(status)
+"""
 
 
 def test_in_a_terminal_blocks_denoise_and_ctrl_c_stops_the_answer_then_the_session() -> None:
@@ -319,8 +356,14 @@ def test_in_a_terminal_blocks_denoise_and_ctrl_c_stops_the_answer_then_the_sessi
         session.type("/stats\n")
         session.expect(r"answers +1 +2")
         session.expect("> ")
-        time.sleep(0.5)  # The prompt is there a moment before the keyboard is listened to.
+        session.press_ctrl_c_at_the_prompt("Ctrl-C again leaves")
+        session.expect("> ")
+        session.type(f"{FIRST}\n")
+        session.expect("forward 2 ")
         session.type("\x03")
+        session.expect("kept|before anything was said")
+        session.expect("> ")
+        session.press_ctrl_c_at_the_prompt("the session is over")  # the second one
         assert session.process.wait(30) == 0
     finally:
         session.close()

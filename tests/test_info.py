@@ -61,6 +61,10 @@ def test_the_config_alone_is_enough(tmp_path: Path) -> None:
     assert _told("--model", str(tmp_path), "--dtype", "float32")["weights"] == "32,062,324,736"
 
 
+def test_sizes_that_are_not_given_are_those_that_the_model_has_room_for() -> None:
+    assert "tiny: 1 x (256 + 256) slots, 32 bits an element" in _info("--model", "tiny").stdout
+
+
 def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
     monkeypatch.setattr(command, "available_bytes", lambda device: 12 * 10**9)  # less than the weights
@@ -104,6 +108,8 @@ def test_bytes_for_people(size: int, text: str) -> None:
     [
         (["--model", "./nowhere"], "model: there is no folder or file './nowhere'"),
         (["--model", "tiny", "--prompt-length", "500"], "at most the model's 512 slots, got 500 + 256"),
+        (["--batch", "4", "--dtype", "float32"], "--batch and --dtype need --model"),
+        (["--model", "tiny", "--gen-length", "512"], "at most the model's 512 slots, got 1 + 512"),
         (["--model", "tiny", "--dtype", "int8", "--prompt-length", "8"], "dtype must be float32, bfloat16, float16 or float64"),
         (["--model", "tiny", "--dtype", "complex64", "--prompt-length", "8"], "dtype must be float32"),
     ],

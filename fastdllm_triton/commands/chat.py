@@ -25,7 +25,7 @@ _COMMANDS = {
     "/stats": "tokens, forwards and speed of the last answer and of the session",
     "/reset": "forget what has been said",
     "/help": "this list",
-    "/quit": "leave; so does the end of the input (Ctrl-D), and Ctrl-C at the prompt",
+    "/quit": "leave; so does the end of the input (Ctrl-D), and Ctrl-C twice",
 }
 _NOTES = (
     "Ctrl-C stops an answer and keeps what was said so far. A line that ends in a backslash goes on in the next one; "
@@ -121,6 +121,7 @@ class Terminal:
 
     def __init__(self, conversation: Conversation, interactive: bool, pause: float = 0.0) -> None:
         self.conversation, self.interactive, self.pause = conversation, interactive, pause
+        self.interrupted = False  # since the last line
 
     def run(self) -> bool:
         """Goes on to ``/quit`` or the end of the input.
@@ -143,6 +144,7 @@ class Terminal:
         try:
             while not lines or lines[-1].endswith("\\"):
                 lines.append(input(("... " if lines else "> ") if self.interactive else ""))
+                self.interrupted = False
         except EOFError:
             if not lines:
                 self.leave()
@@ -151,7 +153,12 @@ class Terminal:
             if not self.interactive:
                 raise
             self.leave()
-            return None
+            if self.interrupted:
+                return None
+            # It may have come a moment too late for the answer it was meant for.
+            self.interrupted = True
+            console.print(Text("Ctrl-C again leaves", style="dim"))
+            return ""
         return "\n".join(line.removesuffix("\\") for line in lines)
 
     def leave(self) -> None:
@@ -186,6 +193,7 @@ class Terminal:
                         view(forward)
                     time.sleep(self.pause)
         except KeyboardInterrupt:
+            self.interrupted = True
             said = "" if answer is None else self.conversation.keep(answer)
             if said:
                 console.print(Text(said), soft_wrap=True)

@@ -27,26 +27,34 @@ def info(
     model: Annotated[
         str | None, typer.Option(help="Also what it needs in memory: 'tiny', a folder, a config.json, or a hub id.")
     ] = None,
-    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of the longest prompt.")] = 1000,
-    gen_length: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    prompt_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the longest prompt (1000, or what the model has room for).")
+    ] = None,
+    gen_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to generate (256, or half of what the model has room for).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once (1).")] = None,
     dtype: cli.DtypeOption = None,
 ) -> None:
     """Versions, the device, and the backend with the reason why it is chosen; with --model, the memory of a generation.
 
     Memory is arithmetic on config.json: no weights are read, nor need they be there.
     """
+    sizes = {"prompt-length": prompt_length, "gen-length": gen_length, "batch": batch, "dtype": dtype}
     with clear_errors():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        config, itemsize = None, 0
+        memory = None
         if model is not None:
             config, own = read_config(model)
-            itemsize = _itemsize(dtype, own)
-            if prompt_length + gen_length > config.max_length:
+            gen = gen_length or min(256, config.max_length // 2)
+            prompt = prompt_length or max(min(1000, config.max_length - gen), 1)
+            if prompt + gen > config.max_length:
                 raise ValueError(
-                    f"prompt_length + gen_length must be at most the model's {config.max_length} slots, "
-                    f"got {prompt_length} + {gen_length}"
+                    f"prompt_length + gen_length must be at most the model's {config.max_length} slots, got {prompt} + {gen}"
                 )
+            memory = memory_table(config, model, prompt, gen, batch or 1, _itemsize(dtype, own), device)
+        elif given := [name for name, value in sizes.items() if value is not None]:
+            raise ValueError(f"--{' and --'.join(given)} need --model: the memory of which model?")
         ops = resolve("auto", device)
         table = Table(show_header=False, box=None)
         for package in _PACKAGES:
@@ -56,9 +64,9 @@ def info(
         table.add_row("device", name)
         table.add_row("backend", f"{ops.name}: {ops.reason}")
         console.print(table)
-        if config is not None:
+        if memory is not None:
             console.print()
-            console.print(memory_table(config, str(model), prompt_length, gen_length, batch, itemsize, device))
+            console.print(memory)
 
 
 def memory_table(
