@@ -22,8 +22,8 @@ from fastdllm_triton.evaluation.cost import Meter
 from fastdllm_triton.evaluation.grid import CacheSpec, StrategySpec, Way, parse_grid
 from fastdllm_triton.evaluation.runner import Evaluation, Result
 from fastdllm_triton.evaluation.scoring import builtin_requests, builtin_scorer, final_number, find_scorer, read_requests
-from fastdllm_triton.evaluation.statistics import ratio_interval, wilson
-from fastdllm_triton.evaluation.summary import compare, summarize
+from fastdllm_triton.evaluation.statistics import paired_interval, ratio_interval, wilson
+from fastdllm_triton.evaluation.summary import compare, compare_caches, summarize
 from fastdllm_triton.roofline import Shape
 from fastdllm_triton.tiny.problems import is_test_prompt
 
@@ -91,6 +91,14 @@ def test_wilson_intervals_are_those_of_the_literature(successes: int, n: int, in
     assert wilson(successes, n) == pytest.approx(interval, abs=5e-5)
     low, high = wilson(n - successes, n)
     assert (1 - high, 1 - low) == pytest.approx(interval, abs=5e-5)
+
+
+def test_paired_intervals_are_those_of_the_literature() -> None:
+    # Approval of a prime minister in two surveys of 1,600: 150 turned away, 86 came over (Agresti, Categorical Data Analysis).
+    assert paired_interval(86, 150, 1600) == pytest.approx((-0.059, -0.021), abs=5e-4)
+    low, high = paired_interval(0, 0, 100)
+    assert low == -high
+    assert 0.01 < high < 0.03  # Rule of three: differences of up to 3 in 100 may go unseen.
 
 
 def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -233,7 +241,7 @@ def test_the_cost_of_a_request_is_that_of_its_windows(tiny: fdt.MaskedDiffusionL
     # One token a forward: blocks have 16, 15, ... masked slots, and nothing about the counts is an average.
     for cache, options in (("none", {}), ("prefix", {}), ("dual", {}), ("dual", {"suffix_window": 8, "look_ahead": 4})):
         config = tiny.options(cache=cache, strategy=fdt.FixedSteps(48), stop_at_eos=False, **options)
-        meter = Meter(tiny.config, [len(prompt) for prompt in prompts], config)
+        meter = Meter(shape, [len(prompt) for prompt in prompts], config)
         costs = meter.costs(tiny.generate(prompts, config, callback=meter))
         for prompt, cost in zip(map(len, prompts), costs, strict=True):
             expected = roofline.Cost(0, 0)
@@ -246,6 +254,21 @@ def test_the_cost_of_a_request_is_that_of_its_windows(tiny: fdt.MaskedDiffusionL
                 for masked in range(15, 0, -1):
                     expected += forward(shape, 1, window, end, masked)
             assert (cost.bytes, cost.flops) == pytest.approx((expected.bytes, expected.flops))
+
+
+def test_a_cache_with_options_is_compared_with_the_same_without() -> None:
+    def results(cache: str, right: int, texts: str, flops: float) -> dict[Way, list[Result]]:
+        way = parse_grid("threshold:0.9", cache, "16", 48)[0]
+        scores = [{"exact_match": float(i < right)} for i in range(100)]
+        return {way: [Result(i, "p", "a", texts[i], 9, 3, 4.0, flops, 1.0, [0], scores[i]) for i in range(100)]}
+
+    plain, changed = results("dual", 90, "a" * 100, 8.0), results("dual+suffix_window=8", 84, "a" * 75 + "b" * 25, 6.0)
+    (record,) = compare_caches(plain | changed | results("none", 99, "a" * 100, 9.0))
+    assert (record["cache"], record["base"]) == ("dual+suffix_window=8", "dual")
+    assert (record["same"], record["flops_ratio"], record["bytes_ratio"]) == (0.75, 0.75, 1.0)
+    assert record["exact_match_gain"] == pytest.approx(-0.06)
+    assert record["exact_match_gain_ci"] == pytest.approx(paired_interval(0, 6, 100), abs=1e-6)
+    assert compare_caches(changed) == []
 
 
 class _Clock:
@@ -383,14 +406,15 @@ def test_the_pareto_front() -> None:
 
 def test_every_figure_is_drawn_from_the_summary(tmp_path: Path) -> None:
     strategies = "fixed:2,fixed:8,threshold:0.5,threshold:0.9,entropy:0.3"
-    assert _evaluate(tmp_path, "--problems", 6, "--strategies", strategies, "--block-length", "16,48").exit_code == 0
+    assert _evaluate(tmp_path, "--problems", 6, "--strategies", strategies, "--block-length", "16,48",
+                     "--caches", "dual,dual+suffix_window=8").exit_code == 0  # fmt: skip
     names = ["accuracy-block-16", "accuracy-block-48", "tokens-in-block", "block-length", "threshold-sweep-block-16"]
-    names += ["threshold-sweep-block-48", "gain-over-fixed"]
+    names += ["threshold-sweep-block-48", "gain-over-fixed", "caches-block-16"]
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         svg = (tmp_path / f"{name}.svg").read_text()
         assert "95 % intervals" in svg or name == "tokens-in-block"
-    records = [r for r in json.loads((tmp_path / "summary.json").read_text()) if r["block_length"] == 16]
+    records = [r for r in json.loads((tmp_path / "summary.json").read_text()) if (r["block_length"], r["cache"]) == (16, "dual")]
     figure = plots.accuracy_against_speed(records)
     drawn = [line.get_xydata() for line in figure.axes[0].get_lines()]
     expected = sorted([r["tokens_per_forward"], r["exact_match"]] for r in records if r["strategy"].startswith("threshold"))

@@ -16,7 +16,7 @@ from ..cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOptio
 from ..evaluation.grid import Way, parse_grid
 from ..evaluation.runner import Evaluation, Result
 from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
-from ..evaluation.summary import Record, compare, summarize
+from ..evaluation.summary import Record, compare, compare_caches, summarize
 from ..files import write_atomically
 from ..loading import load
 
@@ -53,7 +53,7 @@ def evaluate(
 ) -> None:
     """Score a grid of strategies, caches and block lengths on the same requests, and draw the paper's figures.
 
-    OUT receives summary.json, comparison.json, the figures, and every request in requests/.
+    OUT receives summary.json, comparison.json, caches.json, the figures, and every request in requests/.
     """
     with clear_errors():
         if data is None:
@@ -76,16 +76,22 @@ def evaluate(
 
         summary = summarize(results)
         comparison = [record for score in ("exact_match", "whole") for record in compare(results, score)]
-        for path, records in ((out / "summary.json", summary), (out / "comparison.json", comparison), (json_file, summary)):
+        caches_compared = compare_caches(results)
+        for path, records in (
+            (out / "summary.json", summary),
+            (out / "comparison.json", comparison),
+            (out / "caches.json", caches_compared),
+            (json_file, summary),
+        ):
             if path is not None:
                 write_atomically(path, json.dumps(records, indent=1) + "\n")
-        _print(summary, comparison)
+        _print(summary, comparison, caches_compared)
         if importlib.util.find_spec("matplotlib") is None:
             console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")
         else:
             from ..evaluation.plots import draw_all
 
-            for path in draw_all(summary, comparison, out):
+            for path in draw_all(summary, comparison, caches_compared, out):
                 console.print(f"wrote {path}", soft_wrap=True)
 
 
@@ -128,7 +134,7 @@ def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
     return results
 
 
-def _print(summary: list[Record], comparison: list[Record]) -> None:
+def _print(summary: list[Record], comparison: list[Record], caches_compared: list[Record]) -> None:
     """The tables."""
     extra = any(record["whole"] is not None for record in summary)
     table = Table(title=f"{summary[0]['n']} requests; 95 % intervals")
@@ -149,7 +155,7 @@ def _print(summary: list[Record], comparison: list[Record]) -> None:
             f"{r['nfe']:.1f}",
             rate,
         )
-    wide(120).print(table)
+    wide(150).print(table)
     if comparison:
         table = Table(title="against fixed steps at equal tokens per forward; paired 95 % intervals")
         for column in ("block", "cache", "strategy", "score"):
@@ -167,7 +173,26 @@ def _print(summary: list[Record], comparison: list[Record]) -> None:
                 f"{r['fixed_at_equal_speed']:.3f}",
                 f"{r['gain']:+.3f} [{r['gain_ci'][0]:+.3f}, {r['gain_ci'][1]:+.3f}]",
             )
-        wide(120).print(table)
+        wide(150).print(table)
+
+    if caches_compared:
+        table = Table(title="caches with options against the same cache without; paired 95 % intervals")
+        for column in ("block", "cache", "strategy"):
+            table.add_column(column, no_wrap=True)
+        for column in ("same text", "exact match", "FLOPs", "bytes"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for r in caches_compared:
+            gain, ci = r["exact_match_gain"], r["exact_match_gain_ci"]
+            table.add_row(
+                str(r["block_length"]),
+                r["cache"],
+                r["strategy"],
+                f"{r['same']:.3f}",
+                f"{gain:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]",
+                f"{r['flops_ratio'] - 1:+.1%}",
+                f"{r['bytes_ratio'] - 1:+.1%}",
+            )
+        wide(150).print(table)
 
 
 def _with_interval(value: Any, ci: Any, digits: int) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from ..decoding import GenerationConfig, GenerationOutput
 from ..engine import Forward
-from ..models.config import ModelConfig
 from ..roofline import Cost, Shape, forward_cost
 
 
@@ -18,12 +17,12 @@ class Meter:
     those of batches of one.
 
     Attributes:
-        model: whose matrices are multiplied.
+        shape: of the model whose matrices are multiplied.
         prompts: tokens of each row's prompt.
         config: the options.
     """
 
-    model: ModelConfig
+    shape: Shape
     prompts: list[int]
     config: GenerationConfig
     _seen: list[tuple[int, int, int, int, int]] = field(default_factory=list)
@@ -33,18 +32,22 @@ class Meter:
         for row, block, (first, end) in zip(forward.rows, forward.blocks, forward.windows, strict=True):
             self._seen.append((forward.index, row, block, first, end))
 
-    def costs(self, output: GenerationOutput) -> list[Cost]:
-        """Bytes and FLOPs of each row."""
-        shape = Shape.of(self.model)
+    def forwards(self, output: GenerationOutput) -> list[list[tuple[int, int, int]]]:
+        """For each row its forwards: slots recomputed, slots attended, and slots that were masked in its block."""
         length, suffix = self.config.block_length, self.config.suffix_window
         columns = output.sequences.shape[1]
         generated = columns - output.gen_length
         steps = output.step_map.tolist()
-        totals = [Cost(0, 0) for _ in self.prompts]
+        found: list[list[tuple[int, int, int]]] = [[] for _ in self.prompts]
         for index, row, block, first, end in self._seen:
             start = generated + block * length
             attended = columns if suffix is None else min(columns, start + length + suffix)
             own = generated - self.prompts[row]  # the first column that is no padding
             masked = sum(step >= index for step in steps[row][block * length : (block + 1) * length])
-            totals[row] += forward_cost(shape, 1, end - max(first, own), attended - own, masked)
-        return totals
+            found[row].append((end - max(first, own), attended - own, masked))
+        return found
+
+    def costs(self, output: GenerationOutput) -> list[Cost]:
+        """Bytes and FLOPs of each row."""
+        rows = self.forwards(output)
+        return [sum((forward_cost(self.shape, 1, *sizes) for sizes in row), Cost(0, 0)) for row in rows]

@@ -46,18 +46,19 @@ _STYLE: Any = {
 }
 
 
-def draw_all(summary: Sequence[Record], comparison: Sequence[Record], folder: Path) -> list[Path]:
+def draw_all(summary: Sequence[Record], comparison: Sequence[Record], caches: Sequence[Record], folder: Path) -> list[Path]:
     """Draws every figure that the grid has the data for.
 
     Args:
         summary: from :func:`~fastdllm_triton.evaluation.summary.summarize`.
         comparison: from :func:`~fastdllm_triton.evaluation.summary.compare`.
+        caches: from :func:`~fastdllm_triton.evaluation.summary.compare_caches`.
         folder: where to.
 
     Returns:
         The files written, PNG ones only; an SVG lies beside each.
     """
-    return save(_figures(summary, comparison), folder)
+    return save(_figures(summary, comparison, caches), folder)
 
 
 def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
@@ -71,19 +72,24 @@ def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
     return written
 
 
-def _figures(summary: Sequence[Record], comparison: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
-    for block in _values(summary, "block_length"):
-        records = [r for r in summary if r["block_length"] == block]
-        yield f"accuracy-block-{block}", accuracy_against_speed(records)
-    yield "tokens-in-block", tokens_in_block(summary)
-    if len(_values(summary, "block_length")) > 1:
-        yield "block-length", against_block_length(summary)
-    for block in _values(summary, "block_length"):
-        records = [r for r in summary if r["block_length"] == block]
+def _figures(summary: Sequence[Record], comparison: Sequence[Record], caches: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
+    blocks = _values(summary, "block_length")
+    # Caches with options have a figure of their own.
+    plain = [r for r in summary if "+" not in r["cache"]] or list(summary)
+    for block in blocks:
+        yield f"accuracy-block-{block}", accuracy_against_speed([r for r in plain if r["block_length"] == block])
+    yield "tokens-in-block", tokens_in_block(plain)
+    if len(blocks) > 1:
+        yield "block-length", against_block_length(plain)
+    for block in blocks:
+        records = [r for r in plain if r["block_length"] == block]
         if len({r["strategy"] for r in records if _family(r) == "threshold"}) > 1:
             yield f"threshold-sweep-block-{block}", threshold_sweep(records)
-    if comparison:
-        yield "gain-over-fixed", gain_over_fixed(comparison)
+    if comparison and (against := [r for r in comparison if "+" not in r["cache"]] or comparison):
+        yield "gain-over-fixed", gain_over_fixed(against)
+    for block in blocks:
+        if records := [r for r in caches if r["block_length"] == block]:
+            yield f"caches-block-{block}", caches_with_options(records)
 
 
 def accuracy_against_speed(records: Sequence[Record]) -> Figure:
@@ -255,6 +261,43 @@ def gain_over_fixed(comparison: Sequence[Record]) -> Figure:
     axes[0].set_yticks(range(len(rows)), [f"block {block}, {cache}, {strategy}" for block, cache, strategy in rows], fontsize=7)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(f"{comparison[0]['n']} requests; bars: paired 95 % intervals")
+    return figure
+
+
+def caches_with_options(records: Sequence[Record]) -> Figure:
+    """What options of a cache change against the same cache without: accuracy, agreement, FLOPs and bytes of a request."""
+    rows, strategies = _values(records, "cache"), _values(records, "strategy")
+    figure = Figure(figsize=(12, 0.3 * len(rows) + 1.7), layout="constrained")
+    axes = list(figure.subplots(1, 4, sharey=True))
+    panels = (
+        ("exact_match_gain", "exact match, difference"),
+        ("same", "share of the same texts"),
+        ("flops_ratio", "FLOPs a request, ratio"),
+        ("bytes_ratio", "bytes a request, ratio"),
+    )
+    for ax, (key, label) in zip(axes, panels, strict=True):
+        for r in records:
+            number = strategies.index(r["strategy"])
+            y = rows.index(r["cache"]) + 0.24 * (number - (len(strategies) - 1) / 2)
+            ci = r.get(f"{key}_ci")
+            bars = None if ci is None else [[max(0.0, r[key] - ci[0])], [max(0.0, ci[1] - r[key])]]
+            named = r["strategy"] if r["cache"] == rows[0] else None
+            style: Any = {"color": CACHE_COLORS[(number + 5) % 8], "marker": MARKERS[number % len(MARKERS)], "ms": 4, "ls": ""}
+            ax.errorbar(r[key], y, xerr=bars, capsize=2, label=named, **style)
+        ax.axvline(0 if key.endswith("gain") else 1, color="#000000", lw=0.8)
+        ax.set_xlabel(label)
+        ax.grid(axis="y", visible=False)
+    for y, (above, below) in enumerate(pairwise(rows)):
+        if above.partition("+")[0] != below.partition("+")[0]:
+            for ax in axes:
+                ax.axhline(y + 0.5, color="#cccccc", lw=0.8)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    _legend(figure, axes[0])
+    figure.suptitle(
+        f"against the same cache without options; {records[0]['n']} requests, blocks of {records[0]['block_length']}; "
+        "bars: 95 % intervals"
+    )
     return figure
 
 

@@ -24,6 +24,7 @@ from ..engine import check_prompts
 from ..files import write_atomically
 from ..machine import commit
 from ..model import MaskedDiffusionLM
+from ..roofline import Shape
 from .cost import Meter
 from .grid import Way
 from .scoring import Request, Scorer, digest
@@ -175,7 +176,7 @@ class Evaluation:
         for start in range(len(results), len(self.requests), self.batch_size):
             batch = list(self.requests[start : start + self.batch_size])
             prompts = self.prompts[start : start + self.batch_size]
-            meter = Meter(self.model.config, [len(prompt) for prompt in prompts], config)
+            meter = Meter(Shape.of(self.model.config), [len(prompt) for prompt in prompts], config)
             output = self.model.generate(prompts, config, callback=meter)
             costs = meter.costs(output)
             fresh = [

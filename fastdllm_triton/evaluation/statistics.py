@@ -1,4 +1,6 @@
-"""Confidence intervals: Wilson's for proportions, the bootstrap over requests for everything else."""
+"""Confidence intervals: Wilson's for proportions, Agresti and Min's for their paired differences, the bootstrap over requests
+for everything else.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +29,20 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_interval(gained: float, lost: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of the difference of two proportions over the same ``n`` requests (Agresti and Min 2005).
+
+    Args:
+        gained, lost: requests that only the one, only the other got right. A half is added to each of the four cells, so that
+            no differing request at all is not taken for proof that there is none.
+        n: requests.
+    """
+    b, c, total = gained + 0.5, lost + 0.5, n + 2
+    middle = (b - c) / total
+    half = _Z * math.sqrt(b + c - (b - c) ** 2 / total) / total
+    return middle - half, middle + half
 
 
 def resample(n: int) -> Floats:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from .grid import Way
+from .grid import CacheSpec, Way
 from .runner import Result
-from .statistics import Floats, interval, ratio_interval, resample, wilson
+from .statistics import Floats, interval, paired_interval, ratio_interval, resample, wilson
 
 Record = dict[str, Any]
 
@@ -106,6 +107,41 @@ def compare(results: Mapping[Way, Sequence[Result]], score: str = "exact_match")
                     "gain_ci": [_round(low), _round(high)],
                 }
             )
+    return records
+
+
+def compare_caches(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
+    """Each cache with options against the same cache without them: accuracy, agreement, and what a request costs.
+
+    ``exact_match_gain`` and ``whole_gain`` are paired differences with their 95 % intervals, ``same`` the share of
+    requests that are answered with the same text, with its Wilson interval, ``bytes_ratio`` and ``flops_ratio`` what a request
+    costs by the roofline model as a share of what it costs without the options. Caches whose plain form is not in the grid are
+    left out.
+    """
+    records: list[Record] = []
+    for way, found in results.items():
+        base = replace(way, cache=CacheSpec(way.cache.name))
+        if not way.cache.knobs or base not in results:
+            continue
+        plain, n = results[base], len(found)
+        same = sum(one.text == other.text for one, other in zip(found, plain, strict=True))
+        record: Record = {
+            "strategy": str(way.strategy),
+            "cache": str(way.cache),
+            "base": str(base.cache),
+            "block_length": way.block_length,
+            "n": n,
+            "same": _round(same / n),
+            "same_ci": _round(wilson(same, n)),
+        }
+        for name in sorted(found[0].scores or {}):
+            gain = _scores(found, name) - _scores(plain, name)
+            counted = paired_interval(float((gain == 1).sum()), float((gain == -1).sum()), n)
+            ci = counted if np.isin(gain, (-1, 0, 1)).all() else interval(resample(n) @ gain / n)
+            record |= {f"{name}_gain": _round(gain.mean()), f"{name}_gain_ci": _round(ci)}
+        for name in ("bytes", "flops", "forwards"):
+            record[f"{name}_ratio"] = _round(_column(found, name).sum() / _column(plain, name).sum())
+        records.append(record)
     return records
 
 
