@@ -62,6 +62,7 @@ def generate(
     dtype: cli.DtypeOption = None,
     backend: cli.BackendOption = cli.BackendChoice.auto,
     live: Annotated[bool, typer.Option("--live", help="Show the block denoise as it happens.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Record the generation: .html, a page that replays it, or .json.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
     """Generate text from one or more prompts. Ctrl-C prints the text so far and ends with status 130."""
@@ -98,7 +99,7 @@ def generate(
         interrupted = False
         try:
             with view or nullcontext():
-                output = lm.generate(rows, config, callback=view)
+                output = lm.generate(rows, config, callback=view, trace=trace)
         except KeyboardInterrupt as error:
             if not isinstance(found := getattr(error, "output", None), GenerationOutput):
                 raise

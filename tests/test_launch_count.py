@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
 from fastdllm_triton.batch import Batch
+from fastdllm_triton.cli import app
 from fastdllm_triton.launches import count_launches
 from fastdllm_triton.models.config import ModelConfig
 
@@ -71,3 +74,12 @@ def test_what_is_counted_is_what_a_step_calls(llada: fdt.MaskedDiffusionLM) -> N
 def test_an_unknown_architecture_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"arch must be one of .*sm_90.*, got 'sm_42'"):
         count_launches(LLADA, arch="sm_42")
+
+
+def test_info_prints_the_launches() -> None:
+    result = CliRunner().invoke(app, ["info", "--model", "tiny", "--launches"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^launches per layer: (\d+)$", result.output, flags=re.M)
+    assert "with every product fused" in result.output
+    assert CliRunner().invoke(app, ["info", "--launches"]).exit_code == 2
+    assert CliRunner().invoke(app, ["info", "--launches", "--model", "tiny", "--arch", "sm_1"]).exit_code == 2

@@ -14,6 +14,7 @@ from .. import cli_options as cli
 from .._console import clear_errors, console
 from ..configs import read_config
 from ..kernels._limits import MAX_ROWS
+from ..launches import count_launches
 from ..machine import version
 from ..memory import Memory, available_bytes, largest_batch
 from ..models.config import ModelConfig
@@ -35,17 +36,23 @@ def info(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once (1).")] = None,
     dtype: cli.DtypeOption = None,
+    launches: Annotated[bool, typer.Option("--launches", help="Also the kernels that a step of --model launches.")] = False,
+    arch: Annotated[str, typer.Option(help="Architecture that launches are counted for; on a GPU its own.")] = "sm_90",
 ) -> None:
     """Versions, the device, and the backend with the reason why it is chosen; with --model, the memory of a generation.
 
-    Memory is arithmetic on config.json: no weights are read, nor need they be there.
+    Memory and launches follow from config.json: no weights are read, nor need they be there.
     """
     sizes = {"prompt-length": prompt_length, "gen-length": gen_length, "batch": batch, "dtype": dtype}
     with clear_errors():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        memory = None
+        memory, counts = None, None
+        if launches and model is None:
+            raise ValueError("--launches needs --model: the launches of which model?")
         if model is not None:
             config, own = read_config(model)
+            if launches:
+                counts = launches_text(config, arch, device, batch or 1)
             gen = gen_length or min(256, config.max_length // 2)
             prompt = prompt_length or max(min(1000, config.max_length - gen), 1)
             if prompt + gen > config.max_length:
@@ -67,6 +74,9 @@ def info(
         if memory is not None:
             console.print()
             console.print(memory)
+        if counts is not None:
+            console.print()
+            console.print(counts)
 
 
 def memory_table(
@@ -105,6 +115,25 @@ def memory_table(
     if (rows, slots) != (batch, prompt_length + gen_length):
         table.caption = f"allocated as {rows} x {slots} slots"
     return table
+
+
+def launches_text(config: ModelConfig, arch: str, device: torch.device, batch: int) -> Text:
+    """Launches of a layer and of a step over the dual cache, with what this GPU was measured for and with fused products."""
+    gpu = None
+    if device.type == "cuda":
+        from ..kernels._arch import arch_of
+        from ..kernels._tuned import gpu_name
+
+        arch, gpu = arch_of(device).name, gpu_name(device)
+    now = count_launches(config, arch=arch, gpu=gpu, rows=batch)
+    fused = count_launches(config, arch=arch, rows=batch, fused=True)
+    ops = ", ".join(f"{op} {times}" for op, times in sorted(now.layer.items()))
+    return Text(
+        f"launches per layer: {now.per_layer}\n"
+        f"launches per step: {now.per_step}\n"
+        f"  ({arch}, {batch} x 32 slots over 1,024; a layer: {ops})\n"
+        f"with every product fused with the norm, gate or residual beside it: {fused.per_layer} per layer, {fused.per_step} per step"
+    )
 
 
 def human(size: int) -> str:
