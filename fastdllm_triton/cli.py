@@ -22,6 +22,7 @@ from rich.text import Text
 from ._console import clear_errors, console, errors, wide
 from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
 from .commands.bench import bench
+from .commands.performance_report import performance_report
 from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
@@ -210,6 +211,7 @@ def compile_report_command(
 
 
 app.command()(bench)
+app.command("performance-report")(performance_report)
 app.command()(roofline)
 app.command()(verify)
 
