@@ -63,7 +63,8 @@ class Batch:
         self._bounds = torch.zeros((2, rows), dtype=torch.int32, pin_memory=cuda)
         self._flags = torch.zeros((3, rows), dtype=torch.int32, pin_memory=cuda)
         self._looked = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        captured = cuda and network.ops.name == "triton"
+        self._captures = network.captures
+        captured = cuda and network.ops.name == "triton" and network.captures
         self._run_step = Graphs(self._step, fall_back=not network.ops.required) if captured else self._step
 
     @property
@@ -73,8 +74,8 @@ class Batch:
 
     def serves(self, rows: int, slots: int, config: GenerationConfig, ids: Resolved) -> bool:
         """Whether these buffers are just those that a generation needs."""
-        own = (*self.x.shape, replace(self.config, seed=0), replace(self.ids, seeds=()))
-        return own == (rows, slots, replace(config, seed=0), replace(ids, seeds=()))
+        own = (*self.x.shape, replace(self.config, seed=0), replace(self.ids, seeds=()), self._captures)
+        return own == (rows, slots, replace(config, seed=0), replace(ids, seeds=()), self.network.captures)
 
     def fill(self, sequences: Sequence[Sequence[int]], kv_start: Sequence[int], seeds: Sequence[int]) -> None:
         """Begins anew with sequences of ``L`` ids each; the rows after them stay empty."""

@@ -104,6 +104,7 @@ class Transformer:
         config: the model's shape.
         weights: its parameters.
         ops: the backend that runs.
+        captures: whether steps are captured as CUDA graphs, on a GPU and with the Triton kernels.
         kept: on a GPU, the buffers and captured steps of the last generation, for the next one of the same shape. Clear it to
             have their memory back.
     """
@@ -112,6 +113,7 @@ class Transformer:
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.captures = True
         self.kept: list[Batch] = []
 
     @property

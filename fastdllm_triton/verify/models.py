@@ -124,6 +124,7 @@ def _golden(setup: Setup) -> Iterator[CaseRecord]:
             cache=case["cache"],
             strategy=_strategy(case["strategy"], case["value"]),
             stop_at_eos=False,
+            lockstep=True,  # as the recorded batches were
         )
         wrong = float((out.generated.cpu() != torch.tensor(case["tokens"])).sum())
         name = f"{case['cache']}, {case['strategy']} {case['value']}, batch {len(case['prompt'])}, block {case['block_length']}"
@@ -180,6 +181,22 @@ def _ragged(setup: Setup) -> Iterator[CaseRecord]:
         yield CaseRecord(name, float(wrong), 0.0, ok=not wrong, note=f"{wrong} tokens differ" if wrong else "")
 
 
+def _captured(setup: Setup) -> Iterator[CaseRecord]:
+    """Steps captured as CUDA graphs and steps that are not: tokens, steps and confidences, bit by bit."""
+    for name, options in _options(setup):
+        if setup.interpreted:
+            yield CaseRecord(name, 0.0, 0.0, ok=True, skipped="captured steps need a GPU")
+            continue
+        network = setup.tiny.network
+        runs = []
+        for captures in (False, True, True):  # the last one replays from its first step on
+            network.captures = captures
+            runs.append(setup.tiny.generate(_PROMPTS, **setup.lengths, **options))
+        plain, *captured = ([run.sequences, run.step_map, run.confidence] for run in runs)
+        wrong = sum(not bitwise(a, b) for run in captured for a, b in zip(_on_cpu(plain), _on_cpu(run), strict=True))
+        yield CaseRecord(name, float(wrong), 0.0, ok=not wrong, note="other bits in a captured step" if wrong else "")
+
+
 def _again(setup: Setup) -> Iterator[CaseRecord]:
     """The same generation twice: tokens, steps and confidences, bit by bit."""
     for name, options in _options(setup)[: 1 if setup.interpreted else None]:
@@ -197,5 +214,6 @@ MODEL_CHECKS = [
     ModelCheck("recorded trajectories", _golden),
     ModelCheck("kernels against PyTorch", _reference),
     ModelCheck("ragged batch against rows", _ragged),
+    ModelCheck("captured step against plain", _captured),
     ModelCheck("run twice", _again),
 ]
