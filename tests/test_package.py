@@ -42,7 +42,7 @@ def test_the_wheel_holds_kernels_reference_and_the_built_in_model(wheel: Path) -
         assert f"fastdllm_triton/tiny/{file}" in names
     for file in ("model.safetensors", "config.json", "cases.jsonl"):
         assert f"fastdllm_triton/verify/golden/{file}" in names
-    assert "fastdllm_triton/py.typed" in names
+    assert {"fastdllm_triton/py.typed", "fastdllm_triton/trace.html"} <= names
     assert not any(name.split("/")[0] in ("kernels", "reference", "tests", "bench", "training") for name in names)
 
 
