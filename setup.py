@@ -1,10 +1,11 @@
-"""Packaging. The package's ``kernels`` and ``reference`` are links to the folders of the same names beside it."""
+"""Packaging. The package's ``kernels``, ``reference`` and ``bench`` are links to the folders of the same names beside it."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["hypothesis>=6.100", "matplotlib>=3.8", "pytest>=8", "pytest-xdist>=3.5"]
+BENCH = ["jinja2>=3.1", "matplotlib>=3.8"]
+TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", *BENCH]
 LINT = ["mypy>=1.11", "ruff>=0.6"]
 
 setup(
@@ -18,6 +19,7 @@ setup(
     packages=find_packages(include=["fastdllm_triton*"]),
     package_data={
         "fastdllm_triton": ["py.typed", "trace.html"],
+        "fastdllm_triton.bench": ["page.html"],
         "fastdllm_triton.kernels": ["tuned/*.json"],
         "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"],
         # A link to one folder of tests/golden; its logits are for the tests alone.
@@ -41,7 +43,7 @@ setup(
         "test": TEST,
         "lint": LINT,
         "dev": TEST + LINT,
-        "bench": ["matplotlib>=3.8"],
+        "bench": BENCH,
         "eval": ["lm_eval>=0.4.8", "matplotlib>=3.8"],
     },
 )

@@ -1,37 +1,28 @@
-"""How an op is timed: on a GPU, from memory rather than from the L2 cache, many launches in one CUDA graph.
+"""How providers are timed: on a GPU, from memory rather than from the L2 cache, taking turns.
 
 A launch of some microseconds cannot be timed by itself, and inputs that a previous launch left in the cache flatter it. So
-each launch of a graph takes the next of several sets of inputs, which together are larger than the cache; a replay is timed
-with events and divided by its launches. What is reported is the median over replays, with the 20th and 80th percentile.
-
-Nothing is timed before the kernel agrees with the reference on the same inputs.
+the launches of a provider are captured in a CUDA graph, each with the next of several sets of inputs, which together are
+larger than the cache. A GPU also changes its clock while it is measured. So the providers take turns, a graph of ours, a
+graph of each baseline, and again; all are queued ahead, so that the GPU never waits for the host. What is reported is the
+median over the turns, with the 20th and 80th percentile.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
 Inputs = Mapping[str, Any]
 Run = Callable[[Inputs], Any]
-Row = dict[str, Any]
 
-REPLAYS = 50
-LAUNCHES = 40
+#: Turns of each provider, and the milliseconds that a turn takes at least.
+TURNS, TURN_MS = 50, 0.5
+#: Most replays of a graph in a turn.
+MOST_REPLAYS = 64
 #: Sets of inputs take at most this many bytes.
 MEMORY = 16 * 2**30
 
@@ -45,55 +36,73 @@ class Timing:
     p80: float
 
 
-Timer = Callable[[Run, Sequence[Inputs]], Timing]
+#: Times providers together over sets of inputs; a provider that cannot run has a reason instead of a time.
+Timer = Callable[[Mapping[str, Run], Sequence[Inputs]], dict[str, Timing | str]]
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What a bench of one op consists of.
+def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, Timing | str]:
+    """Times providers that do the same job."""
+    found: dict[str, Timing | str] = {}
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    replays: dict[str, int] = {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = _captured(run, inputs)
+            replays[name] = _replays(graphs[name])
+        except Exception as error:
+            found[name] = reason(error)
+            torch.cuda.synchronize()
+    turns: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    for _ in range(TURNS):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(replays[name]):
+                graph.replay()
+            end.record()
+            turns[name].append((begin, end))
+    torch.cuda.synchronize()
+    for name, events in turns.items():
+        launches = len(inputs) * replays[name]
+        found[name] = percentiles([begin.elapsed_time(end) / launches for begin, end in events])
+    return {name: found[name] for name in runs}
 
-    Attributes:
-        op: the op's name.
-        shapes: what to run, each a mapping of names to numbers.
-        inputs: makes the inputs of a shape, on a device, from a seed.
-        ours: the kernel.
-        oracle: the reference; its result is compared with the kernel's.
-        baselines: what else does the job. A baseline that rejects a shape is left out there, and the table says so.
-        bytes: of memory traffic that a shape cannot do without.
-        flops: of a shape; 0 if they do not matter.
-    """
 
-    op: str
-    shapes: Sequence[Mapping[str, Any]]
-    inputs: Callable[[Mapping[str, Any], torch.device, int], Inputs]
-    ours: Run
-    oracle: Run
-    baselines: Mapping[str, Run]
-    bytes: Callable[[Mapping[str, Any]], int]
-    flops: Callable[[Mapping[str, Any]], int] = lambda shape: 0
-
-
-def time_cold(run: Run, inputs: Sequence[Inputs]) -> Timing:
-    """Times ``run`` over sets of inputs in turn, in a CUDA graph."""
+def _captured(run: Run, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
+    """A graph of one launch for each set of inputs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for one in inputs[:3]:
             run(one)  # compiles, and fills caches of what is made once
     torch.cuda.current_stream().wait_stream(stream)
-    launches = math.ceil(LAUNCHES / len(inputs)) * len(inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for launch in range(launches):
-            run(inputs[launch % len(inputs)])
+        for one in inputs:
+            run(one)
+    return graph
+
+
+def _replays(graph: torch.cuda.CUDAGraph) -> int:
+    """Replays that make a turn."""
     graph.replay()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
     torch.cuda.synchronize()
-    return percentiles([a.elapsed_time(b) / launches for a, b in pairwise(events)])
+    return max(1, min(MOST_REPLAYS, math.ceil(TURN_MS / max(begin.elapsed_time(end), 1e-3))))
+
+
+def reason(error: Exception) -> str:
+    """Why a provider did not run, in a line."""
+    if isinstance(error, ImportError):
+        return "not installed"
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return "too little GPU memory"
+    first = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {first[0][:80]}" if first else type(error).__name__
 
 
 def percentiles(milliseconds: Sequence[float]) -> Timing:
@@ -107,128 +116,34 @@ def sets_of_inputs(bytes_each: int, cache: int) -> int:
     return max(2, min(math.ceil(3 * cache / bytes_each), MEMORY // bytes_each))
 
 
-def copy_bandwidth(device: torch.device, timer: Timer) -> float:
-    """Bytes a second of a plain copy of 1 GiB, read and write counted: the ceiling of everything bound by memory."""
-    buffers = [{"x": torch.zeros(2**28, device=device), "y": torch.empty(2**28, device=device)} for _ in range(2)]
-    return 2 * 2**30 / (timer(lambda i: i["y"].copy_(i["x"]), buffers).median / 1e3)
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches at its best, measured before anything else.
 
-
-def measure(
-    bench: Bench, device: torch.device, *, timer: Timer, bandwidth: float, cache: int, only: Sequence[str] = ()
-) -> list[Row]:
-    """A row for each shape and provider."""
-    rows = []
-    for shape in bench.shapes:
-        needed = bench.bytes(shape)
-        inputs = [bench.inputs(shape, device, seed) for seed in range(sets_of_inputs(needed, cache))]
-        check(bench, shape, inputs[0])
-        ours = timer(bench.ours, inputs)
-        for provider, run in {"triton": bench.ours, **bench.baselines}.items():
-            if provider != "triton" and only and provider not in only:
-                continue
-            row: Row = {"op": bench.op, **shape, "provider": provider}
-            try:
-                timing = ours if provider == "triton" else timer(run, inputs)
-            except Exception as error:  # whatever a library says to a shape it does not take
-                rows.append(
-                    row | {"rejected": f"{type(error).__name__}: {str(error).splitlines()[0][:80]}" if str(error) else ""}
-                )
-                continue
-            seconds = timing.median / 1e3
-            rows.append(
-                row
-                | {f"{name}_ms": value for name, value in asdict(timing).items()}
-                | {
-                    "bytes": needed,
-                    "gb_per_s": needed / seconds / 1e9,
-                    "of_copy": needed / seconds / bandwidth,
-                    "tflop_per_s": bench.flops(shape) / seconds / 1e12,
-                    "times_triton": timing.median / ours.median,
-                }
-            )
-    return rows
-
-
-def check(bench: Bench, shape: Mapping[str, Any], inputs: Inputs) -> None:
-    """The kernel agrees with the reference.
-
-    Raises:
-        AssertionError: it does not; nothing may be timed.
+    Attributes:
+        copy: bytes a second of a plain copy of 1 GiB, read and write counted.
+        matrix: FLOPs a second of cuBLAS on a product of 8192 x 8192 matrices in bfloat16.
     """
-    for got, want in zip(_tensors(bench.ours(inputs)), _tensors(bench.oracle(inputs)), strict=True):
-        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2, msg=lambda text: f"{bench.op} {dict(shape)}: {text}")
+
+    copy: float
+    matrix: float
 
 
-def _tensors(found: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    return [found] if isinstance(found, Tensor) else found
+def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
+    """Copies and multiplies; normal numbers, since zeros draw less power and run at a higher clock."""
+    generator = torch.Generator(device).manual_seed(0)
+    copies = [
+        {"x": torch.randn(2**28, device=device, generator=generator), "y": torch.empty(2**28, device=device)} for _ in range(2)
+    ]
+    copy = timer({"copy": lambda i: i["y"].copy_(i["x"])}, copies)["copy"]
+    del copies
+    size = 8192
 
+    def matrix() -> torch.Tensor:
+        return torch.randn((size, size), device=device, generator=generator).bfloat16()
 
-def table(rows: Sequence[Row], bandwidth: float) -> Table:
-    """The rows, with every number next to its ceiling."""
-    found = Table(title=f"copy: {bandwidth / 1e9:.0f} GB/s; a baseline's time over Triton's is how many times faster Triton is")
-    measured = ("median_ms", "p20_ms", "p80_ms", "gb_per_s", "of_copy", "tflop_per_s", "times_triton")
-    shape = [key for key in rows[0] if key not in (*measured, "op", "provider", "bytes", "rejected")]
-    for key in (*shape, "provider", *measured):
-        found.add_column(key.replace("_", " "), justify="right")
-    for row in rows:
-        numbers = [f"{row[key]:.4g}" for key in measured] if "rejected" not in row else [row["rejected"]]
-        found.add_row(*(str(row[key]) for key in shape), row["provider"], *numbers)
-    return found
-
-
-def plot(rows: Sequence[Row], bandwidth: float, path: Path) -> None:
-    """Bandwidth by shape, one line a provider, under the line of a copy."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in rows if "rejected" not in row]
-    keys = [key for key in rows[0] if key not in ("op", "provider") and not key.endswith("_ms")]
-    keys = keys[: keys.index("bytes")]
-    labels = list(dict.fromkeys(" ".join(f"{key}={row[key]}" for key in keys) for row in timed))
-    figure, axes = pyplot.subplots(figsize=(max(6, 0.35 * len(labels)), 5), layout="constrained")
-    for provider in dict.fromkeys(row["provider"] for row in timed):
-        mine = {" ".join(f"{key}={row[key]}" for key in keys): row["gb_per_s"] for row in timed if row["provider"] == provider}
-        axes.plot(range(len(labels)), [mine.get(label, math.nan) for label in labels], marker=".", label=provider)
-    axes.axhline(bandwidth / 1e9, color="grey", linestyle="--", label="copy")
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-    axes.set_ylabel("GB/s")
-    axes.set_title(rows[0]["op"])
-    axes.legend()
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
-def main(bench: Bench, argv: Sequence[str] | None = None) -> int:
-    """Runs a bench from the command line. Without a GPU it says so, and measures and claims nothing."""
-    parser = argparse.ArgumentParser(prog=f"bench_{bench.op}", description=f"Times {bench.op} on a GPU.")
-    parser.add_argument("--json", type=Path, help="write the rows and what they were measured on")
-    parser.add_argument("--plot", type=Path, help="draw the rows (needs matplotlib)")
-    parser.add_argument("--only", default="", help=f"baselines to run, by commas, of: {', '.join(bench.baselines)}")
-    arguments = parser.parse_args(argv)
-    only = [name for name in arguments.only.split(",") if name]
-    unknown = set(only) - set(bench.baselines)
-    if unknown:
-        parser.error(f"--only: got {', '.join(sorted(unknown))}, needs names among {', '.join(bench.baselines)}")
-    if not torch.cuda.is_available():
-        print(f"bench_{bench.op}: torch sees no GPU here, so nothing is measured.")
-        return 0
-    device = torch.device("cuda")
-    torch.cuda.set_device(0)
-    bandwidth = copy_bandwidth(device, time_cold)
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    rows = measure(bench, device, timer=time_cold, bandwidth=bandwidth, cache=cache, only=only)
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows, bandwidth))
-    if arguments.json:
-        machine = {
-            "gpu": torch.cuda.get_device_name(device),
-            "copy_gb_per_s": bandwidth / 1e9,
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "python": platform.python_version(),
-        }
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    if arguments.plot:
-        plot(rows, bandwidth, arguments.plot)
-    return 0
+    factors = [{"a": matrix(), "b": matrix(), "out": matrix()} for _ in range(2)]
+    product = timer({"matmul": lambda i: torch.matmul(i["a"], i["b"], out=i["out"])}, factors)["matmul"]
+    if isinstance(copy, str) or isinstance(product, str):
+        raise RuntimeError(f"the ceilings of this GPU could not be measured: copy {copy}, matmul {product}")
+    return Ceilings(2 * 2**30 / (copy.median / 1e3), 2 * size**3 / (product.median / 1e3))

@@ -1,22 +1,19 @@
 """commit_tokens against the same decision in PyTorch. A launch reads a few kilobytes: what is timed is latency.
 
-python bench/bench_commit_tokens.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_commit_tokens.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-import _timing
 import torch
-from _baselines import official_threshold
-from _memory import main
-from _timing import Bench, Inputs, Row, measure
 from torch import Tensor
 
+from fastdllm_triton.bench._baselines import official_threshold
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
 from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
 from fastdllm_triton.types import PolicyState, TokenStatistics
@@ -30,8 +27,11 @@ SHAPES = [
 ]
 
 
-def inputs(shape: Mapping[str, Any], device: torch.device, seed: int) -> Inputs:
-    """A masked block in which every token is [MASK] itself: committing it changes nothing, so every launch has all to decide."""
+def inputs(shape: Mapping[str, Any], device: torch.device, seed: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """A masked block in which every token is [MASK] itself: committing it changes nothing, so every launch has all to decide.
+
+    Statistics are float32 whatever the ``dtype`` of logits.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     batch, block = shape["batch"], shape["block"]
     rest = torch.rand((batch, block), generator=generator, device=device)
@@ -85,22 +85,16 @@ def bytes_moved(shape: Mapping[str, Any]) -> int:
 BENCH = Bench(
     op="commit_tokens",
     shapes=SHAPES,
+    quick=[{"batch": 2, "block": 8, "rule": "factor"}],
+    axis="block",
     inputs=inputs,
     ours=run_kernel,
     oracle=run_reference,
     baselines={"torch": run_reference, "official": run_official},
     bytes=bytes_moved,
+    most_sets=12,
 )
 
 
-def measure_few_sets(bench: Bench, device: torch.device, *, cache: int, **options: Any) -> list[Row]:
-    """:func:`_timing.measure` over a dozen sets of inputs a shape: a cache full of blocks would be a hundred thousand."""
-    rows = []
-    for shape in bench.shapes:
-        rows += measure(replace(bench, shapes=(shape,)), device, cache=min(cache, 4 * bench.bytes(shape)), **options)
-    return rows
-
-
 if __name__ == "__main__":
-    _timing.measure = measure_few_sets
-    sys.exit(main(BENCH))
+    main(BENCH.op)

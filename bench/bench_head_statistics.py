@@ -1,21 +1,20 @@
 """head_statistics against cuBLAS and a separate pass over the logits, with the heads of LLaDA and Dream.
 
-python bench/bench_head_statistics.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_head_statistics.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _baselines import compiled_float32, official_float64, torch_float32
-from _memory import main
-from _timing import Bench, Inputs
 from torch import Tensor
 
+from fastdllm_triton.bench._baselines import compiled_float32, official_float64, torch_float32
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels.head_statistics import head_statistics as kernel
 from fastdllm_triton.kernels.token_statistics import token_statistics
 from fastdllm_triton.reference.head_statistics import head_statistics as reference
@@ -65,6 +64,8 @@ def logits_of(i: Inputs) -> Tensor:
 BENCH = Bench(
     op="head_statistics",
     shapes=SHAPES,
+    quick=[{"rows": 3, "vocabulary": 500, "width": 32}],
+    axis="rows",
     inputs=inputs,
     ours=lambda i: compared(kernel(**i)),
     oracle=lambda i: compared(reference(**i)),
@@ -77,7 +78,8 @@ BENCH = Bench(
     },
     bytes=bytes_moved,
     flops=flops,
+    gpu_only=["matmul + torch.compile float32"],
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    main(BENCH.op)

@@ -1,7 +1,6 @@
 """linear against cuBLAS between separate kernels: the projections of LLaDA and Dream with what is fused into them.
 
-python bench/bench_linear.py [--json FILE] [--plot FILE] [--only NAME,...]
-python bench/bench_linear.py --tune     # times the candidates of every shape and commits those that beat the library
+python bench/bench_linear.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 
 The library's time is what a layer without fusions spends: the norm in front and the gated unit behind are launches of their
 own, but the residual is not, since it is added by the next norm's launch.
@@ -9,32 +8,24 @@ own, but the residual is not, since it is added by the next norm's launch.
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-from _timing import Bench, Inputs, Timer, check, main, sets_of_inputs, time_cold
 from torch import Tensor
 
-from fastdllm_triton.kernels import _tuned
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels._arch import arch_of
-from fastdllm_triton.kernels.linear import PROJECTIONS, Config, candidates, select_config
+from fastdllm_triton.kernels.linear import PROJECTIONS, Config, select_config
 from fastdllm_triton.kernels.linear import linear as kernel
 from fastdllm_triton.kernels.rms_norm import rms_norm
 from fastdllm_triton.kernels.swiglu import swiglu
 from fastdllm_triton.reference.linear import linear as reference
 
 EPS = 1e-5
-#: A kernel replaces the library only if it is faster by more than two runs of the same thing differ.
-MARGIN = 0.97
 SHAPES = [
     {"name": name, "rows": rows, "n": n, "k": k, "norm": norm, "activation": activation, "residual": residual}
     for (name, (n, k, norm, activation, residual)), rows in product(PROJECTIONS.items(), (16, 32, 64, 128, 256, 512))
@@ -85,51 +76,17 @@ compiled = torch.compile(reference)
 BENCH = Bench(
     op="linear",
     shapes=SHAPES,
+    quick=[{"name": "small", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False}],
+    axis="rows",
     inputs=inputs,
     ours=ours,
     oracle=lambda i: reference(**{**i, "out": None}),
     baselines={"library": library, "torch.compile": lambda i: compiled(**{**i, "out": None})},
     bytes=bytes_moved,
     flops=lambda shape: 2 * shape["rows"] * shape["n"] * shape["k"],
+    gpu_only=["torch.compile"],
 )
 
 
-def tune(shapes: Sequence[Mapping[str, Any]], device: torch.device, *, timer: Timer, cache: int, **keywords: Any) -> list[Any]:
-    """An entry for each shape whose best candidate beats the library, checked against the reference first."""
-    entries = []
-    for shape in shapes:
-        sets = [inputs(shape, device, seed, **keywords) for seed in range(sets_of_inputs(bytes_moved(shape), cache))]
-        check(BENCH, shape, sets[0])
-        baseline, times = timer(library, sets).median, {}
-        sizes = (shape["rows"], shape["n"], shape["k"], sets[0]["x"].element_size(), shape["activation"])
-        for config in candidates(arch_of(device), *sizes):
-            times[config] = timer(lambda i, config=config: ours(i, config), sets).median
-        best = min(times, key=times.__getitem__)
-        print(f"{shape['name']} rows={shape['rows']}: {times[best]:.4f} ms, library {baseline:.4f} ms, {best}")
-        if times[best] < MARGIN * baseline:
-            key = {name: shape[name] for name in ("rows", "n", "k", "norm", "activation", "residual")}
-            key["dtype"] = str(sets[0]["x"].dtype).removeprefix("torch.")
-            entry = {"op": "linear", "shape": key, "config": asdict(best)}
-            entries.append(entry | {"ms": times[best], "library_ms": baseline})
-    return entries
-
-
-def commit(entries: Sequence[Any], gpu: str) -> Path:
-    """Replaces the entries of this op in the file of a GPU."""
-    path = _tuned.path_of(gpu)
-    path.parent.mkdir(exist_ok=True)
-    others = [e for e in json.loads(path.read_text())["entries"] if e["op"] != "linear"] if path.exists() else []
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    rows = ",\n".join(json.dumps(entry) for entry in [*others, *entries])
-    path.write_text(f'{{"gpu": {json.dumps(gpu)}, "versions": {json.dumps(versions)}, "entries": [\n{rows}\n]}}\n')
-    return path
-
-
 if __name__ == "__main__":
-    if "--tune" not in sys.argv[1:]:
-        sys.exit(main(BENCH))
-    if not torch.cuda.is_available():
-        sys.exit("bench_linear: torch sees no GPU here, so nothing is tuned.")
-    gpu = torch.cuda.get_device_properties(0)
-    found = tune(SHAPES, torch.device("cuda"), timer=time_cold, cache=gpu.L2_cache_size)
-    print(commit(found, gpu.name))
+    main(BENCH.op)

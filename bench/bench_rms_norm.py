@@ -1,18 +1,18 @@
 """rms_norm against PyTorch, at the widths of Dream and LLaDA, with and without a residual.
 
-python bench/bench_rms_norm.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_rms_norm.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _timing import Bench, Inputs, main
 from torch import Tensor
 
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels.rms_norm import rms_norm as kernel
 from fastdllm_triton.reference.rms_norm import rms_norm as reference
 
@@ -56,6 +56,8 @@ compiled = torch.compile(reference)
 BENCH = Bench(
     op="rms_norm",
     shapes=SHAPES,
+    quick=[{"rows": 3, "width": 64, "residual": True}],
+    axis="rows",
     inputs=inputs,
     ours=lambda i: kernel(eps=EPS, **i),
     oracle=lambda i: reference(i["x"], i["weight"], EPS, residual=i.get("residual")),
@@ -64,7 +66,8 @@ BENCH = Bench(
         "torch.compile": lambda i: compiled(i["x"], i["weight"], EPS, residual=i.get("residual")),
     },
     bytes=bytes_moved,
+    gpu_only=["torch.compile"],
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    main(BENCH.op)

@@ -1,18 +1,18 @@
 """rope_kv_write against the same work in PyTorch: rotation of q and k, and the copy of k and v into the caches.
 
-python bench/bench_rope_kv_write.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_rope_kv_write.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _timing import Bench, Inputs, main
 from torch import Tensor
 
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels.rope_kv_write import rope_kv_write as kernel
 from fastdllm_triton.reference.rope_kv_write import rope_kv_write as reference
 from fastdllm_triton.reference.rope_kv_write import rotate
@@ -83,12 +83,15 @@ compiled = torch.compile(in_torch)
 BENCH = Bench(
     op="rope_kv_write",
     shapes=SHAPES,
+    quick=[{"model": "dream", "batch": 1, "window": 2, "slots": 4}],
+    axis="window",
     inputs=inputs,
     ours=ours,
     oracle=oracle,
     baselines={"torch": in_torch, "torch.compile": compiled},
     bytes=bytes_moved,
+    gpu_only=["torch.compile"],
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    main(BENCH.op)

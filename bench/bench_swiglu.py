@@ -1,17 +1,17 @@
 """swiglu against PyTorch, at the MLP widths of LLaDA and Dream.
 
-python bench/bench_swiglu.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_swiglu.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _timing import Bench, Inputs, main
 
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels.swiglu import swiglu as kernel
 from fastdllm_triton.reference.swiglu import swiglu as reference
 
@@ -38,12 +38,15 @@ compiled = torch.compile(reference)
 BENCH = Bench(
     op="swiglu",
     shapes=SHAPES,
+    quick=[{"rows": 3, "width": 64}],
+    axis="rows",
     inputs=inputs,
     ours=lambda i: kernel(**i),
     oracle=lambda i: reference(i["gate_up"]),
     baselines={"torch": lambda i: reference(i["gate_up"]), "torch.compile": lambda i: compiled(i["gate_up"])},
     bytes=bytes_moved,
+    gpu_only=["torch.compile"],
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    main(BENCH.op)

@@ -1,20 +1,19 @@
 """token_statistics against what decoders do to logits today, at the vocabularies of LLaDA and Dream.
 
-python bench/bench_token_statistics.py [--json FILE] [--plot FILE] [--only NAME,...]
+python bench/bench_token_statistics.py [--quick] [--json DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from _baselines import compiled_float32, official_float64, torch_float32
-from _memory import main
-from _timing import Bench, Inputs
 from torch import Tensor
 
+from fastdllm_triton.bench._baselines import compiled_float32, official_float64, torch_float32
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs
 from fastdllm_triton.kernels.token_statistics import token_statistics as kernel
 from fastdllm_triton.reference.token_statistics import token_statistics as reference
 from fastdllm_triton.types import TokenStatistics
@@ -47,6 +46,8 @@ def bytes_moved(shape: Mapping[str, Any]) -> int:
 BENCH = Bench(
     op="token_statistics",
     shapes=SHAPES,
+    quick=[{"rows": 3, "vocabulary": 500, "temperature": 0.0}],
+    axis="rows",
     inputs=inputs,
     ours=lambda i: compared(kernel(**i)),
     oracle=lambda i: compared(reference(**i)),
@@ -56,7 +57,8 @@ BENCH = Bench(
         "torch.compile float32": lambda i: compiled_float32(i["logits"]),
     },
     bytes=bytes_moved,
+    gpu_only=["torch.compile float32"],
 )
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    main(BENCH.op)

@@ -24,6 +24,8 @@ from fastdllm_triton.models.transformer import Transformer
 
 #: Keys and values of a layer. LLaDA keeps ``[B, Hkv, L, D]``, Dream ``[B, L, Hkv D]``, both before the rotation.
 Past = list[tuple[Tensor, Tensor]]
+#: Sine and cosine of positions, ``[L, D]``.
+Tables = tuple[Tensor, Tensor]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -44,7 +46,7 @@ class _Projections:
     q: Tensor
     k: Tensor
     v: Tensor
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None]
+    biases: tuple[Tensor | None, ...]
     out: Tensor
     gate: Tensor
     up: Tensor
@@ -60,11 +62,10 @@ class OfficialModel:
         rows = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
         self.layers = []
         for layer in network.weights.layers:
-            biases = (None, None, None) if layer.qkv_bias is None else layer.qkv_bias.split(rows)
+            biases = (None, None, None) if layer.qkv_bias is None else tuple(layer.qkv_bias.split(rows))
             gate, up = layer.gate_up.weight.chunk(2)
-            projections = _Projections(
-                *layer.qkv.weight.split(rows), biases, layer.attn_out.weight, gate, up, layer.down.weight
-            )  # fmt: skip
+            q, k, v = layer.qkv.weight.split(rows)
+            projections = _Projections(q, k, v, biases, layer.attn_out.weight, gate, up, layer.down.weight)
             self.layers.append(projections)
         self.head = network.head
         self._table: tuple[Tensor, Tensor] | None = None
@@ -100,7 +101,7 @@ class OfficialModel:
         return x.view(*x.shape[:2], heads, self.config.head_dim).transpose(1, 2)
 
     def _attend_llada(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, _: object
+        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, _: Tables | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         c, dtype = self.config, q.dtype
         q, k, v = self._heads(q, c.heads), self._heads(k, c.kv_heads), self._heads(v, c.kv_heads)
@@ -149,7 +150,7 @@ class OfficialModel:
         return angles.sin().to(dtype), angles.cos().to(dtype)
 
     def _attend_dream(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, tables: object
+        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, tables: Tables | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         c = self.config
         end = None
@@ -166,7 +167,8 @@ class OfficialModel:
         window, length = q.shape[1], k.shape[1]
         end = end or length
         q, k, v = self._heads(q, c.heads), self._heads(k, c.kv_heads), self._heads(v, c.kv_heads)
-        sin, cos = tables  # type: ignore[misc]
+        assert tables is not None
+        sin, cos = tables
         q = q * cos[end - window : end] + _rotate_half(q) * sin[end - window : end]
         k = k * cos[:length] + _rotate_half(k) * sin[:length]
         k, v = (
@@ -216,6 +218,7 @@ def llada_generate(
     threshold: float | None = None,
     forwards: int | Sequence[int] = 1,
     blocks: int | None = None,
+    most: int | None = None,
 ) -> tuple[Tensor, int]:
     """``generate``, ``generate_with_prefix_cache`` and ``generate_with_dual_cache``.
 
@@ -227,6 +230,7 @@ def llada_generate(
         threshold: commit what reaches it; otherwise each block is spread over ``forwards``.
         forwards: of each block, or of all.
         blocks: stop after so many (the official code has no such stop).
+        most: stop after so many forwards.
 
     Returns:
         The sequences ``[B, P + gen_length]``, and the number of forwards.
@@ -253,6 +257,8 @@ def llada_generate(
             i += 1
             if (x[:, start:end] == mask_id).sum() == 0:
                 break
+            if nfe == most:
+                return x, nfe
             if cache == "prefix" and i == 1:
                 past = [(k[:, :, :start], v[:, :, :start]) for k, v in present]
             elif cache == "dual" and i == 1:
@@ -273,11 +279,12 @@ def dream_sample(logits: Tensor, *, neg_entropy: bool = False) -> tuple[Tensor, 
     return confidence, x0
 
 
-def _shift(logits: Tensor) -> Tensor:
+def shift(logits: Tensor) -> Tensor:
+    """The logits of a window, each moved to the slot that it predicts."""
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
 
 
-def _dream_commit(x: Tensor, logits: Tensor, block_length: int, mask_id: int, count: int, threshold: float | None, *,
+def dream_commit(x: Tensor, logits: Tensor, block_length: int, mask_id: int, count: int, threshold: float | None, *,
                   by_entropy: bool = True) -> None:  # fmt: skip
     """Samples the masked rows of a window and writes the ``count`` surest of its first block; with a threshold the surest
     and those of the others that reach it.
@@ -309,6 +316,7 @@ def dream_generate(
     threshold: float | None = None,
     forwards: int | Sequence[int] = 1,
     blocks: int | None = None,
+    most: int | None = None,
 ) -> tuple[Tensor, int]:
     """Dream's ``diffusion_generate``: without a cache with ``alg="maskgit_plus"``, with one block by block.
 
@@ -320,6 +328,7 @@ def dream_generate(
         threshold: over a cache, commit what reaches it (``alg="confidence_threshold"``).
         forwards: without a threshold, of the generation (``none``), of each block, or of all blocks.
         blocks: stop after so many (the official code has no such stop).
+        most: stop after so many forwards.
 
     Returns:
         The sequences ``[1, P + gen_length]``, and the number of forwards.
@@ -329,20 +338,20 @@ def dream_generate(
     if cache == "none":
         assert isinstance(forwards, int)
         timesteps = torch.linspace(1, 1e-3, forwards + 1, device=x.device)
-        for i in range(forwards):
-            logits = _shift(model(x)[0])
-            left = (x == mask_id).sum() / len(x)
-            count = int(left * (1 - timesteps[i + 1] / timesteps[i])) if i < forwards - 1 else int(left)
+        for i in range(min(forwards, most or forwards)):
+            logits = shift(model(x)[0])
+            masks = (x == mask_id).sum() / len(x)
+            count = int(masks * (1 - timesteps[i + 1] / timesteps[i]) if i < forwards - 1 else masks)
             if count > 0:
-                _dream_commit(x, logits, x.shape[1], mask_id, count, None, by_entropy=False)
-        return x, forwards
+                dream_commit(x, logits, x.shape[1], mask_id, count, None, by_entropy=False)
+        return x, min(forwards, most or forwards)
 
     nfe = 0
     for block in range(blocks or gen_length // block_length):
         start, end = length + block * block_length, length + (block + 1) * block_length
         logits, past = model(x, use_cache=True)
         nfe += 1
-        _, x0 = dream_sample(_shift(logits))
+        _, x0 = dream_sample(shift(logits))
         x[:, start] = x0[:, start]
         replace, stop = None, x.shape[1]
         if cache == "prefix":
@@ -355,14 +364,16 @@ def dream_generate(
         i = 1
         while True:
             window = x[:, start:stop]
-            logits = _shift(model(window, past, replace)[0])
+            logits = shift(model(window, past, replace)[0])
             nfe += 1
             left = int((window[:, :block_length] == mask_id).sum())
             count = left
             if threshold is None and i < steps - 1:
                 count = int(left * (1 - timesteps[i + 1] / timesteps[i]))
-            _dream_commit(window, logits, block_length, mask_id, count, threshold)
+            dream_commit(window, logits, block_length, mask_id, count, threshold)
             i += 1
             if (window[:, :block_length] == mask_id).sum() == 0 or (threshold is None and i >= steps):
                 break
+            if nfe == most:
+                return x, nfe
     return x, nfe

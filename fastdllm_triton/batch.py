@@ -125,8 +125,14 @@ class Batch:
 
     def refresh(self, first: int, last: int, window_start: int, window: int) -> None:
         """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits."""
-        start = self._window_start[first:last].fill_(window_start)
-        self._advance(first, last, start, window)
+        start, length = self._window_start[first:last].fill_(window_start), self.config.block_length
+        if self.config.refresh_commits == "rule" or length == 1:
+            self._advance(first, last, self.state.rows(first, last), start, window, length)
+            return
+        # A block of one token to the commit, whose end is not the row's.
+        state = replace(self.state.rows(first, last), eos_ids=self.state.eos_ids[:0])
+        self._advance(first, last, state, start, window, 1)
+        state.remaining.fill_(length - 1)
 
     def step(self, rows: int, window: int) -> None:
         """Recomputes the step windows of the first ``rows`` rows, and commits. Captured where there is a GPU."""
@@ -152,12 +158,12 @@ class Batch:
         start = self._first if self.config.cache == "none" else (self.block_start[:rows] - self.look_back).clamp(min=0)
         # A done row's window lies behind the cache: nothing of it is written.
         start = torch.where(self.state.done[:rows], self.slots, start)
-        self._advance(0, rows, start, window)
+        self._advance(0, rows, self.state.rows(0, rows), start, window, self.config.block_length)
 
-    def _advance(self, first: int, last: int, window_start: Tensor, window: int) -> None:
-        """Recomputes a window of some rows, takes the statistics of their blocks' masked slots, and commits."""
-        network, ops, length, rows = self.network, self.network.ops, self.config.block_length, last - first
-        x, state, block_start = self.x[first:last], self.state.rows(first, last), self.block_start[first:last]
+    def _advance(self, first: int, last: int, state: PolicyState, window_start: Tensor, window: int, length: int) -> None:
+        """Recomputes a window of some rows, takes the statistics of the first masked slots of their blocks, and commits."""
+        network, ops, rows = self.network, self.network.ops, last - first
+        x, block_start = self.x[first:last], self.block_start[first:last]
         slots = window_start[:, None] + self._slots[:window]  # [R, W]
         ids = x.gather(1, slots.clamp(0, self.slots - 1))
         hidden = network.forward(ids, window_start, self.cache.rows(first, last))  # [R, W, E]

@@ -8,23 +8,22 @@ never ends, these functions finish the block, and ``[MASK]`` is never committed.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decoding import CacheName, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
 from .diffusion import DiffusionConfig, DiffusionOutput
 from .diffusion_arguments import cache_name, first_slots, merged, new_tokens
 from .diffusion_engine import diffuse
 from .model import MaskedDiffusionLM
+from .swap import runtime_of
 from .types import ScoreName
 
 _SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
 
 
 def generate(
-    model: MaskedDiffusionLM,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int = 128,
     gen_length: int = 128,
@@ -38,7 +37,7 @@ def generate(
     """Decodes without a cache.
 
     Args:
-        model: what :func:`fastdllm_triton.load` returns.
+        model: what :func:`fastdllm_triton.load` returns, or a module that :func:`fastdllm_triton.accelerate` was called on.
         prompt: ``[B, P]`` int64. All of it is attended.
         steps: forwards for the whole generation, a multiple of the number of blocks (with a threshold or a factor it
             decides nothing).
@@ -62,7 +61,7 @@ def generate(
 
 
 def generate_with_prefix_cache(
-    model: MaskedDiffusionLM,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int = 128,
     gen_length: int = 128,
@@ -80,7 +79,7 @@ def generate_with_prefix_cache(
 
 
 def generate_with_dual_cache(
-    model: MaskedDiffusionLM,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int = 128,
     gen_length: int = 128,
@@ -98,7 +97,7 @@ def generate_with_dual_cache(
 
 
 def _generate(
-    model: Any,
+    model: MaskedDiffusionLM | nn.Module,
     prompt: Tensor,
     steps: int,
     gen_length: int,
@@ -111,7 +110,7 @@ def _generate(
     *,
     cache: CacheName,
 ) -> tuple[Tensor, int]:
-    model = _loaded(model)
+    lm = runtime_of(model)
     if remasking not in _SCORES:
         raise ValueError(f"remasking must be one of {', '.join(_SCORES)}, got {remasking!r}")
     score = _SCORES[remasking]
@@ -122,7 +121,7 @@ def _generate(
         strategy = Threshold(threshold, score=score)
     # Here as in the official code the blocks must divide the steps even where those decide nothing.
     config = GenerationConfig(gen_length=gen_length, block_length=block_length, strategy=FixedSteps(steps))
-    output = model.generate(
+    output = lm.generate(
         prompt,
         config,
         cache=cache,
@@ -132,13 +131,13 @@ def _generate(
         stop_at_eos=False,
         lockstep=True,
         mask_id=mask_id,
-        logits_dtype=_logits_dtype(model),
+        logits_dtype=_logits_dtype(lm),
     )
     return output.sequences, output.nfe
 
 
 def diffusion_generate(
-    model: MaskedDiffusionLM,
+    model: MaskedDiffusionLM | nn.Module,
     inputs: Tensor,
     generation_config: object | None = None,
     *,
@@ -179,7 +178,7 @@ def diffusion_generate(
     after is float32, ties going to the lower position. In float32 both are the same.
 
     Args:
-        model: what :func:`fastdllm_triton.load` returns.
+        model: what :func:`fastdllm_triton.load` returns, or a module that :func:`fastdllm_triton.accelerate` was called on.
         inputs: ``[B, P]`` integers, left padded where ``attention_mask`` says so.
         generation_config: any object with the attributes of Dream's ``DreamGenerationConfig``.
         attention_mask: ``[B, P]``, 0 for padding, which must be on the left; everything is attended if not given.
@@ -211,7 +210,7 @@ def diffusion_generate(
         ValueError: an argument is not valid; raised before any forward.
         FloatingPointError: a forward gave logits that are NaN or nowhere finite.
     """
-    lm = _loaded(model)
+    lm = runtime_of(model)
     first = first_slots(inputs, attention_mask, lm.config.vocab_size)
     given = {
         "steps": steps,
@@ -245,12 +244,6 @@ def diffusion_generate(
     first = first.to(lm.device).repeat_interleave(copies)
     output = diffuse(lm.network, x, first, config, options["mask_token_id"])
     return output if as_dict else output.sequences
-
-
-def _loaded(model: Any) -> MaskedDiffusionLM:
-    if not isinstance(model, MaskedDiffusionLM):
-        raise TypeError(f"model must come from fastdllm_triton.load, got {type(model).__name__}")
-    return model
 
 
 def _logits_dtype(model: MaskedDiffusionLM) -> torch.dtype | None:

@@ -188,6 +188,9 @@ class GenerationConfig:
         look_back: slots before the block that a step over a cache recomputes with it (vicinity refresh, dInfer,
             arXiv 2510.08666, section 3).
         look_ahead: slots after the block that a step over the dual cache recomputes with it.
+        refresh_commits: ``rule``: a refresh commits what the strategy says. ``first``: it commits the block's first token alone,
+            however sure, as Dream's official code does, and steps do not recompute the slot that predicts it. For models with
+            shifted predictions, a cache, and any strategy but :class:`FixedSteps`.
         lockstep: the rows of a batch begin each block together, as in the official code, instead of each when it can. Decides
             no token, only the number of forwards.
         logits_dtype: rounds logits before anything is decided, to agree with code that materialises them in it.
@@ -208,6 +211,7 @@ class GenerationConfig:
     suffix_window: int | None = None
     look_back: int = 0
     look_ahead: int = 0
+    refresh_commits: Literal["rule", "first"] = "rule"
     lockstep: bool = False
     logits_dtype: torch.dtype | None = None
 
@@ -234,6 +238,16 @@ class GenerationConfig:
             value = getattr(self, name)
             ok = (optional and value is None) or (_is_int(value) and value >= least)
             _require(name, value, f"{'None or ' if optional else ''}an integer of {least} or more", ok)
+        if self.refresh_commits not in ("rule", "first"):
+            raise ValueError(f"refresh_commits must be rule or first, got {self.refresh_commits!r}")
+        if self.refresh_commits == "first":
+            for name, clash in (
+                ("cache", self.cache == "none"),
+                ("strategy", isinstance(self.strategy, FixedSteps)),
+                ("refresh_every", self.refresh_every is not None),
+            ):
+                if clash:
+                    raise ValueError(f"refresh_commits = 'first' does not go with {name} = {getattr(self, name)!r}")
         for name, caches in (
             ("prompt_refresh", ("prefix", "dual")),
             ("look_back", ("prefix", "dual")),
@@ -250,8 +264,8 @@ class GenerationConfig:
         return self.gen_length // self.block_length
 
     def look_back_in(self, model: ModelConfig) -> int:
-        """Slots before the block that a step recomputes: one at least where the slot before predicts the block's first."""
-        return max(self.look_back, int(model.shift))
+        """Slots before the block that a step recomputes: one at least where it may have to predict the block's first."""
+        return max(self.look_back, int(model.shift and self.refresh_commits == "rule"))
 
     def resolve(self, model: ModelConfig, rows: int) -> Resolved:
         """Fills in what the model decides, and checks token ids against its vocabulary.
@@ -269,6 +283,10 @@ class GenerationConfig:
             for token in ids:
                 ok = _is_int(token) and 0 <= token < model.vocab_size
                 _require(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
+        if self.refresh_commits == "first" and not model.shift:
+            raise ValueError(
+                f"refresh_commits = 'first' is for models with shifted predictions, and {model.architecture} has none"
+            )
         if self.stop_at_eos and not eos_ids:
             raise ValueError("eos_ids must name at least one token, or stop_at_eos be False")
         forbidden = tuple(sorted({mask_id, *self.forbidden}))

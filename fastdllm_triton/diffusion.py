@@ -100,6 +100,12 @@ class DiffusionConfig:
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
     @property
+    def is_block_threshold(self) -> bool:
+        """Whether this is the engine's own decoding: blocks over a cache, a threshold, the likeliest tokens, no history."""
+        threshold = self.cache != "none" and self.alg == "confidence_threshold"
+        return threshold and not (self.temperature or self.filtered or self.history)
+
+    @property
     def random(self) -> bool:
         """Whether anything is drawn."""
         origin = self.alg == "origin" and self.cache == "none"

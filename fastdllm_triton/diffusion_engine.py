@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoding import _is_int, _require
+from .decoding import GenerationConfig, Threshold, _is_int, _require
 from .diffusion import DiffusionConfig, DiffusionOutput
 from .diffusion_rules import Candidates, Rule, block_rule, whole_sequence_rule
+from .engine import Generation, run
 from .filtering import filtered_head_statistics
 from .models.transformer import Transformer
 from .types import TokenStatistics
@@ -46,12 +47,32 @@ def diffuse(
             f"max_new_tokens: the model takes {c.max_length} tokens, which leaves {c.max_length - longest} after a prompt of "
             f"{longest}, got {config.max_new_tokens}"
         )
-    run = _Run(network, inputs, kv_start, config, mask_id)
+    if config.is_block_threshold and c.shift:
+        return _by_engine(network, inputs, kv_start, config, mask_id)
+    loop = _Run(network, inputs, kv_start, config, mask_id)
     if config.cache == "none":
-        run.whole_sequence()
+        loop.whole_sequence()
     else:
-        run.blocks()
-    return DiffusionOutput(run.x, tuple(run.history) if config.history else None, run.nfe)
+        loop.blocks()
+    return DiffusionOutput(loop.x, tuple(loop.history) if config.history else None, loop.nfe)
+
+
+def _by_engine(network: Transformer, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int) -> DiffusionOutput:
+    """Blocks by threshold, with the engine's captured steps."""
+    options = GenerationConfig(
+        gen_length=config.max_new_tokens,
+        block_length=config.block_length,
+        cache=config.cache,
+        strategy=Threshold(config.threshold),
+        refresh_commits="first",
+        stop_at_eos=False,
+        lockstep=True,
+        mask_id=mask_id,
+        logits_dtype=config.logits_dtype,
+    )
+    prompts = [ids[start:] for ids, start in zip(inputs.tolist(), kv_start.tolist(), strict=True)]
+    output = run(Generation(network, prompts, options))
+    return DiffusionOutput(torch.cat((inputs, output.generated), dim=1), None, output.nfe)
 
 
 class _Run:

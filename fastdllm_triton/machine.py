@@ -83,9 +83,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "l2_bytes": properties.L2_cache_size,
         "capability": f"{properties.major}.{properties.minor}",
     }
-    # Asked for by its bus id, since nvidia-smi counts all GPUs and torch only those it may see.
-    bus = getattr(properties, "pci_bus_id", None)
-    which = f"{properties.pci_domain_id:08x}:{bus:02x}:{properties.pci_device_id:02x}.0" if bus is not None else "0"
+    # By its own id, since nvidia-smi counts all GPUs and torch only those it may see.
+    which = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
     line = _output(["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"])
     values = [value.strip() for value in line.split(",")] if line else []
     if len(values) == len(_SMI):

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
 from typing import Any, Literal, cast, get_args
 
@@ -43,7 +43,7 @@ class Ops:
     """The ops of one backend, with the signatures of :mod:`fastdllm_triton.reference`.
 
     Attributes:
-        name: ``"triton"`` or ``"reference"``.
+        name: ``"triton"``, ``"reference"``, or ``"mixed"`` where each has some.
         reason: why it was chosen, in words.
         required: whether it was asked for by name, so that nothing may fall back to anything slower.
         fuses_residual: of ``(x, weight)``: whether ``linear`` adds a residual without a launch of its own.
@@ -64,6 +64,13 @@ class Ops:
 
 
 NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required", "fuses_residual"))
+
+#: The ops by the part of a model that they belong to.
+PARTS = {
+    "attention": ("rope_kv_write", "window_attention"),
+    "norms": ("rms_norm", "swiglu", "linear"),
+    "head": ("head_statistics", "token_statistics", "commit_tokens"),
+}
 
 
 @cache
@@ -92,6 +99,26 @@ def resolve(backend: str, device: torch.device) -> Ops:
     if device.type == "cuda":
         warnings.warn(f"falling back to the PyTorch reference ops: {obstacle}", stacklevel=2)
     return _ops("reference", obstacle, device)
+
+
+def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
+    """``ops`` with some parts in plain PyTorch, to find out which kernel a difference comes from, or to do without it.
+
+    Args:
+        ops: what runs otherwise.
+        parts: keys of :data:`PARTS`.
+
+    Returns:
+        Ops named ``"reference"`` where no kernel is left and ``"mixed"`` where some are; ``ops`` itself where nothing changes.
+    """
+    if not parts or ops.name == "reference":
+        return ops
+    names = {op for part in parts for op in PARTS[part]}
+    functions: dict[str, Any] = {op: _function("reference", op) for op in NAMES if op in names}
+    if "linear" in names:
+        functions["fuses_residual"] = _fuses_residual("reference")
+    name = "reference" if names == set(NAMES) else "mixed"
+    return replace(ops, name=name, reason=f"{ops.reason}, but for {', '.join(parts)}", **functions)
 
 
 def _obstacle(device: torch.device, *, interpreter: bool) -> str | None:

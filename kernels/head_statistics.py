@@ -38,6 +38,7 @@ from ._statistics import (
     tile_choice,
     tile_distribution,
 )
+from ._tuned import gpu_name, tuned
 from .token_statistics import launches as launches_of_statistics
 from .token_statistics import token_statistics
 
@@ -187,7 +188,7 @@ class HeadStatisticsConfig:
 
 
 def head_statistics_config(
-    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool
+    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None
 ) -> HeadStatisticsConfig | None:
     """The fused kernel's tiling, or None where cuBLAS and a separate pass are the better choice.
 
@@ -205,26 +206,32 @@ def head_statistics_config(
     resident = 2 if arch.shared_bytes > 2**17 else 1
     stage = (block_vocabulary + block_rows) * block_width * element_size
     num_stages = 2 if arch.backend == "hip" else min(6, (arch.shared_bytes_per_sm // resident - 1024) // stage)
-    part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
+    parts = resident * arch.sms
+    shape = {"block_rows": block_rows, "vocabulary": vocabulary, "width": width, "element_size": element_size, "sample": sample}
+    if found := tuned(gpu, "head_statistics", **shape):
+        block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
+        num_warps, num_stages = found["num_warps"], found["num_stages"]
+    part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
     return HeadStatisticsConfig(
         block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
     )
 
 
 def launches(
-    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, *, gathered: bool = False
-) -> int:
+    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None, *,
+    gathered: bool = False,
+) -> int:  # fmt: skip
     """Launches of a call with keys on the device and no bias: the fused kernel and its merge, or cuBLAS and a pass.
 
     Args:
-        arch, rows, vocabulary, width, element_size, sample: as of :func:`head_statistics_config`.
+        arch, rows, vocabulary, width, element_size, sample, gpu: as of :func:`head_statistics_config`.
         gathered: whether ``rows`` is given. The fused kernel gathers by itself; before cuBLAS it takes two launches, and after
             it seven to overwrite the rows that asked for nothing.
     """
-    if head_statistics_config(arch, rows, vocabulary, width, element_size, sample) is not None:
+    if head_statistics_config(arch, rows, vocabulary, width, element_size, sample, gpu) is not None:
         return 2
     # The logits are of float32, unless they are rounded to the dtype of the operands.
-    return 1 + launches_of_statistics(arch, rows, vocabulary, 4) + (9 if gathered else 0)
+    return 1 + launches_of_statistics(arch, rows, vocabulary, 4, gpu) + (9 if gathered else 0)
 
 
 def head_statistics(
@@ -279,7 +286,8 @@ def head_statistics(
     out = output_of(out, count, device)
     if count == 0:
         return out
-    config = head_statistics_config(arch_of(device), count, vocabulary, width, hidden.element_size(), sample)
+    sizes = (count, vocabulary, width, hidden.element_size(), sample)
+    config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
     if config is None:
         logits = _logits(hidden, weight, rows, bias, logits_dtype)
         keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}

@@ -1,5 +1,4 @@
-"""A product of 1 to 512 rows with a weight, which is all that moves: ``y = residual + swiglu(rms_norm(x) W^T)``, each part
-optional.
+"""A product of few rows with a weight and what stands around it: ``y = residual + swiglu(rms_norm(x) W^T)``, parts optional.
 
 At 16 to 200 rows such a product takes as long as reading its weight, and what stands around it in a layer (a norm, a gated
 unit, a residual) is launches of its own that wait on each other. Here they are prologue and epilogue of the one kernel.
@@ -102,7 +101,7 @@ def _linear_kernel(
 
     in_m, in_n = row < M, column < N
     p_w = weight_ptr + column.to(tl.int64)[:, None] * stride_w + k[None, :]  # [BLOCK_N, BLOCK_K]
-    p_up = p_w + N.to(tl.int64) * stride_w
+    p_up = p_w + tl.cast(N, tl.int64) * stride_w
     if PREFETCH > 0:
         # A line of the L2 cache has 128 bytes.
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -111,7 +110,7 @@ def _linear_kernel(
         ahead = in_n[:, None] & (line < end)[None, :]
         prefetch(p_line, ahead)
         if SWIGLU:
-            prefetch(p_line + N.to(tl.int64) * stride_w, ahead)
+            prefetch(p_line + tl.cast(N, tl.int64) * stride_w, ahead)
     wait_for_predecessor(PDL)
 
     x_ptr += row.to(tl.int64)[:, None] * stride_x  # [BLOCK_M, 1]
@@ -156,7 +155,7 @@ def _linear_kernel(
         at = (tl.program_id(1).to(tl.int64) * P * M + row) * N + column[None, :]
         tl.store(partial_ptr + at, y, mask=mask)
         if SWIGLU:
-            tl.store(partial_ptr + M.to(tl.int64) * N + at, up, mask=mask)
+            tl.store(partial_ptr + tl.cast(M, tl.int64) * N + at, up, mask=mask)
     else:
         _finish(y, up, residual_ptr, out_ptr, stride_r, stride_o, row, column[None, :], mask, SWIGLU, RESIDUAL)
 
@@ -171,7 +170,7 @@ def _finish_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask = column < N
     P: tl.constexpr = 2 if SWIGLU else 1
-    matrix = M.to(tl.int64) * N
+    matrix = tl.cast(M, tl.int64) * N
     y = tl.zeros([BLOCK_N], tl.float32)
     up = y
     for split in range(splits):
@@ -250,11 +249,13 @@ def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activati
     programs = tiles_m * triton.cdiv(outputs, block_n)
     splits = max(min(arch.sms // (3 * programs), k // (8 * block_k)), 1)
     splits = triton.cdiv(k, triton.cdiv(triton.cdiv(k, splits), block_k) * block_k)  # none of them empty
-    num_warps = 8 if block_m * block_n * (2 if gated else 1) > 4096 else 4
+    sums = block_m * block_n * (2 if gated else 1)
+    # Two sums beside the normalised rows need the registers of more threads where mma.sync keeps operands in them, too.
+    num_warps = 8 if sums > 4096 or (sums == 4096 and gated and not swap and arch.backend == "cuda") else 4
     stage = itemsize * block_k * (block_m + block_n * (2 if gated else 1))
     resident = 2 if programs * splits > arch.sms and (num_warps == 4 or gated) else 1
     # What is not stages: rows on their way into the MMA, and the result on its way out.
-    beside = max(itemsize * block_m * block_k, 4 * block_m * block_n * (2 if gated else 1))
+    beside = max(itemsize * block_m * block_k, 4 * sums)
     room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - beside
     num_stages = 2 if arch.backend == "hip" else max(min(room // stage, 4 if gated else 6), 2)
     return Config(block_m, block_n, block_k, swap, splits, num_warps, num_stages)

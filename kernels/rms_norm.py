@@ -17,7 +17,7 @@ the tensors' dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -29,6 +29,7 @@ from ._arch import Arch, arch_of
 from ._check import as_rows, check_floats, check_shape, require
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._tuned import gpu_name, tuned
 
 MAX_WIDTH = 32_768
 
@@ -79,10 +80,11 @@ class Config:
 
 
 @cache
-def select_config(arch: Arch, width: int) -> Config:
+def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     """16 elements a thread: enough loads in flight, and no register pressure at any width."""
     block_e = triton.next_power_of_2(width)
-    return Config(block_e, min(max(block_e // (16 * arch.warp_size), 1), 16))
+    config = Config(block_e, min(max(block_e // (16 * arch.warp_size), 1), 16))
+    return replace(config, **tuned(gpu, "rms_norm", width=width) or {})
 
 
 def launches(arch: Arch, width: int) -> int:
@@ -128,7 +130,7 @@ def rms_norm(
         r, total = residual.reshape(-1, width), as_rows("residual_out", residual_out)
     if x.numel():
         arch = arch_of(x.device)
-        config = select_config(arch, width)
+        config = select_config(arch, width, gpu_name(x.device))
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(rows.shape[0],)](
                 rows,

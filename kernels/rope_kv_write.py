@@ -22,7 +22,7 @@ both products and their sum to the tensors' dtype.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -35,6 +35,7 @@ from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, require
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._tuned import gpu_name, tuned
 
 
 @triton.jit
@@ -167,11 +168,12 @@ class Config:
 
 
 @cache
-def select_config(arch: Arch, kv_heads: int, dim: int) -> Config:
+def select_config(arch: Arch, kv_heads: int, dim: int, gpu: str | None = None) -> Config:
     """No more heads than there are of k and v, so that no program is half empty, and at most 2048 elements: 16 a thread."""
     block_d = triton.next_power_of_2(dim)
     block_h = min(triton.next_power_of_2(kv_heads), max(2048 // block_d, 1))
-    return Config(block_h, max(block_h * block_d // (16 * arch.warp_size), 1))
+    config = Config(block_h, max(block_h * block_d // (16 * arch.warp_size), 1))
+    return replace(config, **tuned(gpu, "rope_kv_write", kv_heads=kv_heads, dim=dim) or {})
 
 
 @cache
@@ -237,7 +239,7 @@ def rope_kv_write(
     out = torch.empty((batch, window, q_heads, dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if out.numel():
         arch = arch_of(qkv.device)
-        config = select_config(arch, kv_heads, dim)
+        config = select_config(arch, kv_heads, dim, gpu_name(qkv.device))
         with torch.cuda.device_of(qkv):
             _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, kv_heads))](
                 qkv,

@@ -13,7 +13,7 @@ silu(gate) is rounded to the tensors' dtype before the product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -25,6 +25,7 @@ from ._arch import Arch, arch_of
 from ._check import as_rows, check_floats, check_shape, require
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._tuned import gpu_name, tuned
 
 
 @triton.jit
@@ -52,10 +53,11 @@ class Config:
 
 
 @cache
-def select_config(arch: Arch, width: int) -> Config:
+def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     """Eight elements of each operand a thread, one 16-byte load in 16-bit dtypes; small programs, so that few rows fill a GPU."""
     block_f = min(triton.next_power_of_2(width), 1024)
-    return Config(block_f, max(block_f // (8 * arch.warp_size), 1))
+    config = Config(block_f, max(block_f // (8 * arch.warp_size), 1))
+    return replace(config, **tuned(gpu, "swiglu", width=width) or {})
 
 
 def launches(arch: Arch, width: int) -> int:
@@ -82,7 +84,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     if out.numel():
         rows, y = gate_up.reshape(-1, 2 * width), as_rows("out", out)
         arch = arch_of(gate_up.device)
-        config = select_config(arch, width)
+        config = select_config(arch, width, gpu_name(gate_up.device))
         with torch.cuda.device_of(gate_up):
             _swiglu_kernel[(rows.shape[0], triton.cdiv(width, config.block_f))](
                 rows,

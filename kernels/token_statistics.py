@@ -44,6 +44,7 @@ from ._statistics import (
     tile_choice,
     tile_distribution,
 )
+from ._tuned import gpu_name, nearest
 
 # Pointers                shape                  dtype             owned by
 # logits_ptr              [R, V]                 fp32/fp16/bf16    caller, read; any strides
@@ -165,19 +166,23 @@ class TokenStatisticsConfig:
     num_warps: int = 4
 
 
-def token_statistics_config(arch: Arch, rows: int, vocabulary: int, element_size: int) -> TokenStatisticsConfig:
+def token_statistics_config(
+    arch: Arch, rows: int, vocabulary: int, element_size: int, gpu: str | None = None
+) -> TokenStatisticsConfig:
     """Splits rows until there are about four programs an SM, in chunks of at least four steps."""
-    num_warps = 4
+    found = nearest(gpu, "token_statistics", {"rows": rows}, vocabulary=vocabulary, element_size=element_size) or {}
+    num_warps = found.get("num_warps", 4)
     lanes, width = 2 * num_warps * arch.warp_size, 16 // element_size
     tile = lanes * width
-    splits = max(1, min(triton.cdiv(4 * arch.sms, rows), vocabulary // (4 * tile)))
+    wanted = found.get("splits") or triton.cdiv(4 * arch.sms, rows)
+    splits = max(1, min(wanted, vocabulary // (4 * tile)))
     chunk = triton.cdiv(triton.cdiv(vocabulary, splits), tile) * tile
     return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps)
 
 
-def launches(arch: Arch, rows: int, vocabulary: int, element_size: int) -> int:
+def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, gpu: str | None = None) -> int:
     """Launches of a call with keys on the device: the kernel, and the merge where rows are split."""
-    return 1 if token_statistics_config(arch, rows, vocabulary, element_size).splits == 1 else 2
+    return 1 if token_statistics_config(arch, rows, vocabulary, element_size, gpu).splits == 1 else 2
 
 
 def token_statistics(
@@ -215,7 +220,7 @@ def token_statistics(
     sample = temperature > 0
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, rows, device)
 
-    config = token_statistics_config(arch_of(device), rows, vocabulary, logits.element_size())
+    config = token_statistics_config(arch_of(device), rows, vocabulary, logits.element_size(), gpu_name(device))
     split = config.splits > 1
     partial, partial_id = None, None
     if split:

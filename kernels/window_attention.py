@@ -44,6 +44,7 @@ from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, require
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._tuned import gpu_name, nearest
 
 #: A chunk of keys this long still costs more to read than its partial result to write and merge.
 MIN_CHUNK = 256
@@ -253,7 +254,16 @@ def shared_bytes(arch: Arch, config: Config, dim: int, itemsize: int) -> int:
 
 @cache
 def select_config(
-    arch: Arch, sms: int, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
+    arch: Arch,
+    sms: int,
+    batch: int,
+    window: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    slots: int,
+    itemsize: int,
+    gpu: str | None = None,
 ) -> Config:
     """Tiles by the number of rows, chunks by the number of programs.
 
@@ -277,18 +287,32 @@ def select_config(
         num_stages = min(num_stages, 2)  # two programs an SM rather than three tiles in flight
     swap = arch.name == "sm_90" and itemsize == 2 and block_m <= 32 and dim > 32
 
+    sizes, heads = {"batch": batch, "window": window, "slots": slots}, {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim}
+    if found := nearest(gpu, "window_attention", sizes, **heads, itemsize=itemsize):
+        block_m, block_n, swap = found["block_m"], found["block_n"], found["swap"]
+        num_warps, num_stages = found["num_warps"], found["num_stages"]
     programs = batch * kv_heads * triton.cdiv(rows, block_m)
     wanted = (1 if block_m == 128 else 2) * sms // programs
-    splits = max(min(wanted, triton.cdiv(slots, MIN_CHUNK)), 1)
+    splits = found["splits"] if found else max(min(wanted, triton.cdiv(slots, MIN_CHUNK)), 1)
     chunk = max(triton.cdiv(triton.cdiv(slots, splits), 128) * 128, MIN_CHUNK)
     return Config(block_m, block_n, num_warps, num_stages, swap, triton.cdiv(slots, chunk), chunk)
 
 
 def launches(
-    arch: Arch, sms: int, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
+    arch: Arch,
+    sms: int,
+    batch: int,
+    window: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    slots: int,
+    itemsize: int,
+    gpu: str | None = None,
 ) -> int:
     """Launches of a call: the kernel, and the merge where the keys are split."""
-    return 1 if select_config(arch, sms, batch, window, q_heads, kv_heads, dim, slots, itemsize).splits == 1 else 2
+    config = select_config(arch, sms, batch, window, q_heads, kv_heads, dim, slots, itemsize, gpu)
+    return 1 if config.splits == 1 else 2
 
 
 #: Rows of a program of the merge kernel.
@@ -370,7 +394,7 @@ def window_attention(
         arch = arch_of(q.device)
         if config is None:
             sizes = (batch, window, q_heads, kv_heads, dim, slots)
-            config = select_config(arch, sms_of(q.device), *sizes, q.element_size())
+            config = select_config(arch, sms_of(q.device), *sizes, q.element_size(), gpu_name(q.device))
         needed = config.workspace_elements(batch, window, q_heads, dim)
         if workspace is None:
             workspace = torch.empty(needed, dtype=torch.float32, device=q.device)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +11,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 
 import fastdllm_triton as fdt
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
-official = importlib.import_module("official_step")
+from fastdllm_triton.bench import official_step as official
 
 
 def recorded(model: str, **wanted: Any) -> list[dict[str, Any]]:

@@ -1,95 +1,76 @@
-"""The benches of the ops, but for the timing itself: formulas, the check before timing, rejected shapes, and no GPU."""
+"""The benches of the ops, but for the timing itself: providers run and agree, formulas, ceilings, and rejected shapes."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
+import math
+from dataclasses import replace
 
 import pytest
 import torch
-from _support import DEVICE
-from rich.console import Console
+from _bench import CEILINGS, DEVICE, bench_of, half_inputs, module_of, rows_of, run_once, session
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCH = Path(__file__).parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
-timing = importlib.import_module("_timing")
+from fastdllm_triton import roofline
+from fastdllm_triton.bench import _baselines as baselines
+from fastdllm_triton.bench import _timing as timing
+from fastdllm_triton.bench._session import benches, check, sets_of_inputs, timed
 
-#: A small shape of each bench, and the baselines that run anywhere.
-SMALL = {
-    "rms_norm": ({"rows": 3, "width": 64, "residual": True}, ["torch"]),
-    "swiglu": ({"rows": 3, "width": 64}, ["torch"]),
-    "rope_kv_write": ({"model": "dream", "batch": 1, "window": 2, "slots": 4}, ["torch"]),
-    "window_attention": (
-        {"model": "dream", "batch": 1, "window": 2, "slots": 40},
-        ["triton plain", "triton swapped", "sdpa math"],
-    ),
-    "linear": (
-        {"name": "small", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False},
-        ["library"],
-    ),
-}
+OPS = [bench.op for bench in benches("ops")]
+CPU = torch.device("cpu")
 
 
-def bench_of(op):
-    """The bench of an op on its small shape, in a dtype that the interpreter has, and its module."""
-    module = importlib.import_module(f"bench_{op}")
-    return replace(module.BENCH, shapes=[SMALL[op][0]], inputs=partial(module.inputs, dtype=torch.float16)), module
+def small(op: str, **options):
+    """The bench of an op on its small shape, in float16, without what needs a compiler."""
+    bench = bench_of(op)
+    anywhere = {name: run for name, run in bench.baselines.items() if name not in bench.gpu_only}
+    return replace(bench, **{"shapes": bench.quick[:1], "inputs": half_inputs(op), "baselines": anywhere} | options)
 
 
-def run_once(run, inputs):
-    """A timer that runs everything and takes a millisecond."""
-    for one in inputs:
-        run(one)
-    return timing.Timing(1.0, 0.9, 1.2)
-
-
-@pytest.mark.parametrize("op", SMALL)
+@pytest.mark.parametrize("op", OPS)
 def test_every_provider_runs_and_is_put_next_to_its_ceiling(op):
-    bench, _ = bench_of(op)
-    rows = timing.measure(bench, DEVICE, timer=run_once, bandwidth=1e12, cache=1, only=SMALL[op][1])
-    assert [row["provider"] for row in rows] == ["triton", *SMALL[op][1]]
-    timed = [row for row in rows if "rejected" not in row]
-    # In window_attention one operand order is the chosen one.
-    assert len(timed) == len(rows) - (op == "window_attention")
-    for row in timed:
-        assert row["gb_per_s"] == pytest.approx(bench.bytes(bench.shapes[0]) / 1e6)
+    bench = small(op)
+    rows = rows_of(bench, session())
+    assert [row["provider"] for row in rows] == ["triton", *bench.baselines]
+    timed_rows = [row for row in rows if "missing" not in row]
+    assert timed_rows[0]["provider"] == "triton"
+    if DEVICE.type == "cpu":
+        # One operand order of window_attention is the chosen one; two backends of PyTorch's want a GPU, one a package.
+        missing = {"window_attention": 4, "commit_tokens": 1}
+        assert len(rows) - len(timed_rows) == missing.get(op, 0)
+    for row in timed_rows:
+        assert row["shape"] == bench.quick[0] and row["axis"] in row["shape"]
+        assert row["gb_per_s"] == pytest.approx(bench.bytes(row["shape"]) / 1e6)
         assert row["of_copy"] == pytest.approx(row["gb_per_s"] / 1e3)
+        assert row["of_matrix"] == pytest.approx(bench.flops(row["shape"]) / 1e-3 / 1e14)
+        assert row["of_floor"] == pytest.approx(max(row["of_copy"], row["of_matrix"]))
         assert (row["median_ms"], row["p20_ms"], row["p80_ms"], row["times_triton"]) == (1.0, 0.9, 1.2, 1.0)
     json.dumps(rows)
-    console = Console(width=250, file=open(os.devnull, "w"), record=True)  # noqa: SIM115
-    console.print(timing.table(rows, 1e12))
-    text = console.export_text()
-    assert "copy: 1000 GB/s" in text
-    assert all(row["provider"] in text for row in rows)
+
+
+def test_a_time_is_a_fraction_of_the_nearer_ceiling():
+    row = timed(timing.Timing(2.0, 1.9, 2.1), 10**9, 10**11, CEILINGS)
+    # 1 ms at the copy bandwidth, 1 ms at the matrix rate.
+    assert (row["of_copy"], row["of_matrix"], row["of_floor"]) == pytest.approx((0.5, 0.5, 0.5))
+    assert timed(timing.Timing(2.0, 1.9, 2.1), 10**9, 0, CEILINGS)["of_floor"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
 def test_bytes_are_those_of_the_tensors(op):
-    bench, _ = bench_of(op)
-    shape = bench.shapes[0]
-    assert bench.bytes(shape) == sum(tensor.nbytes for tensor in bench.inputs(shape, torch.device("cpu"), 0).values())
-    if op == "rms_norm":
-        shape = {**shape, "residual": False}
-        assert bench.bytes(shape) == sum(tensor.nbytes for tensor in bench.inputs(shape, torch.device("cpu"), 0).values())
+    bench = bench_of(op)
+    for shape in (bench.quick[0], *([bench.quick[0] | {"residual": False}] if op == "rms_norm" else [])):
+        assert bench.bytes(shape) == sum(tensor.nbytes for tensor in bench.inputs(shape, CPU, 0).values())
 
 
 def test_bytes_of_rope_kv_write_are_the_projection_twice():
-    bench, _ = bench_of("rope_kv_write")
-    shape = bench.shapes[0]
-    assert bench.bytes(shape) == 2 * bench.inputs(shape, torch.device("cpu"), 0)["qkv"].nbytes
+    bench = bench_of("rope_kv_write")
+    assert bench.bytes(bench.quick[0]) == 2 * bench.inputs(bench.quick[0], CPU, 0)["qkv"].nbytes
 
 
 def test_bytes_and_flops_of_window_attention_are_those_of_the_tensors_and_products():
-    bench, _ = bench_of("window_attention")
-    shape = bench.shapes[0]
-    inputs = bench.inputs(shape, torch.device("cpu"), 0)
+    bench = bench_of("window_attention")
+    shape = bench.quick[0]
+    inputs = bench.inputs(shape, CPU, 0)
     assert bench.bytes(shape) == 2 * inputs["q"].nbytes + inputs["k_cache"].nbytes + inputs["v_cache"].nbytes
     k, v = (inputs[name].repeat_interleave(7, dim=1) for name in ("k_cache", "v_cache"))
     with FlopCounterMode(display=False) as counter:
@@ -99,99 +80,178 @@ def test_bytes_and_flops_of_window_attention_are_those_of_the_tensors_and_produc
 
 @pytest.mark.parametrize("residual", [False, True])
 def test_bytes_and_flops_of_linear_are_those_of_the_tensors_and_the_product(residual):
-    bench, _ = bench_of("linear")
-    shape = bench.shapes[0] | {"residual": residual}
-    inputs = bench.inputs(shape, torch.device("cpu"), 0)
+    bench = bench_of("linear")
+    shape = bench.quick[0] | {"residual": residual}
+    inputs = bench.inputs(shape, CPU, 0)
     assert bench.bytes(shape) == sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.linear(inputs["x"], inputs["weight"])
     assert bench.flops(shape) == counter.get_total_flops() > 0
 
 
-@pytest.mark.parametrize(("library_ms", "wins"), [(2.0, True), (1.0, False)])
-def test_linear_is_tuned_against_the_library_and_only_winners_are_committed(library_ms, wins, monkeypatch, tmp_path):
-    bench, module = bench_of("linear")
-    choice = module.candidates(module.arch_of(DEVICE), 3, 64, 128, 2, "swiglu")[:2]
-    monkeypatch.setattr(module, "candidates", lambda *_: choice)
-    monkeypatch.setattr(module._tuned, "FOLDER", tmp_path / "tuned")
+@pytest.mark.parametrize(
+    ("op", "needed"),
+    [("token_statistics", 2 * 3 * 500 + 3 * 28), ("head_statistics", 2 * (500 + 3) * 32), ("commit_tokens", 2 * 8 * 40)],
+)
+def test_bytes_of_the_selection_ops(op, needed):
+    bench = bench_of(op)
+    assert bench.bytes(bench.quick[0]) == needed
 
-    def timer(run, inputs):
-        run(inputs[0])
-        return timing.Timing(library_ms if run is module.library else 1.0, 0, 0)
 
-    entries = module.tune(bench.shapes, DEVICE, timer=timer, cache=1, dtype=torch.float16)
-    module.commit(entries, "NVIDIA Test 7")
-    found = module._tuned.tuned(
-        "NVIDIA Test 7", "linear", rows=3, n=64, k=128, norm=True, activation="swiglu", residual=False, dtype="float16"
-    )
-    assert found == (asdict(choice[0]) if wins else None)
-    module._tuned._entries.cache_clear()
+def test_the_formulas_are_those_of_the_roofline():
+    shape = roofline.SHAPES["llada-8b"]
+    ops = roofline.op_costs(shape, 4, 32, 4096, 32)
+    attention = {"model": "llada", "batch": 4, "window": 32, "slots": 4096}
+    assert bench_of("window_attention").bytes(attention) * 32 == ops["window_attention"].alone.bytes
+    assert bench_of("window_attention").flops(attention) * 32 == ops["window_attention"].flops
+    assert bench_of("swiglu").bytes({"rows": 128, "width": 12_288}) * 32 == ops["swiglu"].alone.bytes
+    assert bench_of("rms_norm").bytes({"rows": 128, "width": 4096, "residual": True}) * 64 == ops["rms_norm"].alone.bytes
+    rope = {"model": "llada", "batch": 4, "window": 32, "slots": 4096}
+    assert bench_of("rope_kv_write").bytes(rope) * 32 == ops["rope_kv_write"].alone.bytes
+    head = {"rows": 128, "vocabulary": 126_464, "width": 4096}
+    assert bench_of("head_statistics").bytes(head) == ops["head_statistics"].alone.bytes
+    assert bench_of("head_statistics").flops(head) == ops["head_statistics"].flops
+    down = {"rows": 128, "n": 4096, "k": 12_288, "norm": False, "activation": None, "residual": False}
+    assert bench_of("linear").bytes(down) * 32 == ops["down"].alone.bytes
+    assert bench_of("linear").flops(down) * 32 == ops["down"].flops
 
 
 def test_a_wrong_kernel_is_not_timed():
-    bench, _ = bench_of("swiglu")
-    wrong = replace(bench, ours=lambda i: torch.zeros_like(i["out"]))
+    wrong = small("swiglu", ours=lambda i: torch.zeros_like(i["out"]))
     with pytest.raises(AssertionError, match=r"swiglu .*'rows': 3"):
-        timing.measure(wrong, DEVICE, timer=run_once, bandwidth=1e12, cache=1)
+        check(wrong, wrong.shapes[0], wrong.inputs(wrong.shapes[0], DEVICE, 0))
+    (row,) = rows_of(wrong, session())
+    assert row["refused"] and "median_ms" not in row
+    assert row["missing"].startswith("refused: wrong on these inputs: swiglu {'rows': 3, 'width': 64}")
 
 
 def test_a_baseline_that_rejects_a_shape_is_listed_with_its_reason():
-    bench, _ = bench_of("swiglu")
-
     def picky(inputs):
         raise NotImplementedError("only powers of two\nand more")
 
-    rows = timing.measure(replace(bench, baselines={"picky": picky}), DEVICE, timer=run_once, bandwidth=1e12, cache=1)
-    assert rows[1]["rejected"] == "NotImplementedError: only powers of two"
-    assert "median_ms" not in rows[1]
+    def absent(inputs):
+        import no_such_package  # noqa: F401
+
+    def hungry(inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    rows = rows_of(small("swiglu", baselines={"picky": picky, "absent": absent, "hungry": hungry}), session())
+    assert [row.get("missing") for row in rows] == [
+        None,
+        "NotImplementedError: only powers of two",
+        "not installed",
+        "too little GPU memory",
+    ]
+
+
+def test_a_shape_too_large_for_the_memory_is_a_row_with_the_reason_and_the_others_go_on():
+    bench = small("swiglu")
+
+    def inputs(shape, device, seed, **dtype):
+        if shape["rows"] > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return bench.inputs(shape, device, seed)
+
+    found = rows_of(replace(bench, inputs=inputs, shapes=[{"rows": 101, "width": 64}, bench.shapes[0]]), session())
+    assert [row.get("missing") for row in found] == ["too little GPU memory", None, None]
+
+
+def test_cases_of_an_earlier_run_and_after_the_deadline_are_not_begun():
+    bench = small("swiglu", shapes=[{"rows": rows, "width": 64} for rows in (3, 4)])
+    assert {row["shape"]["rows"] for row in rows_of(bench, session(done={("swiglu", "rows=3 width=64")}))} == {4}
+    over = session(deadline=0.0)
+    assert rows_of(bench, over) == [] and over.is_cut
+    all_done = session(deadline=0.0, done={("swiglu", f"rows={rows} width=64") for rows in (3, 4)})
+    assert rows_of(bench, all_done) == [] and not all_done.is_cut
+
+
+def test_quick_is_four_shapes_on_a_gpu_and_the_small_ones_without():
+    bench = bench_of("window_attention")
+    assert 3 <= len(bench.chosen(session(quick=True))) <= 4
+    assert bench.chosen(session()) == bench.shapes
+    assert bench.chosen(session(timer=None)) == bench.quick
+
+
+def test_only_the_baselines_that_are_asked_for_run():
+    assert [row["provider"] for row in rows_of(small("swiglu"), session(only=["torch"]))] == ["triton", "torch"]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="says what happens without a GPU")
+def test_without_a_gpu_nothing_is_timed():
+    rows = rows_of(bench_of("swiglu"), session(timer=None, ceilings=None))
+    assert [row["missing"] for row in rows] == ["ran, untimed", "ran, untimed", "needs a GPU"]
 
 
 def test_inputs_outgrow_the_cache_within_the_memory():
-    assert timing.sets_of_inputs(2**20, 50 * 2**20) == 150
-    assert timing.sets_of_inputs(2**30, 50 * 2**20) == 2
-    assert timing.sets_of_inputs(2**33, 2**33) == 2
+    assert sets_of_inputs(2**20, 50 * 2**20) == 150
+    assert sets_of_inputs(2**30, 50 * 2**20) == 2
+    assert sets_of_inputs(2**33, 2**33) == 2
 
 
-def test_percentiles_are_of_the_replays():
+def test_percentiles_are_of_the_turns():
     assert timing.percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == timing.Timing(3.5, 2.0, 5.0)
 
 
-@pytest.mark.parametrize("op", SMALL)
-def test_without_a_gpu_nothing_is_measured_and_that_is_said(op, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _, module = bench_of(op)
-    assert timing.main(module.BENCH, ["--json", str(tmp_path / "rows.json")]) == 0
-    assert "no GPU" in capsys.readouterr().out
-    assert not (tmp_path / "rows.json").exists()
-
-
-def test_an_unknown_baseline_is_named(capsys):
-    _, module = bench_of("swiglu")
-    with pytest.raises(SystemExit):
-        timing.main(module.BENCH, ["--only", "numpy"])
-    assert "got numpy" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="would measure")
-def test_a_bench_is_a_script():
-    environment = os.environ | {"PYTHONPATH": str(BENCH.parent)}
-    script = [sys.executable, str(BENCH / "bench_rms_norm.py")]
-    found = subprocess.run(script, env=environment, capture_output=True, text=True, check=True)
-    assert "no GPU" in found.stdout
+def test_benches_come_in_the_order_of_importance_and_by_suite():
+    assert OPS[:3] == ["window_attention", "head_statistics", "linear"]
+    assert [bench.op for bench in benches("ops", ["swiglu", "rms_norm"])] == ["rms_norm", "swiglu"]
+    with pytest.raises(ValueError, match="suite: got 'fast', needs all, step or generate or ops"):
+        benches("fast")
+    with pytest.raises(ValueError, match="--op: got gemv, needs names among"):
+        benches("ops", ["gemv"])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", SMALL)
+def test_ceilings_are_measured_on_a_gpu():
+    found = timing.measure_ceilings(DEVICE, timing.time_in_turns)
+    assert 1e11 < found.copy < 1e13 and 1e13 < found.matrix < 1e16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
 def test_a_bench_times_on_a_gpu(op):
-    bench, _ = bench_of(op)
-    rows = timing.measure(bench, DEVICE, timer=timing.time_cold, bandwidth=1e12, cache=2**20, only=SMALL[op][1])
-    assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows if "rejected" not in row)
+    bench = replace(bench_of(op), shapes=bench_of(op).quick)
+    rows = rows_of(bench, session(timer=timing.time_in_turns))
+    assert "missing" not in rows[0]
+    assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows if "missing" not in row)
 
 
-def test_rows_are_drawn(tmp_path):
-    pytest.importorskip("matplotlib")
-    bench, _ = bench_of("swiglu")
-    rows = timing.measure(bench, DEVICE, timer=run_once, bandwidth=1e12, cache=1, only=["torch"])
-    timing.plot(rows, 1e12, tmp_path / "plot.svg")
-    text = (tmp_path / "plot.svg").read_text()
-    assert text.count("<path") > 5
+# --- the baselines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choose", [baselines.official_float64, baselines.torch_float32])
+def test_the_baselines_choose_what_the_kernel_chooses(choose):
+    module = module_of("token_statistics")
+    logits = module.inputs({"rows": 4, "vocabulary": 300, "temperature": 0.0}, DEVICE, 0, torch.float32)["logits"]
+    token, confidence = choose(logits)
+    found = module.reference(logits)
+    assert token.tolist() == found.token.tolist()
+    torch.testing.assert_close(confidence.float(), found.confidence)
+
+
+def test_the_official_baseline_commits_what_the_threshold_rule_commits():
+    module = module_of("commit_tokens")
+    i = module.inputs({"batch": 5, "block": 16, "rule": "threshold"}, DEVICE, 0)
+    statistics = i["statistics"]
+    statistics.token.copy_(torch.arange(16))
+    statistics.rest[4] += 1  # nothing passes: the best alone
+    x = i["x"].clone()
+    done = baselines.official_threshold(x, statistics.token, statistics.confidence.double(), module.START, module.MASK, 0.7)
+    module.reference(i["x"], statistics, i["window_start"], i["state"])
+    assert x.tolist() == i["x"].tolist() and (x[4] != module.MASK).sum() == 1
+    assert done.tolist() == i["state"].done.tolist()
+
+
+def test_every_launch_of_the_commit_bench_decides_anew():
+    module = module_of("commit_tokens")
+    i = module.inputs({"batch": 2, "block": 8, "rule": "factor"}, DEVICE, 0)
+    counts = [module.run_kernel(i)[0].tolist() for _ in range(3)]
+    assert counts[0] == counts[1] == counts[2] and max(counts[0]) < 8
+    assert math.isnan(i["state"].confidence[0, 0].item())
+
+
+def test_a_timer_of_tests_gives_reasons_as_the_real_one_does():
+    def broken(i):
+        raise ValueError("")
+
+    assert run_once({"broken": broken}, [{}]) == {"broken": "ValueError"}

@@ -256,6 +256,12 @@ def test_a_committed_measurement_chooses_the_kernel_and_nothing_else_does(monkey
     for i, other in enumerate(("NVIDIA Test 8", 33, 4095, 65, "float16", True, "swiglu", False)):
         assert module.measured_config(*asked[:i], other, *asked[i + 1 :]) is None
     assert module.measured_config(asked[0], 16, *asked[2:]) is None
+
+    monkeypatch.setattr(module, "gpu_name", lambda device: "NVIDIA Test 9")
+    x, weight = torch.empty(4, 8, 64, dtype=torch.bfloat16), torch.empty(4096, 64, dtype=torch.bfloat16)
+    assert module.fuses_residual(x, weight)
+    assert not module.fuses_residual(x[:, :2], weight)  # 8 rows
+    assert not module.fuses_residual(x.float(), weight)
     module.measured_config.cache_clear()
 
 
@@ -278,6 +284,18 @@ def test_projections_of_the_models_in_bfloat16(name, rows):
     n, k, norm, activation, residual = PROJECTIONS[name]
     call = operands((rows, k), n, norm, activation, residual, torch.bfloat16)
     check(call, select_config(module.arch_of(DEVICE), rows, n, k, 2, activation))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llada qkv", "llada gate_up", "llada down"])
+def test_with_the_invariant_config_a_row_is_the_same_in_any_number_of_rows(name):
+    n, k, norm, activation, residual = PROJECTIONS[name]
+    call = operands((1000, k), n, norm, activation, residual, torch.bfloat16)
+    config = module.invariant_config(module.arch_of(DEVICE), n, k, 2, activation)
+    whole = kernel(**call, config=config)
+    for rows in (1, 32, 100, 512):
+        part = call | {key: call[key][-rows:] for key in ("x", "residual") if key in call}
+        assert torch.equal(kernel(**part, config=config), whole[-rows:])
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -28,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_kernels_reference_and_the_built_in_model(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("kernels", "reference"):
+    for folder in ("kernels", "reference", "bench"):
         for file in (ROOT / folder).glob("*.py"):
             assert f"fastdllm_triton/{folder}/{file.name}" in names
     for file in (
@@ -42,8 +43,21 @@ def test_the_wheel_holds_kernels_reference_and_the_built_in_model(wheel: Path) -
         assert f"fastdllm_triton/tiny/{file}" in names
     for file in ("model.safetensors", "config.json", "cases.jsonl"):
         assert f"fastdllm_triton/verify/golden/{file}" in names
-    assert {"fastdllm_triton/py.typed", "fastdllm_triton/trace.html"} <= names
+    assert {f"fastdllm_triton/{file}" for file in ("py.typed", "trace.html", "bench/page.html")} <= names
+    assert not any(name.startswith("fastdllm_triton/bench/results/") for name in names)
     assert not any(name.split("/")[0] in ("kernels", "reference", "tests", "bench", "training") for name in names)
+
+
+def test_the_installed_package_verifies_and_benches_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "1"}
+    program = (
+        "import fastdllm_triton.cli as cli, fastdllm_triton.verify.models as models\n"
+        f"assert cli.__file__.startswith({str(tmp_path)!r}) and len(models.golden_cases()) == 336\n"
+        "cli.app(['bench', 'ops', '--op', 'rms_norm', '--quick', '--device', 'cpu', '--html', 'page.html'])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=tmp_path, env=environment)
+    assert "<html" in (tmp_path / "page.html").read_text()
 
 
 def test_the_installed_package_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

@@ -54,6 +54,44 @@ def test_a_row_gets_the_tokens_it_gets_alone(dream: fdt.MaskedDiffusionLM, cache
         assert batch.generated[row].tolist() == alone.generated[0].tolist()
 
 
+def test_a_refresh_may_commit_the_first_token_alone(dream: fdt.MaskedDiffusionLM) -> None:
+    prompts = [[5, 9, 2], [7, 1, 8, 2, 8, 1]]
+    options: dict[str, Any] = {"refresh_commits": "first", "strategy": fdt.Threshold(0.01), **OPTIONS}
+    forwards = list(dream.stream([prompts[0]], **options))
+    assert [forward.windows[0] for forward in forwards] == [(0, 19), (3, 11), (0, 19), (11, 19)]
+    assert dream.generate([prompts[0]], **options).step_map[0].tolist() == [0, *[1] * 7, 2, *[3] * 7]
+    batch = dream.generate(prompts, **options)
+    for row, prompt in enumerate(prompts):
+        assert batch.generated[row].tolist() == dream.generate([prompt], **options).generated[0].tolist()
+
+
+def test_an_end_token_that_a_refresh_commits_does_not_end_the_row(dream: fdt.MaskedDiffusionLM) -> None:
+    options: dict[str, Any] = {"refresh_commits": "first", "strategy": fdt.Threshold(0.5), **OPTIONS}
+    first = int(dream.generate([[5, 9, 2]], **options).generated[0, 0])
+    out = dream.generate([[5, 9, 2]], **{**options, "stop_at_eos": True, "eos_ids": (first,)})
+    assert (out.step_map[0, :8] >= 0).all()
+    assert (out.step_map[0, 8:] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"refresh_commits": "all"}, "refresh_commits must be rule or first, got 'all'"),
+        ({"cache": "none"}, "'first' does not go with cache = 'none'"),
+        ({"strategy": fdt.FixedSteps(16)}, "'first' does not go with strategy = FixedSteps"),
+        ({"refresh_every": 2}, "'first' does not go with refresh_every = 2"),
+    ],
+)
+def test_what_a_first_token_refresh_does_not_go_with(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fdt.GenerationConfig(**{"refresh_commits": "first", **OPTIONS, **options})
+
+
+def test_a_first_token_refresh_is_for_shifted_models(llada: fdt.MaskedDiffusionLM) -> None:
+    with pytest.raises(ValueError, match="is for models with shifted predictions, and llada has none"):
+        llada.generate([[1, 2]], refresh_commits="first", **OPTIONS)
+
+
 def test_a_step_recomputes_the_slot_that_predicts_the_blocks_first(dream: fdt.MaskedDiffusionLM) -> None:
     forwards = list(dream.stream([[5, 9, 2]], cache="dual", strategy=fdt.FixedSteps(4), **OPTIONS))
     assert [forward.windows[0] for forward in forwards] == [(0, 19), (2, 11), (0, 19), (10, 19)]

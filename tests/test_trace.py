@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import fastdllm_triton as fdt
+from fastdllm_triton.engine import Forward
 from fastdllm_triton.trace import Trace, page
 
 PROMPTS = (
@@ -194,3 +195,28 @@ def test_the_page_replays_the_generation(tiny: fdt.MaskedDiffusionLM, tmp_path: 
     assert told["told"][1].endswith("still masked")
     assert told["playing"] == "pause"
     assert told["after"]["frame"] > 0
+
+
+def test_generate_writes_the_trace_also_when_it_is_stopped(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    seen: list[int] = []
+    out = tiny.generate("Tom has 5 coins.", trace=whole, callback=lambda forward: seen.append(forward.index))
+    assert len(json.loads(whole.read_text())["forwards"]) == len(seen) == out.nfe
+
+    def stop(forward: Forward) -> None:
+        if forward.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.generate("Tom has 5 coins.", trace=part, callback=stop)
+    assert len(json.loads(part.read_text())["forwards"]) == 2
+
+
+def test_a_trace_that_cannot_be_written_is_an_error_before_any_forward(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.network, "forward", None)
+    with pytest.raises(FileNotFoundError, match="trace: there is no folder"):
+        tiny.generate("Tom", trace=tmp_path / "missing" / "a.html")
+    with pytest.raises(ValueError, match=r"trace must end in \.html or \.json"):
+        tiny.generate("Tom", trace=tmp_path / "a.txt")

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from .records import CaseRecord, Record, render
 
-__all__ = ["CaseRecord", "Record", "render", "rerun_in_interpreter", "verify", "write_json"]
+__all__ = ["CaseRecord", "Record", "quiet", "render", "rerun_in_interpreter", "verify", "write_json"]
 
 #: Besides the ops, what ``--op`` takes.
 MODELS = "models"
@@ -63,15 +64,22 @@ def verify(
 
     resolve("triton", target)  # raises where the kernels cannot run
     found: list[Record] = []
-    with warnings.catch_warnings():
-        if target.type == "cpu":  # the interpreter computes in numpy, which warns of what a kernel then selects away
-            warnings.simplefilter("ignore")
+    with quiet(target):
         for name in chosen:
             for record in verify_models(target, quick=quick) if name == MODELS else verify_op(name, target, quick=quick):
                 found.append(record)
                 if on_record is not None:
                     on_record(record)
     return found
+
+
+@contextmanager
+def quiet(device: torch.device) -> Iterator[None]:
+    """The interpreter computes in numpy, which warns of what a kernel then selects away."""
+    with warnings.catch_warnings():
+        if device.type == "cpu":
+            warnings.simplefilter("ignore")
+        yield
 
 
 def check_names(ops: Sequence[str] | None) -> list[str]:

@@ -74,6 +74,12 @@ class Record:
             "check": self.check, "dtype": self.dtype, "ok": self.ok, "tried": self.tried, "seconds": self.seconds, "cases": cases,
         }  # fmt: skip
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Record:
+        """What :meth:`as_json` was made from."""
+        cases = [CaseRecord(**case | {"error": math.inf if case["error"] is None else case["error"]}) for case in found["cases"]]
+        return cls(found["check"], found["dtype"], cases, found["seconds"])
+
 
 def render(records: Sequence[Record], title: str) -> Table:
     """A row a record; what failed is red."""

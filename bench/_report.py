@@ -1,0 +1,232 @@
+"""The results of a run: a folder of JSON files, written after every case, and the table that people read.
+
+| file              | holds                                                                                      |
+|-------------------|--------------------------------------------------------------------------------------------|
+| ``machine.json``  | what it was measured on, the ceilings, whether anything was timed                          |
+| ``verify.json``   | the verification before it                                                                 |
+| ``<bench>.json``  | the rows of a bench, a row a line                                                          |
+| ``evaluation.json`` | accuracies, where ``evaluate`` has put some: a list of ``task, label, accuracy, tokens_per_forward`` |
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fastdllm_triton.bench._session import Row, label
+from fastdllm_triton.bench._timing import Ceilings
+from fastdllm_triton.verify import write_json
+
+#: Files of a folder that hold no rows.
+OTHER_FILES = ("machine.json", "verify.json", "evaluation.json")
+
+
+@dataclass
+class Report:
+    """All that a run found.
+
+    Attributes:
+        machine: see :func:`fastdllm_triton.machine.describe`.
+        ceilings: None where nothing was timed.
+        verification: records as JSON.
+        rows: of all benches.
+        evaluation: accuracies, if there are any.
+    """
+
+    machine: dict[str, Any]
+    ceilings: Ceilings | None = None
+    verification: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        """Reads a folder.
+
+        Raises:
+            ValueError: it is not one that a run has written.
+        """
+        file = folder / "machine.json"
+        if not file.is_file():
+            raise ValueError(f"{folder} holds no results of a bench: {file.name} is missing")
+        try:
+            about = json.loads(file.read_text())
+            found = cls(about["machine"], Ceilings(**about["ceilings"]) if about["ceilings"] else None)
+            for path in sorted(folder.glob("*.json")):
+                if path.name not in OTHER_FILES:
+                    rows = json.loads(path.read_text())
+                    found.rows += rows if isinstance(rows, list) and all("bench" in row for row in rows) else []
+            if (path := folder / "verify.json").is_file():
+                found.verification = json.loads(path.read_text())["records"]
+            if (path := folder / "evaluation.json").is_file():
+                found.evaluation = json.loads(path.read_text())
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{folder} holds damaged results: {error!r}") from None
+        return found
+
+    def by_op(self) -> list[tuple[str, list[Row]]]:
+        """The rows of each op, in order; a refused op has no shape, and its own table."""
+        groups = groupby(self.rows, key=lambda row: (row["op"], tuple(row["shape"])))
+        return [(op, list(rows)) for (op, _), rows in groups]
+
+    def write_machine(self, folder: Path) -> None:
+        """Writes what the run was made on."""
+        ceilings = None if self.ceilings is None else asdict(self.ceilings)
+        write_json({"machine": self.machine, "ceilings": ceilings, "timed": ceilings is not None}, folder / "machine.json")
+
+    def write_verification(self, folder: Path) -> None:
+        """Writes the verification."""
+        ok = all(record["ok"] for record in self.verification)
+        write_json({"ok": ok, "machine": self.machine, "records": self.verification}, folder / "verify.json")
+
+    def write_rows(self, folder: Path, bench: str) -> None:
+        """Writes the rows of a bench, one a line, whole or not at all."""
+        rows = [json.dumps(row) for row in self.rows if row["bench"] == bench]
+        part = folder / f".{bench}.json.part"
+        part.write_text("[\n" + ",\n".join(rows) + "\n]\n")
+        os.replace(part, folder / f"{bench}.json")
+
+    def done(self) -> set[tuple[str, str]]:
+        """The cases that need no second run: those that were timed, or cannot be here."""
+        return {(row["op"], label(row["shape"])) for row in self.rows if not row.get("refused")}
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Makes the folder, and raises before any work where results could not be written into it.
+
+    Raises:
+        ValueError: it cannot be written, or holds results that would be mixed with others.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--json: {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--json: {folder} cannot be written")
+    if (folder / "machine.json").exists() and not resume:
+        raise ValueError(f"--json: {folder} holds results; give another folder, or --resume to go on where they end")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a row as people read it: the key's value times the factor."""
+
+    title: str
+    key: str
+    form: str
+    factor: float = 1
+
+    def text(self, row: Row) -> str:
+        """The number, or nothing."""
+        value = row.get(self.key)
+        return "" if value is None else self.form.format(value * self.factor)
+
+
+COLUMNS = (
+    Column("median ms", "median_ms", "{:.4g}"),
+    Column("p20", "p20_ms", "{:.4g}"),
+    Column("p80", "p80_ms", "{:.4g}"),
+    Column("GB/s", "gb_per_s", "{:.0f}"),
+    Column("TFLOP/s", "tflop_per_s", "{:.1f}"),
+    Column("% of copy", "of_copy", "{:.0f}", 100),
+    Column("% of matrix", "of_matrix", "{:.0f}", 100),
+    Column("% of floor", "of_floor", "{:.0f}", 100),
+    Column("x ours", "times_triton", "{:.2f}"),
+    Column("peak MB", "peak_bytes", "{:.1f}", 2**-20),
+)
+
+
+def columns_of(rows: Sequence[Row]) -> list[Column]:
+    """The columns in which anything stands."""
+    return [column for column in COLUMNS if any(row.get(column.key) for row in rows)]
+
+
+def table(rows: Sequence[Row], title: str) -> Table:
+    """The rows of one op, every number next to its ceiling."""
+    found, shape, columns = Table(title=title), list(rows[0]["shape"]), columns_of(rows)
+    for key in shape:
+        found.add_column(key, justify="right")
+    found.add_column("provider")
+    for column in columns:
+        found.add_column(column.title, justify="right")
+    notes = any("missing" in row for row in rows)
+    if notes:
+        found.add_column("note")
+    for row in rows:
+        cells = [*(str(row["shape"].get(key, "")) for key in shape), row["provider"], *(column.text(row) for column in columns)]
+        style = "red" if row.get("refused") else "dim" if "missing" in row else None
+        found.add_row(*cells, *([Text(row.get("missing", ""))] if notes else []), style=style)
+    return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """A case in two runs, milliseconds.
+
+    Attributes:
+        op, shape, provider: which case.
+        before, after: medians.
+        spread: the larger distance from a median to its percentiles, as a share of it.
+        verdict: ``faster``, ``slower``, or ``same`` where the ranges from p20 to p80 meet.
+    """
+
+    op: str
+    shape: str
+    provider: str
+    before: float
+    after: float
+    spread: float
+    verdict: str
+
+
+def changes(before: Report, after: Report) -> list[Change]:
+    """What became of the cases that both runs have timed, the largest change first."""
+    found = []
+    earlier = {_key(row): row for row in before.rows if "median_ms" in row}
+    for row in after.rows:
+        old = earlier.get(_key(row))
+        if old is None or "median_ms" not in row:
+            continue
+        apart = row["p80_ms"] < old["p20_ms"] or row["p20_ms"] > old["p80_ms"]
+        verdict = ("faster" if row["median_ms"] < old["median_ms"] else "slower") if apart else "same"
+        spread = max(max(r["p80_ms"] - r["median_ms"], r["median_ms"] - r["p20_ms"]) / r["median_ms"] for r in (old, row))
+        found.append(Change(*_key(row), old["median_ms"], row["median_ms"], spread, verdict))
+    return sorted(found, key=lambda change: -abs(change.after / change.before - 1))
+
+
+def changes_table(found: Sequence[Change], before: Report, after: Report) -> Table:
+    """What became faster or slower; what stayed the same is counted."""
+    moved = [change for change in found if change.verdict != "same"]
+    title = f"Against {before.machine['date'][:10]}, {(before.machine['commit'] or 'unknown commit')[:10]}"
+    if before.machine["device"] != after.machine["device"]:
+        title += f", on another device: {before.machine['device']}"
+    table = Table("op", "shape", "provider", title=title)
+    for column in ("before ms", "after ms", "change", "spread"):
+        table.add_column(column, justify="right")
+    for change in moved:
+        style = "green" if change.verdict == "faster" else "red"
+        table.add_row(
+            change.op,
+            change.shape,
+            change.provider,
+            f"{change.before:.4g}",
+            f"{change.after:.4g}",
+            f"{change.after / change.before - 1:+.1%}",
+            f"±{change.spread:.1%}",
+            style=style,
+        )
+    count = len(found) - len(moved)
+    table.caption = f"{len(found)} cases in both runs; {count} the same within their spread"
+    return table
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    return row["op"], label(row["shape"]), row["provider"]

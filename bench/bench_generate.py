@@ -1,0 +1,241 @@
+"""Whole generations at the paper's settings, ours and the official code's re-created, with random weights at the true sizes.
+
+python bench/bench_generate.py [--quick] [--json DIR] [--html FILE] [--minutes N]
+
+With random weights no confidence reaches a threshold, so the schedule is imposed: each block is spread over as many forwards
+as the paper's tokens per forward make it, the same for ours and for the official loop. Providers:
+
+* ``triton``: ours, every block decoded; ``triton eos`` stops after the block with the end token, as it does by default. The text
+  is the same.
+* ``official``: the official loop with the same cache and schedule.
+* ``vanilla``: the official loop without a cache, one token a forward. All its forwards are alike, so that some are timed and
+  the whole is their product (``extrapolated``).
+
+Seconds are wall clock, the host included; ``over_vanilla`` is how many times faster than ``vanilla`` a row is.
+``tokens_per_s`` counts the tokens of all rows, with an end token those up to it. The floor is that of
+``fastdllm_triton.roofline`` for the schedule on this GPU.
+
+Tokens per forward: on GSM8K with 8-shot prompts and 1024 tokens from the wall clocks of figure 1c of the paper (140 forwards),
+for 5-shot and 256 tokens as given there (3.01 with a cache). The others are not given: what they are is taken from the gain of
+parallel decoding alone in tables 1, 3 and 4, whose forwards cost the same with and without it. Prompts: 5-shot GSM8K counted
+(1030 tokens), 8-shot in proportion (1560), HumanEval assumed (150). The end token at 230 is what 19.3 tokens/s in 12 s amount to.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
+from fastdllm_triton.bench._session import Row, Session, Shape, main
+from fastdllm_triton.bench._timing import reason
+from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
+from fastdllm_triton.decoding import CacheName, FixedSteps, GenerationConfig
+from fastdllm_triton.engine import Forward, Generation
+from fastdllm_triton.models.transformer import Transformer
+from fastdllm_triton.roofline import Gpu, Setting
+from fastdllm_triton.roofline import floor as floor_of
+
+BLOCK = 32
+#: Task, tokens of the prompt, tokens to generate, tokens a forward, place of the end token.
+TASKS = [
+    ("gsm8k 8-shot", 1560, 1024, 1024 / 140, 230),
+    ("gsm8k 5-shot", 1030, 256, 3.01, 230),
+    ("gsm8k 8-shot", 1560, 256, 3.3, 230),
+    ("gsm8k 8-shot", 1560, 512, 6.1, 230),
+    ("gsm8k 5-shot", 1030, 512, 5.8, 230),
+    ("gsm8k 5-shot", 1030, 1024, 10.6, 230),
+    ("humaneval 0-shot", 150, 256, 3.3, 230),
+    ("humaneval 0-shot", 150, 512, 3.1, 230),
+]
+
+
+def _shape(model: str, task: tuple[str, int, int, float, int], cache: str, batch: int) -> dict[str, Any]:
+    name, prompt, gen_length, tokens, end = task
+    return {"model": model, "task": name, "prompt": prompt, "gen_length": gen_length, "tokens_per_forward": tokens, "end": end,
+            "cache": cache, "batch": batch}  # fmt: skip
+
+
+SHAPES = [
+    *(_shape("llada-8b", task, "dual", 1) for task in TASKS),
+    *(_shape("llada-8b", task, "dual", batch) for task in TASKS[:2] for batch in (4, 2, 8, 16)),
+    *(_shape("llada-8b", task, "prefix", 1) for task in TASKS[:2]),
+    *(_shape("dream-7b", task, "dual", 1) for task in TASKS),
+]
+QUICK = [
+    _shape("tiny llada", ("a small one", 9, 3 * BLOCK, 12.0, 40), "dual", 2),
+    _shape("tiny dream", ("a small one", 9, 2 * BLOCK, 8.0, 40), "dual", 1),
+]
+#: Forwards of the vanilla loop that are timed.
+SAMPLED = 6
+
+
+def spread(gen_length: int, tokens_per_forward: float) -> list[int]:
+    """Forwards of each block, two at least (Dream's official loop makes no fewer), as even as whole numbers are."""
+    blocks = gen_length // BLOCK
+    each = BLOCK / tokens_per_forward
+    ends = [round(each * (block + 1)) for block in range(blocks)]
+    return [max(end - begin, 2) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def blocks_until(end: int) -> int:
+    """Blocks up to the one that holds the token ``end``, counted from 1."""
+    return -(-end // BLOCK)
+
+
+def run_ours(network: Transformer, prompts: Tensor, cache: CacheName, counts: Sequence[int], gen_length: int) -> Tensor:
+    """Decodes ``len(counts)`` blocks, each in its number of forwards, and returns the sequences."""
+    config = GenerationConfig(
+        gen_length=gen_length, block_length=BLOCK, cache=cache, strategy=FixedSteps(gen_length // BLOCK), stop_at_eos=False
+    )
+    generation = Generation(network, prompts.tolist(), config)
+    # The strategy is one token count for all blocks; the schedule has one for each.
+    steps = generation._run.batch.state.steps
+    begins = dict(zip(accumulate(counts, initial=0), counts, strict=False))
+    for done in range(sum(counts)):
+        if done in begins:
+            steps.fill_(begins[done])
+        next(generation)
+    cast("Generator[Forward]", generation._forwards).close()  # gives the buffers and captured steps back, for the next run
+    return generation.output().sequences
+
+
+def run_official(model: OfficialModel, prompts: Tensor, cache: str, counts: Sequence[int], gen_length: int) -> Tensor:
+    """The same with the official loop."""
+    generate = dream_generate if model.config.architecture == "dream" else llada_generate
+    return generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, blocks=len(counts))[0]
+
+
+def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
+    """Wall clock of the best of some runs, after one that compiles and captures."""
+    run()
+    best = float("inf")
+    for _ in range(repeat):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def ratios(row: Row, rows: Mapping[str, Row]) -> Row:
+    """A row's time over ours, and the vanilla time over it: how many times faster than vanilla it is."""
+    if "median_ms" not in row:
+        return {}
+    ours, vanilla = (rows.get(name, {}).get("median_ms") for name in ("triton", "vanilla"))
+    found: Row = {"times_triton": row["median_ms"] / ours} if ours else {}
+    return found | ({"over_vanilla": vanilla / row["median_ms"]} if vanilla else {})
+
+
+class GenerateBench:
+    """Generations of whole models."""
+
+    op = "generate"
+    suite = "generate"
+    baselines = ("official", "vanilla")
+
+    @property
+    def gate(self) -> Sequence[str]:
+        """Everything that a generation is made of."""
+        from fastdllm_triton.verify import names
+
+        return names()
+
+    def measure(self, session: Session) -> Iterator[list[Row]]:
+        """Rows of each shape, ours first, then the official loop and the vanilla one."""
+        for shape in QUICK if session.timer is None else SHAPES[:2] if session.quick else SHAPES:
+            if session.is_over():
+                return
+            if not session.skips(self.op, shape):
+                gc.collect()
+                yield list(self.rows_of(shape, session))
+
+    def rows_of(self, shape: Shape, session: Session) -> Iterator[Row]:
+        """One shape."""
+        device, timed = session.device, session.timer is not None
+        base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": "batch"}
+        network = network_of(shape["model"], device, torch.bfloat16 if timed else torch.float32)
+        prompts = prompt_of(shape["model"], shape["batch"], shape["prompt"], device)
+        model = OfficialModel(network)
+        gen_length, cache = shape["gen_length"], shape["cache"]
+        counts = spread(gen_length, shape["tokens_per_forward"])
+        until_end = counts[: blocks_until(shape["end"])]
+        single = model.config.architecture == "dream" and shape["batch"] > 1
+        rows: dict[str, Row] = {}
+        for provider, run, kept in (
+            ("triton", lambda: run_ours(network, prompts, cache, counts, gen_length), counts),
+            ("triton eos", lambda: run_ours(network, prompts, cache, until_end, gen_length), until_end),
+            ("official", lambda: run_official(model, prompts, cache, counts, gen_length), counts),
+            ("vanilla", lambda: self.vanilla(model, prompts, gen_length), [BLOCK] * len(counts)),
+        ):
+            if session.only and not provider.startswith("triton") and provider not in session.only:
+                continue
+            try:
+                if single and not provider.startswith("triton"):
+                    raise NotImplementedError("the official loop is for one row")
+                if not timed:
+                    run()
+                    rows[provider] = {"missing": "ran; not timed without a GPU"}
+                    continue
+                seconds = seconds_of(run, device, repeat=3 if provider.startswith("triton") else 1)
+                seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
+                rows[provider] = self.row_of(shape, kept, seconds, session, provider)
+            except Exception as error:  # too little memory for a float64 softmax over a long context
+                rows[provider] = {"missing": reason(error)}
+        for provider, row in rows.items():
+            yield base | {"provider": provider} | row | ratios(row, rows)
+
+    def vanilla(self, model: OfficialModel, prompts: Tensor, gen_length: int) -> None:
+        """Some forwards of the official loop without a cache."""
+        if model.config.architecture == "dream":
+            dream_generate(model, prompts, gen_length, BLOCK, "none", forwards=gen_length, most=SAMPLED)
+        else:
+            llada_generate(model, prompts, gen_length, BLOCK, "none", forwards=BLOCK, most=SAMPLED)
+
+    def row_of(self, shape: Shape, counts: Sequence[int], seconds: float, session: Session, provider: str) -> Row:
+        """A time next to its floor."""
+        assert session.ceilings is not None
+        stops = len(counts) * BLOCK < shape["gen_length"]
+        tokens = shape["batch"] * (shape["end"] if stops else shape["gen_length"])
+        setting = Setting(
+            shape["prompt"],
+            shape["gen_length"],
+            BLOCK,
+            "none" if provider == "vanilla" else shape["cache"],
+            tokens_per_forward=len(counts) * BLOCK / sum(counts),
+            batch=shape["batch"],
+            stop_at=shape["end"] if stops else None,
+        )
+        gpu = Gpu("this one", session.ceilings.copy, session.ceilings.matrix)
+        floor = floor_of(MODELS[shape["model"]], setting, gpu)
+        milliseconds = seconds * 1e3
+        return {
+            "median_ms": milliseconds,
+            "p20_ms": milliseconds,
+            "p80_ms": milliseconds,
+            "bytes": int(floor.cost.bytes),
+            "flops": int(floor.cost.flops),
+            "gb_per_s": floor.cost.bytes / seconds / 1e9,
+            "tflop_per_s": floor.cost.flops / seconds / 1e12,
+            "of_copy": floor.cost.bytes / seconds / gpu.bandwidth,
+            "of_matrix": floor.cost.flops / seconds / gpu.matrix_rate,
+            "of_floor": floor.seconds / seconds,
+            "forwards": sum(counts),
+            "tokens_per_s": tokens / seconds,
+            "extrapolated": provider == "vanilla",
+        }
+
+
+BENCH = GenerateBench()
+
+if __name__ == "__main__":
+    main(BENCH.op)

@@ -1,0 +1,375 @@
+"""A whole denoising step and a refresh, ours and the official code's re-created, with random weights at the true sizes.
+
+python bench/bench_step.py [--quick] [--json DIR] [--html FILE] [--minutes N]
+
+A step of ours is the captured graph, from token ids to committed tokens, over the dual cache; it is timed several times in
+a row on a block that is masked again before each turn. The official step (``official_step.py``) does the same work with the
+same weights: its forward over the block, selection, and the test on the host whether the block is done. A refresh recomputes the
+whole context and is the first step of its block in both. The floor is that of ``fastdllm_triton.roofline``, with the copy
+bandwidth and the matrix rate that this GPU reached in the same run. Two more providers are ours with a choice made otherwise:
+``serial`` launches no kernel before its predecessor has ended, ``fused`` takes the kernel of ``linear`` for every product,
+measured or not.
+
+Rows of ours have more entries: ``parts`` (milliseconds by op), ``launches`` a step, ``host_ms`` (what reading the flags
+after every step adds), ``selection_share`` (of the commit and the merge of statistics), ``weights_floor_ms`` (the matrices over
+the copy bandwidth), and ``of_weights_floor``.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdllm_triton.batch import Batch
+from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
+from fastdllm_triton.bench._session import Row, Session, Shape, main, timed
+from fastdllm_triton.bench._timing import Timing, percentiles, reason
+from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
+from fastdllm_triton.bench.official_step import shift as shift_logits
+from fastdllm_triton.decoding import GenerationConfig, Threshold
+from fastdllm_triton.kernels import _pdl
+from fastdllm_triton.kernels._arch import arch_of
+from fastdllm_triton.kernels.linear import MAX_ROWS, select_config
+from fastdllm_triton.kernels.linear import linear as linear_kernel
+from fastdllm_triton.models.transformer import Transformer
+from fastdllm_triton.roofline import forward_cost
+
+#: Along each axis from a middle point; the most asked for first.
+SHAPES: list[dict[str, Any]] = [
+    {"model": model, "batch": batch, "window": window, "context": context}
+    for model in ("llada-8b", "dream-7b")
+    for batch, window, context in dict.fromkeys(
+        [(1, 32, 1024), (4, 32, 1024), (2, 32, 1024), (8, 32, 1024), (16, 32, 1024)]
+        + [(1, window, 1024) for window in (16, 64, 128)]
+        + [(1, 32, context) for context in (512, 2048, 4096, 8192, 16_384)]
+        + [(batch, 32, 4096) for batch in (4, 16)]
+    )
+]
+QUICK = [
+    {"model": model, "batch": batch, "window": 8, "context": 40} for model, batch in product(("tiny llada", "tiny dream"), (1, 2))
+]
+#: Steps in a row of a turn, fewer than the slots of the smallest block: each commits a token at least.
+STEPS, TURNS = 4, 10
+
+#: Of the logits' size: bfloat16 through 32 layers in two orders of summation makes a hundredth, a wrong operand makes one.
+TOLERANCE = 0.1
+
+#: Of a kernel's name, which op it belongs to; the first that fits.
+OPS = {
+    "linear": r"_linear_kernel|_finish_kernel",
+    "window_attention": r"_window_attention_kernel|^_merge_kernel",
+    "rope_kv_write": r"_rope_kv_write_kernel",
+    "rms_norm": r"_rms_norm_kernel",
+    "swiglu": r"_swiglu_kernel",
+    "head_statistics": r"_head_statistics_kernel|_token_statistics_kernel",
+    "merge_statistics": r"merge_statistics_kernel",
+    "commit_tokens": r"_commit_tokens_kernel",
+    "cuBLAS": r"gemm|gemv|cutlass|nvjet|splitK|cublas",
+    "copies": r"^Mem(cpy|set)",
+}
+
+
+class OurStep:
+    """A batch that stands at a block, to be stepped again and again."""
+
+    def __init__(self, network: Transformer, ids: Tensor, window: int) -> None:
+        rows, context = ids.shape
+        gen_length = min(context // window, 4) // 2 * window * 2  # half of it before the block, as in the middle of a generation
+        self.config = GenerationConfig(
+            gen_length=gen_length, block_length=window, cache="dual", strategy=Threshold(0.9), stop_at_eos=False
+        )
+        self.start, self.rows = context - gen_length // 2, rows
+        resolved = self.config.resolve(network.config, rows)
+        self.batch = Batch(network, rows, context, self.config, resolved)
+        self.sequences = ids.clone()
+        self.sequences[:, self.start :] = resolved.mask_id
+        self.window = window + self.batch.look_back
+        self.batch.fill(self.sequences.tolist(), [0] * rows, resolved.seeds)
+        self.batch.place([self.start] * rows, [context] * rows)
+
+    def reset(self) -> None:
+        """Masks the block again."""
+        self.batch.x.copy_(self.sequences)
+        self.batch.begin(0, self.rows)
+
+    def refresh(self) -> None:
+        """The first forward of the block."""
+        self.batch.refresh(0, self.rows, 0, self.batch.slots)
+
+    def step(self) -> None:
+        """Another forward."""
+        self.batch.step(self.rows, self.window)
+
+
+class OfficialStep:
+    """The official code at the same block."""
+
+    def __init__(self, network: Transformer, sequences: Tensor, start: int, window: int) -> None:
+        if network.config.architecture == "dream" and len(sequences) > 1:
+            raise NotImplementedError("the official loop is for one row")
+        self.model, self.mask_id = OfficialModel(network), network.config.mask_id
+        self.dream = network.config.architecture == "dream"
+        self.sequences, self.start, self.window = sequences, start, window
+        self.x = sequences.clone()
+        self.past: Past | None = None
+        self.replace = torch.zeros_like(sequences, dtype=torch.bool)
+        self.replace[:, start : start + window] = True
+
+    def reset(self) -> None:
+        """Masks the block again."""
+        self.x.copy_(self.sequences)
+
+    def refresh(self) -> None:
+        """A forward of everything, its cache kept, and the first selection."""
+        self.past = None  # as there, where the next cache is made while the last one may be freed
+        with torch.no_grad():
+            logits, self.past = self.model(self.x, use_cache=True)
+            if self.dream:
+                x0 = dream_sample(shift_logits(logits))[1]
+                self.x[:, self.start] = x0[:, self.start]
+            else:
+                self._select(logits, 0, self.x.shape[1])
+
+    def step(self) -> None:
+        """A forward of the block, selection, and the look at what is left."""
+        with torch.no_grad():
+            first, last = self.start, self.start + self.window
+            logits, _ = self.model(self.x[:, first:last], self.past, self.replace)
+            self._select(shift_logits(logits) if self.dream else logits, first, last)
+            bool((self.x[:, first:last] == self.mask_id).sum() == 0)
+
+    def _select(self, logits: Tensor, first: int, last: int) -> None:
+        x = self.x[:, first:last]
+        eligible = x == self.mask_id
+        eligible[:, self.start + self.window - first :] = False
+        if self.dream:
+            dream_commit(x, logits, self.window, self.mask_id, int(eligible.sum()), 0.9)
+        else:
+            x0, chosen = llada_select(logits, eligible, x, None, 0.9)
+            self.x[:, first:last] = torch.where(chosen, x0, x)
+
+
+def difference(ours: OurStep, theirs: OfficialStep) -> float:
+    """How far the logits of the block over the cache of a refresh are from the official ones, in parts of their size."""
+    network, batch = ours.batch.network, ours.batch
+    back = batch.look_back
+    for side in (ours, theirs):
+        side.reset()
+        side.refresh()
+        side.reset()
+    with torch.no_grad():
+        block = ours.sequences[:, ours.start - back : ours.start - back + ours.window]
+        hidden = network.forward(block, batch.block_start - back, batch.cache)
+        got = (network.final_norm(hidden) @ network.head.T).double()[:, back:]
+        at = slice(ours.start, ours.start + ours.config.block_length)
+        want = theirs.model(ours.sequences[:, at], theirs.past, theirs.replace)[0].double()
+        return ((got - want).pow(2).mean() / want.pow(2).mean()).sqrt().item()
+
+
+def time_of(run: Callable[[], None], reset: Callable[[], None], repeat: int, turns: int = TURNS) -> Timing:
+    """Milliseconds of one of ``repeat`` runs in a row, on the GPU's clock."""
+    turned = []
+    for turn in range(turns + 2):
+        reset()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(repeat):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        if turn >= 2:  # the first ones compile and capture
+            turned.append(begin.elapsed_time(end) / repeat)
+    return percentiles(turned)
+
+
+def parts_of(run: Callable[[], None]) -> tuple[dict[str, float], int]:
+    """Milliseconds by op, and launches, of one run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    parts: dict[str, float] = {}
+    launches = 0
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total / 1e3
+        if spent > 0:
+            op = op_of(event.key)
+            parts[op] = parts.get(op, 0.0) + spent
+            launches += event.count
+    return dict(sorted(parts.items(), key=lambda part: -part[1])), launches
+
+
+def op_of(kernel: str) -> str:
+    """The op that a kernel belongs to, by its name."""
+    return next((op for op, pattern in OPS.items() if re.search(pattern, kernel)), "other")
+
+
+@contextmanager
+def serial() -> Iterator[None]:
+    """Launches one after the other."""
+    kept = _pdl.has_dependent_launch
+    _pdl.has_dependent_launch = lambda arch: False
+    try:
+        yield
+    finally:
+        _pdl.has_dependent_launch = kept
+
+
+def fused(network: Transformer) -> Transformer:
+    """The same model with every product of few rows by our own kernel, in the configuration of its pure function."""
+
+    def linear(x: Tensor, weight: Tensor, **around: Any) -> Tensor:
+        rows, (n, k) = x.shape[:-1].numel(), weight.shape
+        config = select_config(arch_of(x.device), rows, n, k, x.element_size(), around.get("activation"))
+        return linear_kernel(x, weight, config=config if rows <= MAX_ROWS else None, **around)
+
+    ops = replace(network.ops, linear=linear, fuses_residual=lambda x, weight: x.shape[:-1].numel() <= MAX_ROWS)
+    return Transformer(network.config, network.weights, ops)
+
+
+class StepBench:
+    """Steps and refreshes of whole models."""
+
+    op = "step"
+    suite = "step"
+    baselines = ("official", "serial", "fused")
+
+    @property
+    def gate(self) -> Sequence[str]:
+        """Everything that a step is made of."""
+        from fastdllm_triton.verify import names
+
+        return names()
+
+    def measure(self, session: Session) -> Iterator[list[Row]]:
+        """Rows of each shape: a step and a refresh, ours and the official one."""
+        small = session.timer is None
+        for shape in QUICK if small else SHAPES[:4] if session.quick else SHAPES:
+            if session.is_over():
+                return
+            if session.skips(self.op, {"forward": "step", **shape}):
+                continue
+            gc.collect()
+            yield list(self.rows_of(shape, session))
+
+    def rows_of(self, shape: Shape, session: Session) -> Iterator[Row]:
+        """One shape."""
+        step, refresh = (
+            {"bench": self.op, "op": self.op, "shape": {"forward": forward, **shape}, "axis": "batch"}
+            for forward in ("step", "refresh")
+        )
+        dtype = torch.float32 if session.timer is None else torch.bfloat16
+        theirs: OfficialStep | str
+        try:
+            network = network_of(shape["model"], session.device, dtype)
+            ours = OurStep(network, prompt_of(shape["model"], shape["batch"], shape["context"], session.device), shape["window"])
+        except Exception as error:
+            yield step | {"provider": "triton", "missing": reason(error)}
+            return
+        try:
+            theirs = OfficialStep(network, ours.sequences, ours.start, shape["window"])
+            if not (apart := difference(ours, theirs)) <= TOLERANCE:  # NaN is none either
+                refused = f"refused: logits of the step differ from the official ones by {apart:.3f} of their size"
+                yield step | {"provider": "triton", "missing": refused, "refused": True}
+                return
+        except Exception as error:
+            theirs = reason(error)
+        times: dict[tuple[str, str], Row] = {}
+        for forward, provider in product(("refresh", "step"), ("triton", "official")):
+            side = ours if provider == "triton" else theirs
+            if session.only and provider not in ("triton", *session.only):
+                continue
+            if isinstance(side, str):
+                row: Row = {"missing": side}
+            else:
+                try:
+                    row = self.row_of(forward, side, shape, session)
+                except Exception as error:  # too little memory for a float64 softmax over a long context
+                    row = {"missing": reason(error)}
+                    torch.cuda.empty_cache()
+            times[forward, provider] = row
+            mine = times[forward, "triton"]
+            if "median_ms" in row and "median_ms" in mine:
+                row["times_triton"] = row["median_ms"] / mine["median_ms"]
+            yield (step if forward == "step" else refresh) | {"provider": provider} | row
+        for provider in ("serial", "fused"):
+            if not session.only or provider in session.only:
+                row = self.other_row(provider, ours, shape, session)
+                if "median_ms" in row and "median_ms" in (mine := times["step", "triton"]):
+                    row["times_triton"] = row["median_ms"] / mine["median_ms"]
+                yield step | {"provider": provider} | row
+
+    def other_row(self, provider: str, ours: OurStep, shape: Shape, session: Session) -> Row:
+        """A step of ours with another choice."""
+        if ours.batch.network.ops.name != "triton":
+            return {"missing": "needs a GPU"}
+        network = fused(ours.batch.network) if provider == "fused" else ours.batch.network
+        try:
+            with serial() if provider == "serial" else nullcontext():
+                return self.row_of("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
+        except Exception as error:
+            return {"missing": reason(error)}
+
+    def row_of(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
+        """One measurement."""
+        run = side.step if forward == "step" else side.refresh
+        if session.timer is None or session.ceilings is None:
+            side.reset()
+            run()
+            return {"missing": "ran; not timed without a GPU"}
+        if forward == "step":
+            side.reset()
+            side.refresh()
+        repeat = STEPS if forward == "step" else 1
+        timing = time_of(run, side.reset, repeat)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        side.reset()
+        run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - held
+        window = shape["window"] if forward == "step" else shape["context"]
+        model, window_rows = MODELS[shape["model"]], shape["window"]
+        cost = forward_cost(model, shape["batch"], window, shape["context"], window_rows)
+        row = timed(timing, int(cost.bytes), int(cost.flops), session.ceilings) | {"peak_bytes": peak}
+        if isinstance(side, OurStep):
+            side.reset()
+            parts, launches = parts_of(run)
+            selected = sum(parts.get(name, 0.0) for name in ("merge_statistics", "commit_tokens"))
+            row |= {"parts": parts, "launches": launches, "selection_share": selected / sum(parts.values())}
+            if forward == "step":
+                floor = 2 * model.streamed_parameters / session.ceilings.copy * 1e3
+                row |= {"weights_floor_ms": floor, "of_weights_floor": floor / timing.median, "host_ms": host_of(side, timing)}
+        return row
+
+
+def host_of(side: OurStep, device: Timing) -> float:
+    """Milliseconds that a step takes longer if the flags are read after each, as the engine does."""
+    times = []
+    for _ in range(TURNS):
+        side.reset()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            side.step()
+            side.batch.look(side.rows)
+        times.append((time.perf_counter() - began) / STEPS * 1e3)
+    return percentiles(times).median - device.median
+
+
+BENCH = StepBench()
+
+if __name__ == "__main__":
+    main(BENCH.op)

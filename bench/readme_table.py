@@ -1,0 +1,108 @@
+"""Writes the README's table of measured results from ``bench/results/<gpu>/<date>-<commit>/``, between two markers.
+
+python bench/readme_table.py [--check]
+
+Of each GPU the newest run counts. With ``--check`` nothing is written, and the status says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastdllm_triton.bench._report import Report
+from fastdllm_triton.bench._session import Row, label
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results: begin (bench/readme_table.py) -->", "<!-- results: end -->"
+NOTHING = "No results of a GPU are committed yet, so no speed is claimed."
+
+
+def newest(results: Path) -> list[tuple[Path, Report]]:
+    """The newest run of each GPU that was timed."""
+    found = []
+    for gpu in sorted(path for path in results.iterdir() if path.is_dir()):
+        runs = [(path, Report.load(path)) for path in sorted(gpu.iterdir()) if (path / "machine.json").is_file()]
+        timed = [(path, report) for path, report in runs if report.ceilings is not None]
+        found += [max(timed, key=lambda run: run[1].machine["date"])] if timed else []
+    return found
+
+
+def table(results: Path, root: Path = ROOT) -> str:
+    """The text between the markers."""
+    runs = newest(results)
+    if not runs:
+        return NOTHING
+    lines = []
+    for path, report in runs:
+        assert report.ceilings is not None
+        machine = report.machine
+        lines += [
+            f"**{machine['device']}**: copy {report.ceilings.copy / 1e9:,.0f} GB/s, matrix "
+            f"{report.ceilings.matrix / 1e12:,.0f} TFLOP/s, as measured in the same run "
+            f"([all numbers]({path.relative_to(root)}), {machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:10]}, "
+            f"torch {machine['torch']}, triton {machine['triton']})",
+            "",
+            "| op | shapes | % of the floor, median (least to most) | times faster than the best baseline, median (least to most) |",
+            "|---|---|---|---|",
+            *(line for op in dict.fromkeys(row["op"] for row in report.rows) if (line := _line(op, report.rows))),
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+def _line(op: str, rows: Sequence[Row]) -> str | None:
+    ours = [row for row in rows if row["op"] == op and row["provider"] == "triton" and "median_ms" in row]
+    if not ours:
+        return None
+    floors = [100 * row["of_floor"] for row in ours if "of_floor" in row]
+    ratios = [ratio for row in ours if (ratio := fastest_other(rows, row))]
+    return f"| `{op}` | {len(ours)} | {_range(floors, '{:.0f}')} | {_range(ratios, '{:.2f}')} |"
+
+
+def fastest_other(rows: Sequence[Row], ours: Row) -> float | None:
+    """Time of the fastest baseline over ours; other forms of our own kernel are none."""
+    times = [
+        row["median_ms"]
+        for row in rows
+        if (row["op"], label(row["shape"])) == (ours["op"], label(ours["shape"]))
+        and not row["provider"].startswith("triton")
+        and "median_ms" in row
+    ]
+    return min(times) / ours["median_ms"] if times else None
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "-"
+    return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def rewritten(text: str, found: str) -> str:
+    """The README with the table in its place.
+
+    Raises:
+        ValueError: it has no such place.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the README needs the markers {BEGIN} and {END}, once each, in this order")
+    return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + found + "\n" + text[text.index(END) :]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes the README, or checks it."""
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = rewritten(before, table(ROOT / "bench" / "results"))
+    if "--check" in arguments:
+        if before != after:
+            print("README.md: the table of results is not what bench/readme_table.py writes")
+        return int(before != after)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,355 @@
+"""Sweeps launch parameters on this GPU and writes the winners to ``kernels/tuned/<gpu>.json``, which the config functions read.
+
+    python bench/tune.py [--op NAME]... [--minutes N] [--quick] [--out FOLDER]
+
+Offline and deterministic but for the clock: every candidate is first checked against the reference, then all take turns with
+what runs without the file. A candidate is written only if it is faster than that by more than two runs of the same thing
+differ, and of those within a hundredth of the best the first in the list is taken. The file is rewritten after every shape,
+whole or not at all; a shape that it holds already is not measured again, unless it is another version of torch or Triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+
+from fastdllm_triton.bench import bench_linear
+from fastdllm_triton.bench._session import Bench, Shape, benches, check, label
+from fastdllm_triton.bench._timing import Inputs, Run, Timer, Timing, sets_of_inputs, time_in_turns
+from fastdllm_triton.kernels import (
+    _tuned,
+    head_statistics,
+    linear,
+    rms_norm,
+    rope_kv_write,
+    swiglu,
+    token_statistics,
+    window_attention,
+)
+from fastdllm_triton.kernels._arch import Arch, arch_of
+
+#: A candidate must take less than this share of the time without it.
+MARGIN = 0.97
+#: Candidates within this share of the best are as good as it.
+TIE = 1.01
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Launch parameters to try.
+
+    Attributes:
+        config: what the file would hold.
+        run: a launch with them.
+    """
+
+    config: Mapping[str, Any]
+    run: Run
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How an op is tuned.
+
+    Attributes:
+        op: its name.
+        shapes: what is tried, shapes of the op's bench.
+        key: of a shape and the inputs' element size, the entry's ``shape`` in the words of the config function.
+        candidates: what to try on a shape.
+    """
+
+    op: str
+    shapes: Sequence[Shape]
+    key: Callable[[Shape, torch.dtype], dict[str, Any]]
+    candidates: Callable[[Arch, Shape, Bench, torch.dtype], Iterator[Candidate]]
+
+
+@contextmanager
+def instead(module: Any, name: str, config: Any) -> Iterator[None]:
+    """A launcher of the module finds this config, whatever it asks its config function."""
+    before = getattr(module, name)
+    setattr(module, name, lambda *args, **kwargs: config)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _with(module: Any, name: str, config: Any, run: Run) -> Run:
+    def launch(inputs: Inputs) -> Any:
+        with instead(module, name, config):
+            return run(inputs)
+
+    return launch
+
+
+def _rms_norm(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    rule = rms_norm.select_config(arch, shape["width"])
+    for num_warps in (1, 2, 4, 8, 16):
+        if num_warps != rule.num_warps:
+            config = replace(rule, num_warps=num_warps)
+            yield Candidate({"num_warps": num_warps}, _with(rms_norm, "select_config", config, bench.ours))
+
+
+def _swiglu(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    rule = swiglu.select_config(arch, shape["width"])
+    for block, num_warps in itertools.product((256, 512, 1024, 2048), (1, 2, 4, 8)):
+        config = swiglu.Config(block, num_warps)
+        if config != rule and 4 * num_warps * arch.warp_size <= block <= triton.next_power_of_2(shape["width"]):
+            yield Candidate(asdict(config), _with(swiglu, "select_config", config, bench.ours))
+
+
+def _rope(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    _, kv_heads, dim = window_attention.MODELS[shape["model"]]
+    rule = rope_kv_write.select_config(arch, kv_heads, dim)
+    for block, num_warps in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
+        config = rope_kv_write.Config(block, num_warps)
+        enough = block <= triton.next_power_of_2(kv_heads) and 2 <= block * dim // (num_warps * arch.warp_size) <= 64
+        if config != rule and enough:
+            yield Candidate(asdict(config), _with(rope_kv_write, "select_config", config, bench.ours))
+
+
+def _token(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    rows, vocabulary = shape["rows"], shape["vocabulary"]
+    seen = {token_statistics.token_statistics_config(arch, rows, vocabulary, dtype.itemsize)}
+    for num_warps, a_sm in itertools.product((2, 4, 8), (1, 2, 4, 8)):
+        lanes, width = 2 * num_warps * arch.warp_size, 16 // dtype.itemsize
+        splits = max(1, min(triton.cdiv(a_sm * arch.sms, rows), vocabulary // (4 * lanes * width)))
+        chunk = triton.cdiv(triton.cdiv(vocabulary, splits), lanes * width) * lanes * width
+        config = token_statistics.TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps)
+        if config not in seen:
+            seen.add(config)
+            run = _with(token_statistics, "token_statistics_config", config, bench.ours)
+            yield Candidate({"num_warps": num_warps, "splits": splits}, run)
+
+
+def _head(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    rule = head_statistics.head_statistics_config(arch, shape["rows"], shape["vocabulary"], shape["width"], dtype.itemsize, False)
+    if rule is None:  # cuBLAS and a separate pass
+        return
+    for block, width, num_warps, resident in itertools.product((64, 128), (64, 128), (4, 8), (1, 2, 3)):
+        stage = (block + rule.block_rows) * width * dtype.itemsize
+        for num_stages in (3, 4, 5, 6):
+            if num_stages * stage > arch.shared_bytes_per_sm // resident - 1024:
+                continue
+            found = {"block_vocabulary": block, "block_width": width, "num_warps": num_warps, "num_stages": num_stages}
+            part = triton.cdiv(triton.cdiv(shape["vocabulary"], resident * arch.sms), 16) * 16
+            config = replace(rule, **found, part=part, parts=triton.cdiv(shape["vocabulary"], part))
+            if config != rule:
+                run = _with(head_statistics, "head_statistics_config", config, bench.ours)
+                yield Candidate(found | {"parts": resident * arch.sms}, run)
+
+
+def _attention(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    heads = window_attention.MODELS[shape["model"]]
+    sizes = (shape["batch"], shape["window"], *heads, shape["slots"], dtype.itemsize)
+    rule = window_attention.select_config(arch, arch.sms, *sizes)
+    rows = shape["window"] * heads[0] // heads[1]
+    tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)]
+    orders = (False, True) if arch.name == "sm_90" else (False,)
+    splits = sorted({max(rule.splits // 2, 1), rule.splits, 2 * rule.splits})
+    for block_m, block_n, warps, stages, swap, split in itertools.product(
+        tiles[-2:], (32, 64, 128), (4, 8), (2, 3, 4), orders, splits
+    ):
+        chunk = max(triton.cdiv(triton.cdiv(shape["slots"], split), 128) * 128, window_attention.MIN_CHUNK)
+        config = window_attention.Config(block_m, block_n, warps, stages, swap, triton.cdiv(shape["slots"], chunk), chunk)
+        fits = window_attention.shared_bytes(arch, config, heads[2], dtype.itemsize) <= arch.shared_bytes
+        if config != rule and fits and config.splits == split and block_m * block_n <= 8192:
+            found = {name: value for name, value in asdict(config).items() if name != "chunk"}
+            yield Candidate(found, partial(_attend, config=config))
+
+
+def _attend(inputs: Inputs, config: window_attention.Config) -> Any:
+    return window_attention.window_attention(**inputs, config=config)
+
+
+def _linear(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    sizes = (shape["rows"], shape["n"], shape["k"], dtype.itemsize, shape["activation"])
+    for config in linear.candidates(arch, *sizes):
+        yield Candidate(asdict(config), partial(bench_linear.ours, config=config))
+
+
+def _linear_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    found = {name: shape[name] for name in ("rows", "n", "k", "norm", "activation", "residual")}
+    return found | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _attention_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    q_heads, kv_heads, dim = window_attention.MODELS[shape["model"]]
+    sizes = {name: shape[name] for name in ("batch", "window", "slots")}
+    return {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim, "itemsize": dtype.itemsize, **sizes}
+
+
+def _head_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    rows = max(16, triton.next_power_of_2(shape["rows"]))
+    return {
+        "block_rows": rows, "vocabulary": shape["vocabulary"], "width": shape["width"], "element_size": dtype.itemsize,
+        "sample": False,
+    }  # fmt: skip
+
+
+#: Where a whole step spends its time first. Ops whose entries hold for any rows are tried on those of a step.
+SWEEPS = {
+    sweep.op: sweep
+    for sweep in (
+        Sweep("linear", bench_linear.SHAPES, _linear_key, _linear),
+        Sweep(
+            "window_attention",
+            [
+                {"model": model, "batch": batch, "window": window, "slots": slots}
+                for model in window_attention.MODELS
+                for slots in (1024, 2048, 4096)
+                for batch, window in ((1, 32), (4, 32), (16, 32), (1, 64), (1, slots))
+            ],
+            _attention_key,
+            _attention,
+        ),
+        Sweep(
+            "head_statistics",
+            [
+                {"rows": rows, "vocabulary": vocabulary, "width": width}
+                for vocabulary, width in ((126_464, 4096), (152_064, 3584))
+                for rows in (16, 32, 64)
+            ],
+            _head_key,
+            _head,
+        ),
+        Sweep(
+            "rope_kv_write",
+            [{"model": model, "batch": 1, "window": 32, "slots": 4096} for model in window_attention.MODELS],
+            lambda shape, dtype: dict(zip(("kv_heads", "dim"), window_attention.MODELS[shape["model"]][1:], strict=True)),
+            _rope,
+        ),
+        Sweep(
+            "rms_norm",
+            [{"rows": 32, "width": width, "residual": True} for width in (3584, 4096)],
+            lambda shape, dtype: {"width": shape["width"]},
+            _rms_norm,
+        ),
+        Sweep(
+            "swiglu",
+            [{"rows": 32, "width": width} for width in (12_288, 18_944)],
+            lambda shape, dtype: {"width": shape["width"]},
+            _swiglu,
+        ),
+        Sweep(
+            "token_statistics",
+            [
+                {"rows": rows, "vocabulary": vocabulary, "temperature": 0.0}
+                for vocabulary in (126_464, 152_064)
+                for rows in (32, 128, 512)
+            ],
+            lambda shape, dtype: {"rows": shape["rows"], "vocabulary": shape["vocabulary"], "element_size": dtype.itemsize},
+            _token,
+        ),
+    )
+}  # fmt: skip
+
+
+def tune(
+    sweep: Sweep, shape: Shape, device: torch.device, *, timer: Timer, cache: int, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Any]:
+    """Sweeps one shape.
+
+    Returns:
+        The entry: ``config`` is None where nothing beat what runs without the file, which for linear is the library.
+    """
+    (bench,) = benches("ops", [sweep.op])
+    assert isinstance(bench, Bench)
+    sets = [bench.inputs(shape, device, seed, dtype=dtype) for seed in range(sets_of_inputs(bench.bytes(shape), cache))]
+    arch, runs, configs = replace(arch_of(device), sms=window_attention.sms_of(device)), {}, {}
+    for candidate in sweep.candidates(arch, shape, bench, dtype):
+        name = json.dumps(candidate.config)
+        try:
+            check(replace(bench, ours=candidate.run), shape, sets[0])
+        except Exception as error:  # too many registers or too much shared memory; a wrong result is said aloud
+            if isinstance(error, AssertionError):
+                print(f"wrong: {sweep.op} {label(shape)} {name}", file=sys.stderr)
+            continue
+        runs[name], configs[name] = candidate.run, dict(candidate.config)
+    rule = bench.baselines["library"] if sweep.op == "linear" else bench.ours
+    found = timer({"rule": rule} | runs, sets)
+    times = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
+    before = times.pop("rule")
+    entry = {"op": sweep.op, "shape": sweep.key(shape, dtype), "config": None, "ms": before, "without_ms": before}
+    best = choice(times, before)
+    return entry if best is None else entry | {"config": configs[best], "ms": times[best]}
+
+
+def choice(times: Mapping[str, float], before: float) -> str | None:
+    """The first candidate that is as good as the best, if that beats the time without it by the margin."""
+    if not times or min(times.values()) >= MARGIN * before:
+        return None
+    limit = TIE * min(times.values())
+    return next(name for name, milliseconds in times.items() if milliseconds <= limit)
+
+
+def write(entries: Sequence[dict[str, Any]], gpu: str, folder: Path) -> Path:
+    """Writes all entries of a GPU, one a line, whole or not at all."""
+    path = folder / _tuned.path_of(gpu).name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(json.dumps(entry) for entry in entries)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(f'{{"gpu": {json.dumps(gpu)}, "versions": {json.dumps(_versions())}, "entries": [\n{rows}\n]}}\n')
+    os.replace(part, path)
+    return path
+
+
+def earlier(gpu: str, folder: Path) -> list[dict[str, Any]]:
+    """The entries that were measured with these versions."""
+    path = folder / _tuned.path_of(gpu).name
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return list(found["entries"]) if found["versions"] == _versions() else []
+
+
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "triton": triton.__version__}
+
+
+def main(
+    op: Annotated[list[str] | None, typer.Option(help="An op to tune. All if not given.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no shape after so many minutes.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One shape an op.")] = False,
+    out: Annotated[Path, typer.Option(help="Where the file goes; the package reads its own folder.")] = _tuned.FOLDER,
+) -> None:
+    """Tune the launch parameters of this GPU."""
+    if unknown := sorted(set(op or ()) - set(SWEEPS)):
+        raise typer.BadParameter(f"got {', '.join(unknown)}, needs names among {', '.join(SWEEPS)}", param_hint="--op")
+    if not torch.cuda.is_available():
+        typer.echo("tune: torch sees no GPU here, so nothing is tuned.")
+        return
+    device = torch.device("cuda")
+    gpu = torch.cuda.get_device_properties(device)
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    entries = earlier(gpu.name, out)
+    done = {_tuned._key(entry["op"], entry["shape"]) for entry in entries}
+    for sweep in (SWEEPS[name] for name in SWEEPS if not op or name in op):
+        for shape in sweep.shapes[:1] if quick else sweep.shapes:
+            if _tuned._key(sweep.op, sweep.key(shape, torch.bfloat16)) in done:
+                continue
+            if end is not None and time.monotonic() > end:
+                typer.echo("the time is up; the next run goes on here")
+                raise typer.Exit(3)
+            entry = tune(sweep, shape, device, timer=time_in_turns, cache=gpu.L2_cache_size)
+            entries.append(entry)
+            typer.echo(f"{sweep.op} {label(shape)}: {entry['without_ms']:.4f} ms -> {entry['ms']:.4f} ms {entry['config']}")
+            write(entries, gpu.name, out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,110 @@
+"""Helpers of the tests of benches."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastdllm_triton.bench._report import Report
+from fastdllm_triton.bench._session import Bench, Session, label
+from fastdllm_triton.bench._timing import Ceilings, Inputs, Run, Timing, reason
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CEILINGS = Ceilings(copy=1e12, matrix=1e14)
+
+
+def module_of(op: str) -> Any:
+    return importlib.import_module(f"fastdllm_triton.bench.bench_{op}")
+
+
+def bench_of(op: str) -> Bench:
+    return module_of(op).BENCH
+
+
+def half_inputs(op: str) -> Any:
+    """Inputs in a dtype that the interpreter has, where no timer asks for another."""
+    module = module_of(op)
+    return lambda shape, device, seed, **dtype: module.inputs(shape, device, seed, dtype=torch.float16)
+
+
+def run_once(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, Timing | str]:
+    """A timer that runs everything and finds that it took a millisecond."""
+    found: dict[str, Timing | str] = {}
+    for name, run in runs.items():
+        try:
+            for one in inputs:
+                run(one)
+            found[name] = Timing(1.0, 0.9, 1.2)
+        except Exception as error:
+            found[name] = reason(error)
+    return found
+
+
+def session(**options: Any) -> Session:
+    """A session that times with :func:`run_once`."""
+    return Session(DEVICE, **{"timer": run_once, "ceilings": CEILINGS} | options)
+
+
+def rows_of(bench: Bench, session: Session) -> list[dict[str, Any]]:
+    return [row for case in bench.measure(session) for row in case]
+
+
+def made_up_report(scale: float = 1.0) -> Report:
+    """A report as a GPU would give it, with numbers by formula."""
+    report = Report(
+        {"device": "Made-up GPU", "gpu": "Made-up GPU", "driver": 580.0, "commit": "0123456789abcdef", "torch": "2.13.0",
+         "triton": "3.6.0", "date": "2026-11-21T06:00:00+00:00"},
+        CEILINGS,
+        [{"check": "swiglu", "dtype": "bfloat16", "ok": True, "tried": 7, "seconds": 0.1, "cases": []}],
+    )  # fmt: skip
+    for op in ("window_attention", "head_statistics", "swiglu"):
+        bench = bench_of(op)
+        for shape in bench.shapes:
+            floor = max(bench.bytes(shape) / CEILINGS.copy, bench.flops(shape) / CEILINGS.matrix) * 1e3
+            for factor, provider in enumerate(("triton", *bench.baselines), start=1):
+                base = {"bench": op, "op": op, "shape": dict(shape), "axis": bench.axis, "provider": provider}
+                if provider == "flash-attn":
+                    report.rows.append(base | {"missing": "not installed"})
+                    continue
+                # A few microseconds of launch on top of a share of the floor.
+                ms = scale * factor * (floor / (0.6 + 0.3 * abs(math.sin(len(label(shape))))) + 0.004)
+                report.rows.append(
+                    base
+                    | {"median_ms": ms, "p20_ms": 0.98 * ms, "p80_ms": 1.05 * ms, "bytes": bench.bytes(shape)}
+                    | {"flops": bench.flops(shape), "gb_per_s": bench.bytes(shape) / ms / 1e6, "times_triton": float(factor)}
+                    | {"tflop_per_s": bench.flops(shape) / ms / 1e9, "of_floor": floor / ms, "peak_bytes": 2**20 * factor}
+                    | {"of_copy": bench.bytes(shape) / ms * 1e3 / CEILINGS.copy}
+                    | {"of_matrix": bench.flops(shape) / ms * 1e3 / CEILINGS.matrix}
+                )
+    parts = {
+        "qkv": 0.7,
+        "window_attention": 0.2,
+        "attn_out": 0.25,
+        "gate_up": 1.4,
+        "down": 0.7,
+        "head_statistics": 0.25,
+        "other": 0.1,
+    }
+    for provider, factor in (("triton", 1), ("official", 6)):
+        for batch in (1, 4):
+            ms = factor * sum(parts.values()) * (1 + batch / 20)
+            report.rows.append(
+                {"bench": "step", "op": "step", "shape": {"batch": batch}, "axis": "batch", "provider": provider,
+                 "median_ms": ms, "p20_ms": ms, "p80_ms": ms, "bytes": 1, "flops": 0, "gb_per_s": 1.0, "tflop_per_s": 0.0,
+                 "of_copy": 0.8 / factor, "of_matrix": 0.0, "of_floor": 0.8 / factor, "times_triton": float(factor),
+                 "parts": {name: value * factor * (1 + batch / 20) for name, value in parts.items()}}
+            )  # fmt: skip
+    report.evaluation = [
+        {
+            "task": "chained sums",
+            "label": f"threshold {t}",
+            "accuracy": 0.9 * t**0.2,
+            "tokens_per_forward": 9 - 8 * t,
+        }
+        for t in (1.0, 0.9, 0.7, 0.5)
+    ]
+    return report

@@ -1,0 +1,200 @@
+"""The benches of whole steps and generations, but for the timing itself: same work on both sides, schedules, and their rows."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import torch
+from _bench import rows_of
+from _support import DEVICE
+
+from fastdllm_triton import ops
+from fastdllm_triton.bench import _models, bench_generate, bench_step
+from fastdllm_triton.bench._session import Session
+from fastdllm_triton.bench._timing import Ceilings
+from fastdllm_triton.bench.official_step import OfficialModel
+from fastdllm_triton.kernels import _pdl
+from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.kernels._statistics import merge_statistics_kernel
+from fastdllm_triton.roofline import SHAPES
+
+CPU = torch.device("cpu")
+
+
+def sides(model: str, batch: int) -> tuple[bench_step.OurStep, bench_step.OfficialStep]:
+    network = _models.network_of(model, CPU, torch.float32)
+    ours = bench_step.OurStep(network, _models.prompt_of(model, batch, 40, CPU), 8)
+    return ours, bench_step.OfficialStep(network, ours.sequences, ours.start, 8)
+
+
+@pytest.mark.parametrize("model", ["llada-8b", "dream-7b"])
+def test_the_large_models_have_the_sizes_of_the_released_ones(model):
+    config, shape = _models.config_of(model), SHAPES[model]
+    assert (config.layers, config.width, config.mlp, config.vocab_size) == (
+        shape.layers,
+        shape.width,
+        shape.mlp,
+        shape.vocab_size,
+    )
+    assert config.shift == config.qkv_bias == (model == "dream-7b")
+    assert config.mask_id == {"llada-8b": 126_336, "dream-7b": 151_666}[model]
+
+
+@pytest.mark.parametrize(("model", "batch"), [("tiny llada", 1), ("tiny llada", 2), ("tiny dream", 1)])
+def test_a_step_of_ours_computes_the_logits_of_the_official_one(model, batch):
+    assert bench_step.difference(*sides(model, batch)) < 1e-5
+
+
+def test_both_sides_commit_the_same_tokens():
+    ours, theirs = sides("tiny llada", 2)
+    for side in (ours, theirs):
+        side.reset()
+        side.refresh()
+        for _ in range(3):
+            side.step()
+    assert (theirs.x == theirs.mask_id).any(1).all()  # the block is not done, so that each step had something to do
+    assert torch.equal(ours.batch.x, theirs.x)
+    ours.reset()
+    assert torch.equal(ours.batch.x, ours.sequences)
+
+
+def test_a_step_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(OfficialModel, "_angles", lambda self, length, device: torch.zeros(length, self.config.head_dim))
+    rows = list(bench_step.BENCH.rows_of(bench_step.QUICK[0], Session(CPU)))
+    assert len(rows) == 1
+    assert rows[0]["refused"]
+    assert "differ from the official ones" in rows[0]["missing"]
+
+
+def test_every_kernel_has_a_part_and_every_part_a_kernel():
+    found = {bench_step.op_of(name) for name in ("nvjet_tst_128x8", "Memcpy DtoD", "vectorized_elementwise_kernel<4>")}
+    assert found == {"cuBLAS", "copies", "other"}
+    for op in ops.NAMES:
+        module = importlib.import_module(f"fastdllm_triton.kernels.{op}")
+        for name, value in vars(module).items():
+            if name.endswith("_kernel") and hasattr(value, "arg_names") and value is not merge_statistics_kernel:
+                assert bench_step.op_of(name) == ("head_statistics" if op == "token_statistics" else op), name
+                found.add(bench_step.op_of(name))
+    found.add(bench_step.op_of(merge_statistics_kernel.__name__))
+    assert found == {*bench_step.OPS, "other"}
+
+
+def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
+    rows = rows_of(bench_step.BENCH, Session(CPU))
+    assert [(row["shape"]["forward"], row["provider"]) for row in rows[:4]] == [
+        ("refresh", "triton"), ("refresh", "official"), ("step", "triton"), ("step", "official")
+    ]  # fmt: skip
+    assert [(row["shape"]["forward"], row["provider"]) for row in rows[4:6]] == [("step", "serial"), ("step", "fused")]
+    assert len(rows) == 6 * len(bench_step.QUICK)
+    reasons = {row["missing"] for row in rows}
+    assert reasons == {"ran; not timed without a GPU", "NotImplementedError: the official loop is for one row", "needs a GPU"}
+    only = rows_of(bench_step.BENCH, Session(CPU, only=["serial"]))
+    assert {row["provider"] for row in only} == {"triton", "serial"}
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize("model", ["tiny llada", "tiny dream"])
+def test_a_step_with_every_product_fused_computes_the_same(model):
+    network = _models.network_of(model, DEVICE, torch.float32, "triton")
+    ids = _models.prompt_of(model, 1, 12, DEVICE)
+    want, got = network.logits(ids), bench_step.fused(network).logits(ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(got, want)  # in another order
+
+
+def test_serial_launches_are_serial_inside_alone(monkeypatch):
+    monkeypatch.setattr(_pdl, "INTERPRETED", False)
+    with bench_step.serial():
+        assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": False}
+    assert _pdl.dependent_launch(ARCHS["sm_90"])["PDL"]
+
+
+@pytest.mark.parametrize(("gen_length", "tokens", "total"), [(1024, 1024 / 140, 140), (256, 3.01, 85), (512, 5.8, 88)])
+def test_a_schedule_has_the_paper_s_number_of_forwards(gen_length, tokens, total):
+    counts = bench_generate.spread(gen_length, tokens)
+    assert len(counts) == gen_length // 32
+    assert sum(counts) == total
+    assert max(counts) - min(counts) <= 1
+
+
+def test_the_end_token_lies_in_the_last_block_that_is_decoded():
+    assert [bench_generate.blocks_until(end) for end in (1, 32, 33, 230)] == [1, 1, 2, 8]
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_ours_and_the_official_loop_follow_the_same_schedule_to_the_same_tokens(cache):
+    network = _models.network_of("tiny llada", CPU, torch.float32)
+    prompts = _models.prompt_of("tiny llada", 2, 9, CPU)
+    counts = [2, 5]
+    ours = bench_generate.run_ours(network, prompts, cache, counts, 96)
+    official = bench_generate.run_official(OfficialModel(network), prompts, cache, counts, 96)
+    assert torch.equal(ours, official)
+    masked = ours == network.config.mask_id
+    assert masked[:, -32:].all()
+    assert not masked[:, :-32].any()
+
+
+@pytest.mark.parametrize("model", ["tiny llada", "tiny dream"])
+def test_the_vanilla_sample_has_its_number_of_forwards(model, monkeypatch):
+    forwards = []
+    forward = OfficialModel.__call__
+    monkeypatch.setattr(
+        OfficialModel, "__call__", lambda self, *args, **kwargs: forwards.append(args) or forward(self, *args, **kwargs)
+    )
+    network = _models.network_of(model, CPU, torch.float32)
+    bench_generate.BENCH.vanilla(OfficialModel(network), _models.prompt_of(model, 1, 9, CPU), 64)
+    assert [len(args[0][0]) for args in forwards] == [9 + 64] * bench_generate.SAMPLED
+
+
+def test_a_generation_is_put_next_to_its_floor():
+    session = Session(CPU, ceilings=Ceilings(copy=4e12, matrix=7e14))
+    shape = bench_generate.SHAPES[0]
+    counts = bench_generate.spread(shape["gen_length"], shape["tokens_per_forward"])
+    row = bench_generate.BENCH.row_of(shape, counts, 5.0, session, "triton")
+    stopped = bench_generate.BENCH.row_of(shape, counts[:8], 1.25, session, "triton eos")
+    vanilla = bench_generate.BENCH.row_of(shape, [32] * 32, 100.0, session, "vanilla")
+    assert (row["forwards"], stopped["forwards"], vanilla["forwards"]) == (140, 35, 1024)
+    assert (row["tokens_per_s"], stopped["tokens_per_s"]) == (1024 / 5, 230 / 1.25)
+    # 32 refreshes of 2584 tokens, some 40 TFLOP each, at the matrix rate; the steps stream 15 GB each.
+    assert 5.0 * row["of_floor"] == pytest.approx(32 * 40e12 / 7e14 + 108 * 15e9 / 4e12, rel=0.1)
+    assert stopped["of_floor"] == pytest.approx(row["of_floor"], rel=0.01)
+    assert vanilla["of_floor"] * 100 == pytest.approx(1024 * 41e12 / 7e14, rel=0.1)
+    assert vanilla["extrapolated"]
+    assert not row["extrapolated"]
+
+
+def test_ratios_are_to_ours_and_to_vanilla():
+    rows = {name: {"median_ms": time} for name, time in (("triton", 4.0), ("triton eos", 1.0), ("vanilla", 120.0))}
+    assert bench_generate.ratios(rows["triton eos"], rows) == {"times_triton": 0.25, "over_vanilla": 120.0}
+    assert bench_generate.ratios(rows["vanilla"], rows) == {"times_triton": 30.0, "over_vanilla": 1.0}
+    assert bench_generate.ratios({"missing": "too little GPU memory"}, rows) == {}
+    assert bench_generate.ratios(rows["triton"], {"triton": rows["triton"], "vanilla": {"missing": "?"}}) == {"times_triton": 1.0}
+
+
+def test_rows_of_a_generation_without_a_gpu_say_that_nothing_was_timed():
+    rows = rows_of(bench_generate.BENCH, Session(CPU))
+    assert [row["provider"] for row in rows[:4]] == ["triton", "triton eos", "official", "vanilla"]
+    assert {row["missing"] for row in rows} == {"ran; not timed without a GPU"}
+    json.dumps(rows)
+
+
+@pytest.mark.gpu
+def test_steps_are_timed_in_parts_on_a_gpu():
+    session = Session(DEVICE, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
+    rows = list(bench_step.BENCH.rows_of(bench_step.QUICK[0], session))
+    step = next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "triton"))
+    assert step["median_ms"] > 0
+    assert step["launches"] > 10
+    assert 0 < step["selection_share"] < 1
+    assert {"cuBLAS", "window_attention", "commit_tokens"} <= step["parts"].keys()
+    assert next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "official"))["times_triton"] > 0
+
+
+@pytest.mark.gpu
+def test_generations_are_timed_on_a_gpu():
+    session = Session(DEVICE, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
+    rows = list(bench_generate.BENCH.rows_of(bench_generate.QUICK[0], session))
+    assert [row["provider"] for row in rows] == ["triton", "triton eos", "official", "vanilla"]
+    assert all(row["median_ms"] > 0 and row["times_triton"] > 0 for row in rows)
