@@ -25,9 +25,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from fastdllm_triton.bench._session import Row, Session, Shape, main
 from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
 from fastdllm_triton.decoding import CacheName, FixedSteps, GenerationConfig
-from fastdllm_triton.engine import Forward, Generation
+from fastdllm_triton.engine import Generation
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.roofline import Gpu, Setting
 from fastdllm_triton.roofline import floor as floor_of
@@ -102,7 +102,7 @@ def run_ours(network: Transformer, prompts: Tensor, cache: CacheName, counts: Se
         if done in begins:
             steps.fill_(begins[done])
         next(generation)
-    cast("Generator[Forward]", generation._forwards).close()  # gives the buffers and captured steps back, for the next run
+    generation.close()  # gives the buffers and captured steps back, for the next run
     return generation.output().sequences
 
 

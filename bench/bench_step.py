@@ -7,8 +7,8 @@ a row on a block that is masked again before each turn. The official step (``off
 same weights: its forward over the block, selection, and the test on the host whether the block is done. A refresh recomputes the
 whole context and is the first step of its block in both. The floor is that of ``fastdllm_triton.roofline``, with the copy
 bandwidth and the matrix rate that this GPU reached in the same run. Two more providers are ours with a choice made otherwise:
-``serial`` launches no kernel before its predecessor has ended, ``fused`` takes the kernel of ``linear`` for every product,
-measured or not.
+``triton serial`` launches no kernel before its predecessor has ended, ``triton fused`` takes the kernel of ``linear`` for every
+product, measured or not.
 
 Rows of ours have more entries: ``parts`` (milliseconds by op), ``launches`` a step, ``host_ms`` (what reading the flags
 after every step adds), ``selection_share`` (of the commit and the merge of statistics), ``weights_floor_ms`` (the matrices over
@@ -244,7 +244,7 @@ class StepBench:
 
     op = "step"
     suite = "step"
-    baselines = ("official", "serial", "fused")
+    baselines = ("official", "triton serial", "triton fused")
 
     @property
     def gate(self) -> Sequence[str]:
@@ -304,7 +304,7 @@ class StepBench:
             if "median_ms" in row and "median_ms" in mine:
                 row["times_triton"] = row["median_ms"] / mine["median_ms"]
             yield (step if forward == "step" else refresh) | {"provider": provider} | row
-        for provider in ("serial", "fused"):
+        for provider in ("triton serial", "triton fused"):
             if not session.only or provider in session.only:
                 row = self.other_row(provider, ours, shape, session)
                 if "median_ms" in row and "median_ms" in (mine := times["step", "triton"]):
@@ -315,9 +315,9 @@ class StepBench:
         """A step of ours with another choice."""
         if ours.batch.network.ops.name != "triton":
             return {"missing": "needs a GPU"}
-        network = fused(ours.batch.network) if provider == "fused" else ours.batch.network
+        network = fused(ours.batch.network) if provider == "triton fused" else ours.batch.network
         try:
-            with serial() if provider == "serial" else nullcontext():
+            with serial() if provider == "triton serial" else nullcontext():
                 return self.row_of("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
         except Exception as error:
             return {"missing": reason(error)}

@@ -45,7 +45,7 @@ def table(results: Path, root: Path = ROOT) -> str:
             f"([all numbers]({path.relative_to(root)}), {machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:10]}, "
             f"torch {machine['torch']}, triton {machine['triton']})",
             "",
-            "| op | shapes | % of the floor, median (least to most) | times faster than the best baseline, median (least to most) |",
+            "| op | shapes | % of the floor: median (least to most) | time of the best baseline over ours: the same |",
             "|---|---|---|---|",
             *(line for op in dict.fromkeys(row["op"] for row in report.rows) if (line := _line(op, report.rows))),
             "",

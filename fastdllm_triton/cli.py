@@ -20,6 +20,7 @@ from .commands.chat import chat as chat_command
 from .commands.evaluate import evaluate, lm_eval
 from .commands.info import info
 from .commands.inspect import inspect
+from .commands.performance_report import performance_report
 from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import GenerationOutput
@@ -195,6 +196,7 @@ def compile_report_command(
 app.command()(bench)
 app.command("chat")(chat_command)
 app.command()(info)
+app.command("performance-report")(performance_report)
 app.command()(roofline)
 app.command()(verify)
 app.command()(evaluate)

@@ -92,12 +92,17 @@ def compile_report(
         for case in _module(op).compile_cases(ARCHS[arch])
         if keep is None or keep({"op": op, "kernel": case.kernel.__name__, "arch": arch, "config": case.config})
     ]
-    # New processes read this when they import the kernels.
+    return in_processes(_compile, wanted, processes)
+
+
+def in_processes(function: Callable[[Any], Record], wanted: Sequence[Any], processes: int) -> list[Record]:
+    """Calls a function of a module in new processes, in which the interpreter is off."""
+    # They read this when they import the kernels.
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     try:
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return list(pool.map(_compile, wanted))
+            return list(pool.map(function, wanted))
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]
@@ -178,11 +183,16 @@ def compile_case(case: CompileCase, arch: Arch) -> Record:
     """
     record = {"op": case.op, "kernel": case.kernel.__name__, "arch": arch.name, "config": case.config}
     try:
-        compiled = triton.compile(_source(case), target=_target(arch), options=_options(case))
+        found = compiled(case, arch)
     except Exception as error:
         raise RuntimeError(f"{_name(record)} does not compile: {error}") from error
-    facts = _cuda_facts(compiled, arch, case) if arch.backend == "cuda" else _hip_facts(compiled, arch, case)
+    facts = _cuda_facts(found, arch, case) if arch.backend == "cuda" else _hip_facts(found, arch, case)
     return record | facts
+
+
+def compiled(case: CompileCase, arch: Arch) -> Any:
+    """What Triton makes of a case; from its cache the second time."""
+    return triton.compile(_source(case), target=_target(arch), options=_options(case))
 
 
 def _source(case: CompileCase) -> Any:

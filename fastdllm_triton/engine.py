@@ -8,7 +8,7 @@ block: those that begin one are refreshed together, then all take a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -122,6 +122,10 @@ class Generation:
     def __next__(self) -> Forward:
         return next(self._forwards)
 
+    def close(self) -> None:
+        """Ends it where it is; what it held on the device serves the next generation."""
+        self._forwards.close()
+
     def output(self) -> GenerationOutput:
         """The result; before the end, what there is so far, masks included."""
         return replace(self._run.output(), tokenizer=self._tokenizer)
@@ -203,7 +207,7 @@ class _Run:
         self._row_forwards = torch.empty(sizes[0], dtype=torch.int32, device=device)
         self._recorded = -1
 
-    def forwards(self) -> Iterator[Forward]:
+    def forwards(self) -> Generator[Forward]:
         """Decodes, a forward at a time."""
         self.started = _now(self.network.device)
         try:

@@ -86,12 +86,15 @@ def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
     assert [(row["shape"]["forward"], row["provider"]) for row in rows[:4]] == [
         ("refresh", "triton"), ("refresh", "official"), ("step", "triton"), ("step", "official")
     ]  # fmt: skip
-    assert [(row["shape"]["forward"], row["provider"]) for row in rows[4:6]] == [("step", "serial"), ("step", "fused")]
+    assert [(row["shape"]["forward"], row["provider"]) for row in rows[4:6]] == [
+        ("step", "triton serial"),
+        ("step", "triton fused"),
+    ]
     assert len(rows) == 6 * len(bench_step.QUICK)
     reasons = {row["missing"] for row in rows}
     assert reasons == {"ran; not timed without a GPU", "NotImplementedError: the official loop is for one row", "needs a GPU"}
-    only = rows_of(bench_step.BENCH, Session(CPU, only=["serial"]))
-    assert {row["provider"] for row in only} == {"triton", "serial"}
+    only = rows_of(bench_step.BENCH, Session(CPU, only=["triton serial"]))
+    assert {row["provider"] for row in only} == {"triton", "triton serial"}
     json.dumps(rows)
 
 

@@ -184,9 +184,9 @@ def test_a_prompt_file_that_is_not_what_its_name_says(tmp_path: Path) -> None:
 
 
 def test_windows_and_lockstep_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    def generate(self: fdt.MaskedDiffusionLM, rows: Any, config: fdt.GenerationConfig, callback: Any) -> Any:
+    def generate(self: fdt.MaskedDiffusionLM, rows: Any, config: fdt.GenerationConfig, **options: Any) -> Any:
         asked.append(config)
-        return original(self, rows, config, callback=callback)
+        return original(self, rows, config, **options)
 
     asked: list[fdt.GenerationConfig] = []
     original = fdt.MaskedDiffusionLM.generate

@@ -132,7 +132,7 @@ def launches_text(config: ModelConfig, arch: str, device: torch.device, batch: i
         f"launches per layer: {now.per_layer}\n"
         f"launches per step: {now.per_step}\n"
         f"  ({arch}, {batch} x 32 slots over 1,024; a layer: {ops})\n"
-        f"with every product fused with the norm, gate or residual beside it: {fused.per_layer} per layer, {fused.per_step} per step"
+        f"with every product fused with what stands around it: {fused.per_layer} per layer, {fused.per_step} per step"
     )
 
 

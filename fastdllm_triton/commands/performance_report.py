@@ -1,0 +1,42 @@
+"""``fastdllm-triton performance-report``: what can be known of speed without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from .._console import clear_errors, errors, wide
+from .verify import check_writable, require_triton
+
+
+def performance_report(
+    arch: Annotated[list[str] | None, typer.Option(help="An architecture, such as sm_90. All NVIDIA ones if not given.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as window_attention. All if not given.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the records to this file.")] = None,
+    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier report: say what changed, and fail if anything did.")] = None,
+) -> None:
+    """Programs an SM, bytes under way against what memory needs, and the main loop's instructions, op by op, without a GPU."""
+    with clear_errors():
+        require_triton("performance-report")
+        check_writable(json_file)
+        check_writable(markdown_file, "--markdown")
+        from .. import performance_report as report
+        from ..compile_report import differences, read_json, write_json
+
+        earlier = None if compare is None else read_json(compare)
+        records = report.performance_report(arch, op)
+        for table in report.render(records):
+            wide(170).print(table)
+        if json_file is not None:
+            write_json(records, json_file)
+        if markdown_file is not None:
+            markdown_file.write_text(report.markdown(records), encoding="utf-8")
+        changed = [] if earlier is None else differences(records, earlier)
+        for line in changed:
+            errors.print(Text(line, style="red"))
+        if changed:
+            raise typer.Exit(1)
