@@ -357,6 +357,23 @@ def test_a_scorer_that_raises_keeps_the_texts(tmp_path: Path, monkeypatch: pytes
     assert json.loads((out / "summary.json").read_text())[0]["whole"] is None
 
 
+def test_scores_of_a_user_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": r.prompt, "answer": r.answer}) + "\n" for r in builtin_requests(4, 0)))
+    (tmp_path / "own.py").write_text(
+        "def score(text, record):\n    return {'exact_match': record['answer'] in text, 'n': 0.25}\n"
+        "def moody(text, record):\n    return {'exact_match': 1, text[-1:]: 1}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--data", data, "--strategies", QUICK)
+    assert _evaluate(tmp_path / "out", *arguments, "--scorer", "own:score").exit_code == 0
+    (record,) = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (record["n"], record["other_scores"]) == (4, {"n": [0.25, 0.25, 0.25]})
+    result = _evaluate(tmp_path / "out", *arguments, "--scorer", "own:moody")
+    assert result.exit_code == 2
+    assert "must give the same scores for every request" in _flat(result.stderr)
+
+
 def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs = count(1)
 

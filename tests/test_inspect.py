@@ -159,7 +159,7 @@ def test_the_command_writes_a_report_and_figures(tmp_path: Path) -> None:
         (("--strategy", "greedy"), "--strategies must be a list of fixed:K"),
         (("--prompt", "x", "--data", "y"), "--prompt and --data exclude each other"),
         (("--data", "/no/such/file"), "No such file"),
-        (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer.json"),
+        (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer files"),
         (("--problems", "0"), "--problems must be 1 or more"),
     ],
 )

@@ -43,7 +43,7 @@ def test_the_wheel_holds_kernels_reference_and_the_built_in_model(wheel: Path) -
         assert f"fastdllm_triton/tiny/{file}" in names
     for file in ("model.safetensors", "config.json", "cases.jsonl"):
         assert f"fastdllm_triton/verify/golden/{file}" in names
-    assert {"fastdllm_triton/py.typed", "fastdllm_triton/bench/page.html"} <= names
+    assert {f"fastdllm_triton/{file}" for file in ("py.typed", "trace.html", "bench/page.html")} <= names
     assert not any(name.startswith("fastdllm_triton/bench/results/") for name in names)
     assert not any(name.split("/")[0] in ("kernels", "reference", "tests", "bench", "training") for name in names)
 

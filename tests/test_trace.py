@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton.cli import app
 from fastdllm_triton.engine import Forward
 from fastdllm_triton.trace import Trace, page
 
@@ -87,6 +89,34 @@ def test_an_interrupted_generation_is_recorded_up_to_there(tiny: fdt.MaskedDiffu
     assert len(trace.data["forwards"]) == 2
     assert trace.data["rows"][0]["generated"].count(trace.data["mask_id"]) > 24
     assert '"forwards"' in (tmp_path / "trace.html").read_text()
+
+
+def test_generate_records_itself_and_what_there_was_before_an_exception(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    output = tiny.generate(list(PROMPTS), trace=tmp_path / "whole.json")
+    data = json.loads((tmp_path / "whole.json").read_text())
+    assert len(data["forwards"]) == output.nfe
+    assert [row["generated"] for row in data["rows"]] == output.generated.tolist()
+    told: list[int] = []
+
+    def stop(forward: fdt.Forward) -> None:
+        told.append(forward.index)
+        if forward.index == 2:
+            raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        tiny.generate(PROMPTS[0], trace=tmp_path / "part.html", callback=stop)
+    assert told == [0, 1, 2]
+    assert '"forwards"' in (tmp_path / "part.html").read_text()
+    with pytest.raises(ValueError, match=r"trace must end in \.html or \.json"):
+        tiny.generate(PROMPTS[0], trace="trace.txt", callback=stop)
+    assert told == [0, 1, 2]
+
+
+def test_the_command_line_records_too(tmp_path: Path) -> None:
+    path = tmp_path / "trace.html"
+    result = CliRunner().invoke(app, ["generate", "--prompt", PROMPTS[0], "--trace", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "A generation, forward by forward" in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
             device = "cpu"
         self.lm = load(pretrained, device=device, dtype=None if dtype == "auto" else dtype, backend=backend)
         if self.lm.tokenizer is None:
-            raise ValueError(f"pretrained: {pretrained} has no tokenizer.json")
+            raise ValueError(f"pretrained: {pretrained} has no tokenizer files")
         use_few_threads(self.lm)
         self.tokenizer = self.lm.tokenizer
         self.batch_size, self.gen_length, self.temperature, self.seed = int(batch_size), gen_length, temperature, seed

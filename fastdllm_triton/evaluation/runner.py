@@ -205,6 +205,10 @@ class Evaluation:
             Result(**vars(result) | {"scores": self.scorer(request, result.text)})
             for request, result in zip(self.requests, results, strict=True)
         ]
+        for result in scored:
+            if (result.scores or {}).keys() != (scored[0].scores or {}).keys():
+                names = " and ".join(", ".join(sorted(r.scores or {})) for r in (scored[0], result))
+                raise RuntimeError(f"scorer {self.scorer.name} must give the same scores for every request, got {names}")
         if self._path(way).read_text(encoding="utf-8") != _lines(scored):
             self._write(way, scored)
         return scored

@@ -19,9 +19,10 @@ Record = dict[str, Any]
 def summarize(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
     """One record a way, in the order given.
 
-    ``exact_match`` and ``whole`` (None where the task has no such score) with Wilson intervals; ``tokens_per_forward``,
-    committed tokens over forwards, and ``nfe``, forwards a request, with bootstrap intervals over requests; ``seconds`` of all
-    requests; ``bytes`` and ``flops`` of a request by the roofline model. All intervals are of 95 %.
+    ``exact_match`` and ``whole`` (None where the task has no such score) with Wilson intervals; ``other_scores`` of a scorer of
+    the user's, each a mean and the ends of its interval; ``tokens_per_forward``, committed tokens over forwards, and ``nfe``,
+    forwards a request, with bootstrap intervals over requests; ``seconds`` of all requests; ``bytes`` and ``flops`` of a
+    request by the roofline model. All intervals are of 95 %.
 
     ``tokens_by_forward[i]``: tokens that forward ``i`` of a block commits, over the blocks that have one;
     ``tokens_by_position[p]``: tokens committed by the forward that commits slot ``p`` of a block.
@@ -45,11 +46,17 @@ def _record(way: Way, results: Sequence[Result]) -> Record:
         "whole": None,
         "whole_ci": None,
     }
+    others: dict[str, list[float]] = {}
     for name in names:
         values = _scores(results, name)
-        record[name] = _round(values.mean())
         binary = bool(np.isin(values, (0, 1)).all())
-        record[f"{name}_ci"] = _round(wilson(values.sum(), n) if binary else interval(resample(n) @ values / n))
+        ci = wilson(values.sum(), n) if binary else interval(resample(n) @ values / n)
+        if name in ("exact_match", "whole"):
+            record |= {name: _round(values.mean()), f"{name}_ci": _round(ci)}
+        else:
+            others[name] = _round([values.mean(), *ci])
+    if others:
+        record["other_scores"] = others
     by_forward, by_position = _profile(results, way.block_length)
     return record | {
         "tokens_per_forward": _round(tokens.sum() / forwards.sum()),
@@ -134,7 +141,9 @@ def compare_caches(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
             "same": _round(same / n),
             "same_ci": _round(wilson(same, n)),
         }
-        for name in sorted(found[0].scores or {}):
+        for name in ("exact_match", "whole"):
+            if name not in (found[0].scores or {}):
+                continue
             gain = _scores(found, name) - _scores(plain, name)
             counted = paired_interval(float((gain == 1).sum()), float((gain == -1).sum()), n)
             ci = counted if np.isin(gain, (-1, 0, 1)).all() else interval(resample(n) @ gain / n)
