@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fastdllm_triton*"]),
     package_data={
-        "fastdllm_triton": ["py.typed"],
+        "fastdllm_triton": ["py.typed", "trace.html"],
         "fastdllm_triton.bench": ["page.html"],
         "fastdllm_triton.kernels": ["tuned/*.json"],
         "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"],
@@ -44,6 +44,6 @@ setup(
         "lint": LINT,
         "dev": TEST + LINT,
         "bench": BENCH,
-        "eval": ["lm_eval>=0.4.8"],
+        "eval": ["lm_eval>=0.4.8", "matplotlib>=3.8"],
     },
 )

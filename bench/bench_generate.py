@@ -11,8 +11,9 @@ as the paper's tokens per forward make it, the same for ours and for the officia
 * ``vanilla``: the official loop without a cache, one token a forward. All its forwards are alike, so that some are timed and
   the whole is their product (``extrapolated``).
 
-Seconds are wall clock, the host included. ``tokens_per_s`` counts the tokens of all rows, with an end token those up to it. The
-floor is that of ``fastdllm_triton.roofline`` for the schedule on this GPU.
+Seconds are wall clock, the host included; ``over_vanilla`` is how many times faster than ``vanilla`` a row is.
+``tokens_per_s`` counts the tokens of all rows, with an end token those up to it. The floor is that of
+``fastdllm_triton.roofline`` for the schedule on this GPU.
 
 Tokens per forward: on GSM8K with 8-shot prompts and 1024 tokens from the wall clocks of figure 1c of the paper (140 forwards),
 for 5-shot and 256 tokens as given there (3.01 with a cache). The others are not given: what they are is taken from the gain of
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, cast
 
@@ -126,11 +127,21 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1)
     return best
 
 
+def ratios(row: Row, rows: Mapping[str, Row]) -> Row:
+    """A row's time over ours, and the vanilla time over it: how many times faster than vanilla it is."""
+    if "median_ms" not in row:
+        return {}
+    ours, vanilla = (rows.get(name, {}).get("median_ms") for name in ("triton", "vanilla"))
+    found: Row = {"times_triton": row["median_ms"] / ours} if ours else {}
+    return found | ({"over_vanilla": vanilla / row["median_ms"]} if vanilla else {})
+
+
 class GenerateBench:
     """Generations of whole models."""
 
     op = "generate"
     suite = "generate"
+    baselines = ("official", "vanilla")
 
     @property
     def gate(self) -> Sequence[str]:
@@ -139,14 +150,14 @@ class GenerateBench:
 
         return names()
 
-    def measure(self, session: Session) -> Iterator[Row]:
+    def measure(self, session: Session) -> Iterator[list[Row]]:
         """Rows of each shape, ours first, then the official loop and the vanilla one."""
         for shape in QUICK if session.timer is None else SHAPES[:2] if session.quick else SHAPES:
             if session.is_over():
                 return
             if not session.skips(self.op, shape):
                 gc.collect()
-                yield from self.rows_of(shape, session)
+                yield list(self.rows_of(shape, session))
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[Row]:
         """One shape."""
@@ -159,7 +170,7 @@ class GenerateBench:
         counts = spread(gen_length, shape["tokens_per_forward"])
         until_end = counts[: blocks_until(shape["end"])]
         single = model.config.architecture == "dream" and shape["batch"] > 1
-        ours: float | None = None
+        rows: dict[str, Row] = {}
         for provider, run, kept in (
             ("triton", lambda: run_ours(network, prompts, cache, counts, gen_length), counts),
             ("triton eos", lambda: run_ours(network, prompts, cache, until_end, gen_length), until_end),
@@ -173,16 +184,15 @@ class GenerateBench:
                     raise NotImplementedError("the official loop is for one row")
                 if not timed:
                     run()
-                    yield base | {"provider": provider, "missing": "ran; not timed without a GPU"}
+                    rows[provider] = {"missing": "ran; not timed without a GPU"}
                     continue
                 seconds = seconds_of(run, device, repeat=3 if provider.startswith("triton") else 1)
+                seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
+                rows[provider] = self.row_of(shape, kept, seconds, session, provider)
             except Exception as error:  # too little memory for a float64 softmax over a long context
-                yield base | {"provider": provider, "missing": reason(error)}
-                continue
-            seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
-            ours = seconds if provider == "triton" else ours
-            row = self.row_of(shape, kept, seconds, session, provider)
-            yield base | {"provider": provider} | row | ({"times_triton": seconds / ours} if ours else {})
+                rows[provider] = {"missing": reason(error)}
+        for provider, row in rows.items():
+            yield base | {"provider": provider} | row | ratios(row, rows)
 
     def vanilla(self, model: OfficialModel, prompts: Tensor, gen_length: int) -> None:
         """Some forwards of the official loop without a cache."""

@@ -6,7 +6,9 @@ A step of ours is the captured graph, from token ids to committed tokens, over t
 a row on a block that is masked again before each turn. The official step (``official_step.py``) does the same work with the
 same weights: its forward over the block, selection, and the test on the host whether the block is done. A refresh recomputes the
 whole context and is the first step of its block in both. The floor is that of ``fastdllm_triton.roofline``, with the copy
-bandwidth and the matrix rate that this GPU reached in the same run.
+bandwidth and the matrix rate that this GPU reached in the same run. Two more providers are ours with a choice made otherwise:
+``triton serial`` launches no kernel before its predecessor has ended, ``triton fused`` takes the kernel of ``linear`` for every
+product, measured or not.
 
 Rows of ours have more entries: ``parts`` (milliseconds by op), ``launches`` a step, ``host_ms`` (what reading the flags
 after every step adds), ``selection_share`` (of the commit and the merge of statistics), ``weights_floor_ms`` (the matrices over
@@ -19,6 +21,8 @@ import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -32,6 +36,10 @@ from fastdllm_triton.bench._timing import Timing, percentiles, reason
 from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
 from fastdllm_triton.bench.official_step import shift as shift_logits
 from fastdllm_triton.decoding import GenerationConfig, Threshold
+from fastdllm_triton.kernels import _pdl
+from fastdllm_triton.kernels._arch import arch_of
+from fastdllm_triton.kernels.linear import MAX_ROWS, select_config
+from fastdllm_triton.kernels.linear import linear as linear_kernel
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.roofline import forward_cost
 
@@ -208,11 +216,35 @@ def op_of(kernel: str) -> str:
     return next((op for op, pattern in OPS.items() if re.search(pattern, kernel)), "other")
 
 
+@contextmanager
+def serial() -> Iterator[None]:
+    """Launches one after the other."""
+    kept = _pdl.has_dependent_launch
+    _pdl.has_dependent_launch = lambda arch: False
+    try:
+        yield
+    finally:
+        _pdl.has_dependent_launch = kept
+
+
+def fused(network: Transformer) -> Transformer:
+    """The same model with every product of few rows by our own kernel, in the configuration of its pure function."""
+
+    def linear(x: Tensor, weight: Tensor, **around: Any) -> Tensor:
+        rows, (n, k) = x.shape[:-1].numel(), weight.shape
+        config = select_config(arch_of(x.device), rows, n, k, x.element_size(), around.get("activation"))
+        return linear_kernel(x, weight, config=config if rows <= MAX_ROWS else None, **around)
+
+    ops = replace(network.ops, linear=linear, fuses_residual=lambda x, weight: x.shape[:-1].numel() <= MAX_ROWS)
+    return Transformer(network.config, network.weights, ops)
+
+
 class StepBench:
     """Steps and refreshes of whole models."""
 
     op = "step"
     suite = "step"
+    baselines = ("official", "triton serial", "triton fused")
 
     @property
     def gate(self) -> Sequence[str]:
@@ -221,38 +253,41 @@ class StepBench:
 
         return names()
 
-    def measure(self, session: Session) -> Iterator[Row]:
+    def measure(self, session: Session) -> Iterator[list[Row]]:
         """Rows of each shape: a step and a refresh, ours and the official one."""
         small = session.timer is None
         for shape in QUICK if small else SHAPES[:4] if session.quick else SHAPES:
             if session.is_over():
                 return
-            if session.skips("step", shape):
+            if session.skips(self.op, {"forward": "step", **shape}):
                 continue
             gc.collect()
-            yield from self.rows_of(shape, session)
+            yield list(self.rows_of(shape, session))
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[Row]:
         """One shape."""
-        base: Row = {"bench": self.op, "shape": dict(shape), "axis": "batch"}
+        step, refresh = (
+            {"bench": self.op, "op": self.op, "shape": {"forward": forward, **shape}, "axis": "batch"}
+            for forward in ("step", "refresh")
+        )
         dtype = torch.float32 if session.timer is None else torch.bfloat16
         theirs: OfficialStep | str
         try:
             network = network_of(shape["model"], session.device, dtype)
             ours = OurStep(network, prompt_of(shape["model"], shape["batch"], shape["context"], session.device), shape["window"])
         except Exception as error:
-            yield base | {"op": "step", "provider": "triton", "missing": reason(error)}
+            yield step | {"provider": "triton", "missing": reason(error)}
             return
         try:
             theirs = OfficialStep(network, ours.sequences, ours.start, shape["window"])
-            if (apart := difference(ours, theirs)) > TOLERANCE:
+            if not (apart := difference(ours, theirs)) <= TOLERANCE:  # NaN is none either
                 refused = f"refused: logits of the step differ from the official ones by {apart:.3f} of their size"
-                yield base | {"op": "step", "provider": "triton", "missing": refused, "refused": True}
+                yield step | {"provider": "triton", "missing": refused, "refused": True}
                 return
         except Exception as error:
             theirs = reason(error)
         times: dict[tuple[str, str], Row] = {}
-        for op, provider in product(("refresh", "step"), ("triton", "official")):
+        for forward, provider in product(("refresh", "step"), ("triton", "official")):
             side = ours if provider == "triton" else theirs
             if session.only and provider not in ("triton", *session.only):
                 continue
@@ -260,27 +295,44 @@ class StepBench:
                 row: Row = {"missing": side}
             else:
                 try:
-                    row = self.row_of(op, side, shape, session)
+                    row = self.row_of(forward, side, shape, session)
                 except Exception as error:  # too little memory for a float64 softmax over a long context
                     row = {"missing": reason(error)}
                     torch.cuda.empty_cache()
-            times[op, provider] = row
-            mine = times[op, "triton"]
+            times[forward, provider] = row
+            mine = times[forward, "triton"]
             if "median_ms" in row and "median_ms" in mine:
                 row["times_triton"] = row["median_ms"] / mine["median_ms"]
-            yield base | {"op": op, "provider": provider} | row
+            yield (step if forward == "step" else refresh) | {"provider": provider} | row
+        for provider in ("triton serial", "triton fused"):
+            if not session.only or provider in session.only:
+                row = self.other_row(provider, ours, shape, session)
+                if "median_ms" in row and "median_ms" in (mine := times["step", "triton"]):
+                    row["times_triton"] = row["median_ms"] / mine["median_ms"]
+                yield step | {"provider": provider} | row
 
-    def row_of(self, op: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
+    def other_row(self, provider: str, ours: OurStep, shape: Shape, session: Session) -> Row:
+        """A step of ours with another choice."""
+        if ours.batch.network.ops.name != "triton":
+            return {"missing": "needs a GPU"}
+        network = fused(ours.batch.network) if provider == "triton fused" else ours.batch.network
+        try:
+            with serial() if provider == "triton serial" else nullcontext():
+                return self.row_of("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
+        except Exception as error:
+            return {"missing": reason(error)}
+
+    def row_of(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
         """One measurement."""
-        run = side.step if op == "step" else side.refresh
+        run = side.step if forward == "step" else side.refresh
         if session.timer is None or session.ceilings is None:
             side.reset()
             run()
             return {"missing": "ran; not timed without a GPU"}
-        if op == "step":
+        if forward == "step":
             side.reset()
             side.refresh()
-        repeat = STEPS if op == "step" else 1
+        repeat = STEPS if forward == "step" else 1
         timing = time_of(run, side.reset, repeat)
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -288,7 +340,7 @@ class StepBench:
         run()
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - held
-        window = shape["window"] if op == "step" else shape["context"]
+        window = shape["window"] if forward == "step" else shape["context"]
         model, window_rows = MODELS[shape["model"]], shape["window"]
         cost = forward_cost(model, shape["batch"], window, shape["context"], window_rows)
         row = timed(timing, int(cost.bytes), int(cost.flops), session.ceilings) | {"peak_bytes": peak}
@@ -297,7 +349,7 @@ class StepBench:
             parts, launches = parts_of(run)
             selected = sum(parts.get(name, 0.0) for name in ("merge_statistics", "commit_tokens"))
             row |= {"parts": parts, "launches": launches, "selection_share": selected / sum(parts.values())}
-            if op == "step":
+            if forward == "step":
                 floor = 2 * model.streamed_parameters / session.ceilings.copy * 1e3
                 row |= {"weights_floor_ms": floor, "of_weights_floor": floor / timing.median, "host_ms": host_of(side, timing)}
         return row

@@ -12,6 +12,7 @@ from .engine import Forward
 from .loading import load
 from .model import MaskedDiffusionLM
 from .models import CheckpointError
+from .swap import accelerate, restore
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,7 @@ __all__ = [
     "MaskedDiffusionLM",
     "Strategy",
     "Threshold",
+    "accelerate",
     "load",
+    "restore",
 ]

@@ -23,8 +23,8 @@ def clear_errors() -> Iterator[None]:
     """What a user can mend is told in a line; anything else is a bug and keeps its trace."""
     try:
         yield
-    except typer.Exit:  # a RuntimeError itself
+    except typer.Exit:  # A RuntimeError to Python.
         raise
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as error:
         errors.print(Text(f"error: {error}", style="red"))
         raise typer.Exit(2) from None

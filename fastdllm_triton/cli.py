@@ -5,125 +5,123 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import platform
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
-from enum import StrEnum
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from rich.table import Table
 from rich.text import Text
 
+from . import cli_options as cli
 from ._console import clear_errors, console, errors, wide
-from .cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
 from .commands.bench import bench
+from .commands.chat import chat as chat_command
+from .commands.evaluate import evaluate, lm_eval
+from .commands.info import info
+from .commands.inspect import inspect
 from .commands.performance_report import performance_report
 from .commands.roofline import roofline
 from .commands.verify import verify
-from .decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
+from .decoding import GenerationOutput
 from .demo import demo as run_demo
-from .live import LiveView
+from .live import LiveView, Painter
 from .loading import load
 from .model import MaskedDiffusionLM
-from .ops import resolve
-
-#: The option that asks for each strategy.
-_STRATEGIES: dict[str, Callable[..., Strategy]] = {
-    "threshold": Threshold,
-    "factor": Factor,
-    "steps": FixedSteps,
-    "entropy-budget": EntropyBudget,
-}
+from .settings import changed, strategy_of
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
 
 
-class CacheChoice(StrEnum):
-    """Caches."""
-
-    none = "none"
-    prefix = "prefix"
-    dual = "dual"
-
-
 @app.command()
 def generate(
-    model: ModelOption = "tiny",
+    model: cli.ModelOption = "tiny",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Several are decoded as a batch.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="One prompt a line; a .jsonl file holds objects with a 'prompt'; '-' is standard input.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap prompts in the checkpoint's chat template.")] = False,
-    gen_length: Annotated[int | None, typer.Option(help="Tokens to generate (the model's default, or 128).")] = None,
-    block_length: Annotated[int | None, typer.Option(help="Slots decoded together (the model's default, or 32).")] = None,
-    cache: Annotated[
-        CacheChoice, typer.Option(help="What a step recomputes: everything, from the block on, or the block.")
-    ] = CacheChoice.dual,
-    threshold: Annotated[float | None, typer.Option(help="Commit every token this sure, in (0, 1]. The default, at 0.9.")] = None,
-    factor: Annotated[float | None, typer.Option(help="Commit by the factor rule, above 0.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Spread the generation evenly over this many forwards.")] = None,
-    entropy_budget: Annotated[float | None, typer.Option(help="Commit while the entropies sum to this many nats.")] = None,
-    score: Annotated[
-        str | None, typer.Option(help="confidence, margin, neg_entropy or random, where the strategy allows it.")
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Row b draws with seed + b.")] = 0,
-    stop_at_eos: Annotated[bool, typer.Option(help="Leave out the blocks after an end token.")] = True,
+    gen_length: cli.GenLengthOption = None,
+    block_length: cli.BlockLengthOption = None,
+    cache: cli.CacheOption = cli.CacheChoice.dual,
+    threshold: cli.ThresholdOption = None,
+    factor: cli.FactorOption = None,
+    steps: cli.StepsOption = None,
+    entropy_budget: cli.EntropyBudgetOption = None,
+    score: cli.ScoreOption = None,
+    temperature: cli.TemperatureOption = 0.0,
+    seed: cli.SeedOption = 0,
+    stop_at_eos: cli.StopAtEosOption = True,
     forbid: Annotated[list[int] | None, typer.Option(help="A token id that is never committed.")] = None,
-    refresh_every: Annotated[int | None, typer.Option(help="Forwards between refreshes of the cache within a block.")] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    backend: BackendOption = BackendChoice.auto,
+    refresh_every: cli.RefreshEveryOption = None,
+    prompt_refresh: cli.PromptRefreshOption = None,
+    suffix_window: cli.SuffixWindowOption = None,
+    look_back: cli.LookBackOption = 0,
+    look_ahead: cli.LookAheadOption = 0,
+    lockstep: Annotated[bool, typer.Option("--lockstep", help="Rows of a batch begin each block together.")] = False,
+    device: cli.DeviceOption = None,
+    dtype: cli.DtypeOption = None,
+    backend: cli.BackendOption = cli.BackendChoice.auto,
     live: Annotated[bool, typer.Option("--live", help="Show the block denoise as it happens.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
 ) -> None:
-    """Generate text from one or more prompts."""
+    """Generate text from one or more prompts. Ctrl-C prints the text so far and ends with status 130."""
     with clear_errors():
         prompts = _prompts(prompt, prompt_file)
-        options = {"threshold": threshold, "factor": factor, "steps": steps, "entropy-budget": entropy_budget}
-        given = {name: value for name, value in options.items() if value is not None}
-        if len(given) > 1:
-            raise ValueError(f"--{' and --'.join(given)} exclude each other; give one of --{', --'.join(options)}")
-        name, value = next(iter(given.items()), ("threshold", 0.9))
-        strategy = _STRATEGIES[name](value, **({} if score is None else {"score": score}))
         if live and as_json:
             raise ValueError("--live and --json exclude each other")
-
+        options = {
+            "gen_length": gen_length,
+            "block_length": block_length,
+            "cache": cache.value,
+            "threshold": threshold,
+            "factor": factor,
+            "steps": steps,
+            "entropy_budget": entropy_budget,
+            "score": score,
+            "temperature": temperature,
+            "seed": seed,
+            "stop_at_eos": stop_at_eos,
+            "forbidden": tuple(forbid or ()),
+            "refresh_every": refresh_every,
+            "prompt_refresh": prompt_refresh,
+            "suffix_window": suffix_window,
+            "look_back": look_back,
+            "look_ahead": look_ahead,
+            "lockstep": lockstep,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        strategy_of(given)  # refused before the model is loaded
         lm = load(model, device=device, dtype=dtype, backend=backend.value)
-        lengths: dict[str, Any] = {"gen_length": gen_length, "block_length": block_length}
-        config = lm.options(
-            cache=cache.value,
-            strategy=strategy,
-            temperature=temperature,
-            seed=seed,
-            stop_at_eos=stop_at_eos,
-            forbidden=tuple(forbid or ()),
-            refresh_every=refresh_every,
-            **{name: value for name, value in lengths.items() if value is not None},
-        )
+        config = changed(lm.defaults, given)
         rows = [lm.encode(text, chat=chat) for text in prompts]
         view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
-        with view or nullcontext():
-            output = lm.generate(rows, config, callback=view)
+        interrupted = False
+        try:
+            with view or nullcontext():
+                output = lm.generate(rows, config, callback=view)
+        except KeyboardInterrupt as error:
+            if not isinstance(found := getattr(error, "output", None), GenerationOutput):
+                raise
+            output, interrupted = found, True
         if live:
             console.print()
 
         if as_json:
-            typer.echo(json.dumps(_record(lm, prompts, output)))
-            return
-        for text, answer in zip(prompts, output.texts, strict=True):
-            console.print(Text(text, style="bold"))
-            console.print(Text(answer))
-        console.print(
-            f"[dim]{output.nfe} forwards ({output.refreshes} refreshes, {output.steps} steps), "
-            f"{output.tokens_per_forward:.2f} tokens per forward, {output.tokens_per_second:.1f} tokens/s, "
-            f"{output.seconds:.2f} s on {lm.device}[/dim]"
-        )
+            typer.echo(json.dumps(_record(lm, prompts, output) | {"interrupted": interrupted}))
+        else:
+            painter = Painter(lm, lm.config.mask_id)
+            for row, text in enumerate(prompts):
+                console.print(Text(text, style="bold"), soft_wrap=True)
+                console.print(painter.paint(output.ids(row)) if interrupted else Text(output.texts[row]), soft_wrap=True)
+            console.print(
+                f"[dim]{output.nfe} forwards ({output.refreshes} refreshes, {output.steps} steps), "
+                f"{output.tokens_per_forward:.2f} tokens per forward, {output.tokens_per_second:.1f} tokens/s, "
+                f"{output.seconds:.2f} s on {lm.device}[/dim]"
+            )
+        if interrupted:
+            errors.print(Text("interrupted; what is still masked is shaded" if not as_json else "interrupted", style="red"))
+            raise typer.Exit(130)
 
 
 def _record(lm: MaskedDiffusionLM, prompts: list[str], output: GenerationOutput) -> dict[str, Any]:
@@ -158,28 +156,12 @@ def _record(lm: MaskedDiffusionLM, prompts: list[str], output: GenerationOutput)
 def demo(
     count: Annotated[int, typer.Option(min=1, help="Problems to decode.")] = 8,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 1,
-    device: DeviceOption = None,
-    backend: BackendOption = BackendChoice.auto,
+    device: cli.DeviceOption = None,
+    backend: cli.BackendOption = cli.BackendChoice.auto,
 ) -> None:
     """Decode unseen problems with the built-in model in every way, side by side."""
     with clear_errors():
         run_demo(console, count, seed, device, backend.value)
-
-
-@app.command()
-def info() -> None:
-    """Versions, the device, and the backend with the reason why it is chosen."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ops = resolve("auto", device)
-    table = Table(show_header=False, box=None)
-    for package in ("fastdllm-triton", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy"):
-        table.add_row(package, _version(package))
-    table.add_row("python", platform.python_version())
-    table.add_row(
-        "device", torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    )
-    table.add_row("backend", f"{ops.name}: {ops.reason}")
-    console.print(table)
 
 
 @app.command("compile-report")
@@ -211,16 +193,17 @@ def compile_report_command(
 
 
 app.command()(bench)
+app.command("chat")(chat_command)
+app.command()(info)
 app.command("performance-report")(performance_report)
 app.command()(roofline)
 app.command()(verify)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+app.command()(evaluate)
+app.command()(inspect)
+# Every argument is the harness's own, --help too.
+app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
+    lm_eval
+)
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

@@ -152,7 +152,7 @@ def run(generation: Generation, callback: Callable[[Forward], None] | None = Non
     return generation.output()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """Where a row of the batch stands.
 
@@ -195,7 +195,7 @@ class _Run:
 
         self.rows = [_Row(row) for row in range(len(prompts))]
         self.refreshes = self.steps = 0
-        self.seconds, self.running = 0.0, True
+        self.started, self.seconds, self.running = 0.0, 0.0, True
         sizes = (len(prompts), self.columns)
         self._x = torch.empty(sizes, dtype=torch.int64, device=device)
         self._step_map = torch.empty(sizes, dtype=torch.int32, device=device)
@@ -205,7 +205,7 @@ class _Run:
 
     def forwards(self) -> Iterator[Forward]:
         """Decodes, a forward at a time."""
-        started = _now(self.network.device)
+        self.started = _now(self.network.device)
         try:
             self.move_on(self.rows)
             while self.rows:
@@ -217,7 +217,7 @@ class _Run:
                 else:
                     whole = sum(map(self.renews_prompt, due))
                     if whole:
-                        yield self.refresh(0, whole, min(self.kv_start))
+                        yield self.refresh(0, whole, min(self.kv_start[row.origin] for row in self.rows[:whole]))
                     if whole < len(due):
                         yield self.refresh(whole, len(due), self.batch.slots - self.config.gen_length)
                     if any(not row.done for row in self.rows[len(due) :]):
@@ -226,15 +226,16 @@ class _Run:
         finally:
             self.record()
             self.running = False
-            self.seconds = _now(self.network.device) - started
+            self.seconds = _now(self.network.device) - self.started
             if self.network.device.type == "cuda":
-                self.network.kept.append(self.batch)  # The next generation of the same shape finds its graphs captured.
+                self.network.kept[:] = [self.batch]  # The next generation of the same shape finds its graphs captured.
 
     def move_on(self, rows: list[_Row], blocks: int = 0) -> None:
         """Lets rows begin their next block."""
         for row in rows:
             row.block, row.forwards, row.done = row.block + blocks, 0, False
-        for first, last in _runs([i for i, row in enumerate(self.rows) if row in rows]):
+        moved = set(rows)
+        for first, last in _runs([i for i, row in enumerate(self.rows) if row in moved]):
             self.batch.begin(first, last)
 
     def is_due(self, row: _Row) -> bool:
@@ -248,9 +249,10 @@ class _Run:
 
     def bring_forward(self, due: list[_Row]) -> None:
         """Puts the rows that are due in front, those that renew their prompt first, and tells the device where all stand."""
+        ahead = set(due)
 
         def key(row: _Row) -> int:
-            return (0 if self.renews_prompt(row) else 1) if row in due else 2
+            return (0 if self.renews_prompt(row) else 1) if row in ahead else 2
 
         wanted = sorted(map(key, self.rows))
         for i, kind in enumerate(wanted):
@@ -357,7 +359,7 @@ class _Run:
             row_forwards=self._row_forwards,
             step_map=self._step_map[:, generated],
             confidence=self._confidence[:, generated],
-            seconds=self.seconds,
+            seconds=_now(self.network.device) - self.started if self.running and self.started else self.seconds,
             eos_ids=self.eos_ids,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,18 +11,19 @@ from typing import Any
 import torch
 
 from . import tiny
+from .invariant import invariant
 from .model import MaskedDiffusionLM
 from .models import dream, llada
 from .models.checkpoint import Checkpoint, read_json
-from .models.config import CheckpointError
+from .models.config import CheckpointError, ModelConfig
 from .models.transformer import Transformer, Weights
-from .ops import resolve
+from .ops import Ops, resolve
 
 #: ``model_type`` of a ``config.json``, in lower case, to the module with its config and name map.
 ARCHITECTURES: dict[str, ModuleType] = {"llada": llada, "dream": dream}
 
 #: What of a hub repository is fetched: data, never code.
-_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
 
 
 def load(
@@ -28,6 +31,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    deterministic: bool = False,
 ) -> MaskedDiffusionLM:
     """Loads a masked-diffusion language model.
 
@@ -40,6 +44,8 @@ def load(
         device: where to put it; the GPU if there is one.
         dtype: of parameters, activations and caches; the checkpoint's own if not given.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
+        deterministic: fixed tiles and fixed chunks: the bits of a row's result depend neither on the rows it is batched with
+            nor on their lengths. Slower, and with the Triton kernels only.
 
     Raises:
         CheckpointError: (a ``ValueError``) the checkpoint is incomplete, damaged or of an unknown architecture.
@@ -47,31 +53,26 @@ def load(
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
     target = _device(device)
-    wanted = None if dtype is None else _dtype(dtype, target)
-    ops = resolve(backend, target)
+    wanted = None if dtype is None else supported_dtype(dtype, target)
+    resolve(backend, target)  # a backend that cannot run is refused before anything is read
     folder = find(path_or_hub_id)
     raw = read_json(folder / "config.json")
-    architecture = _architecture(raw)
+    architecture = architecture_of(raw)
     config = architecture.config(raw)
     checkpoint = Checkpoint(folder)
     if wanted is None:
         if checkpoint.dtype is None:
             raise CheckpointError(f"{folder} stores its tensors in a dtype that is not read; float64, 32, 16 and bfloat16 are")
-        wanted = _dtype(checkpoint.dtype, target)
+        wanted = supported_dtype(checkpoint.dtype, target)
 
-    if wanted == torch.float64 and ops.name == "triton":
-        if backend == "triton":
-            raise ValueError("dtype: the Triton kernels have no float64; give float32, bfloat16 or float16, or another backend")
-        ops = resolve("reference", target)
-
-    shapes = {
-        name: tuple(t.shape)
-        for name, t in Weights.allocate(config, torch.device("meta"), wanted).named(config, architecture.NAMES)
-    }
-    checkpoint.check(shapes, ignored=(architecture.NAMES.head,))
+    ops = ops_for(backend, target, wanted)
+    if deterministic:
+        ops = invariant(ops)
+    checkpoint.check(expected_shapes(config), ignored=(architecture.NAMES.head,))
     weights = Weights.allocate(config, target, wanted)
     checkpoint.copy_into(dict(weights.named(config, architecture.NAMES)))
-    return MaskedDiffusionLM(Transformer(config, weights, ops), folder)
+    local = folder == tiny.PATH or Path(path_or_hub_id).expanduser() == folder
+    return MaskedDiffusionLM(Transformer(config, weights, ops), folder, hub_id=None if local else str(path_or_hub_id))
 
 
 def find(path_or_hub_id: str | Path) -> Path:
@@ -91,14 +92,42 @@ def find(path_or_hub_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # The hub client raises errors of many kinds: network, rights, names.
         raise CheckpointError(
             f"path_or_hub_id: {name!r} is no local folder and could not be fetched from the hub: {error}"
         ) from error
 
 
-def _architecture(raw: dict[str, Any]) -> ModuleType:
+def ops_for(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    """The ops of a model: :func:`fastdllm_triton.ops.resolve`, minding what the kernels cannot compute with.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or ``"triton"`` with a dtype that the kernels do not have.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+    """
+    ops = resolve(backend, device)
+    if dtype != torch.float64 or ops.name != "triton":
+        return ops
+    if backend == "triton":
+        raise ValueError("dtype: the Triton kernels have no float64; give float32, bfloat16 or float16, or another backend")
+    return replace(resolve("reference", device), reason="the Triton kernels have no float64")
+
+
+@cache
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint must hold."""
+    weights = Weights.allocate(config, torch.device("meta"), torch.float32)
+    named = weights.named(config, ARCHITECTURES[config.architecture].NAMES)
+    return {name: tuple(tensor.shape) for name, tensor in named}
+
+
+def architecture_of(raw: dict[str, Any]) -> ModuleType:
+    """The module that reads a ``config.json``.
+
+    Raises:
+        CheckpointError: its ``model_type`` is not known.
+    """
     kind = raw.get("model_type")
     if (name := str(kind).lower()) not in ARCHITECTURES:  # Dream's configs write it with a capital
         raise CheckpointError(f"config.json: model_type {kind!r} is not known; supported: {', '.join(ARCHITECTURES)}")
@@ -119,7 +148,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     return target
 
 
-def _dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+def supported_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """A dtype that models can have on a device.
+
+    Raises:
+        ValueError: they cannot have this one.
+    """
     chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     allowed = [torch.float32, torch.bfloat16, torch.float64]
     if device.type == "cuda":

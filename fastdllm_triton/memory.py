@@ -10,6 +10,7 @@ import torch
 from .decoding import GenerationConfig
 from .models.config import ModelConfig
 from .models.transformer import Transformer
+from .shapes import Bucket, buckets
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,30 @@ def check_memory(network: Transformer, rows: int, capacity: int, slots: int, con
     available = available_bytes(network.device)
     if available is None:
         return
-    one, need = (Memory.of(network.config, count, slots, network.dtype.itemsize) for count in (1, capacity))
+    need = Memory.of(network.config, capacity, slots, network.dtype.itemsize)
     if (wanted := need.cache + need.workspace) <= available:
         return
-    most = available // (one.cache + one.workspace)
+    most = largest_batch(network.config, slots, network.dtype.itemsize, available, buckets(network.device)[0])
     advice = f"the largest batch that fits is {most}" if most else "not even one row fits; shorten prompts or gen_length"
     raise MemoryError(
         f"prompts: {rows} rows of {slots} slots (gen_length = {config.gen_length}) need {wanted:,} bytes on {network.device} "
         f"({need.cache:,} cache, {need.workspace:,} workspace), {available:,} are available; {advice}"
     )
+
+
+def largest_batch(model: ModelConfig, slots: int, itemsize: int, available: int, bucket: Bucket) -> int:
+    """The most rows that a generation fits with, beside the weights; 0 if not even one does.
+
+    Args:
+        model: the shape.
+        slots: of each row, as they are allocated.
+        itemsize: bytes of an element of the model's dtype.
+        available: bytes beside the weights.
+        bucket: how many rows are allocated for so many.
+    """
+    one = Memory.of(model, 1, slots, itemsize)
+    most = available // (one.cache + one.workspace)
+    return next((rows for rows in range(most, 0, -1) if bucket(rows) <= most), 0)
 
 
 def available_bytes(device: torch.device) -> int | None:

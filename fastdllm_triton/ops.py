@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
 from typing import Any, Literal, cast, get_args
 
@@ -43,14 +43,16 @@ class Ops:
     """The ops of one backend, with the signatures of :mod:`fastdllm_triton.reference`.
 
     Attributes:
-        name: ``"triton"`` or ``"reference"``.
+        name: ``"triton"``, ``"reference"``, or ``"mixed"`` where each has some.
         reason: why it was chosen, in words.
         required: whether it was asked for by name, so that nothing may fall back to anything slower.
+        fuses_residual: of ``(x, weight)``: whether ``linear`` adds a residual without a launch of its own.
     """
 
     name: str
     reason: str
     required: bool
+    fuses_residual: Callable[[Tensor, Tensor], bool]
     commit_tokens: Callable[..., Any]
     head_statistics: Callable[..., Any]
     linear: Callable[..., Any]
@@ -61,7 +63,14 @@ class Ops:
     window_attention: Callable[..., Any]
 
 
-NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required"))
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required", "fuses_residual"))
+
+#: The ops by the part of a model that they belong to.
+PARTS = {
+    "attention": ("rope_kv_write", "window_attention"),
+    "norms": ("rms_norm", "swiglu", "linear"),
+    "head": ("head_statistics", "token_statistics", "commit_tokens"),
+}
 
 
 @cache
@@ -90,6 +99,26 @@ def resolve(backend: str, device: torch.device) -> Ops:
     if device.type == "cuda":
         warnings.warn(f"falling back to the PyTorch reference ops: {obstacle}", stacklevel=2)
     return _ops("reference", obstacle, device)
+
+
+def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
+    """``ops`` with some parts in plain PyTorch, to find out which kernel a difference comes from, or to do without it.
+
+    Args:
+        ops: what runs otherwise.
+        parts: keys of :data:`PARTS`.
+
+    Returns:
+        Ops named ``"reference"`` where no kernel is left and ``"mixed"`` where some are; ``ops`` itself where nothing changes.
+    """
+    if not parts or ops.name == "reference":
+        return ops
+    names = {op for part in parts for op in PARTS[part]}
+    functions: dict[str, Any] = {op: _function("reference", op) for op in NAMES if op in names}
+    if "linear" in names:
+        functions["fuses_residual"] = _fuses_residual("reference")
+    name = "reference" if names == set(NAMES) else "mixed"
+    return replace(ops, name=name, reason=f"{ops.reason}, but for {', '.join(parts)}", **functions)
 
 
 def _obstacle(device: torch.device, *, interpreter: bool) -> str | None:
@@ -121,7 +150,17 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
     # What torch.compile may replace by the registered op: only where that op would run the same function.
     same = (name, device.type) in (("triton", "cuda"), ("reference", "cpu"))
     functions = {op: _function(name, op) for op in NAMES}
-    return Ops(name, reason, required, **({op: _compilable(op, f) for op, f in functions.items()} if same else functions))
+    if same:
+        functions = {op: _compilable(op, f) for op, f in functions.items()}
+    return Ops(name, reason, required, _fuses_residual(name), **functions)
+
+
+def _fuses_residual(name: str) -> Callable[[Tensor, Tensor], bool]:
+    if name == "reference":
+        return lambda x, weight: False
+    from .kernels.linear import fuses_residual
+
+    return fuses_residual
 
 
 def _function(backend: str, op: str) -> Callable[..., Any]:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Literal
 
 from . import tiny
-from .models.checkpoint import read_json
 from .models.config import ModelConfig
 
 CacheName = Literal["none", "prefix", "dual"]
@@ -116,12 +115,9 @@ def shape_of(model: str | Path) -> Shape:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"model: got {str(model)!r}, needs one of {', '.join(SHAPES)}, tiny, or a config.json")
-    from .loading import ARCHITECTURES
+    from .configs import read_config
 
-    raw = read_json(file)
-    if (kind := raw.get("model_type")) not in ARCHITECTURES:
-        raise ValueError(f"model: {file} has model_type {kind!r}, needs one of {', '.join(ARCHITECTURES)}")
-    return Shape.of(ARCHITECTURES[kind].config(raw), name if name == "tiny" else file.parent.name)
+    return Shape.of(read_config(file)[0], name if name == "tiny" else file.parent.name)
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,14 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ._arch import Arch
 from ._check import INTERPRETED
+
+try:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+except ImportError:  # a Triton without NVIDIA's backend, where they are never called
+    gdc_launch_dependents = gdc_wait = None
 
 
 def dependent_launch(arch: Arch) -> dict[str, Any]:

@@ -218,19 +218,20 @@ def head_statistics_config(
 
 
 def launches(
-    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, *, gathered: bool = False
-) -> int:
+    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None, *,
+    gathered: bool = False,
+) -> int:  # fmt: skip
     """Launches of a call with keys on the device and no bias: the fused kernel and its merge, or cuBLAS and a pass.
 
     Args:
-        arch, rows, vocabulary, width, element_size, sample: as of :func:`head_statistics_config`.
+        arch, rows, vocabulary, width, element_size, sample, gpu: as of :func:`head_statistics_config`.
         gathered: whether ``rows`` is given. The fused kernel gathers by itself; before cuBLAS it takes two launches, and after
             it seven to overwrite the rows that asked for nothing.
     """
-    if head_statistics_config(arch, rows, vocabulary, width, element_size, sample) is not None:
+    if head_statistics_config(arch, rows, vocabulary, width, element_size, sample, gpu) is not None:
         return 2
     # The logits are of float32, unless they are rounded to the dtype of the operands.
-    return 1 + launches_of_statistics(arch, rows, vocabulary, 4) + (9 if gathered else 0)
+    return 1 + launches_of_statistics(arch, rows, vocabulary, 4, gpu) + (9 if gathered else 0)
 
 
 def head_statistics(

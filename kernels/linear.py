@@ -1,5 +1,4 @@
-"""A product of 1 to 512 rows with a weight, which is all that moves: ``y = residual + swiglu(rms_norm(x) W^T)``, each part
-optional.
+"""A product of few rows with a weight and what stands around it: ``y = residual + swiglu(rms_norm(x) W^T)``, parts optional.
 
 At 16 to 200 rows such a product takes as long as reading its weight, and what stands around it in a layer (a norm, a gated
 unit, a residual) is launches of its own that wait on each other. Here they are prologue and epilogue of the one kernel.
@@ -102,7 +101,7 @@ def _linear_kernel(
 
     in_m, in_n = row < M, column < N
     p_w = weight_ptr + column.to(tl.int64)[:, None] * stride_w + k[None, :]  # [BLOCK_N, BLOCK_K]
-    p_up = p_w + N.to(tl.int64) * stride_w
+    p_up = p_w + tl.cast(N, tl.int64) * stride_w
     if PREFETCH > 0:
         # A line of the L2 cache has 128 bytes.
         LINE: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -111,7 +110,7 @@ def _linear_kernel(
         ahead = in_n[:, None] & (line < end)[None, :]
         prefetch(p_line, ahead)
         if SWIGLU:
-            prefetch(p_line + N.to(tl.int64) * stride_w, ahead)
+            prefetch(p_line + tl.cast(N, tl.int64) * stride_w, ahead)
     wait_for_predecessor(PDL)
 
     x_ptr += row.to(tl.int64)[:, None] * stride_x  # [BLOCK_M, 1]
@@ -156,7 +155,7 @@ def _linear_kernel(
         at = (tl.program_id(1).to(tl.int64) * P * M + row) * N + column[None, :]
         tl.store(partial_ptr + at, y, mask=mask)
         if SWIGLU:
-            tl.store(partial_ptr + M.to(tl.int64) * N + at, up, mask=mask)
+            tl.store(partial_ptr + tl.cast(M, tl.int64) * N + at, up, mask=mask)
     else:
         _finish(y, up, residual_ptr, out_ptr, stride_r, stride_o, row, column[None, :], mask, SWIGLU, RESIDUAL)
 
@@ -171,7 +170,7 @@ def _finish_kernel(
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     mask = column < N
     P: tl.constexpr = 2 if SWIGLU else 1
-    matrix = M.to(tl.int64) * N
+    matrix = tl.cast(M, tl.int64) * N
     y = tl.zeros([BLOCK_N], tl.float32)
     up = y
     for split in range(splits):
@@ -315,21 +314,18 @@ def measured_config(
     return None if found is None else Config(**found)
 
 
-def is_measured(
-    x: Tensor, weight: Tensor, *, norm: bool = False, activation: Activation | None = None, residual: bool = False
-) -> bool:
-    """Whether a call on these tensors would run this kernel: :func:`measured_config` has launch parameters for it."""
-    (n, k), dtype = weight.shape, str(x.dtype).removeprefix("torch.")
-    rows = x.shape[:-1].numel()
-    return measured_config(gpu_name(x.device), rows, n, k, dtype, norm, activation, residual) is not None
-
-
 def launches(
     gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None, residual: bool
 ) -> int:
     """Launches of a call without a config: those of the measured one, or of the library with a kernel for each other part."""
     config = measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
     return 1 + norm + (activation is not None) + residual if config is None else config.launches
+
+
+def fuses_residual(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
+    rows, (n, k), dtype = x.shape[:-1].numel(), weight.shape, str(x.dtype).removeprefix("torch.")
+    return measured_config(gpu_name(x.device), rows, n, k, dtype, False, None, True) is not None
 
 
 #: Bytes of its weight that a program asks for before it waits or reads its rows.

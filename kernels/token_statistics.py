@@ -180,9 +180,9 @@ def token_statistics_config(
     return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps)
 
 
-def launches(arch: Arch, rows: int, vocabulary: int, element_size: int) -> int:
+def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, gpu: str | None = None) -> int:
     """Launches of a call with keys on the device: the kernel, and the merge where rows are split."""
-    return 1 if token_statistics_config(arch, rows, vocabulary, element_size).splits == 1 else 2
+    return 1 if token_statistics_config(arch, rows, vocabulary, element_size, gpu).splits == 1 else 2
 
 
 def token_statistics(

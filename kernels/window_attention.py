@@ -299,10 +299,20 @@ def select_config(
 
 
 def launches(
-    arch: Arch, sms: int, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
+    arch: Arch,
+    sms: int,
+    batch: int,
+    window: int,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    slots: int,
+    itemsize: int,
+    gpu: str | None = None,
 ) -> int:
     """Launches of a call: the kernel, and the merge where the keys are split."""
-    return 1 if select_config(arch, sms, batch, window, q_heads, kv_heads, dim, slots, itemsize).splits == 1 else 2
+    config = select_config(arch, sms, batch, window, q_heads, kv_heads, dim, slots, itemsize, gpu)
+    return 1 if config.splits == 1 else 2
 
 
 #: Rows of a program of the merge kernel.

@@ -43,11 +43,32 @@ def uniform(bits: Tensor) -> Tensor:
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
-def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int) -> Tensor:
-    """Standard Gumbel noise, ``-log(-log1p(-u))``.
+def slot_uniform(seed: Tensor, position: Tensor, step: Tensor) -> Tensor:
+    """The number that a slot draws in a forward, apart from those of its tokens.
+
+    Args:
+        seed: ``[B]`` int64.
+        position: ``[B, N]`` integers.
+        step: integers that broadcast with ``[B, N]``, key of the forward.
+
+    Returns:
+        ``[B, N]`` float32 in (0, 1).
+    """
+    zero = torch.zeros_like(position)
+    return uniform(philox(seed[:, None], zero, position, step.long(), STREAM_SCORE)[0])
+
+
+def gumbel_of(u: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniform numbers, ``-log(-log1p(-u))``.
 
     This form resolves the upper tail to 22.9 in float32, where ``-log(-log(u))`` ends at 16.6 and lowers the effective
     temperature of masked diffusion models (Zheng et al., arXiv 2409.02908).
+    """
+    return -torch.log(-torch.log1p(-u))
+
+
+def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int) -> Tensor:
+    """Standard Gumbel noise for every token of rows of logits.
 
     Args:
         seed: ``[R]`` int64.
@@ -61,4 +82,4 @@ def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int) -> Ten
     block = torch.arange((vocabulary + 3) // 4, device=seed.device)
     words = philox(seed[:, None], block[None], position[:, None].long(), step[:, None].long(), STREAM_TOKEN)
     bits = torch.stack(words, dim=-1).flatten(1)[:, :vocabulary]
-    return -torch.log(-torch.log1p(-uniform(bits)))
+    return gumbel_of(uniform(bits))

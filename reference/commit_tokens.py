@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..types import PolicyState, TokenStatistics
-from ._random import STREAM_SCORE, philox, uniform
+from ._random import slot_uniform
 
 
 def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
@@ -82,10 +82,7 @@ def _cost(statistics: TokenStatistics, slot: Tensor, state: PolicyState) -> Tens
         return -TokenStatistics(*(getattr(statistics, field.name).double() for field in fields(statistics))).margin
     if state.score == "neg_entropy":
         return statistics.entropy
-    position = slot - state.kv_start[:, None]
-    zero = torch.zeros_like(position)
-    words = philox(state.seed[:, None], zero, position, state.step[:, None].long(), STREAM_SCORE)
-    return -uniform(words[0])
+    return -slot_uniform(state.seed, slot - state.kv_start[:, None], state.step[:, None])
 
 
 def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, total: Tensor, state: PolicyState) -> Tensor:

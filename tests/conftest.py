@@ -56,7 +56,7 @@ def _poisoned_memory() -> Iterator[None]:
         def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
             tensor: torch.Tensor = allocate(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            ours = caller.startswith("fastdllm_triton") and tensor.is_floating_point()
+            ours = caller.startswith("fastdllm_triton") and tensor.is_floating_point() and not tensor.is_meta
             return tensor.fill_(torch.nan) if ours else tensor
 
         return allocate_poisoned

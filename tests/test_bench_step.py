@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from _bench import rows_of
 from _support import DEVICE
 
 from fastdllm_triton import ops
@@ -14,6 +15,8 @@ from fastdllm_triton.bench import _models, bench_generate, bench_step
 from fastdllm_triton.bench._session import Session
 from fastdllm_triton.bench._timing import Ceilings
 from fastdllm_triton.bench.official_step import OfficialModel
+from fastdllm_triton.kernels import _pdl
+from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels._statistics import merge_statistics_kernel
 from fastdllm_triton.roofline import SHAPES
 
@@ -79,14 +82,36 @@ def test_every_kernel_has_a_part_and_every_part_a_kernel():
 
 
 def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
-    rows = list(bench_step.BENCH.measure(Session(CPU)))
-    assert [(row["op"], row["provider"]) for row in rows[:4]] == [
+    rows = rows_of(bench_step.BENCH, Session(CPU))
+    assert [(row["shape"]["forward"], row["provider"]) for row in rows[:4]] == [
         ("refresh", "triton"), ("refresh", "official"), ("step", "triton"), ("step", "official")
     ]  # fmt: skip
-    assert len(rows) == 4 * len(bench_step.QUICK)
+    assert [(row["shape"]["forward"], row["provider"]) for row in rows[4:6]] == [
+        ("step", "triton serial"),
+        ("step", "triton fused"),
+    ]
+    assert len(rows) == 6 * len(bench_step.QUICK)
     reasons = {row["missing"] for row in rows}
-    assert reasons == {"ran; not timed without a GPU", "NotImplementedError: the official loop is for one row"}
+    assert reasons == {"ran; not timed without a GPU", "NotImplementedError: the official loop is for one row", "needs a GPU"}
+    only = rows_of(bench_step.BENCH, Session(CPU, only=["triton serial"]))
+    assert {row["provider"] for row in only} == {"triton", "triton serial"}
     json.dumps(rows)
+
+
+@pytest.mark.parametrize("model", ["tiny llada", "tiny dream"])
+def test_a_step_with_every_product_fused_computes_the_same(model):
+    network = _models.network_of(model, DEVICE, torch.float32, "triton")
+    ids = _models.prompt_of(model, 1, 12, DEVICE)
+    want, got = network.logits(ids), bench_step.fused(network).logits(ids)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(got, want)  # in another order
+
+
+def test_serial_launches_are_serial_inside_alone(monkeypatch):
+    monkeypatch.setattr(_pdl, "INTERPRETED", False)
+    with bench_step.serial():
+        assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": False}
+    assert _pdl.dependent_launch(ARCHS["sm_90"])["PDL"]
 
 
 @pytest.mark.parametrize(("gen_length", "tokens", "total"), [(1024, 1024 / 140, 140), (256, 3.01, 85), (512, 5.8, 88)])
@@ -143,8 +168,16 @@ def test_a_generation_is_put_next_to_its_floor():
     assert not row["extrapolated"]
 
 
+def test_ratios_are_to_ours_and_to_vanilla():
+    rows = {name: {"median_ms": time} for name, time in (("triton", 4.0), ("triton eos", 1.0), ("vanilla", 120.0))}
+    assert bench_generate.ratios(rows["triton eos"], rows) == {"times_triton": 0.25, "over_vanilla": 120.0}
+    assert bench_generate.ratios(rows["vanilla"], rows) == {"times_triton": 30.0, "over_vanilla": 1.0}
+    assert bench_generate.ratios({"missing": "too little GPU memory"}, rows) == {}
+    assert bench_generate.ratios(rows["triton"], {"triton": rows["triton"], "vanilla": {"missing": "?"}}) == {"times_triton": 1.0}
+
+
 def test_rows_of_a_generation_without_a_gpu_say_that_nothing_was_timed():
-    rows = list(bench_generate.BENCH.measure(Session(CPU)))
+    rows = rows_of(bench_generate.BENCH, Session(CPU))
     assert [row["provider"] for row in rows[:4]] == ["triton", "triton eos", "official", "vanilla"]
     assert {row["missing"] for row in rows} == {"ran; not timed without a GPU"}
     json.dumps(rows)
@@ -154,12 +187,12 @@ def test_rows_of_a_generation_without_a_gpu_say_that_nothing_was_timed():
 def test_steps_are_timed_in_parts_on_a_gpu():
     session = Session(DEVICE, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
     rows = list(bench_step.BENCH.rows_of(bench_step.QUICK[0], session))
-    step = next(row for row in rows if (row["op"], row["provider"]) == ("step", "triton"))
+    step = next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "triton"))
     assert step["median_ms"] > 0
     assert step["launches"] > 10
     assert 0 < step["selection_share"] < 1
     assert {"cuBLAS", "window_attention", "commit_tokens"} <= step["parts"].keys()
-    assert next(row for row in rows if (row["op"], row["provider"]) == ("step", "official"))["times_triton"] > 0
+    assert next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "official"))["times_triton"] > 0
 
 
 @pytest.mark.gpu

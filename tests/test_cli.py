@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton import memory
+from fastdllm_triton.batch import Batch
 from fastdllm_triton.cli import app
-from fastdllm_triton.live import LiveView
+from fastdllm_triton.live import AnswerView, LiveView, Painter
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
 SECOND = "Ann has 20 books. Ann buys 30. Ann loses 12. Ann gets 25. How many?"
@@ -110,6 +113,32 @@ def test_a_live_frame_shows_masks_new_tokens_and_the_block(tiny: fdt.MaskedDiffu
     assert "¶" in console_text(frames[-1])
 
 
+def test_an_answer_is_drawn_up_to_the_end_of_its_block_and_its_last_lines_where_it_is_long(tiny: fdt.MaskedDiffusionLM) -> None:
+    console = Console(width=20, height=4, file=StringIO())
+    view = AnswerView(tiny, 48, 16, console)
+    frames: list[Any] = []
+    tiny.generate(FIRST, strategy=fdt.FixedSteps(48), callback=lambda forward: frames.append(view.render(forward)))
+    assert console_text(frames[0]).count("░") == 15
+    last = [line.rstrip() for line in console_text(frames[-1]).splitlines()]
+    assert len(last) == 1 + 2  # the head, and what the terminal has room for
+    assert "#### 59" in " ".join(last)
+
+
+def test_a_character_of_several_tokens_is_drawn_whole(tiny: fdt.MaskedDiffusionLM) -> None:
+    class Bytes:
+        def decode(self, tokens: list[int]) -> str:
+            return bytes(tokens).decode(errors="replace")
+
+    class Model:
+        tokenizer, config = Bytes(), tiny.config
+
+    mask, end = 999, tiny.config.eos_ids[0]
+    painter = Painter(Model(), mask)  # type: ignore[arg-type]
+    euro = list("€".encode())
+    assert painter.paint([*euro, mask, mask, end]).plain == "€░░¶"
+    assert painter.paint(euro, [True, False, False]).plain.count("\ufffd") > 0  # until all of it is of one age
+
+
 def console_text(frame: Any) -> str:
     console = Console(record=True, width=100, file=StringIO())
     console.print(frame)
@@ -120,7 +149,7 @@ def console_text(frame: Any) -> str:
     ("arguments", "message"),
     [
         (["--prompt", "x", "--threshold", "1.5"], "threshold must be in (0, 1], got 1.5"),
-        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "--threshold and --factor exclude each other"),
+        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "threshold and factor exclude each other"),
         (["--prompt", "x", "--model", "./nowhere"], "there is no folder './nowhere'"),
         (["--prompt", "x", "--gen-length", "50"], "gen_length must be a multiple of block_length = 16, got 50"),
         (["--prompt", "x", "--score", "best"], "score must be one of"),
@@ -128,7 +157,7 @@ def console_text(frame: Any) -> str:
         (["--prompt", "x", "--prompt-file", "y"], "--prompt and --prompt-file exclude each other"),
         (["--prompt-file", "/no/such/file"], "No such file"),
         (["--prompt", "x", "--chat"], "has no chat template"),
-        (["--prompt", "x", "--model", str(GOLDEN / "llada-gqa")], "has no tokenizer.json"),
+        (["--prompt", "x", "--model", str(GOLDEN / "llada-gqa")], "has no tokenizer files"),
         (["--prompt", ""], "prompts: row 0 is empty"),
         (["--prompt", "x", "--backend", "triton", "--dtype", "float64"], "the Triton kernels have no float64"),
     ],
@@ -152,6 +181,83 @@ def test_a_prompt_file_that_is_not_what_its_name_says(tmp_path: Path) -> None:
     result = _run("generate", "--prompt-file", str(tmp_path / "p.jsonl"))
     assert result.exit_code == 2
     assert "must hold one JSON object with a 'prompt' a line" in " ".join(result.stderr.split())
+
+
+def test_windows_and_lockstep_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(self: fdt.MaskedDiffusionLM, rows: Any, config: fdt.GenerationConfig, callback: Any) -> Any:
+        asked.append(config)
+        return original(self, rows, config, callback=callback)
+
+    asked: list[fdt.GenerationConfig] = []
+    original = fdt.MaskedDiffusionLM.generate
+    monkeypatch.setattr(fdt.MaskedDiffusionLM, "generate", generate)
+    _json("--prompt", FIRST)
+    default = asked.pop()
+    arguments = "--suffix-window 8 --look-back 4 --look-ahead 3 --prompt-refresh 2 --lockstep"
+    told = _json("--prompt", FIRST, "--prompt", SECOND, *arguments.split())
+    expected = replace(default, suffix_window=8, look_back=4, look_ahead=3, prompt_refresh=2, lockstep=True)
+    assert asked == [expected]
+    assert told["nfe"] == original(fdt.load("tiny"), [FIRST, SECOND], expected).nfe
+
+
+@pytest.fixture
+def _interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during the sixth forward."""
+
+    def look(self: Batch, rows: int) -> Any:
+        looks.append(rows)
+        if len(looks) == 6:
+            raise KeyboardInterrupt
+        return original(self, rows)
+
+    looks: list[int] = []
+    original = Batch.look
+    monkeypatch.setattr(Batch, "look", look)
+
+
+@pytest.mark.usefixtures("_interrupted")
+def test_ctrl_c_prints_the_text_so_far_and_shades_what_is_masked(tiny: fdt.MaskedDiffusionLM) -> None:
+    result = _run("generate", "--prompt", FIRST, "--steps", "48")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == FIRST
+    assert 0 < lines[1].count("░") <= 42
+    assert "6 forwards (1 refreshes, 5 steps), 1.00 tokens per forward" in " ".join(lines[2:])
+
+
+@pytest.mark.usefixtures("_interrupted")
+def test_ctrl_c_with_json_is_an_object_all_the_same(tiny: fdt.MaskedDiffusionLM) -> None:
+    result = _run("generate", "--prompt", FIRST, "--steps", "48", "--json")
+    assert result.exit_code == 130
+    told = json.loads(result.stdout)
+    assert told["interrupted"]
+    assert told["nfe"] == told["committed"] == 6
+    assert sum(step >= 0 for step in told["results"][0]["step_map"]) == 6
+
+
+def test_ctrl_c_outside_a_generation_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastdllm_triton.cli.load", stop)
+    result = _run("generate", "--prompt", FIRST)
+    assert result.exit_code == 130
+    assert result.stdout == ""
+
+
+def test_a_bad_strategy_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdllm_triton.cli.load", None)
+    result = _run("generate", "--prompt", FIRST, "--threshold", "1.5")
+    assert result.exit_code == 2
+    assert "threshold must be in (0, 1]" in result.stderr
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
+    result = _run("generate", "--prompt", FIRST)
+    assert result.exit_code == 2
+    assert "not even one row fits" in " ".join(result.stderr.split())
 
 
 def test_info_names_the_backend_and_the_reason() -> None:

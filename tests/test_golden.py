@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import fastdllm_triton as fdt
 from fastdllm_triton import compat
+from fastdllm_triton.diffusion import DiffusionOutput
 
 OFFICIAL = {
     "none": compat.generate,
@@ -112,6 +113,54 @@ def test_the_official_calls_give_the_official_results(model: str, cache: str) ->
         x, nfe = OFFICIAL[cache](lm, prompt, **lengths, **arguments)
         assert x.tolist() == [row + tokens for row, tokens in zip(case["prompt"], case["tokens"], strict=True)]
         assert nfe == case["nfe"]
+
+
+def _diffuse(lm: fdt.MaskedDiffusionLM, case: dict[str, Any]) -> DiffusionOutput:
+    given = {name: case[name] for name in ("block_length", "threshold") if case[name] is not None}
+    out = compat.diffusion_generate(
+        lm,
+        torch.tensor([case["prompt"]]),
+        max_new_tokens=case["max_new_tokens"],
+        steps=case["steps"],
+        alg=case["alg"],
+        cache=case["cache"],
+        return_dict_in_generate=True,
+        **given,
+    )
+    assert isinstance(out, DiffusionOutput)
+    return out
+
+
+DREAM_GROUPS = [
+    pytest.param(list(cases), id="-".join(key))
+    for key, cases in groupby(
+        sorted(_cases(GOLDEN_DREAM), key=lambda case: (case["cache"], case["alg"])), key=lambda case: (case["cache"], case["alg"])
+    )
+]
+
+
+def test_no_case_of_dream_is_lost() -> None:
+    assert sum(len(group.values[0]) for group in DREAM_GROUPS) == len(_cases(GOLDEN_DREAM)) == 96
+
+
+@pytest.mark.parametrize("cases", DREAM_GROUPS)
+def test_dreams_tokens_and_forwards_are_those_of_the_official_code(dream: fdt.MaskedDiffusionLM, cases: list[Any]) -> None:
+    for case in cases:
+        out = _diffuse(dream, case)
+        assert out.sequences[0].tolist() == case["prompt"] + case["tokens"], case
+        assert out.nfe == case["nfe"], case
+
+
+@(pytest.mark.gpu if torch.cuda.is_available() else lambda test: test)
+@pytest.mark.parametrize("cases", DREAM_GROUPS if torch.cuda.is_available() else DREAM_GROUPS[:1])
+def test_the_kernels_decode_the_same_of_dream(cases: list[dict[str, Any]]) -> None:
+    """On a GPU every case; in Triton's interpreter the shortest one, dual cache with a threshold."""
+    gpu = torch.cuda.is_available()
+    lm = fdt.load(GOLDEN / GOLDEN_DREAM, device="cuda" if gpu else "cpu", backend="triton")
+    for case in cases if gpu else [min(cases, key=lambda case: case["nfe"] * len(case["prompt"]))]:
+        out = _diffuse(lm, case)
+        assert out.sequences[0].tolist() == case["prompt"] + case["tokens"], case
+        assert out.nfe == case["nfe"], case
 
 
 EVERY_MODEL = pytest.mark.parametrize("golden", [*GOLDEN_MODELS, GOLDEN_DREAM], indirect=True)

@@ -74,6 +74,19 @@ def test_token_statistics_launches_a_merge_where_rows_are_split(rows, vocabulary
     assert len(launched) == predicted("token_statistics", ARCH, rows, vocabulary, 4) == count
 
 
+def test_launches_are_those_of_what_was_measured_on_a_gpu(monkeypatch):
+    splits = {"NVIDIA Test 5": 1, "NVIDIA Test 6": 4}
+    common = {"block_m": 32, "block_n": 64, "swap": False, "num_warps": 4, "num_stages": 2}
+    for op in ("window_attention", "token_statistics"):
+        module = importlib.import_module(f"fastdllm_triton.kernels.{op}")
+        monkeypatch.setattr(module, "nearest", lambda gpu, *_, **__: {**common, "splits": splits[gpu]} if gpu else None)
+    for gpu, count in (("NVIDIA Test 5", 1), ("NVIDIA Test 6", 2)):
+        assert predicted("window_attention", ARCHS["sm_90"], 132, 1, 32, 32, 32, 128, 3072, 2, gpu) == count
+        assert predicted("token_statistics", ARCHS["sm_90"], 32, 126_464, 4, gpu) == count
+        # 128 rows of logits go through cuBLAS and one pass.
+        assert predicted("head_statistics", ARCHS["sm_90"], 128, 126_464, 4096, 2, False, gpu) == 1 + count
+
+
 @pytest.mark.parametrize("rows", [3, 65])
 def test_head_statistics_launches_two_or_the_library_and_a_pass(rows, launched):
     hidden, weight = randn(rows, 16, dtype=torch.float32, device=DEVICE), randn(40, 16, dtype=torch.float32, device=DEVICE)

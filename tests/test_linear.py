@@ -259,9 +259,9 @@ def test_a_committed_measurement_chooses_the_kernel_and_nothing_else_does(monkey
 
     monkeypatch.setattr(module, "gpu_name", lambda device: "NVIDIA Test 9")
     x, weight = torch.empty(4, 8, 64, dtype=torch.bfloat16), torch.empty(4096, 64, dtype=torch.bfloat16)
-    assert module.is_measured(x, weight, residual=True)
-    assert not module.is_measured(x, weight)
-    assert not module.is_measured(x[:, :2], weight, residual=True)  # 8 rows
+    assert module.fuses_residual(x, weight)
+    assert not module.fuses_residual(x[:, :2], weight)  # 8 rows
+    assert not module.fuses_residual(x.float(), weight)
     module.measured_config.cache_clear()
 
 

@@ -98,7 +98,7 @@ def test_bad_strategies(make: Callable[[], fdt.Strategy], message: str) -> None:
         ([1, 2, 3], TypeError, r"prompts must be a tensor .*, got an entry of type int"),
         ([[1.5]], TypeError, r"got an entry of type list"),
         (17, TypeError, r"prompts must be a tensor .*, got int"),
-        ("hello", ValueError, r"has no tokenizer.json; give token ids"),
+        ("hello", ValueError, r"has no tokenizer files; give token ids"),
     ],
 )
 def test_bad_prompts(idle: fdt.MaskedDiffusionLM, prompts: Any, error: type[Exception], message: str) -> None:

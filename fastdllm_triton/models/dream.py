@@ -29,7 +29,7 @@ NAMES = NameMap(
 )
 
 #: Variants that the format can express and no released checkpoint uses: field, the value that is supported.
-_SUPPORTED = {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": True, "mlp_bias": False}
+_SUPPORTED = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False, "attention_bias": True, "mlp_bias": False}
 
 
 def config(raw: dict[str, Any]) -> ModelConfig:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,10 @@ class Linear:
 
     weight: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x @ weight.T``."""
-        return F.linear(x, self.weight)
+    def __call__(self, ops: Ops, x: Tensor, **around: Any) -> Tensor:
+        """``x @ weight.T``, with what :func:`fastdllm_triton.reference.linear.linear` can put in front of it and behind it."""
+        y: Tensor = ops.linear(x, self.weight, **around)
+        return y
 
 
 @dataclass
@@ -147,13 +148,14 @@ class Transformer:
         c, ops = self.config, self.ops
         x, delta = F.embedding(ids, self.weights.embedding), None
         for layer, k, v in zip(self.weights.layers, cache.k, cache.v, strict=True):
-            h, x = self._add_and_norm(x, delta, layer.attn_norm)
+            qkv, x = self._norm_and_project(x, delta, layer.attn_norm, layer.qkv)
             q = ops.rope_kv_write(
-                layer.qkv(h), k, v, window_start, cache.kv_start, c.rope_theta, bias=layer.qkv_bias, rounding=c.rope_rounding
+                qkv, k, v, window_start, cache.kv_start, c.rope_theta, bias=layer.qkv_bias, rounding=c.rope_rounding
             )
-            delta = layer.attn_out(ops.window_attention(q, k, v, cache.kv_start, cache.kv_end).flatten(2))
-            h, x = self._add_and_norm(x, delta, layer.mlp_norm)
-            delta = layer.down(ops.swiglu(layer.gate_up(h)))
+            attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end).flatten(2)
+            x, delta = self._project_and_add(x, attended, layer.attn_out)
+            h, x = self._norm_and_project(x, delta, layer.mlp_norm, layer.gate_up, activation="swiglu")
+            x, delta = self._project_and_add(x, h, layer.down)
         return x if delta is None else x + delta
 
     def final_norm(self, hidden: Tensor) -> Tensor:
@@ -171,9 +173,17 @@ class Transformer:
         hidden = self.forward(ids, start, self.new_cache(start, ids.shape[1]))
         return F.linear(self.final_norm(hidden), self.head)
 
-    def _add_and_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of ``x + delta``, and ``x + delta``."""
+    def _norm_and_project(
+        self, x: Tensor, delta: Tensor | None, norm: Tensor, linear: Linear, **epilogue: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The projection of the norm of ``x + delta``, and ``x + delta``."""
         if delta is None:
-            return self.ops.rms_norm(x, weight, self.config.eps), x
-        y, total = self.ops.rms_norm(delta, weight, self.config.eps, residual=x)
-        return y, total
+            return linear(self.ops, x, norm_weight=norm, eps=self.config.eps, **epilogue), x
+        h, x = self.ops.rms_norm(delta, norm, self.config.eps, residual=x)
+        return linear(self.ops, h, **epilogue), x
+
+    def _project_and_add(self, x: Tensor, h: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
+        """``x`` and what is to be added to it: nothing where the product adds it by itself, else the next norm does."""
+        if self.ops.fuses_residual(h, linear.weight):
+            return linear(self.ops, h, residual=x), None
+        return x, linear(self.ops, h)

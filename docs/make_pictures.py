@@ -1,0 +1,225 @@
+"""Draws the pictures of choosing.md from runs of the built-in model: ``python docs/make_pictures.py [FOLDER]``.
+
+Every mark is something that a forward told (:class:`fastdllm_triton.Forward`); nothing is drawn by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+import fastdllm_triton as fdt
+from fastdllm_triton.engine import Committed
+from fastdllm_triton.tiny.problems import problems, score
+
+#: Test problems of the built-in task with this seed; the first of PROBLEMS is the one that is drawn alone.
+SEED, PROBLEMS = 1, (3, 7, 18, 29)
+GEN_LENGTH, BLOCK_LENGTH = 48, 16
+
+REFRESH, STEP, KEPT, TOKEN, WRONG, INK, PALE = "#2f6fde", "#8fb5f2", "#ececec", "#e8590c", "#d6336c", "#222222", "#777777"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward told: whether it was a refresh, its rows, their blocks and windows, and what it committed."""
+
+    refresh: bool
+    rows: tuple[int, ...]
+    blocks: tuple[int, ...]
+    windows: tuple[tuple[int, int], ...]
+    committed: list[Committed]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A generation and its forwards."""
+
+    forwards: list[Seen]
+    output: fdt.GenerationOutput
+
+    @property
+    def slots(self) -> int:
+        """Slots that all forwards recomputed together."""
+        return sum(last - first for seen in self.forwards for first, last in seen.windows)
+
+
+def record(model: fdt.MaskedDiffusionLM, count: int = 1, **options: Any) -> Run:
+    """Decodes the first ``count`` of :data:`PROBLEMS` as a batch."""
+    stream = model.stream([problem.prompt for problem in chosen()[:count]], **{"gen_length": GEN_LENGTH, **options})
+    forwards = [Seen(f.refresh, f.rows, f.blocks, f.windows, f.committed) for f in stream]
+    return Run(forwards, stream.output())
+
+
+def chosen() -> list[Any]:
+    """The problems that are drawn."""
+    found = list(islice(problems(SEED, test=True), max(PROBLEMS) + 1))
+    return [found[i] for i in PROBLEMS]
+
+
+def draw_windows(runs: dict[str, Run]) -> Figure:
+    """A panel a run: a line a forward, the slots that it recomputed, and those that it committed."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.5), sharey=True, layout="constrained")
+    for axis, (name, run) in zip(axes, runs.items(), strict=True):
+        slots = run.output.sequences.shape[1]
+        prompt = slots - GEN_LENGTH
+        for y, seen in enumerate(run.forwards):
+            ((first, last),) = seen.windows
+            axis.add_patch(Rectangle((0, y), slots, 0.86, color=KEPT, lw=0))
+            axis.add_patch(Rectangle((first, y), last - first, 0.86, color=REFRESH if seen.refresh else STEP, lw=0))
+            for token in seen.committed:
+                axis.add_patch(Rectangle((prompt + token.position + 0.1, y + 0.13), 0.8, 0.6, color=TOKEN, lw=0))
+        _blocks(axis, prompt, slots, len(run.forwards))
+        axis.set_title(name, fontsize=11, fontweight="bold", color=INK, pad=22)
+        axis.set_xlabel(f"{len(run.forwards)} forwards, {run.slots:,} slots recomputed", color=INK)
+        axis.set_yticks([y + 0.43 for y in range(len(run.forwards))], [str(y + 1) for y in range(len(run.forwards))])
+    axes[0].set_ylabel("forward", color=INK)
+    kinds = {"refresh: recomputed": REFRESH, "step: recomputed": STEP, "not computed": KEPT, "committed": TOKEN}
+    _legend(figure, kinds)
+    return figure
+
+
+def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figure:
+    """A panel a run: which forward committed each token, and how sure the model was."""
+    tallest = max(len(run.forwards) for run in runs.values())
+    figure, axes = plt.subplots(len(runs), 1, figsize=(10.5, 9.2), layout="constrained",
+                                height_ratios=[len(run.forwards) + 6 for run in runs.values()])  # fmt: skip
+    shades = mpl.colormaps["viridis_r"]
+    problem = chosen()[0]
+    for axis, (name, run) in zip(axes, runs.items(), strict=True):
+        output = run.output
+        right, sound = score(problem, output.texts[0])
+        for y in range(len(run.forwards)):
+            axis.add_patch(Rectangle((0, y), GEN_LENGTH, 0.9, color="#f5f5f5", lw=0))
+        for y, seen in enumerate(run.forwards):
+            for token in seen.committed:
+                axis.add_patch(Rectangle((token.position + 0.04, y), 0.92, 0.9, color=shades(token.confidence), lw=0))
+        words = [_word(model, token) for token in output.generated[0].tolist()]
+        axis.set_xticks([i + 0.5 for i in range(GEN_LENGTH)], words, rotation=90, fontsize=8, family="monospace")
+        axis.set_xlim(0, GEN_LENGTH)
+        axis.set_ylim(len(run.forwards), 0)
+        step = 1 if len(run.forwards) < tallest else 8
+        ticks = range(0, len(run.forwards), step)
+        axis.set_yticks([y + 0.45 for y in ticks], [str(y + 1) for y in ticks], fontsize=8)
+        for start in range(BLOCK_LENGTH, GEN_LENGTH, BLOCK_LENGTH):
+            axis.axvline(start, color=INK, lw=0.8)
+        verdict = "every step is right" if sound else "the last number is right, a step is not" if right else "wrong"
+        axis.set_title(
+            f"{name}: {len(run.forwards)} forwards, {output.tokens_per_forward:.1f} tokens each; {verdict}",
+            fontsize=11, color=INK if sound else WRONG, loc="left",
+        )  # fmt: skip
+        axis.set_ylabel("forward", color=INK)
+        _bare(axis)
+    scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), shades)
+    figure.colorbar(scale, ax=axes, shrink=0.4, label="the model's probability of the token when it was committed")
+    return figure
+
+
+def draw_batch(runs: dict[str, Run]) -> Figure:
+    """A panel a run: a line a row of the batch, a column a forward, and the block at which the row was."""
+    figure, axes = plt.subplots(len(runs), 1, figsize=(9.5, 4.4), sharex=True, layout="constrained")
+    for axis, (name, run) in zip(axes, runs.items(), strict=True):
+        for x, seen in enumerate(run.forwards):
+            for row, block in zip(seen.rows, seen.blocks, strict=True):
+                axis.add_patch(Rectangle((x + 0.04, row + 0.06), 0.92, 0.86, color=REFRESH if seen.refresh else STEP, lw=0))
+                axis.text(x + 0.5, row + 0.5, str(block + 1), ha="center", va="center", fontsize=9,
+                          color="white" if seen.refresh else INK)  # fmt: skip
+        refreshed = sum(len(seen.rows) for seen in run.forwards if seen.refresh)
+        output = run.output
+        axis.set_title(
+            f"{name}: {output.steps} steps, {output.refreshes} refreshes of {refreshed} rows together",
+            fontsize=11, color=INK, loc="left",
+        )  # fmt: skip
+        rows = len(output.sequences)
+        axis.set_yticks([row + 0.5 for row in range(rows)], [f"row {row}" for row in range(rows)])
+        axis.set_ylim(rows, 0)
+        _bare(axis)
+    width = max(len(run.forwards) for run in runs.values())
+    axes[-1].set_xlim(0, width)
+    axes[-1].set_xticks([x + 0.5 for x in range(width)], [str(x + 1) for x in range(width)])
+    axes[-1].set_xlabel("forward", color=INK)
+    _legend(figure, {"refresh, with the number of the block": REFRESH, "step": STEP})
+    return figure
+
+
+def draw_all(folder: Path) -> list[Path]:
+    """Writes every picture of choosing.md to a folder."""
+    model = fdt.load("tiny", device="cpu")
+    one: dict[str, Any] = {"block_length": BLOCK_LENGTH}
+    pictures = {
+        "caches": draw_windows({cache: record(model, **one, cache=cache) for cache in ("none", "prefix", "dual")}),
+        "windows": draw_windows(
+            {
+                "suffix_window=8": record(model, **one, suffix_window=8),
+                "look_back=8, look_ahead=8": record(model, **one, look_back=8, look_ahead=8),
+                "prompt_refresh=3": record(model, **one, prompt_refresh=3),
+            }
+        ),
+        "strategies": draw_strategies(
+            model,
+            {
+                "FixedSteps(48)": record(model, **one, strategy=fdt.FixedSteps(48)),
+                "FixedSteps(12)": record(model, **one, strategy=fdt.FixedSteps(12)),
+                "Threshold(0.9)": record(model, **one, strategy=fdt.Threshold(0.9)),
+            },
+        ),
+        "batch": draw_batch(
+            {
+                "each row at its own block": record(model, len(PROBLEMS), block_length=8),
+                "lockstep=True": record(model, len(PROBLEMS), block_length=8, lockstep=True),
+            }
+        ),
+    }
+    paths = []
+    # The same run gives the same file: no date, no random names.
+    with mpl.rc_context({"svg.hashsalt": "fastdllm-triton"}):
+        for name, figure in pictures.items():
+            path = folder / f"choosing-{name}.svg"
+            figure.savefig(path, metadata={"Date": None}, facecolor="white")
+            plt.close(figure)
+            path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+            paths.append(path)
+    return paths
+
+
+def _blocks(axis: Axes, prompt: int, slots: int, height: int) -> None:
+    """Limits, and the names of the parts above."""
+    edges = [0, *range(prompt, slots + 1, BLOCK_LENGTH)]
+    names = ["prompt", *(f"block {i + 1}" for i in range(len(edges) - 2))]
+    for first, last, name in zip(edges[:-1], edges[1:], names, strict=True):
+        axis.text((first + last) / 2, -0.35, name, ha="center", fontsize=9, color=PALE)
+        axis.axvline(first, color="white", lw=1.2)
+    axis.set_xlim(0, slots)
+    axis.set_ylim(height, 0)
+    axis.set_xticks([])
+    _bare(axis)
+
+
+def _bare(axis: Axes) -> None:
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0, colors=INK)
+
+
+def _legend(figure: Figure, kinds: dict[str, str]) -> None:
+    handles = [Patch(color=color, label=name) for name, color in kinds.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=10)
+
+
+def _word(model: fdt.MaskedDiffusionLM, token: int) -> str:
+    tokenizer: Any = model.tokenizer
+    return "¶" if token in model.config.eos_ids else tokenizer.decode([token]).strip() or "␣"
+
+
+if __name__ == "__main__":
+    for written in draw_all(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent):
+        print(written)

@@ -1,0 +1,48 @@
+"""The shape of a model from its ``config.json`` alone: no weights are looked for, so they need not be there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import tiny
+from .loading import ARCHITECTURES
+from .models.checkpoint import read_json
+from .models.config import CheckpointError, ModelConfig
+
+
+def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
+    """Reads the ``config.json`` of a model.
+
+    Args:
+        model: ``"tiny"``, a checkpoint folder, a ``config.json``, or a hub id, of which this one file is fetched.
+
+    Returns:
+        The shape, and the name of the dtype that the file says its weights have, if it says so.
+
+    Raises:
+        CheckpointError: (a ``ValueError``) there is no such file, or it is not one of a supported model.
+    """
+    raw = read_json(_find(model))
+    kind = raw.get("model_type")
+    if (name := str(kind).lower()) not in ARCHITECTURES:  # Dream's configs write it with a capital.
+        raise CheckpointError(f"config.json: model_type {kind!r} is not known; supported: {', '.join(ARCHITECTURES)}")
+    dtype = raw.get("dtype") or raw.get("torch_dtype")  # What transformers 5 writes, and what those before did.
+    return ARCHITECTURES[name].config(raw), None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _find(model: str | Path) -> Path:
+    name = str(model)
+    path = tiny.PATH if name == "tiny" else Path(name).expanduser()
+    if path.is_dir():
+        return path / "config.json"
+    if path.is_file():
+        return path
+    allowed = "a checkpoint folder, a config.json, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
+    if isinstance(model, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"model: there is no folder or file {name!r}; give {allowed}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # The hub client raises errors of many kinds: network, rights, names.
+        raise CheckpointError(f"model: {name!r} is no local folder and its config.json could not be fetched: {error}") from error

@@ -1,0 +1,177 @@
+"""Dream's decoding over windows: the whole sequence along a schedule of timesteps, or block by block over the cache.
+
+Predictions of a shifted model are read from the row before: rows are chosen, logits are neither copied nor kept. Of a step's
+hidden states only those that predict a masked slot pass the final norm and the head. The host reads two numbers a forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decoding import _is_int, _require
+from .diffusion import DiffusionConfig, DiffusionOutput
+from .diffusion_rules import Candidates, Rule, block_rule, whole_sequence_rule
+from .filtering import filtered_head_statistics
+from .models.transformer import Transformer
+from .types import TokenStatistics
+
+
+@torch.no_grad()
+def diffuse(
+    network: Transformer, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int | None = None
+) -> DiffusionOutput:
+    """Decodes a batch of left-padded prompts.
+
+    Args:
+        network: the model.
+        inputs: ``[B, P]`` int64 on the model's device.
+        kv_start: ``[B]`` int32, first slot of each prompt; what is before it is neither attended nor counted as positions.
+        config: the options.
+        mask_id: the token that marks what is to be generated; the model's if not given.
+
+    Raises:
+        ValueError: an option does not fit the model or the prompts; raised before any forward.
+        FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
+    """
+    c = network.config
+    mask_id = c.mask_id if mask_id is None else mask_id
+    _require("mask_token_id", mask_id, f"in the vocabulary [0, {c.vocab_size})", _is_int(mask_id) and 0 <= mask_id < c.vocab_size)
+    longest = inputs.shape[1] - int(kv_start.min())
+    if longest + config.max_new_tokens > c.max_length:
+        raise ValueError(
+            f"max_new_tokens: the model takes {c.max_length} tokens, which leaves {c.max_length - longest} after a prompt of "
+            f"{longest}, got {config.max_new_tokens}"
+        )
+    run = _Run(network, inputs, kv_start, config, mask_id)
+    if config.cache == "none":
+        run.whole_sequence()
+    else:
+        run.blocks()
+    return DiffusionOutput(run.x, tuple(run.history) if config.history else None, run.nfe)
+
+
+class _Run:
+    """The buffers of one generation, and the forward that advances them."""
+
+    def __init__(self, network: Transformer, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int) -> None:
+        rows, device = len(inputs), network.device
+        self.network, self.config, self.mask_id, self.kv_start = network, config, mask_id, kv_start
+        self.x = torch.cat((inputs, inputs.new_full((rows, config.max_new_tokens), mask_id)), dim=1)
+        self.cache = network.new_cache(kv_start, self.x.shape[1])
+        seed = config.seed
+        if seed is None:
+            seed = int(torch.randint(2**62, ())) if config.random else 0
+        self.seed = seed + torch.arange(rows, device=device)
+        self.slot = torch.arange(self.x.shape[1], device=device).expand_as(self.x)
+        self.forbidden = torch.tensor([mask_id], device=device)
+        self.nfe = 0
+        self.history: list[Tensor] = []
+
+    def whole_sequence(self) -> None:
+        """Every forward recomputes everything and chooses among all masked slots, those of the prompt included."""
+        masks: list[int] = self.masked().sum(1).tolist()
+        rule = whole_sequence_rule(self.config, masks, self.seed)
+        left, step = max(masks), 0
+        while left:
+            # The masked slots of each row in order; where a row has fewer than another, some that are not masked follow.
+            slots = self.masked().int().argsort(dim=1, descending=True, stable=True)[:, :left]
+            left = self.forward(0, self.x.shape[1], slots, rule, step)
+            step += 1
+
+    def blocks(self) -> None:
+        """For each block a refresh, which commits the block's first token alone, then steps until nothing in it is masked.
+
+        The row that predicts the first token lies before the block, where no step's window reaches.
+        """
+        length, slots = self.config.block_length, self.x.shape[1]
+        rule = block_rule(self.config, self.network.ops, self.x, self.kv_start, self.seed, self.mask_id)
+        for start in range(slots - self.config.max_new_tokens, slots, length):
+            end = start + length
+            block = self.slot[:, start:end]
+            self.forward(0, slots, block[:, :1], rule, step=0)
+            left, step = length - 1, 1
+            while left:
+                left = self.forward(start, end if self.config.cache == "dual" else slots, block, rule, step)
+                step += 1
+
+    def masked(self) -> Tensor:
+        """``[B, L]`` bool."""
+        return (self.x == self.mask_id) & (self.slot >= self.kv_start[:, None])
+
+    def forward(self, first: int, last: int, slots: Tensor, rule: Rule, step: int) -> int:
+        """Recomputes the window ``[first, last)`` and commits tokens of some slots.
+
+        Args:
+            first, last: the window.
+            slots: ``[B, K]``, what the rule may choose from, where it is masked.
+            rule: what chooses.
+            step: of the rule, from 0; key of the random numbers.
+
+        Returns:
+            The most masks that a row has left among the slots.
+        """
+        hidden = self.network.forward(self.x[:, first:last], torch.full_like(self.kv_start, first), self.cache)
+        masked = self.masked().gather(1, slots)
+        position = slots - self.kv_start[:, None]
+        statistics = self.statistics(hidden, first, slots, masked, position, step)
+        remaining, invalid = rule.commit(self.x, Candidates(slots, masked, position, statistics), step)
+        if self.config.history:
+            self.history.append(self.x.clone())
+        left, broken = torch.stack((remaining.max(), invalid.any())).tolist()
+        if broken:
+            rows = ", ".join(map(str, invalid.nonzero()[:, 0].tolist()))
+            raise FloatingPointError(f"forward {self.nfe} gave logits that are NaN or nowhere finite in row {rows}")
+        self.nfe += 1
+        return int(left)
+
+    def statistics(
+        self, hidden: Tensor, first: int, slots: Tensor, masked: Tensor, position: Tensor, step: int
+    ) -> TokenStatistics:
+        """Statistics ``[B, K]`` of the predictions for the slots that are masked.
+
+        At a temperature they are those of ``softmax(logits / temperature)``, as Dream's confidence is. The hidden states are
+        divided by it instead of the logits: one more rounding like the norm's own, and the logits need not be in memory.
+
+        Args:
+            hidden: ``[B, W, E]``, of the window from slot ``first`` on.
+            slots, masked, position: as in :class:`~fastdllm_triton.diffusion_rules.Candidates`.
+            step: key of the random numbers.
+        """
+        network, config = self.network, self.config
+        # A shifted model predicts a slot from the one before; position 0, and a window's first slot, from their own.
+        lowest = self.kv_start[:, None].clamp(min=first)
+        source = torch.maximum(slots - int(network.config.shift), lowest) - first
+        states = hidden.gather(1, source[:, :, None].expand(-1, -1, hidden.shape[2]))  # [B, K, E]
+        states = network.final_norm(states).flatten(0, 1)
+        sampled = config.temperature > 0
+        if sampled:
+            states = states / config.temperature
+
+        options: dict[str, Any] = {
+            "rows": torch.where(masked.flatten(), torch.arange(masked.numel(), device=masked.device), -1),
+            "seed": self.seed.repeat_interleave(slots.shape[1]),
+            "position": position.flatten(),
+            "step": step,
+            "forbidden": self.forbidden,
+            "logits_dtype": config.logits_dtype,
+        }
+
+        def take(temperature: float) -> TokenStatistics:
+            found: TokenStatistics
+            if config.filtered:
+                filters: dict[str, Any] = {"top_p": config.top_p, "top_k": config.top_k, "temperature": temperature}
+                found = filtered_head_statistics(network.ops, states, network.head, **filters, **options)
+            else:
+                found = network.ops.head_statistics(states, network.head, temperature=temperature, **options)
+            return found.view(*slots.shape)
+
+        if not sampled:
+            return take(0.0)
+        if config.alg == "topk_margin" and config.cache == "none":
+            # Dream's margin is that of the two likeliest tokens, whichever is sampled.
+            return replace(take(0.0), token=take(1.0).token)
+        return take(1.0)

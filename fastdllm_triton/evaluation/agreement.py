@@ -1,0 +1,69 @@
+"""What a cache changes in the text: a generation against the same one without a cache, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..decoding import GenerationConfig, GenerationOutput
+from ..model import MaskedDiffusionLM
+from .statistics import ratio_interval, wilson
+
+Record = dict[str, Any]
+
+
+def decode(
+    model: MaskedDiffusionLM, prompts: Sequence[Sequence[int]], config: GenerationConfig, batch_size: int
+) -> list[GenerationOutput]:
+    """Outputs of batches of prompts, in order."""
+    return [model.generate(prompts[i : i + batch_size], config) for i in range(0, len(prompts), batch_size)]
+
+
+def answers(outputs: Sequence[GenerationOutput]) -> list[list[int]]:
+    """The ids of each row up to its end token, that one included."""
+    found = []
+    for output in outputs:
+        for row in range(len(output.sequences)):
+            length = len(output.ids(row))
+            found.append(output.generated[row, : length + 1].tolist())
+    return found
+
+
+def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first slot in which two answers differ, from 0; None if they are the same."""
+    for slot, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return slot
+    return None if len(one) == len(other) else min(len(one), len(other))
+
+
+def agreement(exact: Sequence[Sequence[int]], outputs: Sequence[GenerationOutput]) -> Record:
+    """How far answers agree with those of ``exact`` decoding, the end token included.
+
+    ``same`` is the share of answers that are the same, with its Wilson interval; ``token_agreement`` the share of slots, up to
+    the end of the longer answer, that hold the same token, with a bootstrap interval over prompts; ``first_divergence`` the
+    slot of each prompt, or None; ``same_up_to[i]`` the share of prompts whose first ``i`` slots are the same.
+    """
+    found = answers(outputs)
+    n = len(found)
+    first = [first_divergence(one, other) for one, other in zip(exact, found, strict=True)]
+    longest = np.array([max(len(one), len(other)) for one, other in zip(exact, found, strict=True)], dtype=np.float64)
+    pairs = [zip(one, other, strict=False) for one, other in zip(exact, found, strict=True)]
+    alike = np.array([sum(a == b for a, b in pair) for pair in pairs], dtype=np.float64)
+    same = sum(slot is None for slot in first)
+    length = outputs[0].gen_length
+    return {
+        "n": n,
+        "same": round(same / n, 6),
+        "same_ci": [round(bound, 6) for bound in wilson(same, n)],
+        "token_agreement": round(float(alike.sum() / longest.sum()), 6),
+        "token_agreement_ci": [round(bound, 6) for bound in ratio_interval(alike, longest)],
+        "first_divergence": first,
+        "same_up_to": [round(sum(slot is None or slot >= i for slot in first) / n, 6) for i in range(length + 1)],
+        "tokens_per_forward": round(
+            sum(output.committed for output in outputs) / sum(int(output.row_forwards.sum()) for output in outputs), 6
+        ),
+        "nfe": round(sum(int(output.row_forwards.sum()) for output in outputs) / n, 6),
+    }

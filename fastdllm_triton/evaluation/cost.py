@@ -1,0 +1,50 @@
+"""What a generation costs by the roofline model, from the windows that its forwards recomputed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..decoding import GenerationConfig, GenerationOutput
+from ..engine import Forward
+from ..models.config import ModelConfig
+from ..roofline import Cost, Shape, forward_cost
+
+
+@dataclass
+class Meter:
+    """A callback that notes each forward's windows; :meth:`costs` prices them when the generation is done.
+
+    Each row is priced as if it were decoded alone: every one of its forwards reads all weights. Sums over rows are therefore
+    those of batches of one.
+
+    Attributes:
+        model: whose matrices are multiplied.
+        prompts: tokens of each row's prompt.
+        config: the options.
+    """
+
+    model: ModelConfig
+    prompts: list[int]
+    config: GenerationConfig
+    _seen: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+
+    def __call__(self, forward: Forward) -> None:
+        """Notes a forward."""
+        for row, block, (first, end) in zip(forward.rows, forward.blocks, forward.windows, strict=True):
+            self._seen.append((forward.index, row, block, first, end))
+
+    def costs(self, output: GenerationOutput) -> list[Cost]:
+        """Bytes and FLOPs of each row."""
+        shape = Shape.of(self.model)
+        length, suffix = self.config.block_length, self.config.suffix_window
+        columns = output.sequences.shape[1]
+        generated = columns - output.gen_length
+        steps = output.step_map.tolist()
+        totals = [Cost(0, 0) for _ in self.prompts]
+        for index, row, block, first, end in self._seen:
+            start = generated + block * length
+            attended = columns if suffix is None else min(columns, start + length + suffix)
+            own = generated - self.prompts[row]  # the first column that is no padding
+            masked = sum(step >= index for step in steps[row][block * length : (block + 1) * length])
+            totals[row] += forward_cost(shape, 1, end - max(first, own), attended - own, masked)
+        return totals

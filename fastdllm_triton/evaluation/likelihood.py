@@ -1,0 +1,131 @@
+"""The log-likelihood of a masked-diffusion model, by LLaDA's Monte-Carlo estimate (arXiv 2502.09992, appendix A.2 and B.5).
+
+Of the ``n`` tokens of a continuation ``l`` are masked, ``l`` uniform in 1 to ``n`` and the masked ones uniform among all sets
+of that size. The bound is ``-E[n / l * sum of the log-probabilities of the masked tokens]``: the form of the official code,
+whose variance is far below that of masking each token independently. Within a batch the ``l`` are spread evenly over 1 to
+``n``, as there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..model import MaskedDiffusionLM
+
+
+@dataclass(frozen=True)
+class MonteCarlo:
+    """How to estimate.
+
+    Attributes:
+        mc_num: samples. LLaDA takes 128; a continuation of one token needs, and gets, one.
+        mc_batch: samples a forward; divides ``mc_num``.
+        cfg: scale of the classifier-free guidance that is unsupervised in LLaDA: ``(1 + cfg) * logits - cfg * logits without
+            the context``; 0 for none.
+        seed: with the tokens it decides the masks: the estimate depends neither on order nor on batches.
+    """
+
+    mc_num: int = 128
+    mc_batch: int = 32
+    cfg: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("mc_num", "mc_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
+        if self.mc_num % self.mc_batch:
+            raise ValueError(f"mc_num must be a multiple of mc_batch = {self.mc_batch}, got {self.mc_num}")
+        if not isinstance(self.cfg, (int, float)) or isinstance(self.cfg, bool) or not 0 <= self.cfg < float("inf"):
+            raise ValueError(f"cfg must be 0 or more, got {self.cfg!r}")
+
+    def log_likelihood(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> float:
+        """Estimates ``log p(continuation | context)`` in nats, a lower bound of it.
+
+        Args:
+            model: the model.
+            context: token ids; may be empty.
+            continuation: token ids, one at least, none of them the mask.
+
+        Raises:
+            ValueError: the continuation is empty or holds the mask, or both together are too long.
+        """
+        tokens, start = self._tokens(model, context, continuation)
+        n = len(continuation)
+        batch = 1 if n == 1 else self.mc_batch
+        samples = 1 if n == 1 else self.mc_num
+        generator = torch.Generator().manual_seed(self._seed(context, continuation))
+        total = 0.0
+        for _ in range(samples // batch):
+            masked, share = sample_masks(batch, n, generator)  # [b, n], [b]
+            rows = tokens.repeat(batch, 1)
+            hidden = torch.cat((torch.zeros(batch, start, dtype=torch.bool), masked), dim=1).to(rows.device)
+            logits = self._logits(model, rows.masked_fill(hidden, model.config.mask_id), start)[hidden].float()
+            loss = F.cross_entropy(logits, rows[hidden], reduction="none").double()
+            weight = share[:, None].expand(batch, n)[masked].to(loss.device)
+            total -= float((loss / weight).sum())
+        return total / samples
+
+    def is_greedy(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> bool:
+        """Whether decoding one token a forward, the surest first, gives the continuation: as many forwards as it has tokens.
+
+        Raises:
+            ValueError: as :meth:`log_likelihood`.
+        """
+        wanted, start = self._tokens(model, context, continuation)
+        mask = model.config.mask_id
+        x = wanted.clone()
+        x[start:] = mask
+        for _ in continuation:
+            logits = self._logits(model, x[None], start)[0].float()
+            logits[:, mask] = -torch.inf
+            best, token = torch.where((x == mask)[:, None], logits, -torch.inf).softmax(-1).nan_to_num(-1).max(-1)
+            slot = best.argmax()
+            x[slot] = token[slot]
+            if x[slot] != wanted[slot]:
+                return False
+        return True
+
+    def _logits(self, model: MaskedDiffusionLM, rows: Tensor, start: int) -> Tensor:
+        """``[b, L, V]``, guided if asked for."""
+        if not self.cfg:
+            return model.logits(rows)
+        blind = rows.clone()
+        blind[:, :start] = model.config.mask_id
+        logits, without = model.logits(torch.cat((rows, blind))).chunk(2)
+        return without + (self.cfg + 1) * (logits - without)
+
+    def _tokens(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> tuple[Tensor, int]:
+        tokens = [*context, *continuation]
+        if not continuation:
+            raise ValueError("continuation must hold at least one token")
+        if model.config.mask_id in tokens:
+            raise ValueError(f"context and continuation must not hold the mask, token {model.config.mask_id}")
+        if len(tokens) > model.config.max_length:
+            raise ValueError(f"context and continuation have {len(tokens)} tokens, the model takes {model.config.max_length}")
+        return torch.tensor(tokens, device=model.device), len(context)
+
+    def _seed(self, context: Sequence[int], continuation: Sequence[int]) -> int:
+        text = json.dumps([self.seed, list(context), list(continuation)])
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def sample_masks(batch: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Masks of ``n`` tokens: ``[batch, n]`` bool, and the masked share of each row, ``[batch]`` float64.
+
+    The first row masks a uniform number of tokens, the others go on from it in even strides, around again at ``n``. Strides are
+    rounded down, which leaves every number as likely in every row; the official code rounds halves to even, which does not.
+    """
+    first = torch.randint(1, n + 1, (), generator=generator)
+    counts = first + torch.arange(batch) * n // batch
+    counts = (counts - 1) % n + 1
+    order = torch.rand(batch, n, generator=generator).argsort(1).argsort(1)  # A random rank for each token.
+    return order < counts[:, None], counts.double() / n

@@ -1,0 +1,334 @@
+"""The figures of an evaluation, drawn from its summary alone, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from .grid import FAMILIES
+from .summary import Record
+
+#: Colours that the colour-blind can tell apart (Okabe and Ito), and markers for who prints in grey.
+_COLORS = {"fixed": "#555555", "threshold": "#0072B2", "factor": "#D55E00", "entropy": "#009E73"}
+_MARKERS = {"fixed": "s", "threshold": "o", "factor": "^", "entropy": "D"}
+_NAMES = {
+    "fixed": "fixed k tokens a forward",
+    "threshold": "threshold t",
+    "factor": "factor f",
+    "entropy": "entropy budget (nats)",
+}
+CACHE_COLORS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#F0E442")
+MARKERS = "os^Dv<>P"
+_SCORES = {"exact_match": "exact match", "whole": "whole text right"}
+
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 5,
+    "svg.hashsalt": "fastdllm-triton",  # The same figure is the same file.
+    "svg.fonttype": "none",
+}
+
+
+def draw_all(summary: Sequence[Record], comparison: Sequence[Record], folder: Path) -> list[Path]:
+    """Draws every figure that the grid has the data for.
+
+    Args:
+        summary: from :func:`~fastdllm_triton.evaluation.summary.summarize`.
+        comparison: from :func:`~fastdllm_triton.evaluation.summary.compare`.
+        folder: where to.
+
+    Returns:
+        The files written, PNG ones only; an SVG lies beside each.
+    """
+    return save(_figures(summary, comparison), folder)
+
+
+def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
+    """Draws figures in one style and writes each as PNG and SVG; returns the PNG files. The same figure is the same bytes."""
+    written: list[Path] = []
+    with matplotlib.rc_context(_STYLE):
+        for name, figure in figures:
+            for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+                figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
+            written.append(folder / f"{name}.png")
+    return written
+
+
+def _figures(summary: Sequence[Record], comparison: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
+    for block in _values(summary, "block_length"):
+        records = [r for r in summary if r["block_length"] == block]
+        yield f"accuracy-block-{block}", accuracy_against_speed(records)
+    yield "tokens-in-block", tokens_in_block(summary)
+    if len(_values(summary, "block_length")) > 1:
+        yield "block-length", against_block_length(summary)
+    for block in _values(summary, "block_length"):
+        records = [r for r in summary if r["block_length"] == block]
+        if len({r["strategy"] for r in records if _family(r) == "threshold"}) > 1:
+            yield f"threshold-sweep-block-{block}", threshold_sweep(records)
+    if comparison:
+        yield "gain-over-fixed", gain_over_fixed(comparison)
+
+
+def accuracy_against_speed(records: Sequence[Record]) -> Figure:
+    """Score against tokens per forward, a line a family, a column a cache, a row a score; bars are 95 % intervals."""
+    caches, scores = _values(records, "cache"), _scores(records)
+    figure, axes = _grid(len(scores), len(caches))
+    for (score, cache), ax in zip([(s, c) for s in scores for c in caches], axes, strict=True):
+        for family in FAMILIES:
+            points = sorted(
+                (r for r in records if r["cache"] == cache and _family(r) == family), key=lambda r: float(r["tokens_per_forward"])
+            )
+            if points:
+                _line_with_bars(ax, points, score, family)
+                for r in points:
+                    _label(ax, r["tokens_per_forward"], r[score], r["strategy"].partition(":")[2], _COLORS[family], family)
+        _speed_axis(ax, [r["tokens_per_forward"] for r in records])
+        if score == scores[0]:
+            ax.set_title(f"cache: {cache}")
+        if score == scores[-1]:
+            ax.set_xlabel("tokens per forward")
+        if cache == caches[0]:
+            ax.set_ylabel(_SCORES.get(score, score))
+    figure.suptitle(f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals")
+    _legend(figure, axes[0])
+    return figure
+
+
+def tokens_in_block(summary: Sequence[Record]) -> Figure:
+    """How parallel decoding gets as a block fills: by forward, and by slot. One strategy a family, the nearest in speed."""
+    cache = summary[0]["cache"]
+    blocks = _values(summary, "block_length")
+    figure, axes = _grid(2, len(blocks), sharey=False)
+    for row, (key, label) in enumerate(
+        (("tokens_by_forward", "forward within the block"), ("tokens_by_position", "slot of the block"))
+    ):
+        for column, block in enumerate(blocks):
+            ax = axes[row * len(blocks) + column]
+            for r in _representatives([r for r in summary if r["cache"] == cache and r["block_length"] == block]):
+                values, family = r[key], _family(r)
+                ax.plot(
+                    range(1, len(values) + 1), values, color=_COLORS[family], marker=_MARKERS[family], ms=3, label=r["strategy"]
+                )
+            ax.set_ylim(bottom=0)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_xlabel(label)
+            if column == 0:
+                ax.set_ylabel("tokens it commits" if row == 0 else "tokens committed\ntogether with it")
+            if row == 0:
+                ax.set_title(f"blocks of {block}")
+                ax.legend()
+    figure.suptitle(f"{_context(summary)}, cache {cache}: how many tokens a forward commits")
+    return figure
+
+
+def against_block_length(summary: Sequence[Record]) -> Figure:
+    """Score, tokens per forward and tokens per second against the block length, a line a cache, a row a strategy."""
+    blocks = _values(summary, "block_length")
+    caches = _values(summary, "cache")
+    chosen = [r["strategy"] for r in _representatives([r for r in summary if r["cache"] == caches[0]], slowest=True)]
+    panels = [*((score, _SCORES.get(score, score)) for score in _scores(summary))]
+    panels += [("tokens_per_forward", "tokens per forward"), ("tokens_per_second", "tokens per second")]
+    figure, axes = _grid(len(chosen), len(panels), sharey="col", height=2.1)
+    for i, (strategy, (key, label)) in enumerate([(s, p) for s in chosen for p in panels]):
+        ax = axes[i]
+        for number, cache in enumerate(caches):
+            points = sorted(
+                (r for r in summary if r["cache"] == cache and r["strategy"] == strategy and r[key] is not None),
+                key=lambda r: int(r["block_length"]),
+            )
+            color = CACHE_COLORS[number % len(CACHE_COLORS)]
+            # Side by side, so that bars of equal values can be told apart.
+            x = [r["block_length"] * (1 + 0.03 * (number - (len(caches) - 1) / 2)) for r in points]
+            ci = f"{key}_ci"
+            bars = [[abs(r[key] - r[ci][side]) for r in points] for side in (0, 1)] if points and ci in points[0] else None
+            ax.errorbar(
+                x, [r[key] for r in points], yerr=bars, color=color, marker=MARKERS[number % len(MARKERS)], capsize=2, label=cache
+            )
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(blocks, [str(block) for block in blocks])
+        ax.minorticks_off()
+        if i < len(panels):
+            ax.set_title(label)
+        if i >= len(panels) * (len(chosen) - 1):
+            ax.set_xlabel("block length")
+        if i % len(panels) == 0:
+            ax.set_ylabel(strategy)
+    for i, (key, _) in enumerate(panels):  # Once all rows are drawn, since they share the axis.
+        if key.startswith("tokens"):
+            axes[i].set_ylim(bottom=0)
+    figure.suptitle(f"{_context(summary)}; bars: 95 % intervals")
+    _legend(figure, axes[0])
+    return figure
+
+
+def threshold_sweep(records: Sequence[Record]) -> Figure:
+    """The sweep over thresholds among all strategies, with the Pareto front of each cache; and both axes against t."""
+    caches = _values(records, "cache")
+    figure, axes = _grid(2, len(caches), sharey="row")
+    for column, cache in enumerate(caches):
+        here = [r for r in records if r["cache"] == cache]
+        sweep = sorted((r for r in here if _family(r) == "threshold"), key=lambda r: float(r["strategy"].split(":")[1]))
+        ax = axes[column]
+        for family in FAMILIES:
+            points = [r for r in here if _family(r) == family]
+            if points:
+                faint = 1.0 if family == "threshold" else 0.45
+                x, y = [r["tokens_per_forward"] for r in points], [r["exact_match"] for r in points]
+                ax.plot(x, y, ls="", marker=_MARKERS[family], color=_COLORS[family], alpha=faint, label=_NAMES[family])
+        front = pareto([(r["tokens_per_forward"], r["exact_match"]) for r in here])
+        ax.step(
+            [x for x, _ in front],
+            [y for _, y in front],
+            where="pre",
+            color="#999999",
+            ls="--",
+            lw=1.2,
+            label="Pareto front",
+            zorder=1,
+        )
+        for r in sweep:
+            _label(
+                ax, r["tokens_per_forward"], r["exact_match"], r["strategy"].partition(":")[2], _COLORS["threshold"], "threshold"
+            )
+        _speed_axis(ax, [r["tokens_per_forward"] for r in records])
+        ax.set_title(f"cache: {cache}")
+        ax.set_xlabel("tokens per forward")
+        below = axes[len(caches) + column]
+        t = [float(r["strategy"].split(":")[1]) for r in sweep]
+        bars = [[abs(r["exact_match"] - r["exact_match_ci"][side]) for r in sweep] for side in (0, 1)]
+        below.errorbar(t, [r["exact_match"] for r in sweep], yerr=bars, color=_COLORS["threshold"], marker="o", capsize=2)
+        below.set_xlabel("threshold t")
+        speed = below.twinx()
+        speed.plot(t, [r["tokens_per_forward"] for r in sweep], color="#D55E00", marker="^", ls=":")
+        speed.set_ylim(bottom=0)
+        speed.grid(False)
+        speed.spines["right"].set_visible(True)
+        speed.tick_params(axis="y", colors="#D55E00")
+        below.tick_params(axis="y", colors=_COLORS["threshold"])
+        if column == 0:
+            ax.set_ylabel("exact match")
+            below.set_ylabel("exact match", color=_COLORS["threshold"])
+        if column == len(caches) - 1:
+            speed.set_ylabel("tokens per forward", color="#D55E00")
+    figure.suptitle(f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals")
+    _legend(figure, axes[0])
+    return figure
+
+
+def gain_over_fixed(comparison: Sequence[Record]) -> Figure:
+    """What each strategy scores above fixed steps at its own speed, with paired intervals."""
+    scores = list(dict.fromkeys(r["score"] for r in comparison))
+    rows = list(dict.fromkeys((r["block_length"], r["cache"], r["strategy"]) for r in comparison))
+    figure = Figure(figsize=(4.2 * len(scores) + 1.6, 0.19 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots(1, len(scores), sharey=True, squeeze=False)[0]
+    for ax, score in zip(axes, scores, strict=True):
+        for r in comparison:
+            if r["score"] == score:
+                y, family = rows.index((r["block_length"], r["cache"], r["strategy"])), _family(r)
+                bars = [[r["gain"] - r["gain_ci"][0]], [r["gain_ci"][1] - r["gain"]]]
+                ax.errorbar(r["gain"], y, xerr=bars, color=_COLORS[family], marker=_MARKERS[family], ms=4, capsize=2)
+        ax.axvline(0, color="#000000", lw=0.8)
+        ax.set_title(_SCORES.get(score, score))
+        ax.set_xlabel("gain over fixed steps at equal tokens per forward")
+        ax.grid(axis="y", visible=False)
+    for y, (above, below) in enumerate(pairwise(rows)):
+        if above[:2] != below[:2]:
+            for ax in axes:
+                ax.axhline(y + 0.5, color="#cccccc", lw=0.8)
+    axes[0].set_yticks(range(len(rows)), [f"block {block}, {cache}, {strategy}" for block, cache, strategy in rows], fontsize=7)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle(f"{comparison[0]['n']} requests; bars: paired 95 % intervals")
+    return figure
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both coordinates, by the first."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (-point[0], -point[1])):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front[::-1]
+
+
+def _grid(rows: int, columns: int, *, sharey: Any = "row", height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(3.1 * columns + 0.9, height * rows + 0.8), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten())
+
+
+def _line_with_bars(ax: Axes, points: Sequence[Record], score: str, family: str) -> None:
+    x, y = [r["tokens_per_forward"] for r in points], [r[score] for r in points]
+    xerr, yerr = (
+        [[abs(r[key] - r[f"{key}_ci"][side]) for r in points] for side in (0, 1)] for key in ("tokens_per_forward", score)
+    )
+    line = {"color": _COLORS[family], "marker": _MARKERS[family], "label": _NAMES[family]}
+    ax.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.9, capsize=2, **line)  # type: ignore[arg-type]
+
+
+#: Where a family's labels go, in points, so that neighbours do not cover each other.
+_OFFSETS = {"fixed": (-3, -10), "threshold": (4, 5), "factor": (5, -8), "entropy": (-3, 8)}
+
+
+def _label(ax: Axes, x: float, y: float, text: str, color: str, family: str) -> None:
+    halo = [withStroke(linewidth=2, foreground="white")]
+    place = {"textcoords": "offset points", "xytext": _OFFSETS[family], "zorder": 5}
+    ax.annotate(text, (x, y), fontsize=7, color=color, path_effects=halo, **place)  # type: ignore[arg-type]
+
+
+def _speed_axis(ax: Axes, values: Sequence[float]) -> None:
+    """Tokens per forward on a logarithmic axis with plain numbers."""
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(min(values) / 1.2, max(values) * 1.35)
+    formatter: Callable[[float, int], str] = lambda value, _: f"{value:g}"  # noqa: E731
+    ax.xaxis.set_major_formatter(FuncFormatter(formatter))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _representatives(records: Sequence[Record], *, slowest: bool = False) -> list[Record]:
+    """One record a family, the nearest in speed to the middle threshold; and the slowest of all if asked for."""
+    by_speed = sorted(records, key=lambda r: float(r["tokens_per_forward"]))
+    middle = [r for r in by_speed if _family(r) == "threshold"] or by_speed
+    target = min(middle, key=lambda r: (r["strategy"] != "threshold:0.9", middle.index(r)))["tokens_per_forward"]
+    found = by_speed[:1] if slowest else []
+    for family in FAMILIES:
+        members = [r for r in by_speed if _family(r) == family]
+        if members:
+            found.append(min(members, key=lambda r: abs(float(r["tokens_per_forward"]) - target)))
+    return list({r["strategy"]: r for r in found}.values())
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
+
+
+def _context(records: Sequence[Record]) -> str:
+    return f"{records[0]['n']} requests, {records[0]['gen_length']} tokens"
+
+
+def _family(record: Record) -> str:
+    return str(record["strategy"]).partition(":")[0]
+
+
+def _scores(records: Sequence[Record]) -> list[str]:
+    return [name for name in _SCORES if records[0].get(name) is not None]
+
+
+def _values(records: Sequence[Record], key: str) -> list[Any]:
+    return list(dict.fromkeys(record[key] for record in records))

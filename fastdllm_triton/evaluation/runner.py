@@ -1,0 +1,250 @@
+"""Runs the grid of an evaluation and keeps what is finished on disk, so that it can be interrupted at any time.
+
+A folder holds ``run.json`` (what the results depend on: a later run in the folder must match it) and a JSONL file for each way
+in ``requests/``. Batches are the same in every run: requests ``i * batch_size`` and on, in order. A batch is appended when it is
+finished, times included, and everything that is reported is computed from these files, so an interrupted and resumed evaluation
+reports, byte for byte, what its files say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..engine import check_prompts
+from ..files import write_atomically
+from ..machine import commit
+from ..model import MaskedDiffusionLM
+from .cost import Meter
+from .grid import Way
+from .scoring import Request, Scorer, digest
+
+#: Parameters below which threads cost more than they bring.
+_SMALL = 20_000_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """One request decoded in one way: a line of a way's file.
+
+    Attributes:
+        index: of the request.
+        prompt, answer: the request.
+        text: what was generated, up to its first end token.
+        tokens: committed by forwards; not what was filled in after the end token.
+        forwards: in which the row still had something to decode.
+        bytes, flops: what these cost on their own by the roofline model (:mod:`~fastdllm_triton.evaluation.cost`).
+        seconds: the request's share of the time of its batch.
+        step_map: for each generated slot the forward of the batch that committed it, ``-1`` where none did.
+        scores: by name; None as long as the way is not complete.
+    """
+
+    index: int
+    prompt: str
+    answer: str
+    text: str
+    tokens: int
+    forwards: int
+    bytes: float
+    flops: float
+    seconds: float
+    step_map: list[int]
+    scores: dict[str, float] | None = None
+
+
+class Evaluation:
+    """A grid over requests, in a folder.
+
+    Args:
+        model: what decodes.
+        requests: in order.
+        scorer: of their answers. Scores are computed anew from the texts on disk, so it may change between runs.
+        folder: made if it is not there.
+        gen_length: tokens to generate.
+        batch_size: requests decoded together.
+        chat: wrap prompts in the checkpoint's chat template.
+
+    Raises:
+        ValueError: an argument is not valid, a prompt does not fit the model, or the folder belongs to another run.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: MaskedDiffusionLM,
+        requests: Sequence[Request],
+        scorer: Scorer,
+        folder: Path,
+        *,
+        gen_length: int,
+        batch_size: int,
+        chat: bool = False,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"--batch-size must be 1 or more, got {batch_size}")
+        self.model, self.requests, self.scorer, self.folder = model, requests, scorer, folder
+        self.gen_length, self.batch_size = gen_length, batch_size
+        self.prompts = [model.encode(request.prompt, chat=chat) for request in requests]
+        config = model.options(gen_length=gen_length, block_length=gen_length)
+        for request, prompt in zip(requests, self.prompts, strict=True):
+            try:
+                check_prompts([prompt], config, model.network)
+            except ValueError as error:
+                raise ValueError(f"{request.source}: {error}") from None
+        use_few_threads(model)
+        self._claim(
+            {
+                "model": checkpoint_digest(model.folder),
+                "requests": f"{len(requests)} requests, {digest(requests)}",
+                "chat": chat,
+                "gen_length": gen_length,
+                "batch_size": batch_size,
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "backend": model.network.ops.name,
+                "device": device_name(model.device),
+                "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+                "fastdllm_triton": __version__,
+                "torch": torch.__version__,
+            }
+        )
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        """Makes the folder this run's, or checks that it is."""
+        path = self.folder / "run.json"
+        if not path.exists():
+            (self.folder / "requests").mkdir(parents=True, exist_ok=True)
+            # The commit is told, but may change: not every change of the code changes a result.
+            write_atomically(path, json.dumps({**identity, "commit": commit()}, indent=1) + "\n")
+            return
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--out: {path} is not JSON ({error}); give another folder") from None
+        for key, value in identity.items():
+            if there.get(key) != value:
+                told = f"{key} = {there.get(key)!r}, this one has {value!r}"
+                raise ValueError(f"--out: {self.folder} holds a run with {told}; give another folder")
+
+    def finished(self, way: Way) -> list[Result]:
+        """The results of a way that are on disk: whole batches from the first on, up to one that was cut off."""
+        results: list[Result] = []
+        try:
+            lines = self._path(way).read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        for line, request in zip(lines, self.requests, strict=False):
+            try:
+                result = Result(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                break
+            if result.index != len(results) or result.prompt != request.prompt:
+                break
+            results.append(result)
+        if len(results) < len(self.requests):
+            del results[len(results) // self.batch_size * self.batch_size :]
+        return results
+
+    def run(self, way: Way, progress: Callable[[int], None] = lambda done: None) -> list[Result]:
+        """Decodes what is missing of a way, and scores it.
+
+        Args:
+            way: how to decode.
+            progress: told how many requests are done: those on disk first, then after each batch.
+
+        Raises:
+            RuntimeError: the scorer raised; the texts are on disk.
+            OSError: a file cannot be written; the batches before are on disk.
+        """
+        results = self.finished(way)
+        progress(len(results))
+        config = way.config(self.gen_length)
+        if len(results) < len(self.requests):
+            self._write(way, results)  # Less what was cut off.
+            if self.model.device.type == "cuda":
+                # The first generation of a shape compiles and allocates.
+                self.model.generate(self.prompts[len(results) : len(results) + self.batch_size], config)
+        for start in range(len(results), len(self.requests), self.batch_size):
+            batch = list(self.requests[start : start + self.batch_size])
+            prompts = self.prompts[start : start + self.batch_size]
+            meter = Meter(self.model.config, [len(prompt) for prompt in prompts], config)
+            output = self.model.generate(prompts, config, callback=meter)
+            costs = meter.costs(output)
+            fresh = [
+                Result(
+                    index=start + row,
+                    prompt=request.prompt,
+                    answer=request.answer,
+                    text=output.texts[row],
+                    tokens=int((output.step_map[row] >= 0).sum()),
+                    forwards=int(output.row_forwards[row]),
+                    bytes=costs[row].bytes,
+                    flops=costs[row].flops,
+                    seconds=round(output.seconds / len(batch), 9),
+                    step_map=output.step_map[row].tolist(),
+                )
+                for row, request in enumerate(batch)
+            ]
+            with self._path(way).open("a", encoding="utf-8") as file:
+                file.write(_lines(fresh))
+                file.flush()
+                os.fsync(file.fileno())
+            results += fresh
+            progress(len(results))
+
+        scored = [
+            Result(**vars(result) | {"scores": self.scorer(request, result.text)})
+            for request, result in zip(self.requests, results, strict=True)
+        ]
+        if self._path(way).read_text(encoding="utf-8") != _lines(scored):
+            self._write(way, scored)
+        return scored
+
+    def _path(self, way: Way) -> Path:
+        return self.folder / "requests" / f"{way.name}.jsonl"
+
+    def _write(self, way: Way, results: Sequence[Result]) -> None:
+        write_atomically(self._path(way), _lines(results))
+
+
+def device_name(device: torch.device) -> str:
+    """What the times were measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+
+
+def use_few_threads(model: MaskedDiffusionLM) -> None:
+    """One thread for a small model on a CPU: threads would only get in each other's way."""
+    c = model.config
+    attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+    parameters = c.layers * (attention + 3 * c.width * c.mlp) + 2 * c.embedding_size * c.width
+    if model.device.type == "cpu" and parameters < _SMALL:
+        torch.set_num_threads(1)
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """A hash that tells checkpoints apart without reading all of a large one: the config, and size and ends of the weights."""
+    seen = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=12)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        seen.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            seen.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            seen.update(file.read())
+    return f"{folder.resolve().name}, {seen.hexdigest()}"
+
+
+def _lines(results: Sequence[Result]) -> str:
+    return "".join(json.dumps(vars(result)) + "\n" for result in results)

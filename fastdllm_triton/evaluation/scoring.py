@@ -1,0 +1,204 @@
+"""Requests and how their answers are scored: the built-in task, or a JSONL file of prompts and answers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..tiny.problems import problems, score
+
+#: Scores of one answer, each in [0, 1], by name; ``exact_match`` among them.
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to answer.
+
+    Attributes:
+        prompt: its text.
+        answer: what is right.
+        source: where it comes from, for messages.
+        record: what a scorer is given besides the text: the line of the data file, or the problem.
+    """
+
+    prompt: str
+    answer: str
+    source: str
+    record: Any
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores answers.
+
+    Attributes:
+        name: as given on the command line.
+        function: ``(request, text) -> scores``.
+    """
+
+    name: str
+    function: Callable[[Request, str], Scores]
+
+    def __call__(self, request: Request, text: str) -> Scores:
+        """Scores one answer.
+
+        Raises:
+            RuntimeError: the function raised, or returned what is no score; says which request it was.
+        """
+        try:
+            return self.function(request, text)
+        except Exception as error:
+            raise RuntimeError(
+                f"scorer {self.name} failed on {request.source}, answer {text[:80]!r}: {type(error).__name__}: {error}"
+            ) from error
+
+
+def builtin_requests(count: int, seed: int) -> list[Request]:
+    """``count`` test problems of the built-in task: a stream that is a function of the seed, none of it trained on."""
+    if count < 1:
+        raise ValueError(f"--problems must be 1 or more, got {count}")
+    found = islice(problems(seed, test=True), count)
+    return [Request(p.prompt, str(p.total), f"problem {i} of seed {seed}", p) for i, p in enumerate(found)]
+
+
+def read_requests(path: Path, limit: int | None = None) -> list[Request]:
+    """Requests from a JSONL file: an object a line with a ``prompt`` and an ``answer``, both text. Empty lines are passed over.
+
+    Args:
+        path: the file.
+        limit: take this many at most.
+
+    Raises:
+        ValueError: a line is not that, with its number; or there is none.
+        OSError: the file cannot be read.
+    """
+    requests: list[Request] = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if limit is not None and len(requests) == limit:
+                break
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--data: {where} is not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"--data: {where} must be an object with 'prompt' and 'answer', got {type(record).__name__}")
+            for key in ("prompt", "answer"):
+                if key not in record:
+                    raise ValueError(f"--data: {where} has no {key!r}; it has {', '.join(record) or 'nothing'}")
+            if not isinstance(record["prompt"], str) or not record["prompt"]:
+                raise ValueError(f"--data: {where}: 'prompt' must be text and not empty, got {record['prompt']!r}")
+            if isinstance(record["answer"], (dict, list, type(None))):
+                raise ValueError(f"--data: {where}: 'answer' must be text or a number, got {record['answer']!r}")
+            requests.append(Request(record["prompt"], str(record["answer"]), where, record))
+    if not requests:
+        raise ValueError(f"--data: {path} holds no request")
+    return requests
+
+
+def find_scorer(name: str) -> Scorer:
+    r"""The scorer of that name.
+
+    Args:
+        name: ``number`` compares the number after the last ``####`` (the last number if there is none); ``text`` the whole
+            text, less white space around it; ``regex:PATTERN`` what the pattern finds last in the text (its first group if it
+            has one) with the answer; ``module:function`` calls ``function(text, record)`` with the line of the data file,
+            which returns a bool, a number in [0, 1], or a dict of them with ``exact_match`` among its keys.
+
+    Raises:
+        ValueError: there is no such scorer, the pattern is not valid, or the function cannot be found.
+    """
+    if name == "number":
+        return Scorer(name, lambda request, text: _exact(final_number(text), final_number(request.answer)))
+    if name == "text":
+        return Scorer(name, lambda request, text: _exact(text.strip(), request.answer.strip()))
+    if name.startswith("regex:"):
+        try:
+            pattern = re.compile(name.removeprefix("regex:"))
+        except re.error as error:
+            raise ValueError(f"--scorer: {name!r} is no regular expression: {error}") from None
+        return Scorer(name, lambda request, text: _exact(_last(pattern, text), request.answer.strip()))
+    module, mark, attribute = name.partition(":")
+    if not (mark and module and attribute):
+        raise ValueError(f"--scorer must be number, text, regex:PATTERN or module:function, got {name!r}")
+    return Scorer(name, _call(_import(module, attribute, name)))
+
+
+def builtin_scorer() -> Scorer:
+    """Exact match of the number and the whole text, as :func:`fastdllm_triton.tiny.problems.score` has them."""
+
+    def function(request: Request, text: str) -> Scores:
+        exact, whole = score(request.record, text)
+        return {"exact_match": float(exact), "whole": float(whole)}
+
+    return Scorer("builtin", function)
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def final_number(text: str) -> str | None:
+    """The number after the last ``####``, or without that mark the last number; commas and a trailing ``.0`` dropped."""
+    _, mark, tail = text.rpartition("####")
+    found = _NUMBER.findall(tail if mark else text)
+    if not found:
+        return None
+    number = (found[0] if mark else found[-1]).replace(",", "")
+    return re.sub(r"\.0+$", "", number)
+
+
+def digest(requests: Sequence[Request]) -> str:
+    """A hash of prompts and answers, in order."""
+    text = json.dumps([(request.prompt, request.answer) for request in requests])
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _exact(found: str | None, answer: str | None) -> Scores:
+    return {"exact_match": float(found is not None and found == answer)}
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    found = list(pattern.finditer(text))
+    if not found:
+        return None
+    part: str | None = found[-1].group(1 if pattern.groups else 0)
+    return None if part is None else part.strip()
+
+
+def _import(module: str, attribute: str, name: str) -> Callable[[str, Any], Any]:
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # As `python -m` would have it.
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # Whatever a module does when it is imported.
+        raise ValueError(f"--scorer: {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"--scorer: {name!r} is not a function")
+    return function  # type: ignore[no-any-return]
+
+
+def _call(function: Callable[[str, Any], Any]) -> Callable[[Request, str], Scores]:
+    def scores(request: Request, text: str) -> Scores:
+        result = function(text, request.record)
+        named = result if isinstance(result, dict) else {"exact_match": result}
+        if "exact_match" not in named:
+            raise TypeError(f"it must return a score named 'exact_match' among others, got {result!r}")
+        for value in named.values():
+            if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+                raise TypeError(f"it must return a bool, a number in [0, 1] or a dict of them, got {result!r}")
+        return {key: float(value) for key, value in named.items()}
+
+    return scores

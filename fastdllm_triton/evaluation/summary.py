@@ -1,0 +1,156 @@
+"""What an evaluation reports: a record for each way, and how every strategy stands against fixed steps at its own speed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .grid import Way
+from .runner import Result
+from .statistics import Floats, interval, ratio_interval, resample, wilson
+
+Record = dict[str, Any]
+
+
+def summarize(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
+    """One record a way, in the order given.
+
+    ``exact_match`` and ``whole`` (None where the task has no such score) with Wilson intervals; ``tokens_per_forward``,
+    committed tokens over forwards, and ``nfe``, forwards a request, with bootstrap intervals over requests; ``seconds`` of all
+    requests; ``bytes`` and ``flops`` of a request by the roofline model. All intervals are of 95 %.
+
+    ``tokens_by_forward[i]``: tokens that forward ``i`` of a block commits, over the blocks that have one;
+    ``tokens_by_position[p]``: tokens committed by the forward that commits slot ``p`` of a block.
+    """
+    return [_record(way, found) for way, found in results.items()]
+
+
+def _record(way: Way, results: Sequence[Result]) -> Record:
+    n = len(results)
+    tokens, forwards = _column(results, "tokens"), _column(results, "forwards")
+    seconds = sum(result.seconds for result in results)
+    names = sorted({name for result in results for name in result.scores or {}})
+    record: Record = {
+        "strategy": str(way.strategy),
+        "cache": str(way.cache),
+        "block_length": way.block_length,
+        "gen_length": len(results[0].step_map),
+        "n": n,
+        "exact_match": None,
+        "exact_match_ci": None,
+        "whole": None,
+        "whole_ci": None,
+    }
+    for name in names:
+        values = _scores(results, name)
+        record[name] = _round(values.mean())
+        binary = bool(np.isin(values, (0, 1)).all())
+        record[f"{name}_ci"] = _round(wilson(values.sum(), n) if binary else interval(resample(n) @ values / n))
+    by_forward, by_position = _profile(results, way.block_length)
+    return record | {
+        "tokens_per_forward": _round(tokens.sum() / forwards.sum()),
+        "tokens_per_forward_ci": _round(ratio_interval(tokens, forwards)),
+        "nfe": _round(forwards.mean()),
+        "nfe_ci": _round(ratio_interval(forwards, np.ones(n))),
+        "tokens": _round(tokens.mean()),
+        "bytes": _round(_column(results, "bytes").mean()),
+        "flops": _round(_column(results, "flops").mean()),
+        "seconds": _round(seconds),
+        "tokens_per_second": _round(tokens.sum() / seconds) if seconds else None,
+        "tokens_by_forward": _round(by_forward),
+        "tokens_by_position": _round(by_position),
+    }
+
+
+def compare(results: Mapping[Way, Sequence[Result]], score: str = "exact_match") -> list[Record]:
+    """Each strategy against fixed steps at equal tokens per forward, over the same cache and blocks.
+
+    The score of fixed steps at a strategy's speed is read off the line through the fixed ones in the grid. ``gain`` is what the
+    strategy scores above it, with the 95 % interval of a bootstrap that resamples requests for all ways at once: the requests are
+    the same, so the differences are paired. Strategies faster or slower than every fixed one are left out.
+    """
+    groups: dict[tuple[str, int], list[Way]] = defaultdict(list)
+    for way in results:
+        groups[str(way.cache), way.block_length].append(way)
+    records: list[Record] = []
+    for ways in groups.values():
+        fixed = [way for way in ways if way.strategy.family == "fixed" and way.strategy.score is None]
+        if len(fixed) < 2 or any(score not in (result.scores or {}) for way in ways for result in results[way]):
+            continue
+        n = len(results[fixed[0]])
+        weights = np.vstack((np.ones(n), resample(n)))  # Line 0 is the sample itself.
+        speeds, means = _curve(results, fixed, score, weights)
+        for way in ways:
+            if way in fixed:
+                continue
+            (speed,), (mean,) = _curve(results, [way], score, weights)
+            if not speeds[:, 0].min() <= speed[0] <= speeds[:, 0].max():
+                continue
+            baseline = np.array([_interpolate(speed[i], speeds[:, i], means[:, i]) for i in range(len(speed))])
+            gain = mean - baseline
+            low, high = interval(gain[1:])
+            records.append(
+                {
+                    "strategy": str(way.strategy),
+                    "cache": str(way.cache),
+                    "block_length": way.block_length,
+                    "n": n,
+                    "score": score,
+                    "tokens_per_forward": _round(speed[0]),
+                    "value": _round(mean[0]),
+                    "fixed_at_equal_speed": _round(baseline[0]),
+                    "gain": _round(gain[0]),
+                    "gain_ci": [_round(low), _round(high)],
+                }
+            )
+    return records
+
+
+def _curve(results: Mapping[Way, Sequence[Result]], ways: Sequence[Way], score: str, weights: Floats) -> tuple[Floats, Floats]:
+    """``[ways, draws]`` tokens per forward and mean score under each line of weights."""
+    tokens, forwards = (np.array([_column(results[way], name) for way in ways]) for name in ("tokens", "forwards"))
+    scores = np.array([_scores(results[way], score) for way in ways])
+    return (tokens @ weights.T) / (forwards @ weights.T), (scores @ weights.T) / weights.sum(1)
+
+
+def _interpolate(at: float, x: Floats, y: Floats) -> float:
+    order = np.argsort(x)
+    return float(np.interp(at, x[order], y[order]))
+
+
+def _profile(results: Sequence[Result], block_length: int) -> tuple[Floats, Floats]:
+    """Tokens by forward of a block, and by slot of a block: how parallel decoding gets as a block fills."""
+    by_forward: list[list[int]] = [[] for _ in range(block_length)]
+    by_position: list[list[int]] = [[] for _ in range(block_length)]
+    for result in results:
+        for start in range(0, len(result.step_map), block_length):
+            block = result.step_map[start : start + block_length]
+            counts: dict[int, int] = {}
+            for forward in block:
+                if forward >= 0:
+                    counts[forward] = counts.get(forward, 0) + 1
+            for order, forward in enumerate(sorted(counts)):
+                by_forward[order].append(counts[forward])
+            for slot, forward in enumerate(block):
+                if forward >= 0:
+                    by_position[slot].append(counts[forward])
+    used = [counts for counts in by_forward if counts]
+    return np.array([np.mean(counts) for counts in used]), np.array([np.mean(c) if c else np.nan for c in by_position])
+
+
+def _column(results: Sequence[Result], name: str) -> Floats:
+    return np.array([getattr(result, name) for result in results], dtype=np.float64)
+
+
+def _scores(results: Sequence[Result], name: str) -> Floats:
+    return np.array([(result.scores or {})[name] for result in results], dtype=np.float64)
+
+
+def _round(value: Any) -> Any:
+    """Six digits are more than the figures carry, and the same on every machine."""
+    if isinstance(value, (tuple, list, np.ndarray)):
+        return [_round(entry) for entry in value]
+    return None if np.isnan(value) else round(float(value), 6)

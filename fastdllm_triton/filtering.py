@@ -1,0 +1,92 @@
+"""Top-p and top-k: token statistics of what is left of a distribution.
+
+Both need the order of a row's logits, which a streaming pass does not have. So here, and only here, logits are
+materialised: of the rows that are asked for, some at a time. Slower than :func:`fastdllm_triton.ops.head_statistics`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import Ops
+from .types import TokenStatistics
+
+#: Rows of logits that are in memory at once: 64 of Dream's, sorted, take some 300 MB.
+_ROWS = 64
+
+
+def filter_logits(logits: Tensor, top_p: float | None = None, top_k: int | None = None) -> Tensor:
+    """Sets logits outside the nucleus to -inf (Holtzman et al., arXiv 1904.09751), and then all below the k-th largest.
+
+    Args:
+        logits: ``[R, V]``.
+        top_p: keeps, likeliest first, every token before which less than or exactly this probability has been reached, the
+            first one always.
+        top_k: keeps tokens whose logit is at least the k-th largest, so more than k where several are equal.
+
+    Returns:
+        ``[R, V]``.
+    """
+    if top_p is not None and top_p < 1:
+        ordered, ids = logits.sort(dim=1, descending=True, stable=True)
+        reached = ordered.softmax(1).cumsum(1)
+        outside = torch.cat((torch.zeros_like(reached[:, :1], dtype=torch.bool), reached[:, :-1] > top_p), dim=1)
+        logits = logits.masked_fill(torch.zeros_like(outside).scatter(1, ids, outside), -torch.inf)
+    if top_k is not None and top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -torch.inf)
+    return logits
+
+
+def filtered_head_statistics(
+    ops: Ops,
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor,
+    top_p: float | None,
+    top_k: int | None,
+    forbidden: Tensor,
+    logits_dtype: torch.dtype | None,
+    temperature: float,
+    seed: Tensor,
+    position: Tensor,
+    step: int,
+) -> TokenStatistics:
+    """:func:`fastdllm_triton.ops.head_statistics` of the filtered distribution.
+
+    Args:
+        ops: the backend.
+        hidden: ``[N, E]``.
+        weight: ``[V, E]``.
+        rows: ``[R]`` int64 indices into ``hidden``, ``-1`` asks for nothing. Which those are is read by the host.
+        top_p, top_k: as in :func:`filter_logits`; forbidden tokens are removed before.
+        forbidden, logits_dtype, temperature, seed, position, step: as in ``head_statistics``.
+
+    Returns:
+        :class:`TokenStatistics` with entries ``[R]``.
+    """
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    result = TokenStatistics(
+        token=torch.full_like(rows, -1),
+        rest=torch.full(rows.shape, torch.inf, dtype=dtype, device=rows.device),
+        **{
+            name: torch.full(rows.shape, torch.nan, dtype=dtype, device=rows.device)
+            for name in ("logit", "second_logit", "logsumexp", "entropy")
+        },
+    )
+    asked = (rows >= 0).nonzero()[:, 0]
+    for begin in range(0, len(asked), _ROWS):
+        part = asked[begin : begin + _ROWS]
+        logits = F.linear(hidden[rows[part]], weight)
+        logits = logits.to(logits_dtype or logits.dtype).to(dtype)
+        logits[:, forbidden] = -torch.inf
+        keys: dict[str, Any] = {"seed": seed[part], "position": position[part], "step": step}
+        found = ops.token_statistics(filter_logits(logits, top_p, top_k), temperature=temperature, **keys)
+        for field in fields(result):
+            getattr(result, field.name)[part] = getattr(found, field.name)
+    return result

@@ -1,0 +1,117 @@
+"""Options of a generation by the names that people type: ``threshold 0.8``, ``cache prefix``, ``suffix_window none``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from .decoding import EntropyBudget, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
+
+#: The name that asks for each strategy, with its parameter.
+STRATEGIES: dict[str, Any] = {
+    "threshold": Threshold,
+    "factor": Factor,
+    "steps": FixedSteps,
+    "entropy_budget": EntropyBudget,
+}
+
+
+def strategy_of(given: Mapping[str, Any], now: Strategy | None = None) -> Strategy:
+    """The strategy that settings ask for.
+
+    Args:
+        given: at most one name of :data:`STRATEGIES` with its parameter, and ``score``; the rest is not read.
+        now: what is in force, where they ask for none; its score stays if only its parameter changes. 0.9 as a threshold if
+            not given.
+
+    Raises:
+        ValueError: a value is not allowed, or two strategies are asked for.
+    """
+    now = now or Threshold(0.9)
+    asked = [name for name in STRATEGIES if name in given]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} exclude each other; give one of {', '.join(STRATEGIES)}")
+    score = {"score": given["score"]} if "score" in given else {}
+    if not asked:
+        return replace(now, **score)
+    kind = STRATEGIES[asked[0]]
+    kept = {"score": now.score} if isinstance(now, kind) else {}
+    strategy: Strategy = kind(given[asked[0]], **(score or kept))
+    return strategy
+
+
+def changed(config: GenerationConfig, given: Mapping[str, Any]) -> GenerationConfig:
+    """A configuration with some settings replaced, all of them or none.
+
+    Args:
+        config: what to start from.
+        given: fields of :class:`~fastdllm_triton.decoding.GenerationConfig`, and what :func:`strategy_of` reads.
+
+    Raises:
+        ValueError: a value is not allowed, or values do not go together.
+        TypeError: a name is unknown.
+    """
+    rest = {name: value for name, value in given.items() if name not in STRATEGIES and name != "score"}
+    return replace(config, strategy=strategy_of(given, config.strategy), **rest)
+
+
+def current(config: GenerationConfig) -> dict[str, Any]:
+    """Every setting that :func:`parse` knows, as it stands; of the strategies, the one in force."""
+    strategy = config.strategy
+    name = next(name for name, kind in STRATEGIES.items() if isinstance(strategy, kind))
+    own = next(field.name for field in fields(strategy) if field.name != "score")
+    found = {name: getattr(strategy, own), "score": strategy.score}
+    return {**{name: getattr(config, name) for name in _READERS if hasattr(config, name)}, **found}
+
+
+def parse(name: str, text: str) -> Any:
+    """The value of a setting as it is typed; whether it is allowed is for :func:`changed` to say.
+
+    Raises:
+        ValueError: there is no such setting, or the text is not a value of its kind.
+    """
+    if name not in _READERS:
+        near = get_close_matches(name, _READERS, n=1)
+        hint = f"did you mean {near[0]}? There are " if near else "there are "
+        raise ValueError(f"no setting is called {name!r}; {hint}{', '.join(_READERS)}")
+    kind, read = _READERS[name]
+    try:
+        return read(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"{name} must be {kind}, got {text!r}") from None
+
+
+def _optional(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _flag(text: str) -> bool:
+    return {"on": True, "true": True, "off": False, "false": False}[text.lower()]
+
+
+_Reader = tuple[str, Callable[[str], Any]]
+_INTEGER: _Reader = ("an integer", int)
+_NUMBER: _Reader = ("a number", float)
+_OPTIONAL: _Reader = ("an integer or none", _optional)
+_WORD: _Reader = ("a word", str)
+
+_READERS: dict[str, _Reader] = {
+    "gen_length": _INTEGER,
+    "block_length": _INTEGER,
+    "cache": _WORD,
+    "threshold": _NUMBER,
+    "factor": _NUMBER,
+    "steps": _INTEGER,
+    "entropy_budget": _NUMBER,
+    "score": _WORD,
+    "temperature": _NUMBER,
+    "seed": _INTEGER,
+    "stop_at_eos": ("on or off", _flag),
+    "refresh_every": _OPTIONAL,
+    "prompt_refresh": _OPTIONAL,
+    "suffix_window": _OPTIONAL,
+    "look_back": _INTEGER,
+    "look_ahead": _INTEGER,
+}

@@ -1,0 +1,11 @@
+"""Swap-in: a LLaDA or Dream module that is already loaded generates with this library's engine, in place and reversibly.
+
+``recognise`` looks and refuses, ``fuse`` moves parameters, ``accelerated`` is the runtime over them and the methods that a module
+gets, ``report`` says what came of it.
+"""
+
+from .accelerate import accelerate, restore
+from .accelerated import runtime_of
+from .report import Report
+
+__all__ = ["Report", "accelerate", "restore", "runtime_of"]

@@ -1,0 +1,202 @@
+"""The runtime behind an accelerated module, and the methods that the module gets."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..decoding import GenerationOutput
+from ..loading import HUB_PATTERNS, ops_for
+from ..model import MaskedDiffusionLM
+from ..models.transformer import Transformer
+from ..ops import Ops, without_kernels
+from .fuse import fuse, fused_storages, unfuse
+from .recognise import Found, recognise
+from .report import Report, describe
+
+#: The attribute of an accelerated module that holds what it was accelerated with.
+ATTRIBUTE = "_fastdllm_triton"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of :func:`accelerate`.
+
+    Attributes:
+        backend: as there.
+        plain: keys of :data:`fastdllm_triton.ops.PARTS` that run without kernels.
+        strict: as there.
+    """
+
+    backend: str
+    plain: tuple[str, ...]
+    strict: bool
+
+
+class Accelerated:
+    """The runtime behind a module, made anew when the module's parameters have moved.
+
+    Attributes:
+        options: what :func:`accelerate` was called with.
+        shadowed: instance attributes of the module in whose place the methods stand; None before they do.
+    """
+
+    def __init__(self, module: nn.Module, options: Options, shadowed: dict[str, Any] | None = None) -> None:
+        self._module = weakref.ref(module)  # The module holds this: without a cycle, its memory goes when it goes.
+        self.options = options
+        self.shadowed = shadowed
+        self._runtime: MaskedDiffusionLM | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._places: list[tuple[Any, ...]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle of the module is accelerated likewise, over parameters of its own."""
+        return Accelerated, (self.module, self.options, self.shadowed)
+
+    @property
+    def module(self) -> nn.Module:
+        """The accelerated module."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the accelerated module is gone; keep a reference to it")
+        return module
+
+    def runtime(self) -> MaskedDiffusionLM:
+        """The model over the module's parameters as they are now.
+
+        Raises:
+            ValueError: the module was changed in a way that is not supported.
+            RuntimeError: strict, and something falls back or would be left out; or a fused tensor has no memory.
+        """
+        found = recognise(self.module)
+        if self.options.strict and found.hooked:
+            where = ", ".join(found.hooked)
+            raise RuntimeError(f"strict: forward hooks would not be run by generate: {where}; remove them first")
+        parameters = list(found.parameters.values())
+        if self._runtime is None or found.config != self._runtime.config or _places(parameters) != self._places:
+            ops = _ops(found, self.options)
+            self._runtime = None  # What it holds of the parameters' former memory goes first.
+            weights = fuse(found.parameters, found.config, found.architecture.NAMES)
+            self._runtime = MaskedDiffusionLM(Transformer(found.config, weights, ops), _folder(found.module))
+            self._parameters, self._places = parameters, _places(parameters)
+        return self._runtime
+
+    def report(self) -> Report:
+        """What is replaced and what not."""
+        fused = sum(fused_storages(self.runtime().network.weights).values())
+        found = recognise(self.module)
+        return describe(found, ops_for(self.options.backend, found.device, found.dtype), self.options.plain, fused)
+
+    def install(self) -> None:
+        """Gives the module its methods."""
+        attributes = vars(self.module)
+        methods: dict[str, Callable[..., Any]] = {"generate": self.generate, "fast_forward": self.fast_forward}
+        if self.runtime().config.shift:
+            methods["diffusion_generate"] = self.diffusion_generate
+        if self.shadowed is None:
+            self.shadowed = {name: attributes[name] for name in methods if name in attributes}
+        attributes.update(methods, **{ATTRIBUTE: self})
+
+    def remove(self) -> None:
+        """Takes the methods away, and the parameters out of the fused tensors."""
+        attributes = vars(self.module)
+        for name in ("generate", "fast_forward", "diffusion_generate", ATTRIBUTE):
+            attributes.pop(name, None)
+        attributes.update(self.shadowed or {})
+        if self._runtime is not None:
+            storages = fused_storages(self._runtime.network.weights)
+            self._runtime = None
+            unfuse(self._parameters, storages.keys())
+            self._parameters = []
+
+    @wraps(MaskedDiffusionLM.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> GenerationOutput:
+        """As :meth:`fastdllm_triton.MaskedDiffusionLM.generate`."""
+        return self.runtime().generate(*args, **kwargs)
+
+    def diffusion_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As :func:`fastdllm_triton.compat.diffusion_generate`, without its ``model``."""
+        from ..compat import diffusion_generate
+
+        return diffusion_generate(self.runtime(), *args, **kwargs)
+
+    def fast_forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of a plain forward over whole sequences, as the module's own ``forward`` gives them, without gradients.
+
+        Args:
+            input_ids: ``[B, T]`` integers. All of them are attended.
+
+        Returns:
+            ``[B, T, V]`` in the model's dtype. A Dream's are not shifted: those at position ``i`` predict ``i + 1``.
+
+        Raises:
+            ValueError: ``input_ids`` is not of that shape, or holds ids outside the vocabulary.
+        """
+        runtime = self.runtime()
+        rows = runtime.config.vocab_size
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids must be integers of shape [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < rows:
+            raise ValueError(f"input_ids holds ids outside the vocabulary [0, {rows})")
+        return runtime.logits(input_ids)
+
+
+def _ops(found: Found, options: Options) -> Ops:
+    """The ops that the options ask for, on the module's device.
+
+    Raises:
+        RuntimeError: the backend cannot run; or, if strict, falls back.
+    """
+    ops = ops_for(options.backend, found.device, found.dtype)
+    if options.strict and ops.name == "reference" and options.backend != "reference":
+        raise RuntimeError(f"strict: the kernels cannot run on this module: {ops.reason}")
+    return without_kernels(ops, options.plain)
+
+
+def _places(parameters: list[nn.Parameter]) -> list[tuple[Any, ...]]:
+    """What changes when a parameter gets other memory."""
+    return [(p.data_ptr(), p.dtype, p.device) for p in parameters]
+
+
+def runtime_of(model: object) -> MaskedDiffusionLM:
+    """The model that generates for what a user holds.
+
+    Args:
+        model: what :func:`fastdllm_triton.load` returns, or an accelerated module.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the module was changed in a way that is not supported.
+    """
+    if isinstance(model, MaskedDiffusionLM):
+        return model
+    accelerated = getattr(model, ATTRIBUTE, None)
+    if isinstance(accelerated, Accelerated):
+        return accelerated.runtime()
+    raise TypeError(
+        "model must come from fastdllm_triton.load, or be a module that fastdllm_triton.accelerate was called on, "
+        f"got {type(model).__name__}"
+    )
+
+
+def _folder(module: nn.Module) -> Path | None:
+    """Where the module's tokenizer is, if it is on this machine: the folder or the hub's cache that it was loaded from."""
+    name = getattr(module.config, "_name_or_path", None)
+    if not name:
+        return None
+    if (path := Path(name)).is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        revision = getattr(module.config, "_commit_hash", None)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True))
+    except Exception:  # Not in the cache, or not a name that a hub knows.
+        return None

@@ -1,0 +1,124 @@
+"""Records a generation forward by forward, as a page that replays it or as the data of that page.
+
+The page is one file without a network: the slots of each row fill in, coloured by confidence; the window that a forward
+recomputed is underlined; a bar a forward shows how many tokens it committed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .decoding import GenerationConfig
+from .files import write_atomically
+
+if TYPE_CHECKING:
+    from .engine import Forward
+    from .model import MaskedDiffusionLM
+
+#: Of the data; raised when a reader of the old one would go wrong.
+FORMAT = 1
+
+
+class Trace:
+    """The callback of a generation that records it. :meth:`write` at its end, or after an interrupt, writes the file.
+
+    The data, also ``TRACE`` in the page's script: ``format``, ``model``, ``options``; ``gen_length`` and ``block_length``;
+    ``pieces``, the text of each token id that occurs; ``rows``, a ``prompt`` and the ``generated`` ids each (what has not been
+    decoded is ``mask_id``); and ``forwards``, in order: ``refresh``, and for each row that it decoded ``row``, ``block``,
+    ``window``, the slots ``[first, last)`` that it recomputed, counted from the first generated one (so those of the prompt are
+    negative), and ``committed``, a list of ``[slot, confidence]``.
+
+    Args:
+        path: ends in ``.html`` for the page, in ``.json`` for the data.
+        model: whose generation it is.
+        prompts: token ids of each row.
+        config: the options.
+
+    Raises:
+        ValueError: the path ends in something else.
+        OSError: the path is a folder, or its folder is not there. Raised before any work.
+    """
+
+    def __init__(
+        self, path: str | Path, model: MaskedDiffusionLM, prompts: Sequence[Sequence[int]], config: GenerationConfig
+    ) -> None:
+        self.path = Path(path)
+        if self.path.suffix not in (".html", ".json"):
+            raise ValueError(f"trace must end in .html or .json, got {str(path)!r}")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"trace: there is no folder {str(self.path.parent)!r}")
+        if self.path.is_dir():
+            raise IsADirectoryError(f"trace: {str(path)!r} is a folder")
+        self._model, self._prompts, self._config = model, [list(prompt) for prompt in prompts], config
+        self._forwards: list[dict[str, Any]] = []
+        self._last: Forward | None = None
+
+    def __call__(self, forward: Forward) -> None:
+        """Records a forward."""
+        first = forward.x.shape[1] - self._config.gen_length
+        committed: dict[int, list[list[float]]] = {}
+        for token in forward.committed:
+            confidence = None if math.isnan(token.confidence) else round(token.confidence, 6)
+            committed.setdefault(token.row, []).append([token.position, confidence])  # type: ignore[list-item]
+        rows = [
+            {
+                "row": row,
+                "block": block,
+                "window": [max(start - first, -len(self._prompts[row])), end - first],
+                "committed": committed.get(row, []),
+            }
+            for row, block, (start, end) in zip(forward.rows, forward.blocks, forward.windows, strict=True)
+        ]
+        self._forwards.append({"refresh": forward.refresh, "rows": rows})
+        self._last = forward
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What has been recorded so far."""
+        config, model = self._config, self._model
+        mask = model.config.mask_id if config.mask_id is None else config.mask_id
+        if self._last is None:
+            generated = [[mask] * config.gen_length for _ in self._prompts]
+        else:
+            generated = self._last.x[:, -config.gen_length :].tolist()
+        ids = sorted({mask, *(token for row in (*self._prompts, *generated) for token in row)})
+        return {
+            "format": FORMAT,
+            "model": repr(model),
+            "options": _options(config),
+            "gen_length": config.gen_length,
+            "block_length": config.block_length,
+            "mask_id": mask,
+            "eos_ids": list(model.config.eos_ids if config.eos_ids is None else config.eos_ids),
+            "pieces": {token: f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token])) for token in ids},
+            "rows": [{"prompt": prompt, "generated": own} for prompt, own in zip(self._prompts, generated, strict=True)],
+            "forwards": self._forwards,
+        }
+
+    def write(self) -> None:
+        """Writes the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        data = json.dumps(self.data)
+        write_atomically(self.path, page(data) if self.path.suffix == ".html" else data + "\n")
+
+
+def page(data: str) -> str:
+    """The page that replays recorded data, JSON text."""
+    template = resources.files(__package__).joinpath("trace.html").read_text(encoding="utf-8")
+    # Nothing in a token's text may end the script that holds it.
+    return template.replace("/* the recording */ null", data.replace("<", "\\u003c"))
+
+
+def _options(config: GenerationConfig) -> dict[str, str]:
+    """The options that differ from the defaults, and those that say what a generation was."""
+    plain = GenerationConfig(gen_length=config.gen_length, block_length=config.block_length)
+    told = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
+    return {name: str(value) for name, value in {"cache": config.cache, "strategy": config.strategy, **told}.items()}

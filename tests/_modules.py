@@ -1,0 +1,152 @@
+"""LLaDA and Dream as their users hold them: torch modules with the checkpoints' parameter names, a config and a ``forward``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def load_module(folder: Path, **config: Any) -> nn.Module:
+    """A module with the weights and the config of a checkpoint, some fields replaced."""
+    raw = json.loads((folder / "config.json").read_text()) | config
+    module = (LLaDA if raw["model_type"] == "llada" else Dream)(SimpleNamespace(**raw))
+    module.load_state_dict(load_file(folder / "model.safetensors"), strict=not (raw.get("tie_word_embeddings")))
+    return module.eval()
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, theta: float) -> Tensor:
+    """Projections ``[B, T, heads * D]`` to the mixed values ``[B, T, Hq * D]``: rotated, grouped, without a mask."""
+    q, k, v = (t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    half = q.shape[-1] // 2
+    angle = torch.arange(q.shape[2]).float()[:, None] * theta ** (-torch.arange(half) / half)
+    cos, sin = torch.cat((angle.cos(),) * 2, -1).to(q), torch.cat((angle.sin(),) * 2, -1).to(q)
+    q, k = (t * cos + torch.cat((-t[..., half:], t[..., :half]), -1) * sin for t in (q, k))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+class LLaDABlock(nn.Module):
+    def __init__(self, c: Any) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.theta = c.n_heads, c.n_kv_heads, c.rope_theta
+        head_dim = c.d_model // c.n_heads
+        self.attn_norm, self.ff_norm = (Norm(c.d_model, c.rms_norm_eps) for _ in range(2))
+        self.q_proj = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(c.d_model, c.n_kv_heads * head_dim, bias=False) for _ in range(2))
+        self.attn_out = nn.Linear(c.d_model, c.d_model, bias=False)
+        self.ff_proj, self.up_proj = (nn.Linear(c.d_model, c.mlp_hidden_size, bias=False) for _ in range(2))
+        self.ff_out = nn.Linear(c.mlp_hidden_size, c.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attn_norm(x)
+        x = x + self.attn_out(attend(self.q_proj(h), self.k_proj(h), self.v_proj(h), self.heads, self.kv_heads, self.theta))
+        h = self.ff_norm(x)
+        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
+class LLaDA(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        c = self.config = config
+        self.model = nn.Module()
+        parts = {
+            "wte": nn.Embedding(c.embedding_size, c.d_model),
+            "blocks": nn.ModuleList(LLaDABlock(c) for _ in range(c.n_layers)),
+            "ln_f": Norm(c.d_model, c.rms_norm_eps),
+            "ff_out": nn.Linear(c.d_model, c.embedding_size, bias=False),
+        }
+        self.model.transformer = nn.ModuleDict(parts)
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        parts = self.model.transformer
+        x = parts["wte"](input_ids)
+        for block in parts["blocks"]:
+            x = block(x)
+        return SimpleNamespace(logits=parts["ff_out"](parts["ln_f"](x)))
+
+
+class DreamLayer(nn.Module):
+    def __init__(self, c: Any) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.theta = c.num_attention_heads, c.num_key_value_heads, c.rope_theta
+        width, head_dim = c.hidden_size, c.hidden_size // c.num_attention_heads
+        self.input_layernorm, self.post_attention_layernorm = (Norm(width, c.rms_norm_eps) for _ in range(2))
+        self.self_attn, self.mlp = nn.Module(), nn.Module()
+        self.self_attn.q_proj = nn.Linear(width, width)
+        self.self_attn.k_proj, self.self_attn.v_proj = (nn.Linear(width, self.kv_heads * head_dim) for _ in range(2))
+        self.self_attn.o_proj = nn.Linear(width, width, bias=False)
+        self.mlp.gate_proj, self.mlp.up_proj = (nn.Linear(width, c.intermediate_size, bias=False) for _ in range(2))
+        self.mlp.down_proj = nn.Linear(c.intermediate_size, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, mlp, h = self.self_attn, self.mlp, self.input_layernorm(x)
+        x = x + a.o_proj(attend(a.q_proj(h), a.k_proj(h), a.v_proj(h), self.heads, self.kv_heads, self.theta))
+        h = self.post_attention_layernorm(x)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+
+
+class Dream(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        c = self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.model.layers = nn.ModuleList(DreamLayer(c) for _ in range(c.num_hidden_layers))
+        self.model.norm = Norm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        x = self.model.embed_tokens(input_ids)
+        for layer in self.model.layers:
+            x = layer(x)
+        return SimpleNamespace(logits=self.lm_head(self.model.norm(x)))
+
+
+class LoRA(nn.Module):
+    """A layer with a low-rank adapter, with the attributes by which PEFT's are known."""
+
+    def __init__(self, base_layer: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base_layer.out_features, bias=False)})
+        self.active_adapters, self.merged_adapters, self.disable_adapters = ["default"], [], False
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        self.base_layer.weight.data += self.lora_B["default"].weight @ self.lora_A["default"].weight
+        self.merged_adapters.append("default")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base_layer(x)
+        return y if self.merged_adapters or self.disable_adapters else y + self.lora_B["default"](self.lora_A["default"](x))
+
+
+class Wrapper(nn.Module):
+    """Two modules around a model, as PEFT puts them: ``base_model.model``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.base_model = nn.Module()
+        self.base_model.model = module
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.base_model.model(input_ids)

@@ -1,0 +1,73 @@
+"""The number of launches of a step, counted on the engine's own code."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import fastdllm_triton as fdt
+from fastdllm_triton.batch import Batch
+from fastdllm_triton.launches import count_launches
+from fastdllm_triton.models.config import ModelConfig
+
+LLADA = ModelConfig(
+    "llada", 126_464, 126_464, 4096, 32, 32, 32, 128, 12_288, 5e5, 1e-5, 4096, False, 126_336, (126_081,)
+)  # fmt: skip
+DREAM = ModelConfig(
+    "dream", 152_064, 152_064, 3584, 28, 28, 4, 128, 18_944, 1e6, 1e-6, 131_072, False, 151_666, (151_643,), True, True, "dream"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [LLADA, DREAM], ids=["llada", "dream"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_layer_launches_ten_kernels_and_seven_with_fused_products(model: ModelConfig, rows: int) -> None:
+    plain = count_launches(model, rows=rows)
+    assert plain.layer == {"rms_norm": 2, "linear": 5, "rope_kv_write": 1, "window_attention": 2}
+    fused = count_launches(model, rows=rows, fused=True)
+    assert fused.layer == {"linear": 4, "rope_kv_write": 1, "window_attention": 2}
+    assert (plain.per_layer, fused.per_layer) == (10, 7)
+    assert plain.per_step == 10 * model.layers + plain.around.total()
+
+
+def test_a_step_launches_few_kernels_outside_its_layers() -> None:
+    around = count_launches(LLADA).around
+    assert around["head_statistics"] == 2
+    assert around["commit_tokens"] == 1
+    assert around.total() <= 25
+
+
+def test_what_is_counted_is_what_a_step_calls(llada: fdt.MaskedDiffusionLM) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        op = getattr(llada.network.ops, name)
+        return lambda *args, **kwargs: (calls.update([name]), op(*args, **kwargs))[1]
+
+    names = ("rms_norm", "linear", "rope_kv_write", "window_attention", "head_statistics", "commit_tokens", "swiglu")
+    llada.network.ops = replace(llada.network.ops, **{name: counted(name) for name in names})
+    config = fdt.GenerationConfig(gen_length=8, block_length=8)
+    batch = Batch(llada.network, 1, 12, config, config.resolve(llada.config, 1))
+    batch.fill([[1, 2, 3, 4] + [llada.config.mask_id] * 8], [0], [0])
+    batch.place([4], [12])
+    batch.begin(0, 1)
+    with torch.no_grad():
+        batch.refresh(0, 1, 0, 12)
+        calls.clear()
+        batch.step(1, 8)
+
+    found = count_launches(llada.config, block_length=8, slots=12)
+    layers = llada.config.layers
+    assert calls["rope_kv_write"] == layers * found.layer["rope_kv_write"]
+    assert calls["rms_norm"] == layers * found.layer["rms_norm"] + found.around["rms_norm"]
+    assert calls["linear"] == 4 * layers  # the gated one is two launches, a norm in front of the first is another
+    assert found.layer["linear"] == 5
+    assert (calls["head_statistics"], calls["commit_tokens"], calls["swiglu"]) == (1, 1, 0)
+
+
+def test_an_unknown_architecture_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"arch must be one of .*sm_90.*, got 'sm_42'"):
+        count_launches(LLADA, arch="sm_42")

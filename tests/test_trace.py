@@ -1,0 +1,222 @@
+"""A recorded generation: its data, and the page that replays it, in a browser without a screen."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastdllm_triton as fdt
+from fastdllm_triton.engine import Forward
+from fastdllm_triton.trace import Trace, page
+
+PROMPTS = (
+    "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?",
+    "Ann has 20 books. Ann buys 30. Ann loses 12. Ann gets 25. How many?",
+)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, to look at the page")
+
+
+def _record(lm: fdt.MaskedDiffusionLM, path: Path, **options: Any) -> tuple[dict[str, Any], fdt.GenerationOutput]:
+    prompts = [lm.encode(prompt) for prompt in PROMPTS]
+    config = lm.options(**{"cache": "dual", "strategy": fdt.Threshold(0.9), **options})
+    trace = Trace(path, lm, prompts, config)
+    output = lm.generate(prompts, config, callback=trace)
+    trace.write()
+    return trace.data, output
+
+
+def test_the_data_is_the_generation(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    data, output = _record(tiny, tmp_path / "trace.json")
+    assert json.loads((tmp_path / "trace.json").read_text()) == json.loads(json.dumps(data))
+    assert len(data["forwards"]) == output.nfe
+    assert sum(forward["refresh"] for forward in data["forwards"]) == output.refreshes
+    assert [row["generated"] for row in data["rows"]] == output.generated.tolist()
+    assert [row["prompt"] for row in data["rows"]] == [tiny.encode(prompt) for prompt in PROMPTS]
+    steps, confidences = (-output.step_map.new_ones(2, 48)).tolist(), [[None] * 48 for _ in range(2)]
+    for index, forward in enumerate(data["forwards"]):
+        for part in forward["rows"]:
+            for slot, confidence in part["committed"]:
+                steps[part["row"]][slot], confidences[part["row"]][slot] = index, confidence
+    assert steps == output.step_map.tolist()
+    sure = output.confidence[0].tolist()
+    assert confidences[0] == [None if math.isnan(p) else round(p, 6) for p in sure]
+    text = "".join(data["pieces"][token] for token in data["rows"][0]["generated"] if token not in data["eos_ids"])
+    assert text == output.texts[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "refreshed", "stepped"),
+    [
+        ({"cache": "none"}, (0, 48), (0, 48)),
+        ({"cache": "prefix"}, (0, 48), (16, 48)),
+        ({"cache": "dual"}, (0, 48), (16, 32)),
+        ({"cache": "dual", "look_back": 4, "look_ahead": 8}, (0, 48), (12, 40)),
+        ({"cache": "prefix", "suffix_window": 4}, (0, 36), (16, 36)),
+    ],
+)
+def test_windows_are_those_that_were_recomputed(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, options: dict[str, Any], refreshed: tuple[int, int], stepped: tuple[int, int]
+) -> None:
+    data, _ = _record(tiny, tmp_path / "trace.json", strategy=fdt.FixedSteps(12), **options)
+    found: dict[bool, set[tuple[int, int]]] = {True: set(), False: set()}
+    for forward in data["forwards"]:
+        for part in forward["rows"]:
+            if part["row"] == 0 and part["block"] == 1:
+                found[forward["refresh"]].add(tuple(part["window"]))
+    prompt = len(tiny.encode(PROMPTS[0]))
+    assert found == {True: {(-prompt, refreshed[1])}, False: {(stepped[0] - (prompt if stepped[0] == 0 else 0), stepped[1])}}
+
+
+def test_an_interrupted_generation_is_recorded_up_to_there(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    prompts = [tiny.encode(PROMPTS[0])]
+    config = tiny.options()
+    trace = Trace(tmp_path / "trace.html", tiny, prompts, config)
+    for forward in tiny.stream(prompts, config):
+        trace(forward)
+        if forward.index == 1:
+            break
+    trace.write()
+    assert len(trace.data["forwards"]) == 2
+    assert trace.data["rows"][0]["generated"].count(trace.data["mask_id"]) > 24
+    assert '"forwards"' in (tmp_path / "trace.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("trace.txt", ValueError, "trace must end in .html or .json, got"),
+        ("nowhere/trace.html", FileNotFoundError, "there is no folder"),
+        ("folder.html", IsADirectoryError, "is a folder"),
+    ],
+)
+def test_bad_paths_are_told_before_any_work(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
+    (tmp_path / "folder.html").mkdir()
+    with pytest.raises(error, match=message):
+        Trace(tmp_path / name, tiny, [[5]], tiny.options())
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_page_needs_no_network_and_text_cannot_leave_its_script(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    _record(tiny, tmp_path / "trace.html")
+    text = (tmp_path / "trace.html").read_text()
+    addresses = set(re.findall(r"https?://[^\"' ]+", text))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # The name of SVG, not a place.
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(link|script|img)[^>]+(src|href)=\"(?!data:)", text)
+    hostile = page(json.dumps({"pieces": {"1": "</script><script>alert(1)</script><!--"}}))
+    assert hostile.count("</script>") == 1
+    assert hostile.count("<script>") == 1
+    assert "<!--" not in hostile
+
+
+# What a reader does and sees, run inside the page; the results come back in its title.
+_PROBE = """
+<script>
+const seen = [];
+const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+const look = () => ({
+  frame: Number($("slider").value),
+  now: $("now").textContent,
+  masked: cells.map((c) => c.generated.filter((e) => e.classList.contains("masked")).length),
+  fresh: cells.map((c) => c.generated.filter((e) => e.classList.contains("fresh")).length),
+  window: [...cells[0].prompt, ...cells[0].generated].filter((e) => e.classList.contains("window"))
+    .map((e) => Number(e.dataset.slot)),
+  refreshed: cells[0].panel.classList.contains("refreshed"),
+  text: cells[0].generated.filter((e) => !e.classList.contains("masked")).map((e) => e.textContent).join(""),
+  wide: document.documentElement.scrollWidth > window.innerWidth,
+  hash: location.hash,
+});
+seen.push(look());
+press("Home"); seen.push(look());
+press("ArrowRight"); seen.push(look());
+press("ArrowRight"); seen.push(look());
+press("ArrowLeft"); seen.push(look());
+$("next").click(); seen.push(look());
+$("slider").value = 5; $("slider").dispatchEvent(new Event("input")); seen.push(look());
+const box = $("bars").getBoundingClientRect();
+$("bars").dispatchEvent(new MouseEvent("click", { clientX: box.left + box.width * 0.999, bubbles: true })); seen.push(look());
+cells[0].generated[0].click();
+const told = [$("token").textContent];
+press("Home"); cells[0].generated[0].click(); told.push($("token").textContent);
+$("play").click(); const playing = $("play").getAttribute("aria-label");
+setTimeout(() => {
+  document.title = JSON.stringify({ seen, told, playing, after: look(), bars: bars.length });
+}, 1500);
+</script>
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("size", ["1100,800", "360,740"])
+def test_the_page_replays_the_generation(tiny: fdt.MaskedDiffusionLM, tmp_path: Path, size: str) -> None:
+    _, output = _record(tiny, tmp_path / "trace.html")
+    with (tmp_path / "trace.html").open("a") as file:
+        file.write(_PROBE)
+    assert CHROMIUM is not None
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += f" --disable-component-update --disable-sync --window-size={size} --virtual-time-budget=5000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "trace.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search(r"<title>(\{.*?\})</title>", dom, flags=re.S)
+    assert found, dom[-2000:]
+    told = json.loads(found.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+    nfe = output.nfe
+    assert [look["frame"] for look in told["seen"]] == [nfe, 0, 1, 2, 1, 2, 5, nfe]
+    end, start, first, second = told["seen"][:4]
+    assert end["text"].rstrip("¶") == output.texts[0]
+    assert end["masked"] == [0, 0]
+    assert start["masked"] == [48, 48]
+    assert start["now"] == f"before the first of {nfe} forwards"
+    steps = output.step_map
+    assert first["fresh"] == [(row == 0).sum() for row in steps]
+    assert first["masked"] == [48 - (row == 0).sum() for row in steps]
+    prompt = len(tiny.encode(PROMPTS[0]))
+    assert first["window"] == list(range(-prompt, 48))  # A refresh recomputes everything,
+    assert (first["refreshed"], second["refreshed"]) == (True, False)
+    assert second["window"] == list(range(16))  # a step over the dual cache the block.
+    committed = int((steps == 1).sum())
+    assert second["now"].startswith(f"forward 2 of {nfe}: step, {committed} token")
+    assert end["now"].endswith(f"{output.tokens_per_forward:.2f} tokens per forward so far")
+    assert end["hash"] == f"#{nfe}"
+    assert not any(look["wide"] for look in told["seen"])
+    assert told["bars"] == nfe
+    assert f"committed by forward {int(steps[0, 0]) + 1} at confidence {float(output.confidence[0, 0]):.4f}" in told["told"][0]
+    assert told["told"][1].endswith("still masked")
+    assert told["playing"] == "pause"
+    assert told["after"]["frame"] > 0
+
+
+def test_generate_writes_the_trace_also_when_it_is_stopped(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole.json", tmp_path / "part.json"
+    seen: list[int] = []
+    out = tiny.generate("Tom has 5 coins.", trace=whole, callback=lambda forward: seen.append(forward.index))
+    assert len(json.loads(whole.read_text())["forwards"]) == len(seen) == out.nfe
+
+    def stop(forward: Forward) -> None:
+        if forward.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.generate("Tom has 5 coins.", trace=part, callback=stop)
+    assert len(json.loads(part.read_text())["forwards"]) == 2
+
+
+def test_a_trace_that_cannot_be_written_is_an_error_before_any_forward(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny.network, "forward", None)
+    with pytest.raises(FileNotFoundError, match="trace: there is no folder"):
+        tiny.generate("Tom", trace=tmp_path / "missing" / "a.html")
+    with pytest.raises(ValueError, match=r"trace must end in \.html or \.json"):
+        tiny.generate("Tom", trace=tmp_path / "a.txt")

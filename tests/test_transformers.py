@@ -1,0 +1,252 @@
+"""What is read through transformers, with whatever version is installed: tokenizers, chat templates, configs, its own modules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _modules import Dream, LLaDA
+from conftest import GOLDEN, GOLDEN_DREAM
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+import fastdllm_triton as fdt
+from fastdllm_triton.tokenizer import read_tokenizer
+
+LLADA_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+)
+LLADA_SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|mdm_mask|>"]
+LLADA_CHAT = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhello there<|eot_id|>"
+LLADA_CHAT += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+
+DREAM_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+DREAM_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|beginoftext|>", "<|mask|>"]
+DREAM_CHAT = "<|im_start|>user\nhello there<|im_end|>\n<|im_start|>assistant\n"
+
+TEXT = "hello there, the  cat is\nhere: 1234 <|mask|> café"
+
+
+def _bpe() -> Tokenizer:
+    """A tiny byte-level BPE, as LLaDA's and Dream's are."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["hello there, the cat is here; hello the other cat"] * 3, trainer)
+    return tokenizer
+
+
+def _added(special: list[str], first: int) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {str(first + i): {"content": token, **flags} for i, token in enumerate(special)}
+
+
+@pytest.fixture
+def llada_folder(tmp_path: Path) -> Path:
+    """Tokenizer files as LLaDA's repositories have them."""
+    tokenizer = _bpe()
+    first = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(LLADA_SPECIAL)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "added_tokens_decoder": _added(LLADA_SPECIAL, first),
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": LLADA_TEMPLATE,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.fixture
+def dream_folder(tmp_path: Path) -> Path:
+    """Tokenizer files as Dream's repositories have them: no ``tokenizer.json``, and a class that is remote code."""
+    tokenizer = _bpe()
+    tokenizer.model.save(str(tmp_path))
+    first = tokenizer.get_vocab_size()
+    config = {
+        "added_tokens_decoder": _added(DREAM_SPECIAL, first),
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "bos_token": "<|beginoftext|>",
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "chat_template": DREAM_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+        "split_special_tokens": False,
+        "tokenizer_class": "DreamTokenizer",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({token: first + i for i, token in enumerate(DREAM_SPECIAL)}))
+    (tmp_path / "tokenization_dream.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    return tmp_path
+
+
+def _edit(folder: Path, **fields: Any) -> None:
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+
+
+def _chat(tokenizer: Any) -> str:
+    turns = [{"role": "user", "content": "hello there"}]
+    rendered: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return rendered
+
+
+def _check_round_trip(tokenizer: Any, special: list[str]) -> None:
+    ids = tokenizer(TEXT)["input_ids"]
+    assert tokenizer.decode(ids) == TEXT
+    first = min(tokenizer.convert_tokens_to_ids(special))
+    for i, token in enumerate(special):
+        assert tokenizer(token, add_special_tokens=False)["input_ids"] == [first + i]
+
+
+def test_lladas_tokenizer_and_chat_template(llada_folder: Path) -> None:
+    tokenizer: Any = read_tokenizer(llada_folder)
+    assert _chat(tokenizer) == LLADA_CHAT
+    _check_round_trip(tokenizer, LLADA_SPECIAL)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|startoftext|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("name", ["DreamTokenizer", "absent"])
+def test_dreams_tokenizer_without_its_remote_class(dream_folder: Path, name: str) -> None:
+    _edit(dream_folder, tokenizer_class=name)
+    # Where no tokenizer class is named, transformers looks at the config, which names remote classes too.
+    raw = {"model_type": "Dream", "auto_map": {"AutoConfig": "tokenization_dream.DreamConfig"}}
+    (dream_folder / "config.json").write_text(json.dumps(raw))
+    tokenizer: Any = read_tokenizer(dream_folder)
+    assert _chat(tokenizer) == DREAM_CHAT
+    _check_round_trip(tokenizer, DREAM_SPECIAL)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.mask_token) == ("<|beginoftext|>", "<|endoftext|>", "<|mask|>")
+    assert not (dream_folder / "ran").exists()
+
+
+def test_dreams_tokenizer_splits_as_qwen2_does(dream_folder: Path) -> None:
+    """Digits one by one, words with the space before them; what a plain byte-level BPE does not do."""
+    tokenizer: Any = read_tokenizer(dream_folder)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("hello there 1234")["input_ids"])
+    assert tokens[-4:] == ["1", "2", "3", "4"]
+    assert "".join(tokens) == "helloĠthereĠ1234"
+
+
+@pytest.mark.parametrize("inline", ["absent", "another template"])
+def test_a_template_in_a_file_of_its_own(llada_folder: Path, inline: str) -> None:
+    _edit(llada_folder, chat_template=inline)
+    (llada_folder / "chat_template.jinja").write_text(LLADA_TEMPLATE)
+    assert _chat(read_tokenizer(llada_folder)) == LLADA_CHAT
+
+
+def test_prompts_and_chats_of_a_loaded_model(dream_folder: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (dream_folder / name).write_bytes((GOLDEN / GOLDEN_DREAM / name).read_bytes())
+    lm = fdt.load(dream_folder, device="cpu")
+    assert lm.tokenizer is not None
+    assert lm.tokenizer.decode(lm.encode("hello there")) == "hello there"
+    assert lm.tokenizer.decode(lm.encode("hello there", chat=True)) == DREAM_CHAT
+    assert isinstance(lm.generate("hello there", gen_length=8, block_length=8).texts[0], str)
+    lm.save_pretrained(dream_folder / "copy")
+    again: Any = read_tokenizer(dream_folder / "copy")
+    assert again(TEXT)["input_ids"] == lm.tokenizer(TEXT)["input_ids"]
+
+
+def test_no_files_no_tokenizer(dream_folder: Path) -> None:
+    (dream_folder / "merges.txt").unlink()
+    assert read_tokenizer(dream_folder) is None
+
+
+@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", "{}"), ("tokenizer.json", "{"), ("tokenizer_config.json", "[]")])
+def test_damaged_files_are_named(llada_folder: Path, file: str, text: str) -> None:
+    (llada_folder / file).write_text(text)
+    with pytest.raises(fdt.CheckpointError, match=r"tokenizer files in .* cannot be read|tokenizer_config.json must hold"):
+        read_tokenizer(llada_folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modules of transformers' own kind, as trust_remote_code gives them.
+
+
+class LLaDAConfig(PretrainedConfig):  # type: ignore[misc]
+    model_type = "llada"
+
+    def __init__(self, **fields: Any) -> None:
+        own = {name: fields.pop(name) for name in list(fields) if name in _OWN}
+        for name, value in own.items():
+            setattr(self, name, value)
+        super().__init__(**fields)
+
+
+class DreamConfig(PretrainedConfig):  # type: ignore[misc]
+    model_type = "Dream"
+
+    def __init__(self, rope_theta: float = 1e6, rope_scaling: Any = None, **fields: Any) -> None:
+        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        super().__init__(**fields)
+
+
+_OWN = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "vocab_size", "embedding_size", "rope_theta")
+
+
+def _pretrained(model: str) -> PreTrainedModel:
+    """A checkpoint in a subclass of transformers' module class, around the same parts as the plain ones."""
+    raw = json.loads((GOLDEN / model / "config.json").read_text())
+    config_type, plain = (DreamConfig, Dream) if model == GOLDEN_DREAM else (LLaDAConfig, LLaDA)
+    fields = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map", "transformers_version")}
+    config = config_type(**fields)
+
+    class Pretrained(PreTrainedModel):  # type: ignore[misc]
+        config_class = config_type
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for name, child in plain(config).named_children():
+                self.add_module(name, child)
+
+        forward = plain.forward
+
+    module = Pretrained(config)
+    module.load_state_dict(load_file(GOLDEN / model / "model.safetensors"))
+    return module.eval()
+
+
+@pytest.mark.parametrize("model", ["llada-gqa", GOLDEN_DREAM])
+def test_a_module_with_a_config_of_transformers(model: str) -> None:
+    module: nn.Module = _pretrained(model)
+    fdt.accelerate(module)
+    expected = fdt.load(GOLDEN / model, device="cpu")
+    options: dict[str, Any] = {"gen_length": 16, "block_length": 8}
+    assert torch.equal(module.generate([[1, 2, 3]], **options).sequences, expected.generate([[1, 2, 3]], **options).sequences)
+
+
+@pytest.mark.parametrize("model", ["llada-gqa", GOLDEN_DREAM])
+@pytest.mark.parametrize("size", ["5GB", "100KB"])
+def test_its_own_save_pretrained_works_on(model: str, size: str, tmp_path: Path) -> None:
+    module = _pretrained(model)
+    fdt.accelerate(module)
+    module.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors").exists() == (size == "5GB")
+    saved = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    source = load_file(GOLDEN / model / "model.safetensors")
+    assert saved.keys() == source.keys()
+    assert all(torch.equal(saved[name], source[name]) for name in source)
+    ids = torch.tensor([[3, 1, 4, 318, 318]])
+    assert torch.equal(fdt.load(tmp_path, device="cpu").logits(ids), module.fast_forward(ids))
