@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 from fastdllm_triton.bench._report import Report, changes, columns_of
 from fastdllm_triton.bench._session import Row
+from fastdllm_triton.files import write_atomically
 
 
 def check_installed() -> None:
@@ -20,9 +20,7 @@ def check_installed() -> None:
 
 def write_page(report: Report, file: Path, earlier: Report | None = None) -> None:
     """Writes the page, whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(page(report, earlier), encoding="utf-8")
-    os.replace(part, file)
+    write_atomically(file, page(report, earlier))
 
 
 def page(report: Report, earlier: Report | None = None) -> str:

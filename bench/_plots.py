@@ -123,15 +123,20 @@ def _parts(rows: Sequence[Row]) -> Plot | None:
 
 
 def _accuracy(evaluation: Sequence[dict[str, Any]]) -> list[Plot]:
-    """A plot a task: a dot a strategy."""
+    """A plot for each cache and block length: a dot a strategy, with the interval of its score."""
     found = []
-    for task in dict.fromkeys(result["task"] for result in evaluation):
+    scored = [record for record in evaluation if record["exact_match"] is not None]
+    for cache, block in dict.fromkeys((record["cache"], record["block_length"]) for record in scored):
         figure, axes = _figure()
-        for colour, result in zip(_cycle(), [r for r in evaluation if r["task"] == task], strict=False):
-            axes.plot(result["tokens_per_forward"], 100 * result["accuracy"], "o", color=colour, label=result["label"])
-        axes.set(xlabel="tokens per forward", ylabel="accuracy, %")
-        axes.legend(frameon=False, fontsize=8)
-        found.append(Plot(task, _svg(figure, f"accuracy {task}")))
+        for colour, record in zip(
+            _cycle(), [r for r in scored if (r["cache"], r["block_length"]) == (cache, block)], strict=False
+        ):
+            score, (low, high) = 100 * record["exact_match"], (100 * end for end in record["exact_match_ci"])
+            x = record["tokens_per_forward"]
+            axes.errorbar(x, score, [[score - low], [high - score]], fmt="o", color=colour, label=record["strategy"])
+        axes.set(xlabel="tokens per forward", ylabel="exact match, %")
+        figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=3)
+        found.append(Plot(f"cache {cache}, blocks of {block}", _svg(figure, f"accuracy {cache} {block}")))
     return found
 
 

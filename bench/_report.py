@@ -5,7 +5,7 @@
 | ``machine.json``  | what it was measured on, the ceilings, whether anything was timed                          |
 | ``verify.json``   | the verification before it                                                                 |
 | ``<bench>.json``  | the rows of a bench, a row a line                                                          |
-| ``evaluation.json`` | accuracies, where ``evaluate`` has put some: a list of ``task, label, accuracy, tokens_per_forward`` |
+| ``evaluation/``   | what ``fastdllm-triton evaluate`` has written there, if it has: ``summary.json`` is read     |
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from rich.text import Text
 
 from fastdllm_triton.bench._session import Row, label
 from fastdllm_triton.bench._timing import Ceilings
+from fastdllm_triton.files import write_atomically
 from fastdllm_triton.verify import write_json
 
 #: Files of a folder that hold no rows.
-OTHER_FILES = ("machine.json", "verify.json", "evaluation.json")
+OTHER_FILES = ("machine.json", "verify.json")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Report:
         ceilings: None where nothing was timed.
         verification: records as JSON.
         rows: of all benches.
-        evaluation: accuracies, if there are any.
+        evaluation: records of :func:`fastdllm_triton.evaluation.summary.summarize`, if there are any.
     """
 
     machine: dict[str, Any]
@@ -66,7 +67,7 @@ class Report:
                     found.rows += rows if isinstance(rows, list) and all("bench" in row for row in rows) else []
             if (path := folder / "verify.json").is_file():
                 found.verification = json.loads(path.read_text())["records"]
-            if (path := folder / "evaluation.json").is_file():
+            if (path := folder / "evaluation" / "summary.json").is_file():
                 found.evaluation = json.loads(path.read_text())
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder} holds damaged results: {error!r}") from None
@@ -90,9 +91,7 @@ class Report:
     def write_rows(self, folder: Path, bench: str) -> None:
         """Writes the rows of a bench, one a line, whole or not at all."""
         rows = [json.dumps(row) for row in self.rows if row["bench"] == bench]
-        part = folder / f".{bench}.json.part"
-        part.write_text("[\n" + ",\n".join(rows) + "\n]\n")
-        os.replace(part, folder / f"{bench}.json")
+        write_atomically(folder / f"{bench}.json", "[\n" + ",\n".join(rows) + "\n]\n")
 
     def done(self) -> set[tuple[str, str]]:
         """The cases that need no second run: those that were timed, or cannot be here."""

@@ -237,13 +237,18 @@ def _tensors(found: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def peak(run: Run, inputs: Inputs) -> int | None:
-    """Bytes allocated at the highest point of a launch that has run before, its results included."""
+    """Bytes allocated at the highest point of a launch that has run before, its results included; None if there is no room for
+    it now.
+    """
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run(inputs)
+    try:
+        run(inputs)
+    except torch.OutOfMemoryError:
+        return None
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 

@@ -76,8 +76,8 @@ tests() {
   else "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider; fi
 }
 
-suite() {
-  cli bench "$1" "${QUICK[@]}" "${OPS[@]}" --json "$RESULTS" --resume --minutes "$LEFT_MINUTES"
+benches() {
+  cli bench all "${QUICK[@]}" "${OPS[@]}" --json "$RESULTS" --resume --minutes "$LEFT_MINUTES"
 }
 
 tune() { "$PYTHON" bench/tune.py --out "$OUT/tuned" --minutes "$LEFT_MINUTES"; }
@@ -118,7 +118,7 @@ fi
 RESULTS="$OUT/$(cat "$OUT/folder")"
 mkdir -p "$RESULTS"
 export OUT RESULTS DRY PYTHON
-export -f cli install environment verify tests suite tune sanitize
+export -f cli install environment verify tests benches tune sanitize
 export QUICK_WORDS="${QUICK[*]}" OPS_WORDS="${OPS[*]}"
 # timeout starts a new shell, which knows the functions but not the arrays.
 in_shell() { bash -c 'QUICK=($QUICK_WORDS); OPS=($OPS_WORDS); "$@"' step "$@"; }
@@ -128,11 +128,7 @@ run() { local name=$1 share=$2; shift 2; step "$name" "$share" bash -c 'in_shell
 run install 50 install
 run environment 50 environment
 run verify 40 verify
-if [ "$DRY" = 0 ]; then
-  run bench-step 50 suite step
-  run bench-generate 50 suite generate
-fi
-run bench-ops 60 suite ops
+run bench 65 benches
 run tests 60 tests
 run tune 70 tune
 run memcheck 50 sanitize memcheck

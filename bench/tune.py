@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ import typer
 from fastdllm_triton.bench import bench_linear
 from fastdllm_triton.bench._session import Bench, Shape, benches, check, label
 from fastdllm_triton.bench._timing import Inputs, Run, Timer, Timing, sets_of_inputs, time_in_turns
+from fastdllm_triton.files import write_atomically
 from fastdllm_triton.kernels import (
     _tuned,
     head_statistics,
@@ -302,9 +302,7 @@ def write(entries: Sequence[dict[str, Any]], gpu: str, folder: Path) -> Path:
     path = folder / _tuned.path_of(gpu).name
     folder.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(json.dumps(entry) for entry in entries)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(f'{{"gpu": {json.dumps(gpu)}, "versions": {json.dumps(_versions())}, "entries": [\n{rows}\n]}}\n')
-    os.replace(part, path)
+    write_atomically(path, f'{{"gpu": {json.dumps(gpu)}, "versions": {json.dumps(_versions())}, "entries": [\n{rows}\n]}}\n')
     return path
 
 

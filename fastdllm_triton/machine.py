@@ -77,26 +77,28 @@ def commit() -> str | None:
 
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
-    found: dict[str, Any] = {
+    return {
         "sms": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
         "capability": f"{properties.major}.{properties.minor}",
-    }
+    } | clocks(device)
+
+
+def clocks(device: torch.device) -> dict[str, Any]:
+    """Driver, clocks, power limit and temperature of a GPU at this moment, as nvidia-smi tells them; nothing where it is not."""
+    properties = torch.cuda.get_device_properties(device)
     # By its own id, since nvidia-smi counts all GPUs and torch only those it may see.
     which = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
     line = _output(["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"])
     values = [value.strip() for value in line.split(",")] if line else []
-    if len(values) == len(_SMI):
-        found |= {name: _number(value) for name, value in zip(_SMI.values(), values, strict=True)}
-    return found
+    if len(values) != len(_SMI):
+        return {}
+    return {name: _number(value) for name, value in zip(_SMI.values(), values, strict=True)}
 
 
 def _number(value: str) -> float | str:
-    try:
-        return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else value
-    except ValueError:
-        return value
+    return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else value
 
 
 def _output(command: list[str]) -> str | None:

@@ -99,12 +99,8 @@ def made_up_report(scale: float = 1.0) -> Report:
                  "parts": {name: value * factor * (1 + batch / 20) for name, value in parts.items()}}
             )  # fmt: skip
     report.evaluation = [
-        {
-            "task": "chained sums",
-            "label": f"threshold {t}",
-            "accuracy": 0.9 * t**0.2,
-            "tokens_per_forward": 9 - 8 * t,
-        }
+        {"strategy": f"threshold {t}", "cache": "dual", "block_length": 16, "exact_match": 0.9 * t**0.2,
+         "exact_match_ci": [0.88 * t**0.2, 0.92 * t**0.2], "tokens_per_forward": 9 - 8 * t}
         for t in (1.0, 0.9, 0.7, 0.5)
-    ]
+    ]  # fmt: skip
     return report

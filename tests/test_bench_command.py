@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,7 +163,8 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     report.write_verification(tmp_path)
     for bench in {row["bench"] for row in report.rows}:
         report.write_rows(tmp_path, bench)
-    (tmp_path / "evaluation.json").write_text(json.dumps(report.evaluation))
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "summary.json").write_text(json.dumps(report.evaluation))
     found = Report.load(tmp_path)
     assert (found.machine, found.ceilings, found.evaluation) == (report.machine, report.ceilings, report.evaluation)
     assert sorted(map(json.dumps, found.rows)) == sorted(map(json.dumps, report.rows))
@@ -200,6 +202,23 @@ def test_the_machine_is_described_and_names_its_folder(monkeypatch: pytest.Monke
     assert machine.folder_name(found | {"gpu": "NVIDIA H200 SXM", "date": "2026-11-21T01:02:03+00:00"}) == (
         "nvidia-h200-sxm/2026-11-21-feedbeefca"
     )
+
+
+def test_clocks_are_those_that_nvidia_smi_tells_of_this_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def smi(asking: list[str]) -> str:
+        asked.append(asking)
+        return "580.1.2, 1755, 3201, 1980, 3201, 700.00, 45, 0x0000000000000004"
+
+    monkeypatch.setattr(machine, "_output", smi)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234-abcd"))
+    found = machine.clocks(torch.device("cuda"))
+    assert asked[0][:2] == ["nvidia-smi", "--id=GPU-1234-abcd"]
+    assert (found["driver"], found["sm_clock"], found["max_sm_clock"], found["power_limit"]) == ("580.1.2", 1755, 1980, 700)
+    assert found["throttle_reasons"] == "0x0000000000000004"
+    monkeypatch.setattr(machine, "_output", lambda asking: None)
+    assert machine.clocks(torch.device("cuda")) == {}
 
 
 @pytest.mark.gpu

@@ -108,6 +108,8 @@ def run(
         if device.type == "cuda":
             session.timer = time_in_turns
             session.ceilings = report.ceilings = report.ceilings or measure_ceilings(device, time_in_turns)
+            now = machine.clocks(device)  # when it has just worked; idle clocks say little
+            report.machine |= {f"loaded_{name}": now[name] for name in ("sm_clock", "memory_clock", "temperature") if name in now}
         if folder is not None:
             report.write_machine(folder)
             report.write_verification(folder)

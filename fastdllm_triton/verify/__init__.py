@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..files import write_atomically
 from .records import CaseRecord, Record, render
 
 __all__ = ["CaseRecord", "Record", "quiet", "render", "rerun_in_interpreter", "verify", "write_json"]
@@ -126,12 +126,4 @@ def summary(records: Iterable[Record], machine: dict[str, Any]) -> dict[str, Any
 
 def write_json(found: Any, path: Path) -> None:
     """Writes a file whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(found, file, indent=1)
-            file.write("\n")
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
