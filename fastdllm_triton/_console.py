@@ -26,5 +26,5 @@ def clear_errors() -> Iterator[None]:
     except typer.Exit:  # A RuntimeError to Python.
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        errors.print(Text(f"error: {error}", style="red"))
+        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
         raise typer.Exit(2) from None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .decoding import GenerationConfig, Threshold, _is_int, _require
 from .diffusion import DiffusionConfig, DiffusionOutput
-from .diffusion_rules import Candidates, Rule, block_rule, whole_sequence_rule
+from .diffusion_rules import Candidates, Rule, block_rule, check_kernel_limits, whole_sequence_rule
 from .engine import Generation, run
 from .filtering import filtered_head_statistics
 from .models.transformer import Transformer
@@ -47,6 +47,7 @@ def diffuse(
             f"max_new_tokens: the model takes {c.max_length} tokens, which leaves {c.max_length - longest} after a prompt of "
             f"{longest}, got {config.max_new_tokens}"
         )
+    check_kernel_limits(network.ops, len(inputs), config)
     if config.is_block_threshold and c.shift:
         return _by_engine(network, inputs, kv_start, config, mask_id)
     loop = _Run(network, inputs, kv_start, config, mask_id)

@@ -49,14 +49,18 @@ class Rule(Protocol):
         ...
 
 
+def check_kernel_limits(ops: Ops, rows: int, config: DiffusionConfig) -> None:
+    """Raises ``ValueError`` for what is valid but more than ``commit_tokens`` takes as a kernel."""
+    if ops.name == "triton" and config.alg == "confidence_threshold" and config.cache != "none":
+        for name, count, most in (("inputs", rows, MAX_ROWS), ("block_length", config.block_length, MAX_BLOCK)):
+            if count > most:
+                raise ValueError(f"{name}: the Triton kernels take at most {most}, got {count}")
+
+
 class BlockThreshold:
     """Every token of the block that reaches the threshold, and the surest one always: ``commit_tokens`` as it stands."""
 
     def __init__(self, ops: Ops, config: DiffusionConfig, x: Tensor, kv_start: Tensor, seed: Tensor, mask_id: int) -> None:
-        if ops.name == "triton":
-            for name, count, most in (("inputs", len(x), MAX_ROWS), ("block_length", config.block_length, MAX_BLOCK)):
-                if count > most:
-                    raise ValueError(f"{name}: the Triton kernels take at most {most}, got {count}")
         self._ops = ops
         self._state = PolicyState.create(
             "confidence",
