@@ -286,6 +286,7 @@ def caches_with_options(records: Sequence[Record]) -> Figure:
             ax.errorbar(r[key], y, xerr=bars, capsize=2, label=named, **style)
         ax.axvline(0 if key.endswith("gain") else 1, color="#000000", lw=0.8)
         ax.set_xlabel(label)
+        ax.locator_params(axis="x", nbins=4)
         ax.grid(axis="y", visible=False)
     for y, (above, below) in enumerate(pairwise(rows)):
         if above.partition("+")[0] != below.partition("+")[0]:
