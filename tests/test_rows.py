@@ -292,3 +292,18 @@ def _parameters(lm: fdt.MaskedDiffusionLM) -> list[Tensor]:
 def test_bad_windows(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fdt.GenerationConfig(**options)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_step_after_the_end_is_a_no_op(golden: fdt.MaskedDiffusionLM, cache: str) -> None:
+    generation = golden.stream(_ragged((6, 3)), cache=cache, lockstep=True, **OPTIONS)
+    batch = generation._run.batch
+    next(generation)
+    while not batch.state.done.all():  # up to the end of the first block, before anything moves on
+        next(generation)
+    before = [tensor.clone() for tensor in (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)]
+    with torch.no_grad():
+        batch.step(2, batch.slots if cache != "dual" else 8)
+    after = (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old.nan_to_num(), new.nan_to_num())
