@@ -327,6 +327,7 @@ class Session:
 _IN_TERMINAL = """
 import fcntl, subprocess, sys, termios, signal
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background of a script inherits as ignored
 child = subprocess.Popen(sys.argv[1:])
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 status = child.wait()
