@@ -23,8 +23,7 @@ from rich.text import Text
 
 from fastdllm_triton.bench._session import Row, label
 from fastdllm_triton.bench._timing import Ceilings
-from fastdllm_triton.files import write_atomically
-from fastdllm_triton.verify import write_json
+from fastdllm_triton.files import write_json, write_records
 
 #: Files of a folder that hold no rows.
 OTHER_FILES = ("machine.json", "verify.json")
@@ -81,17 +80,16 @@ class Report:
     def write_machine(self, folder: Path) -> None:
         """Writes what the run was made on."""
         ceilings = None if self.ceilings is None else asdict(self.ceilings)
-        write_json({"machine": self.machine, "ceilings": ceilings, "timed": ceilings is not None}, folder / "machine.json")
+        write_json(folder / "machine.json", {"machine": self.machine, "ceilings": ceilings, "timed": ceilings is not None})
 
     def write_verification(self, folder: Path) -> None:
         """Writes the verification."""
         ok = all(record["ok"] for record in self.verification)
-        write_json({"ok": ok, "machine": self.machine, "records": self.verification}, folder / "verify.json")
+        write_json(folder / "verify.json", {"ok": ok, "machine": self.machine, "records": self.verification})
 
     def write_rows(self, folder: Path, bench: str) -> None:
         """Writes the rows of a bench, one a line, whole or not at all."""
-        rows = [json.dumps(row) for row in self.rows if row["bench"] == bench]
-        write_atomically(folder / f"{bench}.json", "[\n" + ",\n".join(rows) + "\n]\n")
+        write_records(folder / f"{bench}.json", [row for row in self.rows if row["bench"] == bench])
 
     def done(self) -> set[tuple[str, str]]:
         """The cases that need no second run: those that were timed, or cannot be here."""

@@ -96,7 +96,7 @@ def run_ours(network: Transformer, prompts: Tensor, cache: CacheName, counts: Se
     )
     generation = Generation(network, prompts.tolist(), config)
     # The strategy is one token count for all blocks; the schedule has one for each.
-    steps = generation._run.batch.state.steps
+    steps = generation.batch.state.steps
     begins = dict(zip(accumulate(counts, initial=0), counts, strict=False))
     for done in range(sum(counts)):
         if done in begins:

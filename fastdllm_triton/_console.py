@@ -18,6 +18,11 @@ def wide(columns: int) -> Console:
     return console if console.is_terminal else Console(width=max(console.width, columns))
 
 
+def tell(error: BaseException) -> None:
+    """An error in a line, however long."""
+    errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """What a user can mend is told in a line; anything else is a bug and keeps its trace."""
@@ -26,5 +31,5 @@ def clear_errors() -> Iterator[None]:
     except typer.Exit:  # A RuntimeError to Python.
         raise
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        tell(error)
         raise typer.Exit(2) from None

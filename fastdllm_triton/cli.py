@@ -25,6 +25,7 @@ from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import GenerationOutput
 from .demo import demo as run_demo
+from .files import write_records
 from .live import LiveView, Painter
 from .loading import load
 from .model import MaskedDiffusionLM
@@ -185,7 +186,7 @@ def compile_report_command(
         records = report.compile_report(arch, op)
         wide(160).print(report.render(records))
         if json_file is not None:
-            report.write_json(records, json_file)
+            write_records(json_file, records)
         faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
         for fault in faults:
             errors.print(Text(fault, style="red"))

@@ -140,14 +140,9 @@ def differences(records: Iterable[Record], expected: Iterable[Record]) -> list[s
 
 
 def read_json(path: str | Path) -> list[Record]:
-    """A report that :func:`write_json` wrote."""
+    """A report as :func:`fastdllm_triton.files.write_records` wrote it."""
     records: list[Record] = json.loads(Path(path).read_text())
     return records
-
-
-def write_json(records: Sequence[Record], path: str | Path) -> None:
-    """Writes a record a line, so that a change of one is a change of one line."""
-    Path(path).write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
 
 
 def render(records: Sequence[Record]) -> Table:
@@ -216,11 +211,7 @@ def _options(case: CompileCase) -> dict[str, Any]:
 
 def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
     """Registers and stack from the binary, instructions from the PTX."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     shared = compiled.metadata.shared
     ptx = compiled.asm["ptx"]
@@ -250,6 +241,15 @@ def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
         "async_loads": "cp.async" in ptx,
         "waits_first": _waits_first(ptx),
     }
+
+
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the tool that comes with Triton says of a binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _waits_first(ptx: str) -> bool:

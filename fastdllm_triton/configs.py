@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import tiny
-from .loading import architecture_of
+from .loading import architecture_of, is_hub_id
 from .models.checkpoint import read_json
 from .models.config import CheckpointError, ModelConfig
 
@@ -35,7 +35,7 @@ def _find(model: str | Path) -> Path:
     if path.is_file():
         return path
     allowed = "a checkpoint folder, a config.json, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
-    if isinstance(model, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not is_hub_id(model):
         raise CheckpointError(f"model: there is no folder or file {name!r}; give {allowed}")
     from huggingface_hub import hf_hub_download
 

@@ -11,24 +11,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from .checks import is_int, is_number, require
 from .models.config import ModelConfig
 from .types import RuleName, ScoreName
 
 CacheName = Literal["none", "prefix", "dual"]
-
-
-def _require(name: str, value: object, allowed: str, ok: bool) -> None:
-    """Raises ``ValueError`` unless ``ok``."""
-    if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -74,7 +61,7 @@ class FixedSteps(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("steps", self.steps, "an integer of 1 or more", _is_int(self.steps) and self.steps >= 1)
+        require("steps", self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
 
     def steps_per_block(self, blocks: int) -> int:
         """``steps / blocks``.
@@ -105,7 +92,7 @@ class Threshold(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("threshold", self.t, "in (0, 1]", _is_number(self.t) and 0 < self.t <= 1)
+        require("threshold", self.t, "in (0, 1]", is_number(self.t) and 0 < self.t <= 1)
 
     @property
     def value(self) -> float:
@@ -130,7 +117,7 @@ class Factor(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("factor", self.f, "above 0", _is_number(self.f) and self.f > 0)
+        require("factor", self.f, "above 0", is_number(self.f) and self.f > 0)
 
     @property
     def value(self) -> float:
@@ -156,7 +143,7 @@ class EntropyBudget(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("gamma", self.gamma, "0 or more", _is_number(self.gamma) and self.gamma >= 0)
+        require("gamma", self.gamma, "0 or more", is_number(self.gamma) and self.gamma >= 0)
 
     @property
     def value(self) -> float:
@@ -218,7 +205,7 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length"):
             value = getattr(self, name)
-            _require(name, value, "an integer of 1 or more", _is_int(value) and value >= 1)
+            require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
         if self.gen_length % self.block_length:
             raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
         if self.cache not in get_args(CacheName):
@@ -226,8 +213,8 @@ class GenerationConfig:
         if not isinstance(self.strategy, Strategy):
             raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
-        ok = _is_number(self.temperature) and self.temperature >= 0
-        _require("temperature", self.temperature, "0 or more", ok)
+        ok = is_number(self.temperature) and self.temperature >= 0
+        require("temperature", self.temperature, "0 or more", ok)
         for name, least, optional in (
             ("refresh_every", 1, True),
             ("prompt_refresh", 1, True),
@@ -236,8 +223,8 @@ class GenerationConfig:
             ("look_ahead", 0, False),
         ):
             value = getattr(self, name)
-            ok = (optional and value is None) or (_is_int(value) and value >= least)
-            _require(name, value, f"{'None or ' if optional else ''}an integer of {least} or more", ok)
+            ok = (optional and value is None) or (is_int(value) and value >= least)
+            require(name, value, f"{'None or ' if optional else ''}an integer of {least} or more", ok)
         if self.refresh_commits not in ("rule", "first"):
             raise ValueError(f"refresh_commits must be rule or first, got {self.refresh_commits!r}")
         if self.refresh_commits == "first":
@@ -256,7 +243,7 @@ class GenerationConfig:
             if getattr(self, name) and self.cache not in caches:
                 raise ValueError(f"{name} means something for cache = {' or '.join(caches)} only, got cache = {self.cache!r}")
         ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
-        _require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
+        require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
 
     @property
     def blocks(self) -> int:
@@ -281,8 +268,8 @@ class GenerationConfig:
         eos_ids = tuple(model.eos_ids if self.eos_ids is None else self.eos_ids)
         for name, ids in (("mask_id", (mask_id,)), ("eos_ids", eos_ids), ("forbidden", self.forbidden)):
             for token in ids:
-                ok = _is_int(token) and 0 <= token < model.vocab_size
-                _require(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
+                ok = is_int(token) and 0 <= token < model.vocab_size
+                require(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
         if self.refresh_commits == "first" and not model.shift:
             raise ValueError(
                 f"refresh_commits = 'first' is for models with shifted predictions, and {model.architecture} has none"
@@ -296,7 +283,7 @@ class GenerationConfig:
         if len(seeds) != rows:
             raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
         for seed in seeds:
-            _require("seed", seed, "in [-2^63, 2^63)", _is_int(seed) and -(2**63) <= seed < 2**63)
+            require("seed", seed, "in [-2^63, 2^63)", is_int(seed) and -(2**63) <= seed < 2**63)
         return Resolved(mask_id, eos_ids, forbidden, seeds)
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decoding import CacheName, _is_int, _is_number, _require
+from .checks import is_int, is_number, require
+from .decoding import CacheName
 
 AlgName = Literal["origin", "maskgit_plus", "topk_margin", "entropy", "confidence_threshold"]
 
@@ -63,21 +64,21 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "steps", "block_length"):
             value = getattr(self, name)
-            _require(name, value, "an integer of 1 or more", _is_int(value) and value >= 1)
-        _require("eps", self.eps, "above 0 and below 1", _is_number(self.eps) and 0 < self.eps < 1)
+            require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
+        require("eps", self.eps, "above 0 and below 1", is_number(self.eps) and 0 < self.eps < 1)
         for name, names in (("alg", get_args(AlgName)), ("cache", get_args(CacheName))):
             value = getattr(self, name)
-            _require(name, value, f"one of {', '.join(names)}", value in names)
+            require(name, value, f"one of {', '.join(names)}", value in names)
         for name in ("alg_temp", "temperature"):
             value = getattr(self, name)
-            _require(name, value, "0 or more", _is_number(value) and value >= 0)
-        ok = self.top_p is None or (_is_number(self.top_p) and 0 < self.top_p <= 1)
-        _require("top_p", self.top_p, "None or in (0, 1]", ok)
-        ok = self.top_k is None or (_is_int(self.top_k) and self.top_k >= 1)
-        _require("top_k", self.top_k, "None or an integer of 1 or more", ok)
-        _require("threshold", self.threshold, "in (0, 1]", _is_number(self.threshold) and 0 < self.threshold <= 1)
-        ok = self.seed is None or (_is_int(self.seed) and abs(self.seed) <= 2**62)  # which leaves room for a row's index
-        _require("seed", self.seed, "None or an integer in [-2^62, 2^62]", ok)
+            require(name, value, "0 or more", is_number(value) and value >= 0)
+        ok = self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1)
+        require("top_p", self.top_p, "None or in (0, 1]", ok)
+        ok = self.top_k is None or (is_int(self.top_k) and self.top_k >= 1)
+        require("top_k", self.top_k, "None or an integer of 1 or more", ok)
+        require("threshold", self.threshold, "in (0, 1]", is_number(self.threshold) and 0 < self.threshold <= 1)
+        ok = self.seed is None or (is_int(self.seed) and abs(self.seed) <= 2**62)  # which leaves room for a row's index
+        require("seed", self.seed, "None or an integer in [-2^62, 2^62]", ok)
         if self.cache != "none":
             if self.max_new_tokens % self.block_length:
                 raise ValueError(

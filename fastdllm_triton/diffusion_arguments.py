@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoding import CacheName, _is_int
+from .checks import is_int
+from .decoding import CacheName
 
 #: ``max_length`` of a generation config in which nobody has set one, and the new tokens that are then made.
 _UNSET_LENGTH = 20
@@ -62,7 +63,7 @@ def new_tokens(given: int | None, max_length: int | None, generation_config: obj
         max_length = getattr(generation_config, "max_length", None)
         if max_length in (None, _UNSET_LENGTH):
             return _UNSET_LENGTH
-    if not _is_int(max_length) or max_length <= prompt:
+    if not is_int(max_length) or max_length <= prompt:
         raise ValueError(
             f"max_length must be an integer above the {prompt} tokens of inputs, got {max_length!r}; or give max_new_tokens"
         )

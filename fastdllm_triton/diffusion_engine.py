@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decoding import GenerationConfig, Threshold, _is_int, _require
+from .checks import is_int, require
+from .decoding import GenerationConfig, Threshold
 from .diffusion import DiffusionConfig, DiffusionOutput
 from .diffusion_rules import Candidates, Rule, block_rule, check_kernel_limits, whole_sequence_rule
 from .engine import Generation, run
@@ -40,7 +41,7 @@ def diffuse(
     """
     c = network.config
     mask_id = c.mask_id if mask_id is None else mask_id
-    _require("mask_token_id", mask_id, f"in the vocabulary [0, {c.vocab_size})", _is_int(mask_id) and 0 <= mask_id < c.vocab_size)
+    require("mask_token_id", mask_id, f"in the vocabulary [0, {c.vocab_size})", is_int(mask_id) and 0 <= mask_id < c.vocab_size)
     longest = inputs.shape[1] - int(kv_start.min())
     if longest + config.max_new_tokens > c.max_length:
         raise ValueError(

@@ -6,6 +6,7 @@ commit nothing (the schedule, ``origin``) or has a budget that grows with what e
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
@@ -78,12 +79,12 @@ class BlockThreshold:
         return self._state.remaining, self._state.invalid
 
 
-class _Choice:
+class _Choice(ABC):
     """A rule that is a function from candidates to those that are chosen."""
 
+    @abstractmethod
     def choose(self, candidates: Candidates, step: int) -> Tensor:
         """``[B, K]`` bool, true for masked slots alone."""
-        raise NotImplementedError
 
     def commit(self, x: Tensor, candidates: Candidates, step: int) -> tuple[Tensor, Tensor]:
         """See :class:`Rule`."""

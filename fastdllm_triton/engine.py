@@ -122,6 +122,11 @@ class Generation:
     def __next__(self) -> Forward:
         return next(self._forwards)
 
+    @property
+    def batch(self) -> Batch:
+        """The buffers on the device, for those who look inside; rows stand in the order of the batch, which changes."""
+        return self._run.batch
+
     def close(self) -> None:
         """Ends it where it is; what it held on the device serves the next generation."""
         self._forwards.close()

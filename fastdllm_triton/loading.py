@@ -87,7 +87,7 @@ def find(path_or_hub_id: str | Path) -> Path:
     if (path := Path(name).expanduser()).is_dir():
         return path
     allowed = "a folder with config.json and safetensors, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
-    if isinstance(path_or_hub_id, Path) or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+    if not is_hub_id(path_or_hub_id):
         raise CheckpointError(f"path_or_hub_id: there is no folder {name!r}; give {allowed}")
     from huggingface_hub import snapshot_download
 
@@ -97,6 +97,11 @@ def find(path_or_hub_id: str | Path) -> Path:
         raise CheckpointError(
             f"path_or_hub_id: {name!r} is no local folder and could not be fetched from the hub: {error}"
         ) from error
+
+
+def is_hub_id(given: str | Path) -> bool:
+    """Whether what is no local path can be the id of a hub repository, ``owner/name``."""
+    return isinstance(given, str) and not Path(given).is_absolute() and not given.startswith((".", "~")) and given.count("/") == 1
 
 
 def ops_for(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:

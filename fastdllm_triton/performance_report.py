@@ -25,18 +25,15 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton
 from rich.table import Table
 
-from .compile_report import Record, compile_case, compiled, in_processes
+from .compile_report import Record, compile_case, compiled, cuobjdump, in_processes
 from .kernels import commit_tokens as commit
 from .kernels import head_statistics, linear, rms_norm, rope_kv_write, swiglu, token_statistics, window_attention
 from .kernels._arch import ARCHS, Arch
@@ -260,15 +257,6 @@ def _weight(body: Sequence[Instruction]) -> tuple[bool, int]:
     return any(one.kind == "mma" for one in body), sum(one.loaded_bytes for one in body)
 
 
-def disassemble(cubin: bytes) -> str:
-    """SASS of a binary, by the tool that comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-
-
 # --- the report -----------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +293,7 @@ def _record(wanted: tuple[str, str, int, str]) -> Record:
     shape_class, arch = SHAPE_CLASSES[number], ARCHS[name]
     launch = next(found for found in launches(op, shape_class, arch) if found.case.config == label)
     fit = int(compile_case(launch.case, arch)["ctas_per_sm"])
-    code = instructions(disassemble(compiled(launch.case, arch).asm["cubin"]))
+    code = instructions(cuobjdump(compiled(launch.case, arch).asm["cubin"], "-sass"))
     return describe(shape_class, launch, arch, fit, code)
 
 

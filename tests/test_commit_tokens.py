@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
-from fastdllm_triton.kernels.commit_tokens import commit_tokens_config, compile_cases
+from fastdllm_triton.kernels.commit_tokens import commit_tokens_config
 from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
 from fastdllm_triton.types import PolicyState, TokenStatistics
 
@@ -467,16 +467,6 @@ def bad(**changes):
 def test_bad_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         kernel(**bad(**changes))
-
-
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
-def test_compile_cases_name_every_argument_once(arch):
-    cases = compile_cases(arch)
-    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
-    for case in cases:
-        assert not case.signature.keys() & case.constexprs.keys()
-        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
-        assert set(case.divisible) <= case.signature.keys()
 
 
 def test_the_state_starts_empty():

@@ -21,9 +21,9 @@ from fastdllm_triton.compile_report import (
     read_json,
     render,
     reported_ops,
-    write_json,
 )
 from fastdllm_triton.compile_report import _module as module_of
+from fastdllm_triton.files import write_records
 from fastdllm_triton.kernels._arch import ARCHS
 
 COMMITTED = Path(__file__).parent.parent / "bench" / "compile_report.json"
@@ -148,7 +148,7 @@ def test_a_change_is_found_and_named():
 
 
 def test_a_report_survives_its_file_and_is_shown(tmp_path):
-    write_json([RECORD, RECORD], tmp_path / "report.json")
+    write_records(tmp_path / "report.json", [RECORD, RECORD])
     assert read_json(tmp_path / "report.json") == [RECORD, RECORD]
     assert (tmp_path / "report.json").read_text().count("\n") == 4
     console = Console(record=True, width=200, file=io.StringIO())
@@ -159,6 +159,7 @@ def test_a_report_survives_its_file_and_is_shown(tmp_path):
 SPILLING = """
 from dataclasses import replace
 from fastdllm_triton.compile_report import compile_case
+from fastdllm_triton.files import write_records
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.window_attention import compile_cases
 for name in ("sm_80", "gfx942"):
@@ -180,3 +181,14 @@ def test_a_kernel_that_spills_is_found_out():
 def test_unknown_names_are_named(archs, ops, message):
     with pytest.raises(ValueError, match=message):
         compile_report(archs, ops)
+
+
+@pytest.mark.parametrize("op", ["commit_tokens", "head_statistics", "token_statistics"])
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_compile_cases_name_every_argument_once(op, arch):
+    cases = module_of(op).compile_cases(arch)
+    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
+    for case in cases:
+        assert not case.signature.keys() & case.constexprs.keys()
+        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
+        assert set(case.divisible) <= case.signature.keys()

@@ -297,7 +297,7 @@ def test_bad_windows(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_step_after_the_end_is_a_no_op(golden: fdt.MaskedDiffusionLM, cache: str) -> None:
     generation = golden.stream(_ragged((6, 3)), cache=cache, lockstep=True, **OPTIONS)
-    batch = generation._run.batch
+    batch = generation.batch
     next(generation)
     while not batch.state.done.all():  # up to the end of the first block, before anything moves on
         next(generation)

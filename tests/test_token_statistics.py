@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels._statistics import merge_distribution
-from fastdllm_triton.kernels.token_statistics import TokenStatisticsConfig, compile_cases, token_statistics_config
+from fastdllm_triton.kernels.token_statistics import TokenStatisticsConfig, token_statistics_config
 from fastdllm_triton.kernels.token_statistics import token_statistics as kernel
 from fastdllm_triton.reference._random import gumbel, philox, uniform
 from fastdllm_triton.reference.token_statistics import statistics_merge
@@ -404,16 +404,6 @@ def test_bad_arguments_are_named(change, message):
     arguments = {"logits": torch.zeros(3, 4, device=DEVICE)} | change
     with pytest.raises(ValueError, match=message):
         kernel(**arguments)
-
-
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
-def test_compile_cases_name_every_argument_once(arch):
-    cases = compile_cases(arch)
-    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
-    for case in cases:
-        assert not case.signature.keys() & case.constexprs.keys()
-        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
-        assert set(case.divisible) <= case.signature.keys()
 
 
 @pytest.mark.gpu

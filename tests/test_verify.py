@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 import fastdllm_triton.kernels.commit_tokens
 import fastdllm_triton.kernels.rms_norm
 import fastdllm_triton.kernels.swiglu
-from fastdllm_triton import ops, verify
+from fastdllm_triton import ops
 from fastdllm_triton.cli import app
+from fastdllm_triton.files import write_json
 from fastdllm_triton.verify import models
 from fastdllm_triton.verify.grids import GRIDS, Random
 from fastdllm_triton.verify.ops import try_case, verify_op
@@ -156,10 +157,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     file.write_text("old")
     with pytest.raises(TypeError):
-        verify.write_json({"a": object()}, file)
+        write_json(file, {"a": object()})
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
-    verify.write_json({"a": 1}, file)
+    write_json(file, {"a": 1})
     assert json.loads(file.read_text()) == {"a": 1}
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import cli_options as cli
-from .._console import clear_errors, console, errors
+from .._console import clear_errors, console, errors, tell
 from ..chat import Conversation, Usage
 from ..live import AnswerView
 from ..loading import load
@@ -134,7 +134,7 @@ class Terminal:
             try:
                 self.obey(line.strip())
             except (ValueError, RuntimeError, MemoryError, ArithmeticError) as error:
-                errors.print(Text(f"error: {error}", style="red"))
+                tell(error)
                 sound = self.interactive
         return sound
 

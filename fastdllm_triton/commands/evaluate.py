@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ from ..evaluation.grid import Way, parse_grid
 from ..evaluation.runner import Evaluation, Result
 from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
 from ..evaluation.summary import Record, compare, compare_caches, summarize
-from ..files import write_atomically
+from ..files import write_json
 from ..loading import load
 
 _STRATEGIES = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0"
@@ -84,7 +83,7 @@ def evaluate(
             (json_file, summary),
         ):
             if path is not None:
-                write_atomically(path, json.dumps(records, indent=1) + "\n")
+                write_json(path, records)
         _print(summary, comparison, caches_compared)
         if importlib.util.find_spec("matplotlib") is None:
             console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from ..evaluation.drift import drift, similarity
 from ..evaluation.grid import CacheSpec, StrategySpec, Way
 from ..evaluation.runner import use_few_threads
 from ..evaluation.scoring import builtin_requests, read_requests
-from ..files import write_atomically
+from ..files import write_json
 from ..loading import load
 
 
@@ -89,10 +88,9 @@ def inspect(
                 report["similarity"] = similarity(lm, measured[0], exact, min(1, exact.blocks - 1))
             progress.advance(task)
 
-        text = json.dumps(report, indent=1) + "\n"
         for path in (out / "inspect.json", json_file):
             if path is not None:
-                write_atomically(path, text)
+                write_json(path, report)
         _print(report)
         if importlib.util.find_spec("matplotlib") is None:
             console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")

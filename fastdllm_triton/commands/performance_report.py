@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from .._console import clear_errors, errors, wide
+from ..files import write_atomically, write_records
 from .verify import check_writable, require_triton
 
 
@@ -25,16 +26,16 @@ def performance_report(
         check_writable(json_file)
         check_writable(markdown_file, "--markdown")
         from .. import performance_report as report
-        from ..compile_report import differences, read_json, write_json
+        from ..compile_report import differences, read_json
 
         earlier = None if compare is None else read_json(compare)
         records = report.performance_report(arch, op)
         for table in report.render(records):
             wide(170).print(table)
         if json_file is not None:
-            write_json(records, json_file)
+            write_records(json_file, records)
         if markdown_file is not None:
-            markdown_file.write_text(report.markdown(records), encoding="utf-8")
+            write_atomically(markdown_file, report.markdown(records))
         changed = [] if earlier is None else differences(records, earlier)
         for line in changed:
             errors.print(Text(line, style="red"))

@@ -13,6 +13,7 @@ from rich.text import Text
 from .. import machine
 from .. import verify as proof
 from .._console import clear_errors, console, errors, wide
+from ..files import write_json
 
 
 def verify(
@@ -45,7 +46,7 @@ def verify(
         if target.type == "cpu":
             console.print("[dim]No GPU: this shows that the kernels compute the right thing, and nothing about speed.[/dim]")
         if json_file is not None:
-            proof.write_json(proof.summary(records, machine.describe(target)), json_file)
+            write_json(json_file, proof.summary(records, machine.describe(target)))
         failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]
         if failed:
             errors.print(Text(f"did not hold: {', '.join(failed)}", style="red"))

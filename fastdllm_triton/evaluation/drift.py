@@ -52,7 +52,7 @@ def drift(
     forwards: dict[int, int] = defaultdict(int)
     for prompt in prompts:
         generation = model.stream([prompt], config)
-        batch = generation._run.batch
+        batch = generation.batch
         x, since = batch.x[:1].clone(), 0
         for forward in generation:
             since = 0 if forward.refresh else since + 1
@@ -107,7 +107,7 @@ def similarity(model: MaskedDiffusionLM, prompt: Sequence[int], config: Generati
         gen_length=length, block_length=size, cache="none", strategy=FixedSteps(length), mask_id=config.mask_id, stop_at_eos=False
     )
     generation = model.stream([prompt], plain)
-    cache = generation._run.batch.cache
+    cache = generation.batch.cache
     own = len(prompt)
     found: dict[str, dict[str, list[Tensor]]] = {part: {"k": [], "v": []} for part in ("prompt", "last")}
     for forward in generation:

@@ -26,8 +26,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from ..decoding import EntropyBudget, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
+from ..decoding import GenerationConfig
 from ..loading import load
+from ..settings import strategy_of
 from .finished import Finished
 from .likelihood import MonteCarlo
 from .runner import checkpoint_digest, use_few_threads
@@ -96,18 +97,14 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         use_few_threads(self.lm)
         self.tokenizer = self.lm.tokenizer
         self.batch_size, self.gen_length, self.temperature, self.seed = int(batch_size), gen_length, temperature, seed
-        given = {"threshold": threshold, "factor": factor, "steps": steps, "entropy_budget": entropy_budget}
-        named = [name for name, value in given.items() if value is not None]
-        if len(named) > 1:
-            raise ValueError(f"{' and '.join(named)} exclude each other; give one of {', '.join(given)}")
-        extra: Any = {"score": score} if score else {}
-        self.strategy: Strategy = Threshold(0.9 if threshold is None else threshold, **extra)
-        if factor is not None:
-            self.strategy = Factor(factor, **extra)
-        if entropy_budget is not None:
-            self.strategy = EntropyBudget(entropy_budget, **extra)
-        if steps is not None:
-            self.strategy = FixedSteps(steps, **extra)
+        asked: dict[str, Any] = {
+            "threshold": threshold,
+            "factor": factor,
+            "steps": steps,
+            "entropy_budget": entropy_budget,
+            "score": score or None,
+        }
+        self.strategy = strategy_of({name: value for name, value in asked.items() if value is not None})
         try:
             block = self.lm.defaults.block_length if block_length is None else block_length
             self.options: dict[str, Any] = {"cache": cache, "block_length": block, **options}

@@ -21,7 +21,7 @@ import torch
 
 from .. import __version__
 from ..engine import check_prompts
-from ..files import write_atomically
+from ..files import write_atomically, write_json
 from ..machine import commit
 from ..model import MaskedDiffusionLM
 from ..roofline import Shape
@@ -124,7 +124,7 @@ class Evaluation:
         if not path.exists():
             (self.folder / "requests").mkdir(parents=True, exist_ok=True)
             # The commit is told, but may change: not every change of the code changes a result.
-            write_atomically(path, json.dumps({**identity, "commit": commit()}, indent=1) + "\n")
+            write_json(path, {**identity, "commit": commit()})
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))

@@ -6,22 +6,19 @@ and says nothing about speed, bfloat16 or the compilers.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import write_atomically
 from .records import CaseRecord, Record, render
 
-__all__ = ["CaseRecord", "Record", "quiet", "render", "rerun_in_interpreter", "verify", "write_json"]
+__all__ = ["CaseRecord", "Record", "quiet", "render", "rerun_in_interpreter", "verify"]
 
 #: Besides the ops, what ``--op`` takes.
 MODELS = "models"
@@ -122,8 +119,3 @@ def summary(records: Iterable[Record], machine: dict[str, Any]) -> dict[str, Any
         "machine": machine,
         "records": [record.as_json() for record in records],
     }
-
-
-def write_json(found: Any, path: Path) -> None:
-    """Writes a file whole or not at all."""
-    write_atomically(path, json.dumps(found, indent=1) + "\n")
