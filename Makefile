@@ -1,6 +1,7 @@
-# make demo   the built-in model on problems it never saw, decoded in every way
-# make test   all tests that need no GPU
-# make lint   formatting, lint and types
+# make demo        the built-in model on problems it never saw, decoded in every way
+# make test        all tests that need no GPU
+# make test-slow   those that take minutes: thousands of bad inputs
+# make lint        formatting, lint and types
 #
 # Each makes its own virtual environment on first use; PYTHON and VENV can be given.
 
@@ -11,13 +12,16 @@ BIN := $(VENV)/bin
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS ?= auto
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(VENV)/.ready
 	$(BIN)/fastdllm-triton demo
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(JOBS)
+
+test-slow: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(JOBS) -m slow
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

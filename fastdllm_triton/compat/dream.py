@@ -1,139 +1,17 @@
-"""The official functions under their names, so that switching is one import line.
-
-Signatures and return values are those of ``llada/generate.py`` and of Dream's ``diffusion_generate`` in Fast-dLLM (tree of
-2025-11-28). Tokens and number of forwards are the same wherever that code finishes its blocks; where it leaves masks behind or
-never ends, these functions finish the block, and ``[MASK]`` is never committed. Masks in the prompt stay masks, but for
-``diffusion_generate`` without a cache, which fills them as the official one does.
-"""
+"""Dream's ``diffusion_generate``, as its authors and Fast-dLLM have it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from .decoding import CacheName, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
-from .diffusion import DiffusionConfig, DiffusionOutput
-from .diffusion_arguments import cache_name, first_slots, merged, new_tokens
-from .diffusion_engine import diffuse
-from .model import MaskedDiffusionLM
-from .swap import runtime_of
-from .types import ScoreName
-
-_SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
-
-
-def generate(
-    model: MaskedDiffusionLM | nn.Module,
-    prompt: Tensor,
-    steps: int = 128,
-    gen_length: int = 128,
-    block_length: int = 128,
-    temperature: float = 0.0,
-    remasking: str = "low_confidence",
-    mask_id: int | None = None,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> tuple[Tensor, int]:
-    """Decodes without a cache.
-
-    Args:
-        model: what :func:`fastdllm_triton.load` returns, or a module that :func:`fastdllm_triton.accelerate` was called on.
-        prompt: ``[B, P]`` int64. All of it is attended.
-        steps: forwards for the whole generation, a multiple of the number of blocks (with a threshold or a factor it
-            decides nothing).
-        gen_length: tokens to generate, a multiple of ``block_length``.
-        block_length: slots of a block.
-        temperature: of the Gumbel noise; draws are seeded from torch's global generator.
-        remasking: ``low_confidence`` or ``random``.
-        mask_id: the model's if not given.
-        threshold: commit every token whose confidence reaches it.
-        factor: commit by the factor rule; wins over ``threshold``.
-
-    Returns:
-        ``(x [B, P + gen_length], nfe)``.
-
-    Raises:
-        ValueError: an argument is not valid; raised before any forward.
-    """
-    return _generate(
-        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="none"
-    )
-
-
-def generate_with_prefix_cache(
-    model: MaskedDiffusionLM | nn.Module,
-    prompt: Tensor,
-    steps: int = 128,
-    gen_length: int = 128,
-    block_length: int = 128,
-    temperature: float = 0.0,
-    remasking: str = "low_confidence",
-    mask_id: int | None = None,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> tuple[Tensor, int]:
-    """Decodes with the cache over everything before the block. Arguments and result as :func:`generate`."""
-    return _generate(
-        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="prefix"
-    )
-
-
-def generate_with_dual_cache(
-    model: MaskedDiffusionLM | nn.Module,
-    prompt: Tensor,
-    steps: int = 128,
-    gen_length: int = 128,
-    block_length: int = 128,
-    temperature: float = 0.0,
-    remasking: str = "low_confidence",
-    mask_id: int | None = None,
-    threshold: float | None = None,
-    factor: float | None = None,
-) -> tuple[Tensor, int]:
-    """Decodes with the cache over everything but the block. Arguments and result as :func:`generate`."""
-    return _generate(
-        model, prompt, steps, gen_length, block_length, temperature, remasking, mask_id, threshold, factor, cache="dual"
-    )
-
-
-def _generate(
-    model: MaskedDiffusionLM | nn.Module,
-    prompt: Tensor,
-    steps: int,
-    gen_length: int,
-    block_length: int,
-    temperature: float,
-    remasking: str,
-    mask_id: int | None,
-    threshold: float | None,
-    factor: float | None,
-    *,
-    cache: CacheName,
-) -> tuple[Tensor, int]:
-    lm = runtime_of(model)
-    if remasking not in _SCORES:
-        raise ValueError(f"remasking must be one of {', '.join(_SCORES)}, got {remasking!r}")
-    score = _SCORES[remasking]
-    strategy: Strategy = FixedSteps(steps, score=score)
-    if factor is not None:
-        strategy = Factor(factor, score=score)
-    elif threshold is not None:
-        strategy = Threshold(threshold, score=score)
-    # Here as in the official code the blocks must divide the steps even where those decide nothing.
-    config = GenerationConfig(gen_length=gen_length, block_length=block_length, strategy=FixedSteps(steps))
-    output = lm.generate(
-        prompt,
-        config,
-        cache=cache,
-        strategy=strategy,
-        temperature=temperature,
-        seed=int(torch.randint(2**62, ())) if temperature > 0 or score == "random" else 0,
-        stop_at_eos=False,
-        lockstep=True,
-        mask_id=mask_id,
-        logits_dtype=_logits_dtype(lm),
-    )
-    return output.sequences, output.nfe
+from ..decoding import CacheName
+from ..diffusion import DiffusionConfig, DiffusionOutput
+from ..diffusion_arguments import cache_name, first_slots, merged, new_tokens
+from ..diffusion_engine import diffuse
+from ..model import MaskedDiffusionLM
+from ..swap import runtime_of
+from ._rounding import logits_dtype
 
 
 def diffusion_generate(
@@ -238,14 +116,9 @@ def diffusion_generate(
         cache=cache_name(cache, use_cache, dual_cache),
         seed=seed,
         history=bool(as_dict and options["output_history"]),
-        logits_dtype=_logits_dtype(lm),
+        logits_dtype=logits_dtype(lm),
     )
     x = inputs.to(lm.device, torch.int64).repeat_interleave(copies, dim=0)
     first = first.to(lm.device).repeat_interleave(copies)
     output = diffuse(lm.network, x, first, config, options["mask_token_id"])
     return output if as_dict else output.sequences
-
-
-def _logits_dtype(model: MaskedDiffusionLM) -> torch.dtype | None:
-    """The dtype that logits are rounded to: the official code decides on logits in the model's."""
-    return None if model.dtype in (torch.float32, torch.float64) else model.dtype

@@ -1,0 +1,11 @@
+"""The official functions under their names, so that switching is one import line.
+
+Tokens and number of forwards are those of the official code wherever it finishes its blocks; where it leaves masks behind or
+never ends, these functions finish the block, and ``[MASK]`` is never committed. Masks in the prompt stay masks, but for
+``diffusion_generate`` without a cache, which fills them as the official one does.
+"""
+
+from .dream import diffusion_generate
+from .fast_dllm import generate, generate_with_dual_cache, generate_with_prefix_cache
+
+__all__ = ["diffusion_generate", "generate", "generate_with_dual_cache", "generate_with_prefix_cache"]
