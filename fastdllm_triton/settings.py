@@ -107,6 +107,7 @@ _READERS: dict[str, _Reader] = {
     "entropy_budget": _NUMBER,
     "score": _WORD,
     "temperature": _NUMBER,
+    "cfg_scale": _NUMBER,
     "seed": _INTEGER,
     "stop_at_eos": ("on or off", _flag),
     "refresh_every": _OPTIONAL,
