@@ -11,7 +11,8 @@ from ..swap import runtime_of
 from ..types import ScoreName
 from ._rounding import logits_dtype
 
-_SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
+#: The official names of what ranks tokens.
+SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
 
 
 def generate(
@@ -103,9 +104,9 @@ def _generate(
     cache: CacheName,
 ) -> tuple[Tensor, int]:
     lm = runtime_of(model)
-    if remasking not in _SCORES:
-        raise ValueError(f"remasking must be one of {', '.join(_SCORES)}, got {remasking!r}")
-    score = _SCORES[remasking]
+    if remasking not in SCORES:
+        raise ValueError(f"remasking must be one of {', '.join(SCORES)}, got {remasking!r}")
+    score = SCORES[remasking]
     strategy: Strategy = FixedSteps(steps, score=score)
     if factor is not None:
         strategy = Factor(factor, score=score)
