@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from .files import write_records
 from .live import LiveView, Painter
 from .loading import load
 from .model import MaskedDiffusionLM
-from .settings import changed, strategy_of
+from .settings import as_fields, changed, strategy_of
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
 
@@ -107,16 +108,19 @@ def generate(
         given = {name: value for name, value in options.items() if value is not None}
         strategy_of(given)  # refused before the model is loaded
         lm = load(model, device=device, dtype=dtype, backend=backend.value)
-        config = changed(lm.defaults, given)
-        view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
+        view = None
+        if infill:  # Its length follows from the masks.
+            fields = as_fields({name: value for name, value in given.items() if name != "stop_at_eos"}, lm.defaults.strategy)
+            decode = partial(lm.infill, prompts, **fields)
+        else:
+            config = changed(lm.defaults, given)
+            rows = [lm.encode(text, chat=chat) for text in prompts]
+            decode = partial(lm.generate, rows, config, constraints=constraints or None)
+            view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
         interrupted = False
         try:
             with view or nullcontext():
-                if infill:
-                    output = lm.infill(prompts, config, callback=view, trace=trace)
-                else:
-                    rows = [lm.encode(text, chat=chat) for text in prompts]
-                    output = lm.generate(rows, config, constraints=constraints or None, callback=view, trace=trace)
+                output = decode(callback=view, trace=trace)
         except KeyboardInterrupt as error:
             if not isinstance(found := getattr(error, "output", None), GenerationOutput):
                 raise

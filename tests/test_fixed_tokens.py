@@ -12,8 +12,10 @@ from _plain_loop import decode
 from conftest import GOLDEN, GOLDEN_DREAM
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton.cli import app
 
 CACHES = ("none", "prefix", "dual")
 STRATEGIES = [fdt.FixedSteps(8), fdt.Threshold(0.02), fdt.Factor(2.0), fdt.EntropyBudget(9.0), fdt.FixedSteps(4, score="margin")]
@@ -233,3 +235,51 @@ def test_a_tensor_of_texts_with_masks() -> None:
     out = lm.infill(x, block_length=2, mask_id=lm.config.mask_id)
     assert [out.ids(row)[2] for row in range(2)] == [6, 6]
     assert lm.infill(x.tolist(), block_length=2).sequences.tolist() == out.sequences.tolist()
+
+
+def test_constraints_on_the_command_line(tiny: fdt.MaskedDiffusionLM) -> None:
+    arguments = ["--constraint", "0= Tom now has", "--constraint", "30=#### 5=9", "--gen-length", "48", "--cfg-scale", "0.5"]
+    result = CliRunner().invoke(app, ["generate", "--json", "--prompt", PROBLEM, *arguments])
+    out = tiny.generate(PROBLEM, gen_length=48, cfg_scale=0.5, constraints={0: " Tom now has", 30: "#### 5=9"})
+    assert json.loads(result.stdout)["results"][0]["ids"] == out.ids(0)
+
+
+def test_infilling_on_the_command_line(tiny: fdt.MaskedDiffusionLM) -> None:
+    text = f"{PROBLEM} #### [MASK][MASK]"
+    result = CliRunner().invoke(app, ["generate", "--infill", "--steps", "2", "--block-length", "4", "--prompt", text])
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    filled = tiny.infill(text, block_length=4, strategy=fdt.FixedSteps(2)).texts[0]
+    assert told.startswith(" ".join(f"{text} {filled} 2 forwards".split()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--constraint", "x=y"], "--constraint must be POS=TEXT, such as 5=hello, got 'x=y'"),
+        (["--constraint", "5"], "--constraint must be POS=TEXT, such as 5=hello, got '5'"),
+        (["--constraint", "5="], "--constraint must be POS=TEXT, such as 5=hello, got '5='"),
+        (["--constraint", "5=a", "--constraint", "5=b"], "--constraint: position 5 is given twice"),
+        (["--infill", "--chat"], "--infill and --chat exclude each other"),
+        (["--infill", "--live"], "--infill and --live exclude each other"),
+        (["--infill", "--gen-length", "48"], "--infill and --gen-length exclude each other"),
+        (["--infill"], "prompts: row 0 has no mask to fill in"),
+        (["--cfg-scale", "-1"], "cfg_scale must be 0 or more, got -1.0"),
+    ],
+)
+def test_bad_command_lines(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["generate", "--prompt", "x", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+@(pytest.mark.gpu if torch.cuda.is_available() else pytest.mark.slow)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernels_decode_the_same(name: str) -> None:
+    """Fixed tokens, guidance and tokens that come last, all at once; minutes in Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"gen_length": 8, "block_length": 4, "strategy": fdt.Threshold(0.02), "temperature": 2.0}
+    options |= {"constraints": {1: 5}, "cfg_scale": 1.0, "commit_last": (113, 150)}
+    kernels = fdt.load(GOLDEN / name, device=device, backend="triton")
+    by_kernels, by_reference = (lm.generate([[3, 1], [5]], **options) for lm in (kernels, MODELS[name]))
+    assert by_kernels.sequences.tolist() == by_reference.sequences.tolist()

@@ -37,9 +37,9 @@ def generate(
     """Decodes without a cache.
 
     Where the official code fails, this one does not: guidance works without an ``attention_mask``, and every row of a batch
-    gets the tokens it would get alone. It ranks confidences in the model's dtype, where in bfloat16 many are equal; here
-    logits are rounded to that dtype and everything after is float32, ties going to the lower position. Masks in the prompt
-    stay masks. ``[MASK]`` is never committed.
+    gets the tokens it would get alone. The official code ranks by a softmax in the logits' dtype, where sure tokens are equal
+    (in bfloat16 many are), and takes any of equals. Here logits are rounded to that dtype, ranks are those of exact
+    probabilities, and of equals the first position is taken. Masks in the prompt stay masks. ``[MASK]`` is never committed.
 
     Args:
         model: what :func:`fastdllm_triton.load` returns, or a module that :func:`fastdllm_triton.accelerate` was called on.
