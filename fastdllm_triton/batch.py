@@ -224,7 +224,7 @@ class Batch:
         if self._commit_last is None:
             return found
         others = without(self._never_or_last)
-        last = torch.isin(found.token, self._commit_last)
+        last = (found.token[:, None] == self._commit_last).any(1)
         return replace(others, token=found.token, rest=torch.where(last, torch.inf, others.rest))
 
     def _guided_logits(self, hidden: Tensor) -> Tensor:

@@ -432,7 +432,7 @@ def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def check_prompts(prompts: Sequence[list[int]], config: GenerationConfig, network: Transformer, *, whole: bool = False) -> None:
-    """Raises ``ValueError`` for prompts that a model cannot continue, or as a ``whole`` not take."""
+    """Raises ``ValueError`` for prompts that a model cannot continue or, where they are ``whole`` texts, cannot take."""
     c = network.config
     most = c.max_length if whole else c.max_length - config.gen_length
     if not prompts:

@@ -69,7 +69,7 @@ def _answer(
         if isinstance(value, str):
             tokens = encode(value)
         elif is_int(value):
-            tokens = [value]  # type: ignore[list-item]
+            tokens = [int(value)]  # type: ignore[arg-type]
         elif isinstance(value, Sequence) and all(map(is_int, value)):
             tokens = [int(token) for token in value]
         else:
