@@ -46,7 +46,7 @@ class Batch:
         self.x = zeros(torch.int64)[:, None].repeat(1, slots)
         self.block_start, self.forwards, self._window_start = zeros(), zeros(), zeros()
         self.cache = network.new_cache(zeros(copies=self._copies), slots)
-        self._given = self.x.bool() if config.cfg_scale else None  # [R, L]: what the copies do not see
+        self._known = self.x.bool() if config.cfg_scale else None  # [R, L]: what the copies do not see
         self.state = PolicyState.create(
             config.strategy.score,
             config.strategy.rule,
@@ -99,8 +99,8 @@ class Batch:
         state.kv_start.fill_(self.slots)
         state.kv_start[:given].copy_(torch.tensor(kv_start))
         self._each(self.cache.kv_start).copy_(state.kv_start[:, None])
-        if self._given is not None:
-            self._given.copy_(self.x != self.ids.mask_id)
+        if self._known is not None:
+            self._known.copy_(self.x != self.ids.mask_id)
         self.cache.kv_end.fill_(self.slots)
         state.seed[:given].copy_(torch.tensor(seeds))
         self._first.fill_(min(kv_start))
@@ -134,8 +134,8 @@ class Batch:
     def _by_row(self) -> list[Tensor]:
         cache = self.cache
         caches = map(self._each, (cache.k.transpose(0, 1), cache.v.transpose(0, 1), cache.kv_start, cache.kv_end))
-        given = [] if self._given is None else [self._given]
-        return [self.x, self.block_start, self.forwards, *caches, *given, *self.state.by_row.values()]
+        known = [] if self._known is None else [self._known]
+        return [self.x, self.block_start, self.forwards, *caches, *known, *self.state.by_row.values()]
 
     def _each(self, tensor: Tensor) -> Tensor:
         """``[C R, ...]`` of the network's rows as ``[R, C, ...]``."""
@@ -186,8 +186,8 @@ class Batch:
         x, block_start = self.x[first:last], self.block_start[first:last]
         slots = (window_start[:, None] + self._slots[:window]).clamp(0, self.slots - 1)  # [R, W]
         ids, starts = x.gather(1, slots), window_start
-        if self._given is not None:
-            copy = ids.masked_fill(self._given[first:last].gather(1, slots), state.mask_id)
+        if self._known is not None:
+            copy = ids.masked_fill(self._known[first:last].gather(1, slots), state.mask_id)
             ids, starts = torch.stack((ids, copy), dim=1).flatten(0, 1), starts.repeat_interleave(copies)
         hidden = network.forward(ids, starts, self.cache.rows(copies * first, copies * last))  # [C R, W, E]
 
@@ -220,12 +220,12 @@ class Batch:
             )
             return statistics
 
-        found = without(self._forbidden)
+        chosen = without(self._forbidden)
         if self._commit_last is None:
-            return found
+            return chosen
         others = without(self._never_or_last)
-        last = (found.token[:, None] == self._commit_last).any(1)
-        return replace(others, token=found.token, rest=torch.where(last, torch.inf, others.rest))
+        last = (chosen.token[:, None] == self._commit_last).any(1)
+        return replace(others, token=chosen.token, rest=torch.where(last, torch.inf, others.rest))
 
     def _guided_logits(self, hidden: Tensor) -> Tensor:
         """``[R N, V]``: logits moved away from those of the copies that do not see what was given."""

@@ -48,7 +48,8 @@ def constrained_answers(
     if len(constraints) != rows:
         raise ValueError(f"constraints must be one dict, or one for each of {rows} rows, got {len(constraints)}")
     return [
-        _answer(f"constraints: row {row}", own, gen_length, mask_id, vocab_size, encode) for row, own in enumerate(constraints)
+        _answer(f"constraints: row {row}", of_row, gen_length, mask_id, vocab_size, encode)
+        for row, of_row in enumerate(constraints)
     ]
 
 
@@ -89,9 +90,9 @@ def _answer(
 
 
 def masked_length(rows: Sequence[Sequence[int]], block_length: int, mask_id: int) -> int:
-    """How much of the end of sequences with masks in them is decoded: all from the first mask of any row on, in whole blocks.
+    """How many tokens at the end of sequences with masks in them are decoded: from the first mask of any row on, in whole blocks.
 
-    Blocks are so counted from the end of a row, and a row is divided the same in every batch.
+    Since blocks are counted from the end of a row, a row is divided the same in every batch.
 
     Args:
         rows: token ids of each sequence.

@@ -10,6 +10,7 @@ from _plain_loop import decode
 from conftest import GOLDEN, GOLDEN_DREAM
 
 import fastdllm_triton as fdt
+from fastdllm_triton import memory
 
 CACHES = ("none", "prefix", "dual")
 STRATEGIES = [fdt.FixedSteps(6), fdt.Threshold(0.02), fdt.EntropyBudget(9.0)]
@@ -132,3 +133,14 @@ def test_more_than_there_are_slots_is_all_of_them(name: str, huge: dict[str, Any
     assert (
         lm.generate(PROMPTS, **options | huge).sequences.tolist() == lm.generate(PROMPTS, **options | enough).sequences.tolist()
     )
+
+
+def test_guidance_counts_twice_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = MODELS["llada-gqa"]
+    need = memory.Memory.of(lm.config, 1, 3 + 8, 4)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 3 * (need.cache + need.workspace))
+    options: dict[str, Any] = {"gen_length": 8, "block_length": 8}
+    lm.generate([[1, 2, 3]] * 3, **options)
+    lm.generate([[1, 2, 3]], cfg_scale=1.0, **options)
+    with pytest.raises(MemoryError, match="the largest batch that fits is 1"):
+        lm.generate([[1, 2, 3]] * 2, cfg_scale=1.0, **options)
