@@ -39,7 +39,8 @@ def generate(
         temperature: of the Gumbel noise; draws are seeded from torch's global generator.
         remasking: ``low_confidence`` or ``random``.
         mask_id: the model's if not given.
-        threshold: commit every token whose confidence reaches it.
+        threshold: commit every token whose confidence reaches it, in (0, 1]: what the official code would do beyond these is
+            a block at once, or one token a forward.
         factor: commit by the factor rule; wins over ``threshold``.
 
     Returns:
