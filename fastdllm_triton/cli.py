@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from .files import write_records
 from .live import LiveView, Painter
 from .loading import load
 from .model import MaskedDiffusionLM
-from .settings import changed, strategy_of
+from .settings import as_fields, changed, strategy_of
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
 
@@ -42,6 +43,12 @@ def generate(
         Path | None, typer.Option(help="One prompt a line; a .jsonl file holds objects with a 'prompt'; '-' is standard input.")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap prompts in the checkpoint's chat template.")] = False,
+    infill: Annotated[
+        bool, typer.Option("--infill", help="Fill in each [MASK] of the prompts, one token each, instead of continuing them.")
+    ] = False,
+    constraint: Annotated[
+        list[str] | None, typer.Option(help="POS=TEXT: what stands at a position of the answer, from 0. Can be repeated.")
+    ] = None,
     gen_length: cli.GenLengthOption = None,
     block_length: cli.BlockLengthOption = None,
     cache: cli.CacheOption = cli.CacheChoice.dual,
@@ -51,6 +58,7 @@ def generate(
     entropy_budget: cli.EntropyBudgetOption = None,
     score: cli.ScoreOption = None,
     temperature: cli.TemperatureOption = 0.0,
+    cfg_scale: cli.CfgScaleOption = 0.0,
     seed: cli.SeedOption = 0,
     stop_at_eos: cli.StopAtEosOption = True,
     forbid: Annotated[list[int] | None, typer.Option(help="A token id that is never committed.")] = None,
@@ -72,6 +80,10 @@ def generate(
         prompts = _prompts(prompt, prompt_file)
         if live and as_json:
             raise ValueError("--live and --json exclude each other")
+        constraints = _constraints(constraint or [])
+        for option, there in (("--chat", chat), ("--constraint", constraints), ("--gen-length", gen_length), ("--live", live)):
+            if infill and there:
+                raise ValueError(f"--infill and {option} exclude each other")
         options = {
             "gen_length": gen_length,
             "block_length": block_length,
@@ -82,6 +94,7 @@ def generate(
             "entropy_budget": entropy_budget,
             "score": score,
             "temperature": temperature,
+            "cfg_scale": cfg_scale,
             "seed": seed,
             "stop_at_eos": stop_at_eos,
             "forbidden": tuple(forbid or ()),
@@ -95,13 +108,19 @@ def generate(
         given = {name: value for name, value in options.items() if value is not None}
         strategy_of(given)  # refused before the model is loaded
         lm = load(model, device=device, dtype=dtype, backend=backend.value)
-        config = changed(lm.defaults, given)
-        rows = [lm.encode(text, chat=chat) for text in prompts]
-        view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
+        view = None
+        if infill:  # Its length follows from the masks.
+            fields = as_fields({name: value for name, value in given.items() if name != "stop_at_eos"}, lm.defaults.strategy)
+            decode = partial(lm.infill, prompts, **fields)
+        else:
+            config = changed(lm.defaults, given)
+            rows = [lm.encode(text, chat=chat) for text in prompts]
+            decode = partial(lm.generate, rows, config, constraints=constraints or None)
+            view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
         interrupted = False
         try:
             with view or nullcontext():
-                output = lm.generate(rows, config, callback=view, trace=trace)
+                output = decode(callback=view, trace=trace)
         except KeyboardInterrupt as error:
             if not isinstance(found := getattr(error, "output", None), GenerationOutput):
                 raise
@@ -206,6 +225,23 @@ app.command()(inspect)
 app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
     lm_eval
 )
+
+
+def _constraints(given: list[str]) -> dict[int, str]:
+    """What ``--constraint POS=TEXT`` says.
+
+    Raises:
+        ValueError: one is of another form, or two have one position.
+    """
+    constraints: dict[int, str] = {}
+    for text in given:
+        position, sign, held = text.partition("=")
+        if not (sign and position.strip().isdecimal() and held):
+            raise ValueError(f"--constraint must be POS=TEXT, such as 5=hello, got {text!r}")
+        if int(position) in constraints:
+            raise ValueError(f"--constraint: position {int(position)} is given twice")
+        constraints[int(position)] = held
+    return constraints
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:

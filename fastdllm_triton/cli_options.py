@@ -52,3 +52,4 @@ PromptRefreshOption = Annotated[
 SuffixWindowOption = Annotated[int | None, typer.Option(help="Masked slots behind the block that are computed (all of them).")]
 LookBackOption = Annotated[int, typer.Option(help="Slots before the block that a step recomputes with it.")]
 LookAheadOption = Annotated[int, typer.Option(help="Slots behind the block that a step recomputes with it (dual cache).")]
+CfgScaleOption = Annotated[float, typer.Option(help="Classifier-free guidance, above 0; each forward then has twice the rows.")]

@@ -17,6 +17,9 @@ from .types import RuleName, ScoreName
 
 CacheName = Literal["none", "prefix", "dual"]
 
+#: Of a temperature and of guidance: beyond it logits no longer matter, and float32 overflows in the end.
+_MOST = 1_000_000
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -166,6 +169,11 @@ class GenerationConfig:
             before the end token is the same either way.
         eos_ids: end tokens; the model's if not given.
         forbidden: token ids that are never committed. ``[MASK]`` never is.
+        commit_last: token ids whose confidence counts as 0, so that they are committed once nothing else in the block is left.
+            All other confidences are those without these tokens (LLaDA, arXiv 2502.09992, appendix B.4: the end tokens).
+        cfg_scale: above 0, classifier-free guidance: every sequence is decoded beside a copy in which all that was given, prompt
+            and fixed tokens, is masked, and tokens are chosen by the logits ``u + (cfg_scale + 1) (c - u)``, of the sequence
+            ``c`` and its copy ``u`` (unsupervised guidance, arXiv 2410.18514). Twice the rows, and logits are materialised.
         mask_id: the token that marks what is to be generated; the model's if not given.
         refresh_every: forwards from one refresh of the cache to the next within a block; only at its start if not given.
         prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; refreshes in between recompute
@@ -192,6 +200,8 @@ class GenerationConfig:
     stop_at_eos: bool = True
     eos_ids: Sequence[int] | None = None
     forbidden: Sequence[int] = ()
+    commit_last: Sequence[int] = ()
+    cfg_scale: float = 0.0
     mask_id: int | None = None
     refresh_every: int | None = None
     prompt_refresh: int | None = None
@@ -213,8 +223,12 @@ class GenerationConfig:
         if not isinstance(self.strategy, Strategy):
             raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
-        ok = is_number(self.temperature) and self.temperature >= 0
-        require("temperature", self.temperature, "0 or more", ok)
+        for name in ("temperature", "cfg_scale"):
+            value = getattr(self, name)
+            require(name, value, "0 or more", is_number(value) and value >= 0)
+            require(name, value, f"at most {_MOST:,}", value <= _MOST)
+        if self.commit_last and self.strategy.score != "confidence":
+            raise ValueError(f"commit_last goes with score = 'confidence' only, got score = {self.strategy.score!r}")
         for name, least, optional in (
             ("refresh_every", 1, True),
             ("prompt_refresh", 1, True),
@@ -250,6 +264,11 @@ class GenerationConfig:
         """Number of blocks."""
         return self.gen_length // self.block_length
 
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows of the network that decode one sequence: two with guidance."""
+        return 2 if self.cfg_scale else 1
+
     def look_back_in(self, model: ModelConfig) -> int:
         """Slots before the block that a step recomputes: one at least where it may have to predict the block's first."""
         return max(self.look_back, int(model.shift and self.refresh_commits == "rule"))
@@ -266,7 +285,8 @@ class GenerationConfig:
         """
         mask_id = model.mask_id if self.mask_id is None else self.mask_id
         eos_ids = tuple(model.eos_ids if self.eos_ids is None else self.eos_ids)
-        for name, ids in (("mask_id", (mask_id,)), ("eos_ids", eos_ids), ("forbidden", self.forbidden)):
+        named = {"mask_id": (mask_id,), "eos_ids": eos_ids, "forbidden": self.forbidden, "commit_last": self.commit_last}
+        for name, ids in named.items():
             for token in ids:
                 ok = is_int(token) and 0 <= token < model.vocab_size
                 require(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
@@ -284,7 +304,7 @@ class GenerationConfig:
             raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
         for seed in seeds:
             require("seed", seed, "in [-2^63, 2^63)", is_int(seed) and -(2**63) <= seed < 2**63)
-        return Resolved(mask_id, eos_ids, forbidden, seeds)
+        return Resolved(mask_id, eos_ids, forbidden, tuple(sorted({*self.commit_last})), seeds)
 
 
 @dataclass(frozen=True)
@@ -294,7 +314,13 @@ class Resolved:
     mask_id: int
     eos_ids: tuple[int, ...]
     forbidden: tuple[int, ...]
+    commit_last: tuple[int, ...]
     seeds: tuple[int, ...]
+
+    @property
+    def never_or_last(self) -> tuple[int, ...]:
+        """The tokens that take no part in the confidences of others."""
+        return tuple(sorted({*self.forbidden, *self.commit_last}))
 
     @property
     def filler(self) -> int:
@@ -312,11 +338,13 @@ class GenerationOutput:
         refreshes: forwards over the whole sequence that rebuilt the cache, one a block at least.
         steps: the other forwards.
         row_forwards: ``[B]`` int32: forwards in which the row still had something to decode.
-        step_map: ``[B, G]`` int32: index of the forward that committed each token; ``-1`` for what was filled in after EOS.
-        confidence: ``[B, G]`` float32: the model's probability of each token at that forward; NaN for what was filled in.
+        step_map: ``[B, G]`` int32: index of the forward that committed each token; ``-1`` for what was fixed from the start,
+            and for what was filled in after EOS.
+        confidence: ``[B, G]`` float32: the model's probability of each token at that forward; NaN where there was none.
         seconds: wall time, from the first forward to the last.
         eos_ids: the end tokens that were in force.
         tokenizer: what :attr:`texts` decodes with, or None.
+        starts: of an infilling, the column at which each row begins: its ids and its text are those of the whole row.
     """
 
     sequences: Tensor
@@ -329,6 +357,7 @@ class GenerationOutput:
     seconds: float
     eos_ids: tuple[int, ...]
     tokenizer: object | None = None
+    starts: tuple[int, ...] | None = None
 
     @property
     def nfe(self) -> int:
@@ -342,7 +371,7 @@ class GenerationOutput:
 
     @property
     def committed(self) -> int:
-        """Tokens that forwards decided, over all rows: not those filled in after EOS."""
+        """Tokens that forwards decided, over all rows: not those that were fixed, nor those filled in after EOS."""
         return int((self.step_map >= 0).sum())
 
     @property
@@ -356,13 +385,16 @@ class GenerationOutput:
         return self.committed / self.seconds if self.seconds else math.inf
 
     def ids(self, row: int) -> list[int]:
-        """The generated ids of a row, cut before the first end token."""
+        """The generated ids of a row, cut before the first end token; of an infilling, the whole row."""
+        if self.starts is not None:
+            whole: list[int] = self.sequences[row, self.starts[row] :].tolist()
+            return whole
         ids: list[int] = self.generated[row].tolist()
         return ids[: next((i for i, token in enumerate(ids) if token in self.eos_ids), len(ids))]
 
     @cached_property
     def texts(self) -> list[str]:
-        """The generated text of each row, up to its first end token.
+        """The generated text of each row, up to its first end token; of an infilling, the text of the whole row.
 
         Raises:
             ValueError: the model has no tokenizer.

@@ -86,13 +86,14 @@ def cache_name(cache: CacheName | None, use_cache: bool | None, dual_cache: bool
     return switched
 
 
-def first_slots(inputs: Tensor, attention_mask: Tensor | None, vocabulary: int) -> Tensor:
+def first_slots(inputs: Tensor, attention_mask: Tensor | None, vocabulary: int, name: str = "inputs") -> Tensor:
     """Where each prompt of a batch begins.
 
     Args:
         inputs: ``[B, P]`` integers.
         attention_mask: ``[B, P]``, 0 for padding; none if not given.
         vocabulary: tokens ``V``.
+        name: of ``inputs``, as the caller knows it.
 
     Returns:
         ``[B]`` int32: the first slot of each row that is not padding.
@@ -102,18 +103,18 @@ def first_slots(inputs: Tensor, attention_mask: Tensor | None, vocabulary: int) 
     """
     if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.is_floating_point() or inputs.dtype == torch.bool:
         found = f"{inputs.dtype} {list(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
-        raise ValueError(f"inputs must be a tensor of integers of shape [B, P], got {found}")
+        raise ValueError(f"{name} must be a tensor of integers of shape [B, P], got {found}")
     if 0 in inputs.shape:
-        raise ValueError(f"inputs must hold at least one prompt of at least one token, got shape {list(inputs.shape)}")
+        raise ValueError(f"{name} must hold at least one prompt of at least one token, got shape {list(inputs.shape)}")
     outside = inputs[(inputs < 0) | (inputs >= vocabulary)]
     if len(outside):
-        raise ValueError(f"inputs holds token id {int(outside[0])}, outside the vocabulary [0, {vocabulary})")
+        raise ValueError(f"{name} holds token id {int(outside[0])}, outside the vocabulary [0, {vocabulary})")
 
     padding = torch.zeros_like(inputs, dtype=torch.bool)
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor) or attention_mask.shape != inputs.shape:
             found = str(list(attention_mask.shape)) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-            raise ValueError(f"attention_mask must have the shape of inputs, {list(inputs.shape)}, got {found}")
+            raise ValueError(f"attention_mask must have the shape of {name}, {list(inputs.shape)}, got {found}")
         padding = attention_mask.to(inputs.device) == 0
         if (padding[:, 1:] > padding[:, :-1]).any():
             row = int((padding[:, 1:] > padding[:, :-1]).any(1).nonzero()[0, 0])

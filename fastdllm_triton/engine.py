@@ -8,9 +8,10 @@ block: those that begin one are refreshed together, then all take a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,11 @@ class Generation:
         prompts: token ids of each row, of any lengths. A ``[MASK]`` in a prompt stays one.
         config: the options.
         tokenizer: what the output's ``texts`` decode with, or None.
+        answers: the last ``gen_length`` tokens of each row as they are at the start: ``[MASK]`` where they are to be decoded;
+            all of them are if not given. What else is there is fixed: it is attended from the start, never overwritten, and
+            counts neither as committed nor in the schedule of a strategy. A block without masks takes no forward.
+        whole: whether each prompt and its answer are one text: the output's ids and texts are then those of whole rows,
+            prompts may be empty, and answers of an empty prompt shorter than ``gen_length``.
 
     Raises:
         ValueError: a prompt is empty, too long, or holds an id outside the vocabulary; an option does not fit the model.
@@ -105,15 +111,25 @@ class Generation:
     """
 
     def __init__(
-        self, network: Transformer, prompts: list[list[int]], config: GenerationConfig, tokenizer: object | None = None
+        self,
+        network: Transformer,
+        prompts: list[list[int]],
+        config: GenerationConfig,
+        tokenizer: object | None = None,
+        *,
+        answers: list[list[int]] | None = None,
+        whole: bool = False,
     ) -> None:
-        check_prompts(prompts, config, network)
+        if whole and answers is not None:
+            check_prompts([*map(add, prompts, answers)], config, network, whole=True)
+        else:
+            check_prompts(prompts, config, network)
         ids = config.resolve(network.config, len(prompts))
         if network.ops.name == "triton":
             check_kernel_limits(len(prompts), config.block_length, ids)
-        self._run = _Run(network, prompts, config, ids)
+        self._run = _Run(network, prompts, answers or [[ids.mask_id] * config.gen_length] * len(prompts), config, ids)
         self._forwards = self._run.forwards()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._whole = tokenizer, whole
 
     def __iter__(self) -> Generation:
         return self
@@ -133,7 +149,7 @@ class Generation:
 
     def output(self) -> GenerationOutput:
         """The result; before the end, what there is so far, masks included."""
-        return replace(self._run.output(), tokenizer=self._tokenizer)
+        return replace(self._run.output(), tokenizer=self._tokenizer, starts=self._run.starts if self._whole else None)
 
 
 def run(generation: Generation, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
@@ -167,15 +183,22 @@ class _Row:
 
     Attributes:
         origin: its place in the batch as given.
-        block: the block it decodes.
+        blocks: those that it decodes: all that have something masked.
+        begun: how many of them it has begun, less one.
         forwards: that it has had in this block.
         done: whether the block is complete.
     """
 
     origin: int
-    block: int = 0
+    blocks: list[int]
+    begun: int = -1
     forwards: int = 0
     done: bool = False
+
+    @property
+    def block(self) -> int:
+        """The block it decodes."""
+        return self.blocks[self.begun]
 
 
 class _Run:
@@ -184,25 +207,31 @@ class _Run:
     The first ``len(self.rows)`` rows of the batch are those that are not finished, in the order of ``self.rows``.
     """
 
-    def __init__(self, network: Transformer, prompts: list[list[int]], config: GenerationConfig, ids: Resolved) -> None:
-        self.network, self.config = network, config
-        device, self.columns = network.device, max(map(len, prompts)) + config.gen_length
+    def __init__(
+        self,
+        network: Transformer,
+        prompts: list[list[int]],
+        answers: list[list[int]],
+        config: GenerationConfig,
+        ids: Resolved,
+    ) -> None:
+        self.network, self.config, self.ids = network, config, ids
+        sequences = [*map(add, prompts, answers)]
+        device, self.columns = network.device, max(config.gen_length, *map(len, sequences))
         self.rows_bucket, slots_bucket = buckets(device)
         rows, slots = self.rows_bucket(len(prompts)), slots_bucket(self.columns)
         self.padding = slots - self.columns  # slots in front of the output's first column
-        self.kv_start = [slots - config.gen_length - len(prompt) for prompt in prompts]
-        self.eos_ids = ids.eos_ids
+        self.kv_start = [slots - len(sequence) for sequence in sequences]
 
         if not (network.kept and network.kept[0].serves(rows, slots, config, ids)):
             network.kept.clear()  # What it held is free before anything is allocated.
             check_memory(network, len(prompts), rows, slots, config)
             network.kept.append(Batch(network, rows, slots, config, ids))
         self.batch = network.kept.pop()
-        masks = [ids.mask_id] * config.gen_length
-        padded = [[ids.filler] * start + prompt + masks for start, prompt in zip(self.kv_start, prompts, strict=True)]
+        padded = [[ids.filler] * start + sequence for start, sequence in zip(self.kv_start, sequences, strict=True)]
         self.batch.fill(padded, self.kv_start, ids.seeds)
 
-        self.rows = [_Row(row) for row in range(len(prompts))]
+        self.rows = [_Row(row, self.blocks_to_decode(answer)) for row, answer in enumerate(answers)]
         self.refreshes = self.steps = 0
         self.started, self.seconds, self.running = 0.0, 0.0, True
         sizes = (len(prompts), self.columns)
@@ -216,6 +245,8 @@ class _Run:
         """Decodes, a forward at a time."""
         self.started = _now(self.network.device)
         try:
+            for i in reversed([i for i, row in enumerate(self.rows) if not row.blocks]):
+                self.let_go(i)
             self.move_on(self.rows)
             while self.rows:
                 due = [row for row in self.rows if self.is_due(row)]
@@ -239,10 +270,22 @@ class _Run:
             if self.network.device.type == "cuda":
                 self.network.kept[:] = [self.batch]  # The next generation of the same shape finds its graphs captured.
 
-    def move_on(self, rows: list[_Row], blocks: int = 0) -> None:
+    def blocks_to_decode(self, answer: list[int]) -> list[int]:
+        """The blocks of a row that have something masked, up to one that has nothing masked and ends the row."""
+        missing, length = self.config.gen_length - len(answer), self.config.block_length
+        blocks = []
+        for block in range(self.config.blocks):
+            tokens = answer[max(block * length - missing, 0) : max((block + 1) * length - missing, 0)]
+            if self.ids.mask_id in tokens:
+                blocks.append(block)
+            elif self.config.stop_at_eos and not set(tokens).isdisjoint(self.ids.eos_ids):
+                break
+        return blocks
+
+    def move_on(self, rows: list[_Row]) -> None:
         """Lets rows begin their next block."""
         for row in rows:
-            row.block, row.forwards, row.done = row.block + blocks, 0, False
+            row.begun, row.forwards, row.done = row.begun + 1, 0, False
         moved = set(rows)
         for first, last in _runs([i for i, row in enumerate(self.rows) if row in moved]):
             self.batch.begin(first, last)
@@ -254,7 +297,7 @@ class _Run:
 
     def renews_prompt(self, row: _Row) -> bool:
         """Whether a refresh of a row recomputes its prompt as well."""
-        return row.block % (self.config.prompt_refresh or 1) == 0
+        return row.begun % (self.config.prompt_refresh or 1) == 0
 
     def bring_forward(self, due: list[_Row]) -> None:
         """Puts the rows that are due in front, those that renew their prompt first, and tells the device where all stand."""
@@ -322,19 +365,27 @@ class _Run:
             raise FloatingPointError(f"forward {forward} gave logits that are NaN or nowhere finite in row {rows}")
         for row, left in zip(self.rows, remaining, strict=True):
             row.done = left == 0
-        finished = [i for i, row in enumerate(self.rows) if row.done and (ended[i] or row.block == self.config.blocks - 1)]
+        finished = [i for i, row in enumerate(self.rows) if row.done and (ended[i] or row.block == row.blocks[-1])]
         for i in reversed(finished):
             self.let_go(i)
         if not self.config.lockstep or all(row.done for row in self.rows):
-            self.move_on([row for row in self.rows if row.done], blocks=1)
+            self.move_on([row for row in self.rows if row.done])
 
     def let_go(self, i: int) -> None:
         """Records a row and gives its place to the last one."""
+        if self.config.stop_at_eos:  # What is still masked comes after an end token.
+            answer = self.batch.x[i, -self.config.gen_length :]
+            answer.masked_fill_(answer == self.ids.mask_id, self.ids.eos_ids[0])
         self._record(i)
         last = self.rows.pop()
         if i < len(self.rows):
             self.batch.move(len(self.rows), i)
             self.rows[i] = last
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first column of each row that is not padding."""
+        return tuple(start - self.padding for start in self.kv_start)
 
     def records(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sequences, step map and confidence of all rows, as they are now."""
@@ -369,7 +420,7 @@ class _Run:
             step_map=self._step_map[:, generated],
             confidence=self._confidence[:, generated],
             seconds=_now(self.network.device) - self.started if self.running and self.started else self.seconds,
-            eos_ids=self.eos_ids,
+            eos_ids=self.ids.eos_ids,
         )
 
 
@@ -380,19 +431,18 @@ def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
         yield members[0], members[-1] + 1
 
 
-def check_prompts(prompts: list[list[int]], config: GenerationConfig, network: Transformer) -> None:
-    """Raises ``ValueError`` for prompts that a model cannot continue."""
+def check_prompts(prompts: Sequence[list[int]], config: GenerationConfig, network: Transformer, *, whole: bool = False) -> None:
+    """Raises ``ValueError`` for prompts that a model cannot continue or, where they are ``whole`` texts, cannot take."""
     c = network.config
+    most = c.max_length if whole else c.max_length - config.gen_length
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompts: row {row} is empty; every prompt needs at least one token")
-        if len(prompt) + config.gen_length > c.max_length:
-            raise ValueError(
-                f"prompts: row {row} has {len(prompt)} tokens; with gen_length = {config.gen_length} "
-                f"the model takes at most {c.max_length - config.gen_length}"
-            )
+        if len(prompt) > most:
+            beside = "" if whole else f"with gen_length = {config.gen_length} "
+            raise ValueError(f"prompts: row {row} has {len(prompt)} tokens; {beside}the model takes at most {most}")
         if (low := min(prompt)) < 0 or (high := max(prompt)) >= c.vocab_size:
             token = low if low < 0 else high
             raise ValueError(f"prompts: row {row} holds token id {token}, outside the vocabulary [0, {c.vocab_size})")
@@ -404,6 +454,7 @@ def check_kernel_limits(rows: int, block_length: int, ids: Resolved) -> None:
         ("prompts", rows, MAX_ROWS),
         ("block_length", block_length, MAX_BLOCK),
         ("forbidden", len(ids.forbidden), MAX_FORBIDDEN),
+        ("commit_last and forbidden", len(ids.never_or_last), MAX_FORBIDDEN),
         ("eos_ids", len(ids.eos_ids), MAX_EOS),
     ):
         if count > most:

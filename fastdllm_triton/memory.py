@@ -69,10 +69,11 @@ def check_memory(network: Transformer, rows: int, capacity: int, slots: int, con
     available = available_bytes(network.device)
     if available is None:
         return
-    need = Memory.of(network.config, capacity, slots, network.dtype.itemsize)
+    need = Memory.of(network.config, capacity * config.rows_per_sequence, slots, network.dtype.itemsize)
     if (wanted := need.cache + need.workspace) <= available:
         return
-    most = largest_batch(network.config, slots, network.dtype.itemsize, available, buckets(network.device)[0])
+    share = available // config.rows_per_sequence
+    most = largest_batch(network.config, slots, network.dtype.itemsize, share, buckets(network.device)[0])
     advice = f"the largest batch that fits is {most}" if most else "not even one row fits; shorten prompts or gen_length"
     raise MemoryError(
         f"prompts: {rows} rows of {slots} slots (gen_length = {config.gen_length}) need {wanted:,} bytes on {network.device} "

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checks import is_int, require
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, Generation, run
+from .fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
 from .models.checkpoint import read_json
 from .models.config import ModelConfig
 from .models.transformer import Transformer
@@ -154,6 +156,7 @@ class MaskedDiffusionLM:
         prompts: Prompts,
         config: GenerationConfig | None = None,
         *,
+        constraints: Constraints | None = None,
         callback: Callable[[Forward], None] | None = None,
         trace: str | Path | None = None,
         **options: Any,
@@ -163,6 +166,10 @@ class MaskedDiffusionLM:
         Args:
             prompts: a tensor ``[B, T]`` of ids, a list of lists of ids of any lengths, a string, or a list of strings.
             config: the options; :attr:`defaults` if not given.
+            constraints: tokens of the answer that are fixed: a dict of positions, from 0 within the generation, for every row,
+                or a list of dicts, one a row. What a position holds is a text, taken as it stands and perhaps several tokens
+                long, a token id, or a list of them. Fixed tokens are in place and attended from the start; an end token
+                among them ends its row as one that is decoded does.
             callback: called after each forward.
             trace: a file to record the generation in: ``.html``, a page that replays it, or ``.json``, the data of that page.
             options: fields of :class:`GenerationConfig` that replace those of ``config``.
@@ -173,7 +180,7 @@ class MaskedDiffusionLM:
 
         Raises:
             ValueError: an option or a prompt is not valid; raised before any forward.
-            TypeError: ``prompts`` is of another type, or an option is unknown.
+            TypeError: ``prompts`` or ``constraints`` is of another type, or an option is unknown.
             MemoryError: the cache does not fit; says what is needed, what there is and the largest batch that fits.
             FloatingPointError: a forward gave logits that are NaN or nowhere finite.
             OSError: ``trace`` cannot be written; where it lies is checked before any forward.
@@ -182,9 +189,70 @@ class MaskedDiffusionLM:
         ``output``; the model stays usable.
         """
         config, rows = self.options(config, **options), self._rows(prompts)
+        return self._decode(rows, config, callback, trace, answers=self._answers(rows, config, constraints))
+
+    def infill(
+        self,
+        prompts: Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        callback: Callable[[Forward], None] | None = None,
+        trace: str | Path | None = None,
+        **options: Any,
+    ) -> GenerationOutput:
+        """Fills in the masks of texts; what stands before, between and after them is seen from the start and stays.
+
+        Masks are decoded in blocks of ``block_length``, counted from the end of a text; ``gen_length`` follows from where the
+        first mask is. Blocks without masks take no forward. No text ends before its end: ``stop_at_eos`` is off.
+
+        Args:
+            prompts: as of :meth:`generate`, with masks in them: in a string each ``[MASK]`` is one token to fill in, among ids
+                it is the model's mask id.
+            config, callback, trace, options: as of :meth:`generate`.
+
+        Returns:
+            The sequences, left padded, and how they came about; ``ids(i)`` and ``texts[i]`` are those of the whole row ``i``.
+
+        Raises:
+            ValueError: as :meth:`generate`; a prompt without a mask; ``gen_length`` or ``stop_at_eos`` among the options.
+            TypeError, MemoryError, FloatingPointError, OSError: as :meth:`generate`.
+        """
+        for name in ("gen_length", "stop_at_eos"):
+            if name in options:
+                raise ValueError(f"{name}: infill decodes the masks of the prompts, all of them; leave it out")
+        base = self.options(config)
+        length, mask_id = (options.get(name, getattr(base, name)) for name in ("block_length", "mask_id"))
+        require("block_length", length, "an integer of 1 or more", is_int(length) and length >= 1)
+        mask_id = self.config.mask_id if mask_id is None else mask_id
+
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if not isinstance(prompts, Tensor) and isinstance(prompts, Sequence):
+            prompts = [self._encode_masks(prompt, mask_id) if isinstance(prompt, str) else prompt for prompt in prompts]
+        rows = self._rows(prompts)
+        decoded = masked_length(rows, length, mask_id)
+        config = self.options(base, **options, gen_length=decoded, stop_at_eos=False)
+        prompts, answers = [ids[:-decoded] for ids in rows], [ids[-decoded:] for ids in rows]
+        return self._decode(prompts, config, callback, trace, answers=answers, whole=True)
+
+    def _decode(
+        self,
+        rows: list[list[int]],
+        config: GenerationConfig,
+        callback: Callable[[Forward], None] | None,
+        trace: str | Path | None,
+        *,
+        answers: list[list[int]] | None,
+        whole: bool = False,
+    ) -> GenerationOutput:
+        """Runs a generation to its end, and records it where that is asked for."""
+
+        def start() -> Generation:
+            return Generation(self.network, rows, config, self.tokenizer, answers=answers, whole=whole)
+
         if trace is None:
-            return run(self.stream(rows, config), callback)
-        recorder = Trace(trace, self, rows, config)
+            return run(start(), callback)
+        recorder = Trace(trace, self, rows, config, answers)
 
         def both(forward: Forward) -> None:
             recorder(forward)
@@ -192,15 +260,22 @@ class MaskedDiffusionLM:
                 callback(forward)
 
         try:
-            return run(self.stream(rows, config), both)
+            return run(start(), both)
         finally:
             recorder.write()
 
-    def stream(self, prompts: Prompts, config: GenerationConfig | None = None, **options: Any) -> Generation:
+    def stream(
+        self,
+        prompts: Prompts,
+        config: GenerationConfig | None = None,
+        *,
+        constraints: Constraints | None = None,
+        **options: Any,
+    ) -> Generation:
         """Generates forward by forward.
 
         Args:
-            prompts, config, options: as of :meth:`generate`.
+            prompts, config, constraints, options: as of :meth:`generate`.
 
         Returns:
             An iterator: each item tells of one forward, what it committed (:attr:`~fastdllm_triton.engine.Forward.committed`)
@@ -209,7 +284,33 @@ class MaskedDiffusionLM:
         Raises:
             ValueError, TypeError, MemoryError: as :meth:`generate`, before any forward.
         """
-        return Generation(self.network, self._rows(prompts), self.options(config, **options), self.tokenizer)
+        config, rows = self.options(config, **options), self._rows(prompts)
+        return Generation(self.network, rows, config, self.tokenizer, answers=self._answers(rows, config, constraints))
+
+    def _answers(
+        self, rows: list[list[int]], config: GenerationConfig, constraints: Constraints | None
+    ) -> list[list[int]] | None:
+        """What the rows' answers are at the start; None where they are all masks."""
+        if constraints is None:
+            return None
+        mask_id = self.config.mask_id if config.mask_id is None else config.mask_id
+        return constrained_answers(
+            constraints, len(rows), config.gen_length, mask_id, self.config.vocab_size, self._encode_within
+        )
+
+    def _encode_within(self, text: str) -> list[int]:
+        """Token ids of a text inside another one: no special tokens are added."""
+        if self.tokenizer is None:
+            raise ValueError(f"constraints: {self._folder or 'the module'} has no tokenizer files; give token ids")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encode_masks(self, text: str, mask_id: int) -> list[int]:
+        """Token ids of a text in which placeholders stand for masks."""
+        mask = None if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(mask_id)
+        ids = self.encode(text if mask is None else text.replace(PLACEHOLDER, mask))
+        if ids.count(mask_id) < text.count(PLACEHOLDER):
+            raise ValueError(f"prompts: the tokenizer has no text for the mask id {mask_id}; give token ids")
+        return ids
 
     def _rows(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form as lists of ids."""

@@ -53,8 +53,17 @@ def changed(config: GenerationConfig, given: Mapping[str, Any]) -> GenerationCon
         ValueError: a value is not allowed, or values do not go together.
         TypeError: a name is unknown.
     """
+    return replace(config, **as_fields(given, config.strategy))
+
+
+def as_fields(given: Mapping[str, Any], now: Strategy | None = None) -> dict[str, Any]:
+    """Settings as fields of :class:`~fastdllm_triton.decoding.GenerationConfig`, with what :func:`strategy_of` makes of them.
+
+    Raises:
+        ValueError: as :func:`strategy_of`.
+    """
     rest = {name: value for name, value in given.items() if name not in STRATEGIES and name != "score"}
-    return replace(config, strategy=strategy_of(given, config.strategy), **rest)
+    return {**rest, "strategy": strategy_of(given, now)}
 
 
 def current(config: GenerationConfig) -> dict[str, Any]:
@@ -107,6 +116,7 @@ _READERS: dict[str, _Reader] = {
     "entropy_budget": _NUMBER,
     "score": _WORD,
     "temperature": _NUMBER,
+    "cfg_scale": _NUMBER,
     "seed": _INTEGER,
     "stop_at_eos": ("on or off", _flag),
     "refresh_every": _OPTIONAL,

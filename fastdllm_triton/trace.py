@@ -29,15 +29,17 @@ class Trace:
 
     The data, also ``TRACE`` in the page's script: ``format``, ``model``, ``options``; ``gen_length`` and ``block_length``;
     ``pieces``, the text of each token id that occurs; ``rows``, a ``prompt`` and the ``generated`` ids each (what has not been
-    decoded is ``mask_id``); and ``forwards``, in order: ``refresh``, and for each row that it decoded ``row``, ``block``,
-    ``window``, the slots ``[first, last)`` that it recomputed, counted from the first generated one (so those of the prompt are
-    negative), and ``committed``, a list of ``[slot, confidence]``.
+    decoded is ``mask_id``), and ``fixed``, the slots that are not decoded: tokens that were given, and in an infilled text
+    shorter than ``gen_length`` what is before its beginning; and ``forwards``, in order: ``refresh``, and for each row that it
+    decoded ``row``, ``block``, ``window``, the slots ``[first, last)`` that it recomputed, counted from the first generated
+    one (so those of the prompt are negative), and ``committed``, a list of ``[slot, confidence]``.
 
     Args:
         path: ends in ``.html`` for the page, in ``.json`` for the data.
         model: whose generation it is.
         prompts: token ids of each row.
         config: the options.
+        answers: as of :class:`~fastdllm_triton.engine.Generation`.
 
     Raises:
         ValueError: the path ends in something else.
@@ -45,7 +47,12 @@ class Trace:
     """
 
     def __init__(
-        self, path: str | Path, model: MaskedDiffusionLM, prompts: Sequence[Sequence[int]], config: GenerationConfig
+        self,
+        path: str | Path,
+        model: MaskedDiffusionLM,
+        prompts: Sequence[Sequence[int]],
+        config: GenerationConfig,
+        answers: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.path = Path(path)
         if self.path.suffix not in (".html", ".json"):
@@ -55,6 +62,8 @@ class Trace:
         if self.path.is_dir():
             raise IsADirectoryError(f"trace: {str(path)!r} is a folder")
         self._model, self._prompts, self._config = model, [list(prompt) for prompt in prompts], config
+        self._mask_id = model.config.mask_id if config.mask_id is None else config.mask_id
+        self._answers = answers or [[self._mask_id] * config.gen_length for _ in prompts]
         self._forwards: list[dict[str, Any]] = []
         self._last: Forward | None = None
 
@@ -80,10 +89,14 @@ class Trace:
     @property
     def data(self) -> dict[str, Any]:
         """What has been recorded so far."""
-        config, model = self._config, self._model
-        mask = model.config.mask_id if config.mask_id is None else config.mask_id
+        config, model, mask = self._config, self._model, self._mask_id
+        missing = [config.gen_length - len(answer) for answer in self._answers]
+        fixed = [
+            [*range(before), *(before + i for i, token in enumerate(answer) if token != mask)]
+            for before, answer in zip(missing, self._answers, strict=True)
+        ]
         if self._last is None:
-            generated = [[mask] * config.gen_length for _ in self._prompts]
+            generated = [[mask] * before + list(answer) for before, answer in zip(missing, self._answers, strict=True)]
         else:
             generated = self._last.x[:, -config.gen_length :].tolist()
         ids = sorted({mask, *(token for row in (*self._prompts, *generated) for token in row)})
@@ -96,7 +109,10 @@ class Trace:
             "mask_id": mask,
             "eos_ids": list(model.config.eos_ids if config.eos_ids is None else config.eos_ids),
             "pieces": {token: f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token])) for token in ids},
-            "rows": [{"prompt": prompt, "generated": own} for prompt, own in zip(self._prompts, generated, strict=True)],
+            "rows": [
+                {"prompt": prompt, "generated": own, "fixed": slots}
+                for prompt, own, slots in zip(self._prompts, generated, fixed, strict=True)
+            ],
             "forwards": self._forwards,
         }
 

@@ -3,6 +3,9 @@
 Tokens and number of forwards are those of the official code wherever it finishes its blocks; where it leaves masks behind or
 never ends, these functions finish the block, and ``[MASK]`` is never committed. Masks in the prompt stay masks, but for
 ``diffusion_generate`` without a cache, which fills them as the official one does.
+
+The functions of this package are Fast-dLLM's. :mod:`fastdllm_triton.compat.llada` has the ``generate`` of ML-GSAI's LLaDA and
+:mod:`fastdllm_triton.compat.d1` that of d1.
 """
 
 from .dream import diffusion_generate

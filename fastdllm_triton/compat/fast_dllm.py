@@ -11,7 +11,8 @@ from ..swap import runtime_of
 from ..types import ScoreName
 from ._rounding import logits_dtype
 
-_SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
+#: The official names of what ranks tokens.
+SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
 
 
 def generate(
@@ -38,7 +39,8 @@ def generate(
         temperature: of the Gumbel noise; draws are seeded from torch's global generator.
         remasking: ``low_confidence`` or ``random``.
         mask_id: the model's if not given.
-        threshold: commit every token whose confidence reaches it.
+        threshold: commit every token whose confidence reaches it, in (0, 1]: what the official code would do beyond these is
+            a block at once, or one token a forward.
         factor: commit by the factor rule; wins over ``threshold``.
 
     Returns:
@@ -103,9 +105,9 @@ def _generate(
     cache: CacheName,
 ) -> tuple[Tensor, int]:
     lm = runtime_of(model)
-    if remasking not in _SCORES:
-        raise ValueError(f"remasking must be one of {', '.join(_SCORES)}, got {remasking!r}")
-    score = _SCORES[remasking]
+    if remasking not in SCORES:
+        raise ValueError(f"remasking must be one of {', '.join(SCORES)}, got {remasking!r}")
+    score = SCORES[remasking]
     strategy: Strategy = FixedSteps(steps, score=score)
     if factor is not None:
         strategy = Factor(factor, score=score)
