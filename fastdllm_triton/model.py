@@ -23,6 +23,8 @@ from .trace import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .diffusion import DiffusionOutput
+
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[str] | str
 
 
@@ -195,6 +197,16 @@ class MaskedDiffusionLM:
             return run(self.stream(rows, config), both)
         finally:
             recorder.write()
+
+    def diffusion_generate(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor | DiffusionOutput:
+        """Dream's decoding, of a Dream: :func:`fastdllm_triton.compat.diffusion_generate` without its ``model``.
+
+        Raises:
+            TypeError: this is no Dream.
+        """
+        from .compat import diffusion_generate
+
+        return diffusion_generate(self, inputs, *args, **kwargs)
 
     def stream(self, prompts: Prompts, config: GenerationConfig | None = None, **options: Any) -> Generation:
         """Generates forward by forward.
