@@ -185,6 +185,18 @@ def test_threads_that_begin_together_accelerate_once(caplog: pytest.LogCaptureFi
     assert len(caplog.records) == 1
 
 
+def test_a_first_use_in_inference_mode_leaves_parameters_that_can_be_trained() -> None:
+    """As ``llada/generate.py`` calls it."""
+    module = load_module(GOLDEN / "llada-gqa")
+    with torch.inference_mode():
+        x, _ = compat.generate_with_dual_cache(module, PROMPT, steps=8, gen_length=8, block_length=8)
+    for _ in range(2):  # accelerated, then restored
+        module(x.clone()).logits.square().mean().backward()
+        torch.optim.SGD(module.parameters(), lr=0.1).step()
+        with torch.inference_mode():
+            fdt.restore(module)
+
+
 def _wrong_config(module: nn.Module) -> None:
     module.config.rope_scaling = {"rope_type": "yarn"}
 
