@@ -144,9 +144,6 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str]) -> None:
     Raises:
         TypeError: a name is neither; says which one is like it.
     """
-    names = list(names)
-    if not names:
-        return
     from transformers import GenerationConfig
 
     stored = vars(GenerationConfig())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from _modules import Wrapper, load_module
+from _modules import GENERATION_FIELDS, Wrapper, load_module, mixin, put_mixin
 from conftest import GOLDEN, GOLDEN_DREAM
 from torch import Tensor, nn
 
@@ -26,27 +25,6 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 CALLS = [json.loads(line) for line in (GOLDEN / GOLDEN_DREAM / "calls.jsonl").read_text().splitlines()]
 GREEDY: dict[str, Any] = {"max_new_tokens": 16, "steps": 8, "alg": "entropy", "temperature": 0.0}
 
-#: What transformers writes into a config beside a checkpoint's own fields, and what of it decides something.
-GENERATION_FIELDS = ("temperature", "top_p", "top_k", "max_length", "num_return_sequences", "return_dict_in_generate")
-
-
-def mixin(name: str) -> type:
-    """A stand-in for the ``DreamGenerationMixin`` of a module of that name: it begins as the official ones do."""
-
-    class DreamGenerationMixin:
-        def _prepare_generation_config(self, generation_config: object, **options: object) -> str:
-            return f"prepared by {name}"
-
-        def diffusion_generate(self, inputs: Tensor, generation_config: object = None, **options: object) -> str:
-            return f"{self._prepare_generation_config(generation_config)}, decoded by {name}"
-
-        def _sample(self) -> None: ...
-
-    for method in (DreamGenerationMixin.diffusion_generate, DreamGenerationMixin._sample):
-        method.__module__ = f"transformers_modules.Dream.{name}"
-    return DreamGenerationMixin
-
-
 PLAIN, BLOCK = mixin("generation_utils"), mixin("generation_utils_block")
 
 
@@ -58,12 +36,6 @@ def dream_module(**config: Any) -> Any:
     vars(module.config).update(config)
     module.__class__ = type("DreamModel", (PLAIN, type(module)), {})
     return module
-
-
-def patch(module: Any, source: type = BLOCK) -> None:
-    """What ``dream/eval.py`` and ``dream/demo_multiturn_chat.py`` do to take another mixin."""
-    module.diffusion_generate = types.MethodType(source.diffusion_generate, module)
-    module._sample = types.MethodType(source._sample, module)
 
 
 def loaded(tmp_path: Path, **config: Any) -> fdt.MaskedDiffusionLM:
@@ -133,7 +105,7 @@ def _replay(model: Any, case: dict[str, Any], **options: Any) -> None:
 def test_a_module_gives_what_the_official_code_gave_for_the_same_call(case: dict[str, Any]) -> None:
     module = dream_module(**case.get("config", {}))
     if case["mixin"] == "generation_utils_block":
-        patch(module)
+        put_mixin(module)
     _replay(module, case)
 
 
@@ -259,7 +231,7 @@ def _in_the_class(module: Any) -> None:
     module.__class__ = type("DreamModel", (BLOCK, type(module)), {})
 
 
-@pytest.mark.parametrize("place", [patch, _in_the_class])
+@pytest.mark.parametrize("place", [put_mixin, _in_the_class])
 @pytest.mark.parametrize("wrap", [lambda module: module, Wrapper])
 def test_the_block_mixin_is_the_prefix_cache_and_with_dual_cache_the_dual_one(place: Any, wrap: Any, by_cache: Any) -> None:
     module = dream_module()
@@ -276,7 +248,7 @@ def test_a_mixin_that_comes_after_accelerate_decides_too(by_cache: Any) -> None:
     module = dream_module()
     fdt.accelerate(module)
     for source, cache in ((BLOCK, "prefix"), (PLAIN, "none"), (BLOCK, "prefix")):
-        patch(module, source)
+        put_mixin(module, source)
         assert _decode(module) == by_cache[cache]
         fdt.accelerate(module)
         assert _decode(module) == by_cache[cache]
@@ -285,7 +257,7 @@ def test_a_mixin_that_comes_after_accelerate_decides_too(by_cache: Any) -> None:
 def test_a_replaced_diffusion_generate_says_once_that_the_official_code_runs() -> None:
     module = dream_module()
     fdt.accelerate(module)
-    patch(module)
+    put_mixin(module)
     with pytest.warns(
         UserWarning, match=r"diffusion_generate of this DreamModel was replaced after accelerate: .*_block runs, not"
     ):
@@ -301,12 +273,12 @@ def test_restore_gives_back_what_stood_there_last() -> None:
     module = dream_module()
     before = sorted(vars(module))
     fdt.accelerate(module)
-    patch(module)
+    put_mixin(module)
     fdt.accelerate(module)
     fdt.restore(module)
     assert module.diffusion_generate(PROMPT) == "prepared by generation_utils, decoded by generation_utils_block"
     fdt.accelerate(module)
-    patch(module, PLAIN)
+    put_mixin(module, PLAIN)
     fdt.restore(module)
     assert module.diffusion_generate(PROMPT) == "prepared by generation_utils, decoded by generation_utils"
     del module.diffusion_generate, module._sample
@@ -321,8 +293,8 @@ def test_dreams_eval_py_accelerated_after_its_patch(by_cache: Any) -> None:
     """``dream/eval.py``: made with the block mixin, patched again before the requests."""
     for use_cache, dual_cache, cache in ((False, False, "none"), (True, False, "prefix"), (True, True, "dual")):
         module = dream_module()
-        patch(module)
-        patch(module, BLOCK if use_cache else PLAIN)
+        put_mixin(module)
+        put_mixin(module, BLOCK if use_cache else PLAIN)
         fdt.accelerate(module)  # the line that is added
         inputs = torch.tensor([[316, 316, *PROMPT[0].tolist()]])
         out = module.diffusion_generate(
@@ -355,7 +327,7 @@ def _all(cache: str) -> dict[str, Any]:
 def test_dreams_multiturn_demo(answer: str) -> None:
     module = dream_module()
     if answer == "y":
-        patch(module)
+        put_mixin(module)
     fdt.accelerate(module)  # the line that is added
     for turn in (PROMPT, torch.cat((PROMPT, PROMPT), dim=1)):
         options: dict[str, Any] = {"max_new_tokens": 16, "steps": 16, "alg": "entropy", "block_length": 8}

@@ -109,7 +109,8 @@ def diffusion_generate(
             something else than it must.
         FloatingPointError: a forward gave logits that are NaN or nowhere finite.
     """
-    refuse_unknown(stored, inspect.signature(diffusion_generate).parameters)
+    if stored:
+        refuse_unknown(stored, inspect.signature(diffusion_generate).parameters)
     default_cache: CacheName = "none"
     model_config: object
     if isinstance(model, MaskedDiffusionLM):
