@@ -35,7 +35,7 @@ class DiffusionConfig:
             surest ones by entropy.
         alg_temp: draws which tokens are the surest ones with this temperature instead of ranking them; 0 ranks.
         temperature: of the tokens; 0 takes the likeliest.
-        top_p: keeps the likeliest tokens that together have this probability.
+        top_p: keeps the likeliest tokens that together have this probability; 0 the likeliest alone.
         top_k: keeps this many of the likeliest tokens.
         threshold: in (0, 1].
         block_length: slots of a block, with a cache; divides ``max_new_tokens``.
@@ -72,8 +72,8 @@ class DiffusionConfig:
         for name in ("alg_temp", "temperature"):
             value = getattr(self, name)
             require(name, value, "0 or more", is_number(value) and value >= 0)
-        ok = self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1)
-        require("top_p", self.top_p, "None or in (0, 1]", ok)
+        ok = self.top_p is None or (is_number(self.top_p) and 0 <= self.top_p <= 1)
+        require("top_p", self.top_p, "None or in [0, 1]", ok)
         ok = self.top_k is None or (is_int(self.top_k) and self.top_k >= 1)
         require("top_k", self.top_k, "None or an integer of 1 or more", ok)
         require("threshold", self.threshold, "in (0, 1]", is_number(self.threshold) and 0 < self.threshold <= 1)

@@ -533,6 +533,13 @@ def test_what_neither_the_caller_nor_a_config_says_samples_as_transformers_defau
     _assert_frequencies(out[:, -1].bincount(minlength=320), expected)
 
 
+def test_a_top_p_of_0_keeps_the_likeliest_token(lm: fdt.MaskedDiffusionLM) -> None:
+    """The slider of ``app.py`` goes down to it."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "steps": 1, "alg": "entropy"}
+    greedy = _run(lm, **options)
+    assert torch.equal(_run(lm, top_p=0.0, temperature=1.5, seed=2, **options).sequences, greedy.sequences)
+
+
 def test_numbers_of_numpy_and_torch_are_numbers(lm: fdt.MaskedDiffusionLM) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "steps": 4, "alg": "entropy", "temperature": 0.5, "top_k": 50, "seed": 3}
     same = {
@@ -605,8 +612,8 @@ def test_the_official_switches_of_the_cache(lm: fdt.MaskedDiffusionLM, switches:
         ({"alg": "random"}, ValueError, "alg must be one of origin, maskgit_plus, .*, got 'random'"),
         ({"alg_temp": -1.0}, ValueError, "alg_temp must be 0 or more, got -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature must be 0 or more, got nan"),
-        ({"top_p": 0.0}, ValueError, r"top_p must be None or in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, ValueError, r"top_p must be None or in \(0, 1\], got 1.5"),
+        ({"top_p": -0.1}, ValueError, r"top_p must be None or in \[0, 1\], got -0.1"),
+        ({"top_p": 1.5}, ValueError, r"top_p must be None or in \[0, 1\], got 1.5"),
         ({"top_k": 2.5}, ValueError, "top_k must be None or an integer of 1 or more, got 2.5"),
         ({"steps": None}, ValueError, "steps must be an integer of 1 or more, got None"),
         ({"temperature": None}, ValueError, "temperature must be 0 or more, got None"),

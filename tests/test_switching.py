@@ -105,7 +105,7 @@ def _replay(model: Any, case: dict[str, Any], **options: Any) -> None:
 def test_a_module_gives_what_the_official_code_gave_for_the_same_call(case: dict[str, Any]) -> None:
     module = dream_module(**case.get("config", {}))
     if case["mixin"] == "generation_utils_block":
-        put_mixin(module)
+        put_mixin(module, BLOCK)
     _replay(module, case)
 
 
@@ -231,7 +231,7 @@ def _in_the_class(module: Any) -> None:
     module.__class__ = type("DreamModel", (BLOCK, type(module)), {})
 
 
-@pytest.mark.parametrize("place", [put_mixin, _in_the_class])
+@pytest.mark.parametrize("place", [lambda module: put_mixin(module, BLOCK), _in_the_class])
 @pytest.mark.parametrize("wrap", [lambda module: module, Wrapper])
 def test_the_block_mixin_is_the_prefix_cache_and_with_dual_cache_the_dual_one(place: Any, wrap: Any, by_cache: Any) -> None:
     module = dream_module()
@@ -257,7 +257,7 @@ def test_a_mixin_that_comes_after_accelerate_decides_too(by_cache: Any) -> None:
 def test_a_replaced_diffusion_generate_says_once_that_the_official_code_runs() -> None:
     module = dream_module()
     fdt.accelerate(module)
-    put_mixin(module)
+    put_mixin(module, BLOCK)
     with pytest.warns(
         UserWarning, match=r"diffusion_generate of this DreamModel was replaced after accelerate: .*_block runs, not"
     ):
@@ -273,7 +273,7 @@ def test_restore_gives_back_what_stood_there_last() -> None:
     module = dream_module()
     before = sorted(vars(module))
     fdt.accelerate(module)
-    put_mixin(module)
+    put_mixin(module, BLOCK)
     fdt.accelerate(module)
     fdt.restore(module)
     assert module.diffusion_generate(PROMPT) == "prepared by generation_utils, decoded by generation_utils_block"
@@ -293,7 +293,7 @@ def test_dreams_eval_py_accelerated_after_its_patch(by_cache: Any) -> None:
     """``dream/eval.py``: made with the block mixin, patched again before the requests."""
     for use_cache, dual_cache, cache in ((False, False, "none"), (True, False, "prefix"), (True, True, "dual")):
         module = dream_module()
-        put_mixin(module)
+        put_mixin(module, BLOCK)
         put_mixin(module, BLOCK if use_cache else PLAIN)
         fdt.accelerate(module)  # the line that is added
         inputs = torch.tensor([[316, 316, *PROMPT[0].tolist()]])
@@ -327,7 +327,7 @@ def _all(cache: str) -> dict[str, Any]:
 def test_dreams_multiturn_demo(answer: str) -> None:
     module = dream_module()
     if answer == "y":
-        put_mixin(module)
+        put_mixin(module, BLOCK)
     fdt.accelerate(module)  # the line that is added
     for turn in (PROMPT, torch.cat((PROMPT, PROMPT), dim=1)):
         options: dict[str, Any] = {"max_new_tokens": 16, "steps": 16, "alg": "entropy", "block_length": 8}
