@@ -88,7 +88,7 @@ class Accelerated:
         """What the module's own ``diffusion_generate`` decodes with where its caller does not say."""
         for module in (self.module, self._inner()):
             if module is not None and (method := _own_method(module, "diffusion_generate")) is not None:
-                return "prefix" if str(method.__module__).split(".")[-1] == _BLOCK_MIXIN else "none"
+                return "prefix" if str(getattr(method, "__module__", "")).endswith(_BLOCK_MIXIN) else "none"
         return "none"
 
     def runtime(self) -> MaskedDiffusionLM:
