@@ -6,10 +6,10 @@ Tokens are committed along a schedule of timesteps from 1 down to ``eps``: going
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class DiffusionConfig:
             surest ones by entropy.
         alg_temp: draws which tokens are the surest ones with this temperature instead of ranking them; 0 ranks.
         temperature: of the tokens; 0 takes the likeliest.
-        top_p: keeps the likeliest tokens that together have this probability.
+        top_p: keeps the likeliest tokens that together have this probability; 0 the likeliest alone.
         top_k: keeps this many of the likeliest tokens.
         threshold: in (0, 1].
         block_length: slots of a block, with a cache; divides ``max_new_tokens``.
@@ -72,8 +72,8 @@ class DiffusionConfig:
         for name in ("alg_temp", "temperature"):
             value = getattr(self, name)
             require(name, value, "0 or more", is_number(value) and value >= 0)
-        ok = self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1)
-        require("top_p", self.top_p, "None or in (0, 1]", ok)
+        ok = self.top_p is None or (is_number(self.top_p) and 0 <= self.top_p <= 1)
+        require("top_p", self.top_p, "None or in [0, 1]", ok)
         ok = self.top_k is None or (is_int(self.top_k) and self.top_k >= 1)
         require("top_k", self.top_k, "None or an integer of 1 or more", ok)
         require("threshold", self.threshold, "in (0, 1]", is_number(self.threshold) and 0 < self.threshold <= 1)
@@ -117,30 +117,38 @@ class DiffusionConfig:
         return torch.linspace(1, self.eps, self.steps // self.blocks + 1)
 
 
-def transfer_counts(masks: int, timesteps: Tensor) -> list[int]:
-    """How many of a row's masked tokens each step commits: ``int(m (1 - s / t))`` of the ``m`` that are left, all in the last.
-
-    The number depends on nothing that the model says, so a whole generation is scheduled before its first forward. Products
-    are taken in float32 as in the official code, which decides where one falls just short of an integer.
-
-    Args:
-        masks: masked tokens before the first step.
-        timesteps: ``[S + 1]`` float32, descending.
-
-    Returns:
-        ``S`` counts with the sum ``masks``; some may be 0.
-    """
-    counts = []
-    for share in transfer_shares(timesteps):
-        counts.append(int(np.float32(masks) * np.float32(share)))
-        masks -= counts[-1]
-    return counts
-
-
 def transfer_shares(timesteps: Tensor) -> list[float]:
-    """The share of the masked tokens that each step unmasks, 1 in the last."""
+    """The share of the masked tokens that each step unmasks, 1 in the last: none for fewer than two ``timesteps``."""
     shares: list[float] = (1 - timesteps[1:] / timesteps[:-1]).tolist()
-    return [*shares[:-1], 1.0]
+    return [*shares[:-1], 1.0] if shares else []
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """Functions of the caller that control a decoding without a cache, as Dream's authors have them.
+
+    Logits are ``[B, L, V]`` in the model's dtype; ``[:, i]`` are those that predict slot ``i``. Each call costs all of them in
+    memory and a synchronisation.
+
+    Attributes:
+        tokens: ``(step, x, logits) -> x``, once with step and logits None before the first forward and then after the commits of
+            every one. What it returns, ``[B, L]`` int64, is decoded on: ``x`` itself, which it may write into, or another tensor.
+        logits: ``(step, x, logits) -> logits``, after every forward. What it returns is what is decided on.
+    """
+
+    tokens: Callable[[int | None, Tensor, Tensor | None], Tensor] | None = None
+    logits: Callable[[int, Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "logits"):
+            hook = getattr(self, name)
+            if hook is not None and not callable(hook):
+                raise TypeError(f"generation_{name}_hook_func must be a function or None, got {type(hook).__name__}")
+
+
+def described(value: object) -> str:
+    """What a value is, for an error: a tensor's dtype, shape and device, or a type's name."""
+    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @dataclass

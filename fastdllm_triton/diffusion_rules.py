@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .diffusion import AlgName, DiffusionConfig, transfer_counts, transfer_shares
+from .diffusion import AlgName, DiffusionConfig, transfer_shares
 from .kernels._limits import MAX_BLOCK, MAX_ROWS
 from .ops import Ops
 from .reference._random import gumbel_of, slot_uniform
@@ -79,8 +79,19 @@ class BlockThreshold:
         return self._state.remaining, self._state.invalid
 
 
-class _Choice(ABC):
-    """A rule that is a function from candidates to those that are chosen."""
+class Choice(ABC):
+    """A rule that is a function from candidates to those that are chosen.
+
+    Args:
+        steps: how many steps the schedule has.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+
+    def open(self, step: int) -> bool:
+        """Whether a step may still commit tokens."""
+        return step < self._steps
 
     @abstractmethod
     def choose(self, candidates: Candidates, step: int) -> Tensor:
@@ -94,19 +105,21 @@ class _Choice(ABC):
         return masked.sum(1) - chosen.sum(1), (masked & (token < 0)).any(1)
 
 
-class Schedule(_Choice):
-    """``maskgit_plus``, ``topk_margin`` and ``entropy``: so many of the surest tokens in each step.
+class Schedule(Choice):
+    """``maskgit_plus``, ``topk_margin`` and ``entropy``: a share of the masked tokens in each step, the surest ones.
 
     Args:
         alg: what "sure" means.
         alg_temp: above 0, tokens are drawn without replacement from ``softmax(score / alg_temp)`` (Gumbel top-k, Kool et al.,
             arXiv 1903.06059) instead of ranked.
-        counts: ``[B or 1, S]``, tokens of each step; adding up to the masks of a row.
+        shares: of each step.
         seed: ``[B]`` int64.
+        first: step 0 commits one token, and the shares begin with step 1.
     """
 
-    def __init__(self, alg: AlgName, alg_temp: float, counts: Tensor, seed: Tensor) -> None:
-        self._alg, self._alg_temp, self._counts, self._seed = alg, alg_temp, counts, seed
+    def __init__(self, alg: AlgName, alg_temp: float, shares: Sequence[float], seed: Tensor, *, first: bool = False) -> None:
+        super().__init__(len(shares) + first)
+        self._alg, self._alg_temp, self._shares, self._seed, self._first = alg, alg_temp, shares, seed, first
 
     def choose(self, candidates: Candidates, step: int) -> Tensor:
         """See :class:`Rule`."""
@@ -118,14 +131,18 @@ class Schedule(_Choice):
             cost = statistics.rest  # the order of the confidences, without their ties near 1
         else:
             cost = -_score(self._alg, statistics)
-        return candidates.masked & (_rank(cost, candidates.masked) < self._counts[:, step, None])
+        count: Tensor | int = 1
+        if step or not self._first:
+            count = transfer_count(candidates.masked.sum(1, keepdim=True), self._shares[step - self._first])
+        return candidates.masked & (_rank(cost, candidates.masked) < count)
 
 
-class Budget(_Choice):
+class Budget(Choice):
     """``confidence_threshold`` without a cache: a threshold under a budget.
 
     A step may commit ``masks / steps`` tokens and what earlier steps left of theirs. Of these, surest first, it commits the
-    first one always and the others where they reach the threshold. Steps beyond the last one have only what was left over.
+    first one always and the others where they reach the threshold. Steps beyond the last one have only what was left over; a
+    row that has nothing masked leaves nothing over.
 
     Args:
         masks: masked tokens of each row before the first step, each a multiple of ``steps``.
@@ -135,9 +152,14 @@ class Budget(_Choice):
     """
 
     def __init__(self, masks: Sequence[int], steps: int, threshold: float, device: torch.device) -> None:
+        super().__init__(steps)
         self._base = torch.tensor(masks, device=device) // steps
-        self._steps, self._threshold = steps, threshold
+        self._threshold = threshold
         self._left = torch.zeros_like(self._base)
+
+    def open(self, step: int) -> bool:
+        """See :class:`Choice`."""
+        return super().open(step) or bool(self._left.any())
 
     def choose(self, candidates: Candidates, step: int) -> Tensor:
         """See :class:`Rule`."""
@@ -146,11 +168,11 @@ class Budget(_Choice):
         rank = _rank(rest, masked)
         sure = (rank == 0) | ((1 + rest.double()) * self._threshold <= 1)
         chosen = masked & sure & (rank < budget[:, None])
-        self._left = budget - chosen.sum(1)
+        self._left = torch.where(masked.any(1), budget - chosen.sum(1), 0)
         return chosen
 
 
-class Origin(_Choice):
+class Origin(Choice):
     """``origin``: every masked token with the same probability, ``1 - s / t``, whatever the model says of it.
 
     Args:
@@ -159,6 +181,7 @@ class Origin(_Choice):
     """
 
     def __init__(self, shares: Sequence[float], seed: Tensor) -> None:
+        super().__init__(len(shares))
         self._shares, self._seed = shares, seed
 
     def choose(self, candidates: Candidates, step: int) -> Tensor:
@@ -167,7 +190,22 @@ class Origin(_Choice):
         return candidates.masked & (draw < self._shares[step])
 
 
-def whole_sequence_rule(config: DiffusionConfig, masks: Sequence[int], seed: Tensor) -> Rule:
+def transfer_count(masks: Tensor, share: float) -> Tensor:
+    """How many of so many masked tokens a step commits: ``int(masks * share)``.
+
+    The product is taken in float32 as in the official code, which decides where one falls just short of an integer.
+
+    Args:
+        masks: integers.
+        share: of the step; 1 commits all of them.
+
+    Returns:
+        int32 of the shape of ``masks``.
+    """
+    return (masks.to(torch.float32) * share).int()
+
+
+def whole_sequence_rule(config: DiffusionConfig, masks: Sequence[int], seed: Tensor) -> Choice:
     """The rule without a cache, for rows with so many masks."""
     if config.alg == "confidence_threshold":
         for m in masks:
@@ -177,10 +215,10 @@ def whole_sequence_rule(config: DiffusionConfig, masks: Sequence[int], seed: Ten
                     f"got {config.steps}"
                 )
         return Budget(masks, config.steps, config.threshold, seed.device)
+    shares = transfer_shares(config.timesteps())
     if config.alg == "origin":
-        return Origin(transfer_shares(config.timesteps()), seed)
-    counts = {m: transfer_counts(m, config.timesteps()) for m in set(masks)}
-    return Schedule(config.alg, config.alg_temp, torch.tensor([counts[m] for m in masks], device=seed.device), seed)
+        return Origin(shares, seed)
+    return Schedule(config.alg, config.alg_temp, shares, seed)
 
 
 def block_rule(config: DiffusionConfig, ops: Ops, x: Tensor, kv_start: Tensor, seed: Tensor, mask_id: int) -> Rule:
@@ -188,9 +226,8 @@ def block_rule(config: DiffusionConfig, ops: Ops, x: Tensor, kv_start: Tensor, s
     if config.alg == "confidence_threshold":
         return BlockThreshold(ops, config, x, kv_start, seed, mask_id)
     # The official code gives the refresh the first timestep, and one timestep alone would leave the rest masked.
-    masks, timesteps = config.block_length - 1, config.timesteps()[1:]
-    counts = transfer_counts(masks, timesteps) if len(timesteps) > 1 else [masks]
-    return Schedule("entropy", config.alg_temp, torch.tensor([[1, *counts]], device=seed.device), seed)
+    shares = transfer_shares(config.timesteps()[1:]) or [1.0]
+    return Schedule("entropy", config.alg_temp, shares, seed, first=True)
 
 
 def _score(alg: AlgName, statistics: TokenStatistics) -> Tensor:

@@ -1,16 +1,16 @@
 """Top-p and top-k: token statistics of what is left of a distribution.
 
-Both need the order of a row's logits, which a streaming pass does not have. So here, and only here, logits are
-materialised: of the rows that are asked for, some at a time. Slower than :func:`fastdllm_triton.ops.head_statistics`.
+Both need the order of a row's logits, which a streaming pass does not have. So here logits are materialised: of the rows that
+are asked for, some at a time. Slower than :func:`fastdllm_triton.ops.head_statistics`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import Ops
@@ -42,16 +42,16 @@ def filter_logits(logits: Tensor, top_p: float | None = None, top_k: int | None 
     return logits
 
 
-def filtered_head_statistics(
+def filtered_statistics(
     ops: Ops,
-    hidden: Tensor,
-    weight: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
     *,
     rows: Tensor,
     top_p: float | None,
     top_k: int | None,
     forbidden: Tensor,
     logits_dtype: torch.dtype | None,
+    dtype: torch.dtype,
     temperature: float,
     seed: Tensor,
     position: Tensor,
@@ -61,16 +61,15 @@ def filtered_head_statistics(
 
     Args:
         ops: the backend.
-        hidden: ``[N, E]``.
-        weight: ``[V, E]``.
-        rows: ``[R]`` int64 indices into ``hidden``, ``-1`` asks for nothing. Which those are is read by the host.
+        logits_of: the logits ``[r, V]`` of ``r`` indices.
+        rows: ``[R]`` int64 such indices, ``-1`` asks for nothing. Which those are is read by the host.
         top_p, top_k: as in :func:`filter_logits`; forbidden tokens are removed before.
+        dtype: of the statistics, and of what they are computed in.
         forbidden, logits_dtype, temperature, seed, position, step: as in ``head_statistics``.
 
     Returns:
         :class:`TokenStatistics` with entries ``[R]``.
     """
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     result = TokenStatistics(
         token=torch.full_like(rows, -1),
         rest=torch.full(rows.shape, torch.inf, dtype=dtype, device=rows.device),
@@ -82,11 +81,11 @@ def filtered_head_statistics(
     asked = (rows >= 0).nonzero()[:, 0]
     for begin in range(0, len(asked), _ROWS):
         part = asked[begin : begin + _ROWS]
-        logits = F.linear(hidden[rows[part]], weight)
-        logits = logits.to(logits_dtype or logits.dtype).to(dtype)
+        logits = logits_of(rows[part])
+        logits = logits.to(logits_dtype or logits.dtype).to(dtype, copy=True)
         logits[:, forbidden] = -torch.inf
         keys: dict[str, Any] = {"seed": seed[part], "position": position[part], "step": step}
-        found = ops.token_statistics(filter_logits(logits, top_p, top_k), temperature=temperature, **keys)
+        statistics = ops.token_statistics(filter_logits(logits, top_p, top_k), temperature=temperature, **keys)
         for field in fields(result):
-            getattr(result, field.name)[part] = getattr(found, field.name)
+            getattr(result, field.name)[part] = getattr(statistics, field.name)
     return result

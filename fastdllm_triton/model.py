@@ -25,6 +25,8 @@ from .trace import Trace
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .diffusion import DiffusionOutput
+
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[str] | str
 
 
@@ -263,6 +265,16 @@ class MaskedDiffusionLM:
             return run(start(), both)
         finally:
             recorder.write()
+
+    def diffusion_generate(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor | DiffusionOutput:
+        """Dream's decoding, of a Dream: :func:`fastdllm_triton.compat.diffusion_generate` without its ``model``.
+
+        Raises:
+            TypeError: this is no Dream.
+        """
+        from .compat import diffusion_generate
+
+        return diffusion_generate(self, inputs, *args, **kwargs)
 
     def stream(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,3 +151,30 @@ class Wrapper(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Any:
         return self.base_model.model(input_ids)
+
+
+#: What transformers writes into a config beside a checkpoint's own fields, and what of it decides something.
+GENERATION_FIELDS = ("temperature", "top_p", "top_k", "max_length", "num_return_sequences", "return_dict_in_generate")
+
+
+def mixin(name: str) -> type:
+    """A stand-in for the ``DreamGenerationMixin`` of a module of that name: it begins as the official ones do."""
+
+    class DreamGenerationMixin:
+        def _prepare_generation_config(self, generation_config: object, **options: object) -> str:
+            return f"prepared by {name}"
+
+        def diffusion_generate(self, inputs: Tensor, generation_config: object = None, **options: object) -> str:
+            return f"{self._prepare_generation_config(generation_config)}, decoded by {name}"
+
+        def _sample(self) -> None: ...
+
+    for method in (DreamGenerationMixin.diffusion_generate, DreamGenerationMixin._sample):
+        method.__module__ = f"transformers_modules.Dream.{name}"
+    return DreamGenerationMixin
+
+
+def put_mixin(module: Any, source: Any) -> None:
+    """What ``dream/eval.py`` and ``dream/demo_multiturn_chat.py`` do to take another mixin."""
+    module.diffusion_generate = types.MethodType(source.diffusion_generate, module)
+    module._sample = types.MethodType(source._sample, module)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, GOLDEN_DREAM
@@ -16,10 +17,12 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton import compat
-from fastdllm_triton.diffusion import DiffusionConfig, DiffusionOutput, transfer_counts
+from fastdllm_triton.diffusion import DiffusionConfig, DiffusionOutput
+from fastdllm_triton.diffusion_rules import Candidates, Schedule, block_rule, whole_sequence_rule
 from fastdllm_triton.filtering import filter_logits
 from fastdllm_triton.ops import resolve
 from fastdllm_triton.reference._random import gumbel
+from fastdllm_triton.types import TokenStatistics
 
 MASK = 318
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
@@ -34,7 +37,8 @@ def lm() -> fdt.MaskedDiffusionLM:
 
 
 def _run(lm: fdt.MaskedDiffusionLM, inputs: Tensor = PROMPT, **options: Any) -> DiffusionOutput:
-    out = compat.diffusion_generate(lm, inputs, return_dict_in_generate=True, **options)
+    # The tokens of these tests are the likeliest of the whole vocabulary where a test does not say otherwise.
+    out = compat.diffusion_generate(lm, inputs, return_dict_in_generate=True, **{"temperature": 0.0, "top_k": None, **options})
     assert isinstance(out, DiffusionOutput)
     return out
 
@@ -43,23 +47,39 @@ def _run(lm: fdt.MaskedDiffusionLM, inputs: Tensor = PROMPT, **options: Any) -> 
 # The schedule.
 
 
+def _counts(rule: Schedule, masks: int) -> list[int]:
+    """How many of so many masked slots each step of a schedule commits."""
+    counts, step, slots = [], 0, torch.arange(1000)[None]
+    while rule.open(step):
+        masked = slots < masks
+        statistics = TokenStatistics(*(torch.zeros(1, 1000) for _ in range(6)))
+        counts.append(int(rule.choose(Candidates(slots, masked, slots, statistics), step).sum()))
+        masks -= counts[-1]
+        step += 1
+    return counts
+
+
 @pytest.mark.parametrize("steps", [128, 256, 512])
 def test_a_step_a_mask_commits_nothing_first_and_two_last(steps: int) -> None:
-    counts = transfer_counts(steps, DiffusionConfig(steps, steps=steps).timesteps())
-    assert counts == [0, *[1] * (steps - 2), 2]
+    rule = whole_sequence_rule(DiffusionConfig(steps, steps=steps, alg="entropy"), [steps], torch.zeros(1))
+    assert isinstance(rule, Schedule)
+    assert _counts(rule, steps) == [0, *[1] * (steps - 2), 2]
 
 
-def test_the_schedule_of_a_block_of_32_after_its_refresh() -> None:
-    config = DiffusionConfig(64, steps=64, cache="dual")
-    assert transfer_counts(31, config.timesteps()[1:]) == [0, *[1] * 29, 2]
+def test_the_schedule_of_a_block_of_32_is_its_refresh_and_then_a_token_a_step() -> None:
+    empty = torch.zeros(1, 0)
+    rule = block_rule(DiffusionConfig(64, steps=64, cache="dual"), resolve("reference", empty.device), empty, empty, empty, MASK)
+    assert isinstance(rule, Schedule)
+    assert _counts(rule, 32) == [1, 0, *[1] * 29, 2]
 
 
 @pytest.mark.parametrize(("masks", "steps"), [(32, 1), (32, 7), (5, 512), (0, 3), (1000, 13)])
 def test_the_last_step_commits_what_is_left(masks: int, steps: int) -> None:
-    counts = transfer_counts(masks, DiffusionConfig(8, steps=steps).timesteps())
+    rule = whole_sequence_rule(DiffusionConfig(8, steps=steps, alg="entropy"), [masks], torch.zeros(1))
+    assert isinstance(rule, Schedule)
+    counts = _counts(rule, masks)
     assert len(counts) == steps
     assert sum(counts) == masks
-    assert min(counts) >= 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -258,7 +278,8 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(lm: fdt.MaskedDiffusionLM, way
 def test_a_mask_without_padding_changes_nothing(lm: fdt.MaskedDiffusionLM, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "steps": 4, "alg": "entropy"}
     plain = _run(lm, **options)
-    assert torch.equal(_run(lm, attention_mask=torch.ones(1, 5, dtype=dtype), **options).sequences, plain.sequences)
+    for mask in (torch.ones(1, 5, dtype=dtype), "full"):
+        assert torch.equal(_run(lm, attention_mask=mask, **options).sequences, plain.sequences)
 
 
 def test_several_sequences_of_each_prompt(lm: fdt.MaskedDiffusionLM) -> None:
@@ -289,7 +310,7 @@ def test_a_tensor_unless_a_dict_is_asked_for(lm: fdt.MaskedDiffusionLM) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "steps": 4, "alg": "entropy"}
     out = _run(lm, **options)
     assert out.history is None
-    x = compat.diffusion_generate(lm, PROMPT, output_history=True, **options)
+    x = compat.diffusion_generate(lm, PROMPT, output_history=True, temperature=0.0, top_k=None, **options)
     assert isinstance(x, Tensor)
     assert torch.equal(x, out.sequences)
     assert x.dtype == torch.int64
@@ -368,11 +389,15 @@ def test_a_mask_at_position_0_reads_its_own_hidden_state(lm: fdt.MaskedDiffusion
     assert out.sequences[0, [0, -1]].tolist() == logits[[0, -2]].argmax(1).tolist()
 
 
-def test_a_model_that_is_not_shifted_predicts_a_slot_from_its_own_state(llada: fdt.MaskedDiffusionLM) -> None:
-    out = _run(llada, max_new_tokens=8, steps=1, alg="maskgit_plus")
-    logits = llada.logits(torch.cat((PROMPT, torch.full((1, 8), MASK)), dim=1))[0, -8:]
-    logits[:, MASK] = -torch.inf
-    assert out.sequences[0, -8:].tolist() == logits.argmax(1).tolist()
+def test_a_llada_is_refused_by_name(llada: fdt.MaskedDiffusionLM) -> None:
+    for call in (llada.diffusion_generate, lambda inputs: compat.diffusion_generate(llada, inputs)):
+        with pytest.raises(TypeError, match=r"model must be a Dream for diffusion_generate, got a llada; generate decodes it"):
+            call(PROMPT)
+
+
+def test_a_loaded_dream_has_the_method(lm: fdt.MaskedDiffusionLM) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "steps": 4, "alg": "entropy", "temperature": 0.0}
+    assert torch.equal(lm.diffusion_generate(PROMPT, **options), compat.diffusion_generate(lm, PROMPT, **options))
 
 
 def test_nan_logits_name_the_forward_and_the_row(dream: fdt.MaskedDiffusionLM) -> None:
@@ -390,6 +415,70 @@ def test_logits_are_rounded_to_the_models_dtype() -> None:
     logits[:, MASK] = -torch.inf
     lowest = torch.where(logits == logits.max(1, keepdim=True).values, torch.arange(320), 320).min(1).values
     assert out.sequences[0, -8:].tolist() == lowest.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hooks. That they get what the official code gives them, and what comes of it, is recorded: see ``test_switching.py``.
+
+
+@pytest.mark.parametrize("way", [way for way in EVERY_WAY if way["cache"] == "none"], ids=str)
+def test_hooks_that_only_look_change_nothing(lm: fdt.MaskedDiffusionLM, way: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 16, "steps": 8, "threshold": 0.4, "seed": 7, "output_history": True, **way}
+    padded, keep = torch.tensor([[1, 3, 3, 1, 4], PROMPT[0].tolist()]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    steps: list[int | None] = []
+
+    def look(step: int | None, x: Tensor, logits: Tensor | None) -> Tensor:
+        assert (logits is None) == (step is None)
+        assert logits is None or logits.shape == (2, 21, 320)
+        steps.append(step)
+        return x
+
+    plain = _run(lm, padded, attention_mask=keep, **options)
+    hooks: dict[str, Any] = {"generation_tokens_hook_func": look, "generation_logits_hook_func": lambda step, x, logits: logits}
+    looked = _run(lm, padded, attention_mask=keep, **hooks, **options)
+    assert torch.equal(looked.sequences, plain.sequences)
+    assert steps == [None, *range(looked.nfe)]
+    assert looked.nfe >= plain.nfe
+
+
+def test_a_hook_with_a_cache_is_said_not_to_be_called(lm: fdt.MaskedDiffusionLM) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "steps": 8, "block_length": 8, "alg": "entropy", "cache": "dual"}
+    with pytest.warns(UserWarning, match=r"hooks are not called with cache='dual', as in the official code"):
+        out = _run(lm, generation_tokens_hook_func=lambda *_: pytest.fail("called"), **options)
+    assert torch.equal(out.sequences, _run(lm, **options).sequences)
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (
+            lambda step, x, logits: None,
+            r"generation_tokens_hook_func must return a tensor like its x, .*\[1, 13\].* got NoneType",
+        ),
+        (lambda step, x, logits: x[:, 1:], r"generation_tokens_hook_func must return .* got torch.int64 \[1, 12\]"),
+        (lambda step, x, logits: x.float(), r"generation_tokens_hook_func must return .* got torch.float32"),
+        (lambda step, x, logits: x + 300, r"generation_tokens_hook_func returned token id 618, outside the vocabulary"),
+    ],
+)
+def test_what_a_tokens_hook_must_return(lm: fdt.MaskedDiffusionLM, hook: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _run(lm, max_new_tokens=8, steps=4, alg="entropy", generation_tokens_hook_func=hook)
+
+
+@pytest.mark.parametrize("hook", [lambda step, x, logits: None, lambda step, x, logits: logits[0], lambda step, x, logits: x])
+def test_what_a_logits_hook_must_return(lm: fdt.MaskedDiffusionLM, hook: Any) -> None:
+    with pytest.raises(ValueError, match=r"generation_logits_hook_func must return a tensor like its logits, .*\[1, 13, 320\]"):
+        _run(lm, max_new_tokens=8, steps=4, alg="entropy", generation_logits_hook_func=hook)
+
+
+@pytest.mark.parametrize("alg", ALGS)
+def test_a_hook_that_masks_again_and_again_does_not_go_on_for_ever(lm: fdt.MaskedDiffusionLM, alg: str) -> None:
+    def mask(step: int | None, x: Tensor, logits: Tensor | None) -> Tensor:
+        return x.index_fill(1, torch.tensor([7, 8]), MASK)
+
+    out = _run(lm, max_new_tokens=8, steps=4, alg=alg, generation_tokens_hook_func=mask)
+    assert out.nfe <= 8
+    assert (out.sequences[0, 7:9] == MASK).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -425,15 +514,46 @@ def test_how_long_a_generation_is(lm: fdt.MaskedDiffusionLM, options: dict[str, 
     assert _run(lm, steps=1, alg="entropy", **options).sequences.shape == (1, 5 + new)
 
 
-def test_the_defaults_are_dreams(lm: fdt.MaskedDiffusionLM) -> None:
+def test_the_defaults_beside_the_configs_are_dreams(lm: fdt.MaskedDiffusionLM) -> None:
     torch.manual_seed(0)
     out = _run(lm, max_new_tokens=2)
     torch.manual_seed(0)
-    same = _run(lm, max_new_tokens=2, steps=512, eps=1e-3, alg="origin", temperature=0.0, cache="none")
+    same = _run(lm, max_new_tokens=2, steps=512, eps=1e-3, alg="origin", cache="none")
     assert torch.equal(out.sequences, same.sequences)
     assert out.nfe == same.nfe <= 512
     blocks: dict[str, Any] = {"max_new_tokens": 64, "steps": 64, "alg": "confidence_threshold", "cache": "dual"}
     assert _run(lm, **blocks).nfe == _run(lm, threshold=0.9, block_length=32, **blocks).nfe
+
+
+def test_what_neither_the_caller_nor_a_config_says_samples_as_transformers_defaults_do(lm: fdt.MaskedDiffusionLM) -> None:
+    out = compat.diffusion_generate(lm, PROMPT, max_new_tokens=1, steps=1, num_return_sequences=ROWS, seed=11)
+    assert isinstance(out, Tensor)
+    expected = filter_logits(_next_logits(lm, 1), top_k=50).softmax(1)[0]
+    assert (expected > 0).sum() == 50
+    _assert_frequencies(out[:, -1].bincount(minlength=320), expected)
+
+
+def test_a_top_p_of_0_keeps_the_likeliest_token(lm: fdt.MaskedDiffusionLM) -> None:
+    """The slider of ``app.py`` goes down to it."""
+    options: dict[str, Any] = {"max_new_tokens": 8, "steps": 1, "alg": "entropy"}
+    greedy = _run(lm, **options)
+    assert torch.equal(_run(lm, top_p=0.0, temperature=1.5, seed=2, **options).sequences, greedy.sequences)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(lm: fdt.MaskedDiffusionLM) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "steps": 4, "alg": "entropy", "temperature": 0.5, "top_k": 50, "seed": 3}
+    same = {
+        "max_new_tokens": np.int64(8),
+        "steps": torch.tensor(4),
+        "temperature": np.float32(0.5),
+        "top_k": 50.0,
+        "top_p": np.float32(1),
+        "threshold": np.float64(0.9),
+        "block_length": np.int32(8),
+        "seed": np.int64(3),
+        "num_return_sequences": np.int8(1),
+    }
+    assert torch.equal(_run(lm, **options).sequences, _run(lm, **{**options, **same}).sequences)
 
 
 @pytest.mark.parametrize(
@@ -442,6 +562,8 @@ def test_the_defaults_are_dreams(lm: fdt.MaskedDiffusionLM) -> None:
         ({"use_cache": True}, "prefix"),
         ({"use_cache": True, "dual_cache": False}, "prefix"),
         ({"use_cache": True, "dual_cache": True}, "dual"),
+        ({"cache": "prefix", "dual_cache": False}, "prefix"),
+        ({"dual_cache": False}, "none"),
         ({"dual_cache": True}, "dual"),
         ({"dual_cache": True, "cache": "dual"}, "dual"),
         ({"use_cache": False}, "none"),
@@ -470,7 +592,7 @@ def test_the_official_switches_of_the_cache(lm: fdt.MaskedDiffusionLM, switches:
         (
             {"attention_mask": torch.ones(1, 4)},
             ValueError,
-            r"attention_mask must have the shape of inputs, \[1, 5\], got \[1, 4\]",
+            r"attention_mask must have the shape of inputs, \[1, 5\], got torch.float32 \[1, 4\]",
         ),
         ({"attention_mask": [[1] * 5]}, ValueError, "attention_mask must have the shape of inputs, .* got list"),
         ({"attention_mask": torch.tensor([[0, 1, 0, 1, 1]])}, ValueError, "row 0 has padding after a token; .* on the left"),
@@ -490,8 +612,12 @@ def test_the_official_switches_of_the_cache(lm: fdt.MaskedDiffusionLM, switches:
         ({"alg": "random"}, ValueError, "alg must be one of origin, maskgit_plus, .*, got 'random'"),
         ({"alg_temp": -1.0}, ValueError, "alg_temp must be 0 or more, got -1.0"),
         ({"temperature": float("nan")}, ValueError, "temperature must be 0 or more, got nan"),
-        ({"top_p": 0.0}, ValueError, r"top_p must be None or in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, ValueError, r"top_p must be None or in \(0, 1\], got 1.5"),
+        ({"top_p": -0.1}, ValueError, r"top_p must be None or in \[0, 1\], got -0.1"),
+        ({"top_p": 1.5}, ValueError, r"top_p must be None or in \[0, 1\], got 1.5"),
+        ({"top_k": 2.5}, ValueError, "top_k must be None or an integer of 1 or more, got 2.5"),
+        ({"steps": None}, ValueError, "steps must be an integer of 1 or more, got None"),
+        ({"temperature": None}, ValueError, "temperature must be 0 or more, got None"),
+        ({"max_new_tokens": None, "max_length": None}, ValueError, "max_length must be an integer .* got None; or give max_new"),
         ({"top_k": 0}, ValueError, "top_k must be None or an integer of 1 or more, got 0"),
         ({"threshold": 1.5}, ValueError, r"threshold must be in \(0, 1\], got 1.5"),
         ({"block_length": 5, "cache": "dual"}, ValueError, "block_length must divide the 16 new tokens .* got 5"),
@@ -501,7 +627,15 @@ def test_the_official_switches_of_the_cache(lm: fdt.MaskedDiffusionLM, switches:
         ({"num_return_sequences": 0}, ValueError, "num_return_sequences must be an integer of 1 or more, got 0"),
         ({"mask_token_id": 320}, ValueError, r"mask_token_id must be in the vocabulary \[0, 320\), got 320"),
         ({"seed": 1.5}, ValueError, r"seed must be None or an integer in \[-2\^62, 2\^62\], got 1.5"),
-        ({"remasking": "random"}, TypeError, "unexpected keyword argument 'remasking'"),
+        (
+            {"cache": "dual", "dual_cache": False},
+            ValueError,
+            "cache = 'dual' contradicts use_cache = None and dual_cache = False",
+        ),
+        ({"remasking": "random"}, TypeError, r"diffusion_generate\(\) got an unexpected keyword argument 'remasking'$"),
+        ({"tresh": 0.8}, TypeError, r"unexpected keyword argument 'tresh'; did you mean 'threshold'\?"),
+        ({"generation_tokens_hook_func": 3}, TypeError, "generation_tokens_hook_func must be a function or None, got int"),
+        ({"generation_logits_hook_func": "f"}, TypeError, "generation_logits_hook_func must be a function or None, got str"),
     ],
 )
 def test_bad_arguments(

@@ -124,6 +124,8 @@ def _diffuse(lm: fdt.MaskedDiffusionLM, case: dict[str, Any]) -> DiffusionOutput
         steps=case["steps"],
         alg=case["alg"],
         cache=case["cache"],
+        temperature=0.0,
+        top_k=None,
         return_dict_in_generate=True,
         **given,
     )

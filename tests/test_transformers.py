@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _modules import Dream, LLaDA
+from _modules import GENERATION_FIELDS, Dream, LLaDA, mixin, put_mixin
 from conftest import GOLDEN, GOLDEN_DREAM
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 import fastdllm_triton as fdt
+from fastdllm_triton import compat
 from fastdllm_triton.tokenizer import read_tokenizer
 
 LLADA_TEMPLATE = (
@@ -206,14 +207,21 @@ class DreamConfig(PretrainedConfig):  # type: ignore[misc]
 _OWN = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "vocab_size", "embedding_size", "rope_theta")
 
 
+PLAIN, BLOCK = mixin("generation_utils"), mixin("generation_utils_block")
+
+
 def _pretrained(model: str) -> PreTrainedModel:
-    """A checkpoint in a subclass of transformers' module class, around the same parts as the plain ones."""
+    """A checkpoint in a subclass of transformers' module class, around the same parts as the plain ones.
+
+    The config is as the hub has it: what generates is in it only where this version of transformers puts it there.
+    """
     raw = json.loads((GOLDEN / model / "config.json").read_text())
     config_type, plain = (DreamConfig, Dream) if model == GOLDEN_DREAM else (LLaDAConfig, LLaDA)
     fields = {name: value for name, value in raw.items() if name not in ("model_type", "auto_map", "transformers_version")}
+    fields = {name: value for name, value in fields.items() if name not in GENERATION_FIELDS}
     config = config_type(**fields)
 
-    class Pretrained(PreTrainedModel):  # type: ignore[misc]
+    class Pretrained(*([PLAIN] if plain is Dream else []), PreTrainedModel):  # type: ignore[misc]
         config_class = config_type
 
         def __init__(self, config: Any) -> None:
@@ -250,3 +258,35 @@ def test_its_own_save_pretrained_works_on(model: str, size: str, tmp_path: Path)
     assert all(torch.equal(saved[name], source[name]) for name in source)
     ids = torch.tensor([[3, 1, 4, 318, 318]])
     assert torch.equal(fdt.load(tmp_path, device="cpu").logits(ids), module.fast_forward(ids))
+
+
+def test_dreams_defaults_are_the_same_with_every_version() -> None:
+    """Versions before 5 put ``top_k=50`` and ``temperature=1.0`` into every config, later ones nothing."""
+    module, inputs = _pretrained(GOLDEN_DREAM), torch.tensor([[3, 1, 4]])
+    options: dict[str, Any] = {"steps": 8, "alg": "entropy", "seed": 5}
+    given = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_new_tokens": 20}
+    expected = compat.diffusion_generate(fdt.load(GOLDEN / GOLDEN_DREAM, device="cpu"), inputs, **given, **options)
+    assert torch.equal(compat.diffusion_generate(module, inputs, **options), expected)
+    module.config.top_k = 2
+    assert not torch.equal(compat.diffusion_generate(module, inputs, **options), expected)
+    assert torch.equal(compat.diffusion_generate(module, inputs, **{**options, **given}), expected)
+
+
+def test_a_mixin_on_a_module_of_transformers() -> None:
+    module, inputs = _pretrained(GOLDEN_DREAM), torch.tensor([[3, 1, 4]])
+    options: dict[str, Any] = {"max_new_tokens": 16, "steps": 8, "alg": "entropy", "temperature": 0.0, "block_length": 8}
+    lm = fdt.load(GOLDEN / GOLDEN_DREAM, device="cpu")
+    by_cache = {cache: compat.diffusion_generate(lm, inputs, cache=cache, top_k=50, **options) for cache in ("none", "prefix")}
+    assert torch.equal(compat.diffusion_generate(module, inputs, **options), by_cache["none"])
+    put_mixin(module, BLOCK)
+    with pytest.warns(UserWarning, match="was replaced after accelerate"):
+        assert module.diffusion_generate(inputs) == "prepared by generation_utils, decoded by generation_utils_block"
+    fdt.accelerate(module)
+    assert torch.equal(module.diffusion_generate(inputs, **options), by_cache["prefix"])
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id", "bos_token_id", "do_sample", "num_beams", "repetition_penalty"])
+def test_every_version_knows_the_arguments_that_decide_nothing(name: str) -> None:
+    lm, inputs = fdt.load(GOLDEN / GOLDEN_DREAM, device="cpu"), torch.tensor([[3, 1, 4]])
+    options: dict[str, Any] = {"max_new_tokens": 8, "steps": 2, "alg": "entropy", "temperature": 0.0}
+    assert torch.equal(compat.diffusion_generate(lm, inputs, **{name: None}, **options), lm.diffusion_generate(inputs, **options))

@@ -30,7 +30,7 @@ def generate(
     """Decodes without a cache.
 
     Args:
-        model: what :func:`fastdllm_triton.load` returns, or a module that :func:`fastdllm_triton.accelerate` was called on.
+        model: what :func:`fastdllm_triton.load` returns, or a loaded module, which is accelerated on first use.
         prompt: ``[B, P]`` int64. All of it is attended.
         steps: forwards for the whole generation, a multiple of the number of blocks (with a threshold or a factor it
             decides nothing).

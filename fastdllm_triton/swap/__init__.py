@@ -4,8 +4,7 @@
 gets, ``report`` says what came of it.
 """
 
-from .accelerate import accelerate, restore
-from .accelerated import runtime_of
+from .accelerate import accelerate, accelerated_of, restore, runtime_of
 from .report import Report
 
-__all__ = ["Report", "accelerate", "restore", "runtime_of"]
+__all__ = ["Report", "accelerate", "accelerated_of", "restore", "runtime_of"]

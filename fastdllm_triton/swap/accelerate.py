@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from threading import Lock
+
 from torch import nn
 
+from ..model import MaskedDiffusionLM
 from .accelerated import ATTRIBUTE, Accelerated, Options
 from .report import Report
+
+_LOG = logging.getLogger("fastdllm_triton")
+
+#: Threads that generate with a module for the first time accelerate it once.
+_FIRST_USE = Lock()
 
 
 def accelerate(
@@ -20,17 +29,18 @@ def accelerate(
     """Gives a loaded LLaDA or Dream module this library's generation, in place.
 
     The module gets the methods ``generate`` (that of :class:`~fastdllm_triton.MaskedDiffusionLM`), ``fast_forward(input_ids)``
-    (logits of a plain forward) and, if it is a Dream, ``diffusion_generate``; and the functions of
-    :mod:`fastdllm_triton.compat` take it as their model. Its own ``forward``, its ``state_dict`` and its training stay as they
-    are, to the bit.
+    (logits of a plain forward) and, if it is a Dream, ``diffusion_generate``. The functions of :mod:`fastdllm_triton.compat` call
+    this by themselves for a module that they are given first. Its own ``forward``, its ``state_dict`` and its training stay as
+    they are, to the bit.
 
     Memory is not doubled: the module's parameters become views of the fused tensors that the engine multiplies with. What
     changes them in place afterwards (an optimizer, ``load_state_dict``, merging an adapter) is seen by the next call without
     further ado. What gives them other memory (``module.to(...)``, ``load_state_dict(assign=True)``) is noticed by the next
     call, which fuses them again. Every call looks at the module in the same way as this function does, and raises what it would.
 
-    Accelerating again is cheap, and takes over the options given last. Of an inner module that PEFT and others wrap, the
-    wrapper and the module inside can both be accelerated; they share one copy.
+    Accelerating again is cheap, takes over the options given last, and puts the methods back where a script has replaced
+    them. Of an inner module that PEFT and others wrap, the wrapper and the module inside can both be accelerated; they share
+    one copy.
 
     Args:
         module: a ``LLaDAModelLM`` or ``DreamModel`` of the checkpoints' own code, of any transformers version; bare, or wrapped
@@ -83,6 +93,41 @@ def restore(module: nn.Module) -> None:
     accelerated: Accelerated | None = vars(module).get(ATTRIBUTE)
     if accelerated is not None:
         accelerated.remove()
+
+
+def runtime_of(model: object) -> MaskedDiffusionLM:
+    """The model that generates for what a user holds.
+
+    Args:
+        model: what :func:`fastdllm_triton.load` returns, or a loaded module, see :func:`accelerated_of`.
+
+    Raises:
+        TypeError, ValueError: as there.
+    """
+    return model if isinstance(model, MaskedDiffusionLM) else accelerated_of(model).runtime()
+
+
+def accelerated_of(model: object) -> Accelerated:
+    """What a loaded module was accelerated with. One that was not is accelerated now, and a line of log says so.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: :func:`accelerate` refuses it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must come from fastdllm_triton.load, or be a loaded LLaDA or Dream module, got {type(model).__name__}"
+        )
+    with _FIRST_USE:
+        if not isinstance(getattr(model, ATTRIBUTE, None), Accelerated):
+            _LOG.warning(
+                "%s is accelerated on first use (%s); print(fastdllm_triton.accelerate(model)) shows the report, "
+                "fastdllm_triton.restore(model) undoes it",
+                type(model).__name__,
+                accelerate(model).summary,
+            )
+        accelerated: Accelerated = getattr(model, ATTRIBUTE)
+        return accelerated
 
 
 def _require_module(module: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..decoding import GenerationOutput
+from ..decoding import CacheName, GenerationOutput
 from ..loading import HUB_PATTERNS, ops_for
 from ..model import MaskedDiffusionLM
 from ..models.transformer import Transformer
@@ -23,6 +24,12 @@ from .report import Report, describe
 
 #: The attribute of an accelerated module that holds what it was accelerated with.
 ATTRIBUTE = "_fastdllm_triton"
+
+#: What Dream's own ``diffusion_generate`` calls first.
+_PREPARE = "_prepare_generation_config"
+
+#: The module of Fast-dLLM whose ``diffusion_generate`` always decodes with a cache.
+_BLOCK_MIXIN = "generation_utils_block"
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,15 @@ class Accelerated:
 
     Attributes:
         options: what :func:`accelerate` was called with.
-        shadowed: instance attributes of the module in whose place the methods stand; None before they do.
+        shadowed: instance attributes of the module in whose place the methods stand.
     """
 
     def __init__(self, module: nn.Module, options: Options, shadowed: dict[str, Any] | None = None) -> None:
         self._module = weakref.ref(module)  # The module holds this: without a cycle, its memory goes when it goes.
+        self._inner = self._module
         self.options = options
-        self.shadowed = shadowed
+        self.shadowed = shadowed or {}
+        self._warned = False
         self._runtime: MaskedDiffusionLM | None = None
         self._parameters: list[nn.Parameter] = []
         self._places: list[tuple[Any, ...]] = []
@@ -68,6 +77,20 @@ class Accelerated:
             raise ReferenceError("the accelerated module is gone; keep a reference to it")
         return module
 
+    @property
+    def config(self) -> Any:
+        """The config of the model, which may lie inside the module; known once :meth:`runtime` has looked."""
+        inner = self._inner()
+        return getattr(inner, "config", None)
+
+    @property
+    def own_cache(self) -> CacheName:
+        """What the module's own ``diffusion_generate`` decodes with where its caller does not say."""
+        for module in (self.module, self._inner()):
+            if module is not None and (method := _own_method(module, "diffusion_generate")) is not None:
+                return "prefix" if str(getattr(method, "__module__", "")).endswith(_BLOCK_MIXIN) else "none"
+        return "none"
+
     def runtime(self) -> MaskedDiffusionLM:
         """The model over the module's parameters as they are now.
 
@@ -76,6 +99,7 @@ class Accelerated:
             RuntimeError: strict, and something falls back or would be left out; or a fused tensor has no memory.
         """
         found = recognise(self.module)
+        self._inner = weakref.ref(found.module)
         if self.options.strict and found.hooked:
             where = ", ".join(found.hooked)
             raise RuntimeError(f"strict: forward hooks would not be run by generate: {where}; remove them first")
@@ -100,16 +124,19 @@ class Accelerated:
         methods: dict[str, Callable[..., Any]] = {"generate": self.generate, "fast_forward": self.fast_forward}
         if self.runtime().config.shift:
             methods["diffusion_generate"] = self.diffusion_generate
-        if self.shadowed is None:
-            self.shadowed = {name: attributes[name] for name in methods if name in attributes}
+            if hasattr(type(self.module), _PREPARE):
+                methods[_PREPARE] = self.prepare_generation_config
+        self.shadowed |= {name: attributes[name] for name in methods if name in attributes and not _is_ours(attributes[name])}
         attributes.update(methods, **{ATTRIBUTE: self})
 
     def remove(self) -> None:
         """Takes the methods away, and the parameters out of the fused tensors."""
         attributes = vars(self.module)
-        for name in ("generate", "fast_forward", "diffusion_generate", ATTRIBUTE):
-            attributes.pop(name, None)
-        attributes.update(self.shadowed or {})
+        for name in [name for name, value in attributes.items() if _is_ours(value)]:
+            del attributes[name]
+        del attributes[ATTRIBUTE]
+        for name, value in self.shadowed.items():
+            attributes.setdefault(name, value)
         if self._runtime is not None:
             storages = fused_storages(self._runtime.network.weights)
             self._runtime = None
@@ -125,7 +152,23 @@ class Accelerated:
         """As :func:`fastdllm_triton.compat.diffusion_generate`, without its ``model``."""
         from ..compat import diffusion_generate
 
-        return diffusion_generate(self.runtime(), *args, **kwargs)
+        return diffusion_generate(self.module, *args, **kwargs)
+
+    def prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own ``_prepare_generation_config``, with which its own ``diffusion_generate`` begins: tells that it runs.
+
+        Scripts put another ``diffusion_generate`` on a module, and one that comes after this library's takes its place.
+        """
+        module = self.module
+        replacement = vars(module).get("diffusion_generate")
+        if replacement is not None and not _is_ours(replacement) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"diffusion_generate of this {type(module).__name__} was replaced after accelerate: {replacement.__module__} "
+                "runs, not fastdllm_triton; call fastdllm_triton.accelerate(model) after the replacement",
+                stacklevel=2,
+            )
+        return _own_method(module, _PREPARE)(*args, **kwargs)
 
     def fast_forward(self, input_ids: Tensor) -> Tensor:
         """Logits of a plain forward over whole sequences, as the module's own ``forward`` gives them, without gradients.
@@ -165,25 +208,19 @@ def _places(parameters: list[nn.Parameter]) -> list[tuple[Any, ...]]:
     return [(p.data_ptr(), p.dtype, p.device) for p in parameters]
 
 
-def runtime_of(model: object) -> MaskedDiffusionLM:
-    """The model that generates for what a user holds.
+def _is_ours(method: object) -> bool:
+    """Whether an attribute of a module is a method that :meth:`Accelerated.install` put there."""
+    return isinstance(getattr(method, "__self__", None), Accelerated)
 
-    Args:
-        model: what :func:`fastdllm_triton.load` returns, or an accelerated module.
 
-    Raises:
-        TypeError: it is neither.
-        ValueError: the module was changed in a way that is not supported.
-    """
-    if isinstance(model, MaskedDiffusionLM):
-        return model
-    accelerated = getattr(model, ATTRIBUTE, None)
-    if isinstance(accelerated, Accelerated):
-        return accelerated.runtime()
-    raise TypeError(
-        "model must come from fastdllm_triton.load, or be a module that fastdllm_triton.accelerate was called on, "
-        f"got {type(model).__name__}"
-    )
+def _own_method(module: nn.Module, name: str) -> Any:
+    """The method that a module has, or had before it was accelerated; None if there is none."""
+    method = vars(module).get(name)
+    if _is_ours(method):
+        method = vars(module)[ATTRIBUTE].shadowed.get(name)
+    if method is None and hasattr(type(module), name):
+        method = getattr(type(module), name).__get__(module)
+    return method
 
 
 def _folder(module: nn.Module) -> Path | None:

@@ -16,12 +16,13 @@ from ..models.transformer import Layer, Linear, Weights
 _VECTORS = ("attn_norm", "mlp_norm", "qkv_bias")
 
 
+@torch.inference_mode(False)
 def fuse(parameters: Mapping[str, nn.Parameter], config: ModelConfig, names: NameMap) -> Weights:
     """Makes the weights of a runtime out of a module's parameters.
 
     Projections that share an input are stacked in a new tensor, and their parameters become views of it, one fused tensor after
     the other: besides the parameters there is never more than one of them. Everything else is shared as it is. The parameters
-    keep identity, names, shapes and values.
+    keep identity, names, shapes and values, and within ``torch.inference_mode`` too they stay what can be trained.
 
     Args:
         parameters: by the names of a checkpoint; all on one device, of one dtype, contiguous.
@@ -47,6 +48,7 @@ def fuse(parameters: Mapping[str, nn.Parameter], config: ModelConfig, names: Nam
     return Weights(embedding, layers, parameters[names.final_norm].data, head)
 
 
+@torch.inference_mode(False)
 def unfuse(parameters: Iterable[nn.Parameter], storages: Set[int]) -> None:
     """Gives each parameter that is a part of a fused tensor memory of its own again.
 

@@ -68,6 +68,13 @@ class Report:
         """Parts that the module's own code still runs, or that are not run by ``generate``."""
         return tuple(entry.part for entry in self.entries if entry.runs == "module")
 
+    @property
+    def summary(self) -> str:
+        """What runs on what, in a few words."""
+        runs = {entry.runs: entry.reason for entry in self.entries if entry.part in PARTS}
+        parts = {name: ", ".join(entry.part for entry in self.entries if entry.runs == name) for name in runs}
+        return "; ".join(f"{parts[name]} on {name}: {reason}" for name, reason in runs.items())
+
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return asdict(self) | {"entries": [asdict(entry) for entry in self.entries]}
