@@ -22,6 +22,7 @@ from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
 from .memory import check_memory
 from .models.transformer import Transformer
 from .shapes import buckets
+from .token_ids import check_range
 
 
 class Committed(NamedTuple):
@@ -385,6 +386,8 @@ def check_prompts(prompts: list[list[int]], config: GenerationConfig, network: T
     c = network.config
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
+    if config.gen_length >= c.max_length:
+        raise ValueError(f"gen_length must be below the {c.max_length} tokens that the model takes, got {config.gen_length}")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompts: row {row} is empty; every prompt needs at least one token")
@@ -393,9 +396,7 @@ def check_prompts(prompts: list[list[int]], config: GenerationConfig, network: T
                 f"prompts: row {row} has {len(prompt)} tokens; with gen_length = {config.gen_length} "
                 f"the model takes at most {c.max_length - config.gen_length}"
             )
-        if (low := min(prompt)) < 0 or (high := max(prompt)) >= c.vocab_size:
-            token = low if low < 0 else high
-            raise ValueError(f"prompts: row {row} holds token id {token}, outside the vocabulary [0, {c.vocab_size})")
+        check_range(f"prompts: row {row}", prompt, c)
 
 
 def check_kernel_limits(rows: int, block_length: int, ids: Resolved) -> None:
