@@ -33,6 +33,8 @@ Prompts = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int] | Tensor | np.n
 class MaskedDiffusionLM:
     """A masked-diffusion language model.
 
+    It is copied and pickled by value, weights included: a copy, and a model in a spawned process, generate the same tokens.
+
     Attributes:
         network: the transformer.
         hub_id: the repository that it was fetched from, if it was.
