@@ -9,6 +9,9 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
+#: Far beyond what leaves anything of a model's choice, and far below where float32 logits with noise overflow.
+MAX_TEMPERATURE = 1_000_000
+
 
 def require(name: str, value: object, allowed: str, ok: bool) -> None:
     """Raises ``ValueError`` unless ``ok``."""
@@ -70,3 +73,9 @@ def to_ints(name: str, values: Any, allowed: str = "a sequence of integers") -> 
     entries = list(values) if ok else []
     require(name, values, allowed, ok and all(map(is_int, entries)))
     return tuple(map(to_int, entries))
+
+
+def check_temperature(temperature: Any) -> None:
+    """Raises ``ValueError`` unless Gumbel-max can draw with it."""
+    require("temperature", temperature, "0 or more", is_number(temperature) and temperature >= 0)
+    require("temperature", temperature, f"at most {MAX_TEMPERATURE:,}", temperature <= MAX_TEMPERATURE)

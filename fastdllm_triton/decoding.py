@@ -11,14 +11,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import is_bool, is_int, is_number, require, to_int, to_ints, to_number
+from .checks import check_temperature, is_bool, is_int, is_number, require, to_int, to_ints, to_number
 from .models.config import ModelConfig
 from .types import RuleName, ScoreName
 
 CacheName = Literal["none", "prefix", "dual"]
-
-#: Far beyond what leaves anything of a model's choice, and far below where float32 logits plus noise overflow.
-MAX_TEMPERATURE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -221,9 +218,7 @@ class GenerationConfig:
         if not isinstance(self.strategy, Strategy):
             raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
-        ok = is_number(self.temperature) and self.temperature >= 0
-        require("temperature", self.temperature, "0 or more", ok)
-        require("temperature", self.temperature, f"at most {MAX_TEMPERATURE:,}", self.temperature <= MAX_TEMPERATURE)
+        check_temperature(self.temperature)
         object.__setattr__(self, "temperature", to_number(self.temperature))
         for name in ("stop_at_eos", "lockstep"):
             value = getattr(self, name)

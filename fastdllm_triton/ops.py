@@ -18,7 +18,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from .reference.token_statistics import statistics_merge
+from . import op_arguments
+from .reference.token_statistics import statistics_merge as reference_merge
 from .types import Activation, PolicyState, RopeRounding, TokenStatistics
 
 __all__ = [
@@ -467,15 +468,27 @@ _REGISTERED: dict[str, Callable[..., Any]] = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The ops as functions, for callers with tensors of their own: each runs where its first tensor lives.
+# The ops as functions, for callers with tensors of their own: arguments are checked, and each runs where its tensors are.
 
 
 def _dispatched(op: str) -> Callable[..., Any]:
+    check = getattr(op_arguments, op)
+
     @wraps(_function("reference", op))
-    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(resolve("auto", tensor.device), op)(tensor, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
+        else:
+            device = check(*args, **kwargs)
+        return getattr(resolve("auto", device), op)(*args, **kwargs)
 
     return call
+
+
+@wraps(reference_merge)
+def statistics_merge(a: TokenStatistics, b: TokenStatistics) -> TokenStatistics:  # noqa: D103
+    op_arguments.statistics_merge(a, b)
+    return reference_merge(a, b)
 
 
 commit_tokens = _dispatched("commit_tokens")
