@@ -116,8 +116,7 @@ class MaskedDiffusionLM:
 
         Raises:
             TypeError: ``text`` is neither.
-            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for; or a string is no Unicode
-                text, but holds halves of surrogate pairs.
+            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for; or there is no message.
         """
         _check_text(text)
         require("chat", chat, "True or False", is_bool(chat))
@@ -126,11 +125,11 @@ class MaskedDiffusionLM:
             raise ValueError(f"prompts: {self._folder or 'the module'} has no tokenizer files; give token ids")
         messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
         if isinstance(text, str) and not chat:
-            return _ids(tokenizer, text)
+            return list(tokenizer(text)["input_ids"])
         if not tokenizer.chat_template:
             raise ValueError(f"chat: the tokenizer in {self._folder} has no chat template")
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return _ids(tokenizer, rendered, add_special_tokens=False)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Writes the model as a checkpoint that the original classes load: the same tensor names, config and tokenizer files.
@@ -257,14 +256,5 @@ def _check_text(text: object) -> None:
     if not text:
         raise ValueError("text must hold at least one message, got none")
     for i, message in enumerate(text):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(part), str) for part in ("role", "content")):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise TypeError(f"text: message {i} must be a dict with strings as its role and content, got {told(message)}")
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise ValueError(f"prompts: character {error.start} is {half!r}, half of a surrogate pair, which is no text") from None
-    return list(tokenizer(text, **options)["input_ids"])
