@@ -7,6 +7,7 @@ import inspect
 import warnings
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from _support import DEVICE, ints, randn
@@ -303,6 +304,25 @@ def changed(**changes: object) -> PolicyState:
 def test_a_bad_argument_is_named(op, arguments, options, message):
     with pytest.raises((ValueError, TypeError), match=f"^{message}"):
         getattr(module, op)(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, got 'best'"),
+        ({"rule": "all"}, r"rule must be one of quota, threshold, factor, entropy_budget, got 'all'"),
+        ({"value": "0.9"}, r"value must be a number or inf, got '0.9'"),
+        ({"steps": 0}, r"steps must be an integer of 1 or more, got 0"),
+        ({"mask_id": None}, r"mask_id must be an integer of 0 or more, got None"),
+        ({"eos_ids": 5}, r"eos_ids must be a sequence of token ids, got 5"),
+        ({"seed": torch.arange(3)}, r"kv_start and seed must be of shape \[B\], got \[2\] and \[3\]"),
+    ],
+)
+def test_a_bad_policy_is_refused_when_it_is_made(changes, message):
+    arguments = {"score": "confidence", "rule": "quota", "mask_id": 10, "kv_start": START, "seed": torch.arange(2), "slots": 12}
+    assert PolicyState.create(**arguments | {"steps": np.int64(2), "eos_ids": np.array([3])}).eos_ids.tolist() == [3]
+    with pytest.raises(ValueError, match=message):
+        PolicyState.create(**arguments | changes)
 
 
 def test_every_op_takes_what_its_reference_takes():
