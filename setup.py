@@ -1,8 +1,26 @@
 """Packaging. The package's ``kernels``, ``reference`` and ``bench`` are links to the folders of the same names beside it."""
 
+import os
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+#: The repository on the web, given when a release is built. A package index shows the README without the files beside it.
+URL = os.environ.get("PROJECT_URL", "").rstrip("/")
+
+
+def long_description() -> str:
+    """The README with absolute links and pictures; without a URL, with the words of relative ones alone."""
+
+    def absolute(match: re.Match[str]) -> str:
+        picture, words, target = match.groups()
+        if "://" in target or target.startswith("#"):
+            return match[0]
+        return f"{picture}[{words}]({URL}/{'raw' if picture else 'blob'}/main/{target})" if URL else words
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^()\s]+)\)", absolute, Path("README.md").read_text(encoding="utf-8"))
+
 
 BENCH = ["jinja2>=3.1", "matplotlib>=3.8"]
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", *BENCH]
@@ -12,8 +30,9 @@ setup(
     name="fastdllm-triton",
     version="0.1.0",
     description="Fast-dLLM decoding of masked-diffusion language models (LLaDA, Dream) with fused Triton kernels",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
+    url=URL or None,
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fastdllm_triton*"]),

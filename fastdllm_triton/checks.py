@@ -1,21 +1,81 @@
-"""Checks of options that users give."""
+"""Checks of options that users give. Numbers of numpy and torch are numbers: data sets and tensors are full of them."""
 
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
+from typing import Any, TypeGuard
+
+import numpy as np
+
+#: Far beyond what leaves anything of a model's choice, and far below where float32 logits with noise overflow.
+MAX_TEMPERATURE = 1_000_000
 
 
 def require(name: str, value: object, allowed: str, ok: bool) -> None:
     """Raises ``ValueError`` unless ``ok``."""
     if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be {allowed}, got {told(value)}")
 
 
-def is_number(value: object) -> bool:
-    """A finite number; a bool is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def told(value: object) -> str:
+    """A value as an error tells of it: in one line, and not all of a long one."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def is_int(value: object) -> bool:
-    """An integer; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+def is_bool(value: object) -> bool:
+    """``True`` or ``False``, of Python or numpy; nothing that is merely truthy."""
+    return isinstance(value, (bool, np.bool_))
+
+
+def is_number(value: Any) -> bool:
+    """A number of Python, numpy or torch that is finite as a float, without dimensions; a bool is none."""
+    of_array = getattr(value, "shape", None) == () and "float" in str(getattr(value, "dtype", ""))
+    if not (of_array or isinstance(value, float) or is_int(value)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # An integer beyond the floats.
+        return False
+
+
+def to_number(value: Any) -> int | float:
+    """A number for which :func:`is_number` holds, as Python's own."""
+    number: int | float = value.item() if hasattr(value, "item") else value
+    return number
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """An integer of Python, numpy or torch, without dimensions; a bool is none."""
+    if is_bool(value) or getattr(value, "shape", ()) != () or "bool" in str(getattr(value, "dtype", "")):
+        return False
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+def to_int(value: Any) -> int:
+    """An integer for which :func:`is_int` holds, as Python's own."""
+    return operator.index(value)
+
+
+def to_ints(name: str, values: Any, allowed: str = "a sequence of integers") -> tuple[int, ...]:
+    """The integers of a list, a tuple, a range, or an array or tensor of one dimension, as Python's own.
+
+    Raises:
+        ValueError: it is none of these, or holds something else; says ``name must be {allowed}``.
+    """
+    ok = isinstance(values, Iterable) and not isinstance(values, (str, bytes, bytearray)) and getattr(values, "ndim", 1) == 1
+    entries = list(values) if ok else []
+    require(name, values, allowed, ok and all(map(is_int, entries)))
+    return tuple(map(to_int, entries))
+
+
+def check_temperature(temperature: Any, name: str = "temperature") -> None:
+    """Raises ``ValueError`` unless Gumbel-max can draw with it; a scale of guidance has the same bounds."""
+    require(name, temperature, "0 or more", is_number(temperature) and temperature >= 0)
+    require(name, temperature, f"at most {MAX_TEMPERATURE:,}", temperature <= MAX_TEMPERATURE)

@@ -11,14 +11,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import is_int, is_number, require
+from .checks import check_temperature, is_bool, is_int, is_number, require, to_int, to_ints, to_number
 from .models.config import ModelConfig
 from .types import RuleName, ScoreName
 
 CacheName = Literal["none", "prefix", "dual"]
-
-#: Of a temperature and of guidance: beyond it logits no longer matter, and float32 overflows in the end.
-_MOST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,7 @@ class FixedSteps(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("steps", self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
+        object.__setattr__(self, "steps", to_int(self.steps))
 
     def steps_per_block(self, blocks: int) -> int:
         """``steps / blocks``.
@@ -96,6 +94,7 @@ class Threshold(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("threshold", self.t, "in (0, 1]", is_number(self.t) and 0 < self.t <= 1)
+        object.__setattr__(self, "t", to_number(self.t))
 
     @property
     def value(self) -> float:
@@ -121,6 +120,7 @@ class Factor(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("factor", self.f, "above 0", is_number(self.f) and self.f > 0)
+        object.__setattr__(self, "f", to_number(self.f))
 
     @property
     def value(self) -> float:
@@ -147,6 +147,7 @@ class EntropyBudget(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("gamma", self.gamma, "0 or more", is_number(self.gamma) and self.gamma >= 0)
+        object.__setattr__(self, "gamma", to_number(self.gamma))
 
     @property
     def value(self) -> float:
@@ -216,6 +217,7 @@ class GenerationConfig:
         for name in ("gen_length", "block_length"):
             value = getattr(self, name)
             require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
+            object.__setattr__(self, name, to_int(value))
         if self.gen_length % self.block_length:
             raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
         if self.cache not in get_args(CacheName):
@@ -224,21 +226,33 @@ class GenerationConfig:
             raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
         for name in ("temperature", "cfg_scale"):
+            check_temperature(getattr(self, name), name)
+            object.__setattr__(self, name, to_number(getattr(self, name)))
+        for name in ("stop_at_eos", "lockstep"):
             value = getattr(self, name)
-            require(name, value, "0 or more", is_number(value) and value >= 0)
-            require(name, value, f"at most {_MOST:,}", value <= _MOST)
+            require(name, value, "True or False", is_bool(value))
+            object.__setattr__(self, name, bool(value))
+        for name, optional in (("eos_ids", True), ("forbidden", False), ("commit_last", False)):
+            value = getattr(self, name)
+            if not (optional and value is None):
+                allowed = f"{'None or ' if optional else ''}a sequence of token ids"
+                object.__setattr__(self, name, to_ints(name, value, allowed))
+        seed = to_int(self.seed) if is_int(self.seed) else to_ints("seed", self.seed, "an integer, or a sequence of one a row")
+        object.__setattr__(self, "seed", seed)
         if self.commit_last and self.strategy.score != "confidence":
             raise ValueError(f"commit_last goes with score = 'confidence' only, got score = {self.strategy.score!r}")
         for name, least, optional in (
             ("refresh_every", 1, True),
             ("prompt_refresh", 1, True),
             ("suffix_window", 0, True),
+            ("mask_id", 0, True),
             ("look_back", 0, False),
             ("look_ahead", 0, False),
         ):
             value = getattr(self, name)
             ok = (optional and value is None) or (is_int(value) and value >= least)
             require(name, value, f"{'None or ' if optional else ''}an integer of {least} or more", ok)
+            object.__setattr__(self, name, None if value is None else to_int(value))
         if self.refresh_commits not in ("rule", "first"):
             raise ValueError(f"refresh_commits must be rule or first, got {self.refresh_commits!r}")
         if self.refresh_commits == "first":
@@ -288,8 +302,7 @@ class GenerationConfig:
         named = {"mask_id": (mask_id,), "eos_ids": eos_ids, "forbidden": self.forbidden, "commit_last": self.commit_last}
         for name, ids in named.items():
             for token in ids:
-                ok = is_int(token) and 0 <= token < model.vocab_size
-                require(name, token, f"in the vocabulary [0, {model.vocab_size})", ok)
+                require(name, token, f"in the vocabulary [0, {model.vocab_size})", 0 <= token < model.vocab_size)
         if self.refresh_commits == "first" and not model.shift:
             raise ValueError(
                 f"refresh_commits = 'first' is for models with shifted predictions, and {model.architecture} has none"
@@ -303,7 +316,7 @@ class GenerationConfig:
         if len(seeds) != rows:
             raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
         for seed in seeds:
-            require("seed", seed, "in [-2^63, 2^63)", is_int(seed) and -(2**63) <= seed < 2**63)
+            require("seed", seed, "in [-2^63, 2^63)", -(2**63) <= seed < 2**63)
         return Resolved(mask_id, eos_ids, forbidden, tuple(sorted({*self.commit_last})), seeds)
 
 

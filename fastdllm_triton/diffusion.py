@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import is_int, is_number, require
+from .checks import is_int, is_number, require, to_number
 from .decoding import CacheName
 
 AlgName = Literal["origin", "maskgit_plus", "topk_margin", "entropy", "confidence_threshold"]
@@ -79,6 +79,9 @@ class DiffusionConfig:
         require("threshold", self.threshold, "in (0, 1]", is_number(self.threshold) and 0 < self.threshold <= 1)
         ok = self.seed is None or (is_int(self.seed) and abs(self.seed) <= 2**62)  # which leaves room for a row's index
         require("seed", self.seed, "None or an integer in [-2^62, 2^62]", ok)
+        for name, value in tuple(vars(self).items()):
+            if is_number(value):
+                object.__setattr__(self, name, to_number(value))
         if self.cache != "none":
             if self.max_new_tokens % self.block_length:
                 raise ValueError(

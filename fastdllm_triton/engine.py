@@ -23,6 +23,7 @@ from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
 from .memory import check_memory
 from .models.transformer import Transformer
 from .shapes import buckets
+from .token_ids import check_range
 
 
 class Committed(NamedTuple):
@@ -437,15 +438,15 @@ def check_prompts(prompts: Sequence[list[int]], config: GenerationConfig, networ
     most = c.max_length if whole else c.max_length - config.gen_length
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
+    if not whole and config.gen_length >= c.max_length:
+        raise ValueError(f"gen_length must be below the {c.max_length} tokens that the model takes, got {config.gen_length}")
     for row, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompts: row {row} is empty; every prompt needs at least one token")
         if len(prompt) > most:
             beside = "" if whole else f"with gen_length = {config.gen_length} "
             raise ValueError(f"prompts: row {row} has {len(prompt)} tokens; {beside}the model takes at most {most}")
-        if (low := min(prompt)) < 0 or (high := max(prompt)) >= c.vocab_size:
-            token = low if low < 0 else high
-            raise ValueError(f"prompts: row {row} holds token id {token}, outside the vocabulary [0, {c.vocab_size})")
+        check_range(f"prompts: row {row}", prompt, c)
 
 
 def check_kernel_limits(rows: int, block_length: int, ids: Resolved) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .checks import is_int, require
+from .checks import is_int, require, to_int
 
 #: What a position of the answer holds: a text, which may be several tokens, a token id, or several.
 Fixed = str | int | Sequence[int]
@@ -66,13 +66,13 @@ def _answer(
     answer = [mask_id] * gen_length
     for position, value in constraints.items():
         require(f"{name}: a position", position, f"in [0, {gen_length})", is_int(position) and 0 <= position < gen_length)
-        first, where = int(position), f"{name}: position {position}"
+        first, where = to_int(position), f"{name}: position {position}"
         if isinstance(value, str):
             tokens = encode(value)
         elif is_int(value):
-            tokens = [int(value)]  # type: ignore[arg-type]
+            tokens = [to_int(value)]
         elif isinstance(value, Sequence) and all(map(is_int, value)):
-            tokens = [int(token) for token in value]
+            tokens = [to_int(token) for token in value]
         else:
             raise TypeError(f"{where} must hold a text, a token id or a list of them, got {value!r}")
         require(where, value, "one token or more", bool(tokens))

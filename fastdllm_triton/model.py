@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import is_int, require
+from .checks import is_bool, is_int, require, told
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, Generation, run
 from .fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
@@ -19,6 +20,7 @@ from .models.checkpoint import read_json
 from .models.config import ModelConfig
 from .models.transformer import Transformer
 from .saving import save_checkpoint
+from .token_ids import id_row, id_rows, id_tensor
 from .tokenizer import read_tokenizer
 from .trace import Trace
 
@@ -27,11 +29,14 @@ if TYPE_CHECKING:
 
     from .diffusion import DiffusionOutput
 
-Prompts = Tensor | Sequence[Sequence[int]] | Sequence[str] | str
+#: Token ids: a tensor or array ``[B, T]``, or a row each as a list, tensor or array; or text.
+Prompts = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int] | Tensor | np.ndarray[Any, Any] | str] | str
 
 
 class MaskedDiffusionLM:
     """A masked-diffusion language model.
+
+    It is copied and pickled by value, weights included: a copy, and a model in a spawned process, generate the same tokens.
 
     Attributes:
         network: the transformer.
@@ -113,8 +118,11 @@ class MaskedDiffusionLM:
             chat: wrap a string as a user's only message.
 
         Raises:
-            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for.
+            TypeError: ``text`` is neither.
+            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for; or there is no message.
         """
+        _check_text(text)
+        require("chat", chat, "True or False", is_bool(chat))
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise ValueError(f"prompts: {self._folder or 'the module'} has no tokenizer files; give token ids")
@@ -148,10 +156,21 @@ class MaskedDiffusionLM:
         tensors = dict(self.network.weights.named(self.config, ARCHITECTURES[self.config.architecture].NAMES))
         save_checkpoint(tensors, self._folder, self.hub_id, Path(folder), max_shard_size)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """``[B, T]`` ids to ``[B, T, V]`` logits of a plain forward over whole sequences, nothing cached."""
+    def logits(self, ids: Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]]) -> Tensor:
+        """Logits of a plain forward over whole sequences, nothing cached.
+
+        Args:
+            ids: ``[B, T]`` integers in the vocabulary, on any device; lists must be of one length.
+
+        Returns:
+            ``[B, T, V]`` in the model's dtype. A Dream's are not shifted: those at position ``i`` predict ``i + 1``.
+
+        Raises:
+            TypeError, ValueError: ``ids`` is nothing of the kind, is empty, holds an id outside the vocabulary, or is longer than
+                the model takes.
+        """
         with torch.no_grad():
-            return self.network.logits(ids.to(self.device))
+            return self.network.logits(id_tensor("ids", ids, self.config).to(self.device))
 
     def generate(
         self,
@@ -166,7 +185,8 @@ class MaskedDiffusionLM:
         """Generates a continuation of each prompt.
 
         Args:
-            prompts: a tensor ``[B, T]`` of ids, a list of lists of ids of any lengths, a string, or a list of strings.
+            prompts: a tensor or array ``[B, T]`` of ids; a list of rows of any lengths, each a list, a tensor ``[T]`` or an array
+                ``[T]`` of ids, or a string; or one string.
             config: the options; :attr:`defaults` if not given.
             constraints: tokens of the answer that are fixed: a dict of positions, from 0 within the generation, for every row,
                 or a list of dicts, one a row. What a position holds is a text, taken as it stands and perhaps several tokens
@@ -234,8 +254,8 @@ class MaskedDiffusionLM:
         rows = self._rows(prompts)
         decoded = masked_length(rows, length, mask_id)
         config = self.options(base, **options, gen_length=decoded, stop_at_eos=False)
-        prompts, answers = [ids[:-decoded] for ids in rows], [ids[-decoded:] for ids in rows]
-        return self._decode(prompts, config, callback, trace, answers=answers, whole=True)
+        before, answers = [ids[:-decoded] for ids in rows], [ids[-decoded:] for ids in rows]
+        return self._decode(before, config, callback, trace, answers=answers, whole=True)
 
     def _decode(
         self,
@@ -328,20 +348,25 @@ class MaskedDiffusionLM:
         """Prompts of any accepted form as lists of ids."""
         if isinstance(prompts, str):
             return [self.encode(prompts)]
-        if isinstance(prompts, Tensor):
-            if prompts.dim() != 2 or prompts.is_floating_point() or prompts.dtype == torch.bool:
-                raise ValueError(f"prompts must be integers of shape [B, T], got {prompts.dtype} {list(prompts.shape)}")
-            ids: list[list[int]] = prompts.tolist()
-            return ids
-        allowed = "a tensor [B, T], a list of lists of token ids, a string, or a list of strings"
-        if not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts must be {allowed}, got {type(prompts).__name__}")
-        rows = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                rows.append(self.encode(prompt))
-            elif isinstance(prompt, Sequence) and all(isinstance(token, int) for token in prompt):
-                rows.append([int(token) for token in prompt])
-            else:
-                raise TypeError(f"prompts must be {allowed}, got an entry of type {type(prompt).__name__}")
-        return rows
+        if isinstance(prompts, Tensor | np.ndarray):
+            return id_rows("prompts", prompts)
+        if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
+            allowed = "a tensor or array [B, T], a list with the token ids of each row, a string, or a list of strings"
+            raise TypeError(f"prompts must be {allowed}, got {told(prompts)} of type {type(prompts).__name__}")
+        return [
+            self.encode(prompt) if isinstance(prompt, str) else id_row(f"prompts: row {i}", prompt)
+            for i, prompt in enumerate(prompts)
+        ]
+
+
+def _check_text(text: object) -> None:
+    """Raises unless it is a string or the messages of a conversation."""
+    if isinstance(text, str):
+        return
+    if not isinstance(text, Sequence) or isinstance(text, bytes | bytearray | memoryview):
+        raise TypeError(f"text must be a string or a list of messages, got {told(text)} of type {type(text).__name__}")
+    if not text:
+        raise ValueError("text must hold at least one message, got none")
+    for i, message in enumerate(text):
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise TypeError(f"text: message {i} must be a dict with strings as its role and content, got {told(message)}")

@@ -12,13 +12,14 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, wraps
+from functools import cache, partial, update_wrapper, wraps
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from .reference.token_statistics import statistics_merge
+from . import op_arguments
+from .reference.token_statistics import statistics_merge as reference_merge
 from .types import Activation, PolicyState, RopeRounding, TokenStatistics
 
 __all__ = [
@@ -41,6 +42,8 @@ Backend = Literal["auto", "triton", "reference"]
 @dataclass(frozen=True)
 class Ops:
     """The ops of one backend, with the signatures of :mod:`fastdllm_triton.reference`.
+
+    All of them are functions of a module, or partial ones: a model is pickled with its ops.
 
     Attributes:
         name: ``"triton"``, ``"reference"``, or ``"mixed"`` where each has some.
@@ -157,10 +160,14 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
 
 def _fuses_residual(name: str) -> Callable[[Tensor, Tensor], bool]:
     if name == "reference":
-        return lambda x, weight: False
+        return _never
     from .kernels.linear import fuses_residual
 
     return fuses_residual
+
+
+def _never(x: Tensor, weight: Tensor) -> bool:
+    return False
 
 
 def _function(backend: str, op: str) -> Callable[..., Any]:
@@ -170,16 +177,13 @@ def _function(backend: str, op: str) -> Callable[..., Any]:
 
 def _compilable(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function in eager mode, the registered op when compiled. Calls with an ``out`` are never replaced."""
-    registered = _REGISTERED[op]
+    return update_wrapper(partial(_call, op, function), function)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not kwargs.keys() & {"out", "residual_out", "workspace", "config"}:
-            return registered(*args, **kwargs)
-        return function(*args, **kwargs)
 
-    call.__name__ = call.__qualname__ = op
-    call.__doc__ = function.__doc__
-    return call
+def _call(op: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling() and not kwargs.keys() & {"out", "residual_out", "workspace", "config"}:
+        return _REGISTERED[op](*args, **kwargs)
+    return function(*args, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -464,15 +468,27 @@ _REGISTERED: dict[str, Callable[..., Any]] = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The ops as functions, for callers with tensors of their own: each runs where its first tensor lives.
+# The ops as functions, for callers with tensors of their own: arguments are checked, and each runs where its tensors are.
 
 
 def _dispatched(op: str) -> Callable[..., Any]:
+    check = getattr(op_arguments, op)
+
     @wraps(_function("reference", op))
-    def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(resolve("auto", tensor.device), op)(tensor, *args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            device = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).device
+        else:
+            device = check(*args, **kwargs)
+        return getattr(resolve("auto", device), op)(*args, **kwargs)
 
     return call
+
+
+@wraps(reference_merge)
+def statistics_merge(a: TokenStatistics, b: TokenStatistics) -> TokenStatistics:  # noqa: D103
+    op_arguments.statistics_merge(a, b)
+    return reference_merge(a, b)
 
 
 commit_tokens = _dispatched("commit_tokens")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from .checks import is_int, is_number, require, to_int, to_ints
 
 #: What ranks the masked tokens of a block, best first.
 ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]
@@ -151,7 +153,18 @@ class PolicyState:
             kv_start: ``[B]`` int32.
             seed: ``[B]`` int64.
             slots: ``L``.
+
+        Raises:
+            ValueError: an argument is not valid.
         """
+        for name, choice, kind in (("score", score, ScoreName), ("rule", rule, RuleName)):
+            require(name, choice, f"one of {', '.join(get_args(kind))}", choice in get_args(kind))
+        require("value", value, "a number or inf", is_number(value) or value == float("inf"))
+        for name, number, least in (("steps", steps, 1), ("slots", slots, 1), ("mask_id", mask_id, 0)):
+            require(name, number, f"an integer of {least} or more", is_int(number) and number >= least)
+        eos_ids = to_ints("eos_ids", eos_ids, "a sequence of token ids")
+        if kv_start.dim() != 1 or seed.shape != kv_start.shape:
+            raise ValueError(f"kv_start and seed must be of shape [B], got {list(kv_start.shape)} and {list(seed.shape)}")
         rows, device = len(kv_start), kv_start.device
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -162,7 +175,7 @@ class PolicyState:
             rule=rule,
             value=torch.tensor(value, dtype=torch.float64, device=device),
             steps=torch.tensor(steps, dtype=torch.int32, device=device),
-            mask_id=mask_id,
+            mask_id=to_int(mask_id),
             eos_ids=torch.tensor(eos_ids, dtype=torch.int64, device=device),
             kv_start=kv_start,
             seed=seed,
@@ -172,6 +185,6 @@ class PolicyState:
             invalid=zeros(rows, dtype=torch.bool),
             ended=zeros(rows, dtype=torch.bool),
             forward=zeros(),
-            step_map=zeros(rows, slots) - 1,
-            confidence=torch.full((rows, slots), torch.nan, device=device),
+            step_map=zeros(rows, to_int(slots)) - 1,
+            confidence=torch.full((rows, to_int(slots)), torch.nan, device=device),
         )

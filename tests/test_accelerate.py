@@ -647,7 +647,7 @@ def test_restore_takes_modules_alone() -> None:
     [
         (torch.tensor([1, 2]), r"input_ids must be integers of shape \[B, T\], got torch.int64 \[2\]"),
         (torch.ones(1, 2), r"input_ids must be integers"),
-        (torch.tensor([[1, 320]]), r"input_ids holds ids outside the vocabulary \[0, 320\)"),
+        (torch.tensor([[1, 320]]), r"input_ids holds token id 320, outside the vocabulary \[0, 320\)"),
     ],
 )
 def test_bad_ids_for_fast_forward(llada_module: nn.Module, ids: Tensor, message: str) -> None:

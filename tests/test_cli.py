@@ -270,7 +270,7 @@ def test_info_names_the_backend_and_the_reason() -> None:
 def test_demo_compares_every_way() -> None:
     result = _run("demo", "--count", "1")
     assert result.exit_code == 0
-    lines = [line for line in result.stdout.splitlines() if line.startswith("│")]
-    assert [line.split("│")[1].strip() for line in lines] == ["none", "prefix", "dual"] * 2
-    assert "1.00x" in lines[0]
+    lines = [line.split() for line in result.stdout.splitlines() if line.rstrip().endswith("x")]
+    assert [line[0] for line in lines] == ["none", "prefix", "dual"] * 2
+    assert lines[0][-1] == "1.0x"
     assert "How many?" in result.stdout

@@ -1,38 +1,82 @@
-"""The Python examples of the documentation run as they stand."""
+"""The documentation does as it says: its Python runs as it stands, its commands parse, its links lead somewhere."""
 
 from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from _modules import load_module
-from conftest import GOLDEN, GOLDEN_DREAM
+import setuptools
+import typer
+from typer.testing import CliRunner
 
-from fastdllm_triton import tiny
+from fastdllm_triton.cli import app
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-#: Every page with examples.
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in page.read_text()]
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The code of a page."""
+    fences = re.findall(r"^ *```(\w*)\n(.*?)^ *```", page.read_text(), flags=re.S | re.M)
+    return [code for language, code in fences if language in languages]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command line of ours on a page, without the variables before it and the comment behind it."""
+    lines = "".join(blocks(page, "", "sh")).replace("\\\n", " ").splitlines()
+    words = [shlex.split(line, comments=True) for line in lines if "fastdllm-triton" in line]
+    return [line[line.index("fastdllm-triton") + 1 :] for line in words if "fastdllm-triton" in line]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_the_examples_run(page: Path) -> None:
+    """Nothing is defined beforehand; a block may go on from those before it on its page."""
+    names: dict[str, object] = {}
+    for example in blocks(page, "python"):
+        exec(compile(example, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize(("page", "words"), [(page.name, words) for page in PAGES for words in commands(page)], ids=str)
+def test_the_commands_are_ones_that_there_are(page: str, words: list[str]) -> None:
+    command = typer.main.get_command(app).commands[words[0]]  # type: ignore[attr-defined]
+    command.make_context(words[0], words[1:])
+
+
+@pytest.mark.parametrize("words", [w for w in commands(PAGES[0]) if w[0] in ("generate", "info", "roofline")], ids=str)
+def test_the_commands_of_the_readme_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "./LLaDA-8B-Instruct" in words:
+        pytest.skip("needs a checkpoint")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_examples_run(page: Path) -> None:
-    examples = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S)
-    assert examples
-    names: dict[str, object] = {
-        # What a reader has at hand.
-        "hf_model": load_module(tiny.PATH),
-        "dream_module": load_module(GOLDEN / GOLDEN_DREAM),
-        "input_ids": torch.tensor([[40, 41, 42, 43]]),
-    }
-    for example in examples:
-        exec(compile(example, page.name, "exec"), names)
+def test_links_lead_to_files_that_are_there(page: Path) -> None:
+    targets = re.findall(r"\]\(([^()\s#]+)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("url", ["", "https://code.example/fast"])
+def test_the_page_of_a_package_index_has_no_relative_links(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    monkeypatch.setenv("PROJECT_URL", url)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    shown = given["long_description"]
+    assert all("://" in target for target in re.findall(r"\]\(([^)]*)\)", shown))
+    if url:
+        assert f"![The three caches are three choices of the window of a step]({url}/raw/main/docs/windows.svg)" in shown
+        assert f"[glossary]({url}/blob/main/docs/glossary.md)" in shown
+    else:
+        assert "\nThe three caches are three choices of the window of a step\n" in shown
+        assert "(https://arxiv.org/abs/2505.22618)" in shown
 
 
 @pytest.fixture(scope="module")

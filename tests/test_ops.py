@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from _support import DEVICE, ints, randn
@@ -229,3 +230,119 @@ def test_a_call_with_out_is_not_replaced():
     x, out = randn(3, 8, dtype=torch.float32), torch.zeros(3, 4)
     assert torch.compile(lambda: ops.swiglu(x, out=out), backend="eager")().data_ptr() == out.data_ptr()
     assert torch.equal(out, reference.swiglu(x))
+
+
+# What callers with tensors of their own are told.
+
+LOGITS, HIDDEN, HEAD = randn(5, 11, dtype=torch.float32), randn(5, 8, dtype=torch.float32), randn(11, 8, dtype=torch.float32)
+X, NORM = randn(2, 3, 8, dtype=torch.float32), randn(8, dtype=torch.float32)
+QKV, Q = randn(2, 3, 8 * 16, dtype=torch.float32), randn(2, 3, 4, 16, dtype=torch.float32)
+K, V = caches()
+START = torch.zeros(2, dtype=torch.int32)
+TOKENS = torch.full((2, 12), 10)
+
+
+def changed(**changes: object) -> PolicyState:
+    return replace(state("threshold"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "options", "message"),
+    [
+        ("token_statistics", (LOGITS[0],), {}, r"logits must be floating point of shape \[R, V\], got torch.float32 \[11\]"),
+        ("token_statistics", (LOGITS[None],), {}, r"logits must be floating point of shape \[R, V\], got .* \[1, 5, 11\]"),
+        ("token_statistics", (LOGITS[:, :0],), {}, r"logits must have V = 1 or more, got V = 0"),
+        ("token_statistics", (LOGITS.long(),), {}, r"logits must be floating point .*, got torch.int64"),
+        ("token_statistics", ([[1.0]],), {}, r"logits must be a tensor, got \[\[1.0\]\] of type list"),
+        ("token_statistics", (LOGITS,), {"forbidden": [11]}, r"forbidden must be in the vocabulary \[0, 11\), got 11"),
+        ("token_statistics", (LOGITS,), {"forbidden": [-1]}, r"forbidden must be in the vocabulary \[0, 11\), got -1"),
+        ("token_statistics", (LOGITS,), {"forbidden": torch.tensor([11])}, r"forbidden must be in \[0, 10\], got 11"),
+        ("token_statistics", (LOGITS,), {"forbidden": torch.tensor([-1])}, r"forbidden must be in \[0, 10\], got -1"),
+        ("token_statistics", (LOGITS,), {"forbidden": 5}, r"forbidden must be None, a sequence of token ids, .*, got 5"),
+        ("token_statistics", (LOGITS,), {"temperature": 1.0}, r"temperature > 0 needs a seed"),
+        ("token_statistics", (LOGITS,), {"temperature": 1e300, "seed": 0}, r"temperature must be at most 1,000,000, got 1e\+300"),
+        ("token_statistics", (LOGITS,), {"temperature": 1.0, "seed": 1.5}, r"seed must be an integer in .*, got 1.5"),
+        ("token_statistics", (LOGITS,), {"seed": torch.arange(4)}, r"seed must be integers of shape \[5\], got .* \[4\]"),
+        ("token_statistics", (LOGITS,), {"position": torch.arange(4)}, r"position must be integers of shape \[5\]"),
+        ("token_statistics", (LOGITS,), {"step": "a"}, r"step must be an integer in .*, got 'a'"),
+        ("token_statistics", (LOGITS,), {"out": statistics(1, 4)}, r"out.token must be of shape \[5\], got torch.int64 \[1, 4\]"),
+        ("head_statistics", (HIDDEN, HEAD[:, :4]), {}, r"weight must be torch.float32 of shape \[V, 8\], got .* \[11, 4\]"),
+        ("head_statistics", (HIDDEN, HEAD.double()), {}, r"weight must be torch.float32 of shape \[V, 8\], got torch.float64"),
+        ("head_statistics", (HIDDEN, HEAD), {"rows": torch.tensor([5])}, r"rows must be in \[-1, 4\], got 5"),
+        ("head_statistics", (HIDDEN, HEAD), {"rows": torch.tensor([-2])}, r"rows must be in \[-1, 4\], got -2"),
+        ("head_statistics", (HIDDEN, HEAD), {"bias": NORM}, r"bias must be floating point of shape \[11\]"),
+        ("head_statistics", (HIDDEN, HEAD), {"logits_dtype": torch.int8}, r"logits_dtype must be None or a floating-point dtype"),
+        ("rms_norm", (X, NORM[:7], 1e-5), {}, r"weight must be torch.float32 of shape \[8\], got torch.float32 \[7\]"),
+        ("rms_norm", (X, NORM, -1), {}, r"eps must be a number of 0 or more, got -1"),
+        ("rms_norm", (X, NORM, 1e-5), {"residual": X[0]}, r"residual must be torch.float32 of shape \[2, 3, 8\]"),
+        ("rms_norm", (X, NORM, 1e-5), {"residual_out": X}, r"residual_out needs a residual"),
+        ("swiglu", (X[..., :7],), {}, r"gate_up must be of an even last dimension, gate and up, got \[2, 3, 7\]"),
+        ("linear", (X, HEAD[:, :4]), {}, r"weight must be torch.float32 of shape \[N, 8\], got torch.float32 \[11, 4\]"),
+        ("linear", (X, HEAD), {"norm_weight": NORM}, r"eps must be a number of 0 or more, .*, got None"),
+        ("linear", (X, HEAD), {"eps": 1e-5}, r"eps must be None without a norm_weight"),
+        ("linear", (X, HEAD), {"activation": "gelu"}, r"activation must be swiglu or None, got 'gelu'"),
+        ("linear", (X, HEAD), {"activation": "swiglu"}, r"weight must be of an even number of rows"),
+        ("linear", (X, HEAD), {"residual": X}, r"residual must be torch.float32 of shape \[2, 3, 11\]"),
+        ("rope_kv_write", (QKV[..., :70], K, V, START, START, 1e4), {}, r"qkv must be of shape \[B, W, \(Hq \+ 2 \* 2\) \* 16\]"),
+        ("rope_kv_write", (QKV, K, V[:, :1], START, START, 1e4), {}, r"v_cache must be torch.float32 of shape \[2, 2, 12, 16\]"),
+        ("rope_kv_write", (QKV, K, V, START[:1], START, 1e4), {}, r"window_start must be integers of shape \[2\]"),
+        ("rope_kv_write", (QKV, K, V, START, START, 0), {}, r"theta must be a number above 0, got 0"),
+        ("rope_kv_write", (QKV, K, V, START, START, 1e4), {"rounding": "x"}, r"rounding must be one of llada, dream, got 'x'"),
+        ("window_attention", (Q[0], K, V, START, START), {}, r"q must be floating point of shape \[B, W, Hq, D\]"),
+        ("window_attention", (Q[:, :, :3], K, V, START, START), {}, r"q must be of a number of heads that is a multiple"),
+        ("window_attention", (Q, K, V, START, START + 13), {}, r"kv_end must be at most 12, got 13"),
+        ("window_attention", (Q, K, V, START, START), {"skip_start": START}, r"skip_end must be given with skip_start"),
+        ("commit_tokens", (TOKENS[0], statistics(2, 4), START, changed()), {}, r"x must be integers of shape \[B, L\]"),
+        ("commit_tokens", (TOKENS, statistics(4, 2), START, changed()), {}, r"statistics.token must be .* of shape \[2, N\]"),
+        ("commit_tokens", (TOKENS, statistics(2, 4), START + 9, changed()), {}, r"window_start must be in \[0, 8\], got 9"),
+        ("commit_tokens", (TOKENS, statistics(2, 4), START, changed(rule="all")), {}, r"state.rule must be one of quota, "),
+        ("commit_tokens", (TOKENS, statistics(2, 4), START, changed(step=START[:1])), {}, r"state.step must be of shape \[2\]"),
+        ("commit_tokens", (TOKENS, None, START, changed()), {}, r"statistics must be a TokenStatistics, got None"),
+        ("statistics_merge", (statistics(2, 4), statistics(4, 2)), {}, r"b.token must be of shape \[2, 4\]"),
+    ],
+)  # fmt: skip
+def test_a_bad_argument_is_named(op, arguments, options, message):
+    with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+        getattr(module, op)(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, got 'best'"),
+        ({"rule": "all"}, r"rule must be one of quota, threshold, factor, entropy_budget, got 'all'"),
+        ({"value": "0.9"}, r"value must be a number or inf, got '0.9'"),
+        ({"steps": 0}, r"steps must be an integer of 1 or more, got 0"),
+        ({"mask_id": None}, r"mask_id must be an integer of 0 or more, got None"),
+        ({"eos_ids": 5}, r"eos_ids must be a sequence of token ids, got 5"),
+        ({"seed": torch.arange(3)}, r"kv_start and seed must be of shape \[B\], got \[2\] and \[3\]"),
+    ],
+)
+def test_a_bad_policy_is_refused_when_it_is_made(changes, message):
+    arguments = {"score": "confidence", "rule": "quota", "mask_id": 10, "kv_start": START, "seed": torch.arange(2), "slots": 12}
+    assert PolicyState.create(**arguments | {"steps": np.int64(2), "eos_ids": np.array([3])}).eos_ids.tolist() == [3]
+    with pytest.raises(ValueError, match=message):
+        PolicyState.create(**arguments | changes)
+
+
+def test_every_op_takes_what_its_reference_takes():
+    for op in (*NAMES, "statistics_merge"):
+        wanted, checked = (inspect.signature(getattr(place, op)).parameters for place in (reference, module.op_arguments))
+        assert {n: (p.kind, p.default) for n, p in checked.items()} == {n: (p.kind, p.default) for n, p in wanted.items()}
+    assert torch.equal(module.token_statistics(logits=LOGITS).token, reference.token_statistics(LOGITS).token)
+
+
+def test_a_row_that_is_asked_for_nothing_and_no_rows_at_all_are_sound():
+    assert module.token_statistics(LOGITS[:0]).token.shape == (0,)
+    found = module.head_statistics(HIDDEN, HEAD, rows=torch.tensor([-1, 4]), forbidden=torch.tensor([], dtype=torch.int64))
+    assert found.token.tolist()[0] == -1
+
+
+def test_the_engine_pays_for_none_of_these_checks(tiny, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("checked")
+
+    monkeypatch.setattr(module.op_arguments._Shapes, "__call__", fail)
+    with pytest.raises(AssertionError, match="checked"):
+        module.token_statistics(LOGITS)
+    assert tiny.generate([[1, 2, 3]], gen_length=8, block_length=8).nfe

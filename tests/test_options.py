@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdllm_triton as fdt
+from fastdllm_triton.diffusion import DiffusionConfig
 
 MASK = 318
 
@@ -50,6 +52,25 @@ def idle(llada: fdt.MaskedDiffusionLM) -> fdt.MaskedDiffusionLM:
         ({"seed": [1, 2]}, r"seed must be an integer or one for each of 1 rows, got 2"),
         ({"seed": 2**63}, r"seed must be in \[-2\^63, 2\^63\)"),
         ({"logits_dtype": torch.int8}, r"logits_dtype must be None or a floating-point dtype, got torch.int8"),
+        ({"gen_length": True}, r"gen_length must be an integer of 1 or more, got True"),
+        ({"gen_length": 4096}, r"gen_length must be below the 4096 tokens that the model takes, got 4096"),
+        ({"temperature": 1e300}, r"temperature must be at most 1,000,000, got 1e\+300"),
+        ({"temperature": 10**400}, r"temperature must be 0 or more, got 10+\.\.\.$"),
+        ({"seed": None}, r"seed must be an integer, or a sequence of one a row, got None"),
+        ({"seed": 1.5}, r"seed must be an integer, or a sequence of one a row, got 1.5"),
+        ({"seed": True}, r"seed must be an integer, or a sequence of one a row, got True"),
+        ({"seed": [True]}, r"seed must be an integer, or a sequence of one a row, got \[True\]"),
+        ({"eos_ids": 5}, r"eos_ids must be None or a sequence of token ids, got 5"),
+        ({"eos_ids": "ab"}, r"eos_ids must be None or a sequence of token ids, got 'ab'"),
+        ({"forbidden": None}, r"forbidden must be a sequence of token ids, got None"),
+        ({"forbidden": 5}, r"forbidden must be a sequence of token ids, got 5"),
+        (
+            {"forbidden": torch.ones(2, 2).long()},
+            r"forbidden must be a sequence of token ids, got tensor\(\[\[1, 1\], \[1, 1\]\]\)$",
+        ),
+        ({"mask_id": "x"}, r"mask_id must be None or an integer of 0 or more, got 'x'"),
+        ({"stop_at_eos": "no"}, r"stop_at_eos must be True or False, got 'no'"),
+        ({"lockstep": 1}, r"lockstep must be True or False, got 1"),
     ],
 )
 def test_bad_options(idle: fdt.MaskedDiffusionLM, options: dict[str, Any], message: str) -> None:
@@ -95,15 +116,122 @@ def test_bad_strategies(make: Callable[[], fdt.Strategy], message: str) -> None:
         (torch.zeros(1, 3), ValueError, r"prompts must be integers of shape \[B, T\], got torch.float32"),
         (torch.zeros(1, 0, dtype=torch.long), ValueError, r"prompts: row 0 is empty"),
         (torch.zeros(0, 4, dtype=torch.long), ValueError, r"prompts must hold at least one prompt"),
-        ([1, 2, 3], TypeError, r"prompts must be a tensor .*, got an entry of type int"),
-        ([[1.5]], TypeError, r"got an entry of type list"),
-        (17, TypeError, r"prompts must be a tensor .*, got int"),
+        ([1, 2, 3], TypeError, r"prompts: row 0 must be a list of token ids, got 1 of type int"),
+        ([[1], [1.5]], TypeError, r"prompts: row 1 must hold token ids, got 1.5 of type float"),
+        ([[True]], TypeError, r"prompts: row 0 must hold token ids, got True of type bool"),
+        ([[None]], TypeError, r"prompts: row 0 must hold token ids, got None"),
+        ([b"abc"], TypeError, r"prompts: row 0 must be a list of token ids, got b'abc' of type bytes"),
+        (bytearray(b"abc"), TypeError, r"prompts must be a tensor .*, got bytearray\(b'abc'\)"),
+        (17, TypeError, r"prompts must be a tensor .*, got 17 of type int"),
+        (np.zeros((1, 3)), ValueError, r"prompts must be integers of shape \[B, T\], got float64 \[1, 3\]"),
+        (np.ones((1, 3), dtype=bool), ValueError, r"prompts must be integers of shape \[B, T\], got bool \[1, 3\]"),
+        ([torch.ones(1, 3).long()], ValueError, r"prompts: row 0 must be integers of shape \[T\], got torch.int64 \[1, 3\]"),
+        ([[2**70]], ValueError, r"prompts: row 0 holds token id 1180591620717411303424"),
         ("hello", ValueError, r"has no tokenizer files; give token ids"),
     ],
 )
 def test_bad_prompts(idle: fdt.MaskedDiffusionLM, prompts: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         idle.generate(prompts, gen_length=16, block_length=8)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        np.array([[7, 8, 9]]),
+        np.array([[9, 8, 7]], dtype=">i2")[:, ::-1],
+        torch.tensor([[7, 8, 9]], dtype=torch.uint8),
+        [list(np.array([7, 8, 9]))],
+        [list(torch.tensor([7, 8, 9]))],
+        [np.array([7, 8, 9])],
+        [torch.tensor([7, 8, 9])],
+        ((7, 8, 9),),
+        [range(7, 10)],
+    ],
+    ids=lambda prompts: str(getattr(prompts, "dtype", type(prompts[0]).__name__)),
+)
+def test_ids_of_any_library_are_ids(prompts: Any) -> None:
+    plain = [[7, 8, 9]]
+    options: dict[str, Any] = {"gen_length": 8, "block_length": 8}
+    assert torch.equal(LLADA.generate(prompts, **options).sequences, LLADA.generate(plain, **options).sequences)
+    assert torch.equal(LLADA.logits(prompts), LLADA.logits(plain))
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array, torch.tensor], ids=["int64", "uint8", "array", "tensor"])
+def test_numbers_of_any_library_are_numbers(integer: Any) -> None:
+    """They are kept as Python's own, so that a config is equal, hashable and JSON whatever it was made with."""
+    number = torch.tensor if integer is torch.tensor else np.float64
+
+    def config(whole: Any, real: Any) -> fdt.GenerationConfig:
+        return fdt.GenerationConfig(
+            gen_length=whole(16),
+            block_length=whole(8),
+            strategy=fdt.FixedSteps(whole(4)),
+            temperature=real(0.5),
+            seed=whole(3),
+            eos_ids=[whole(2)],
+            forbidden=[whole(5)],
+            mask_id=whole(9),
+            refresh_every=whole(2),
+            look_back=whole(1),
+        )
+
+    made, plain = config(integer, number), config(int, float)
+    assert made == plain
+    assert hash(made) == hash(plain)
+    assert repr(made) == repr(plain)
+    for kind, value in ((fdt.Threshold, 0.5), (fdt.Factor, 2.5), (fdt.EntropyBudget, 0.25)):
+        assert repr(kind(number(value))) == repr(kind(value))
+    seeds = fdt.GenerationConfig(seed=torch.tensor([1, 2]), eos_ids=np.array([3]), forbidden=range(2))
+    assert (seeds.seed, seeds.eos_ids, seeds.forbidden) == ((1, 2), (3,), (0, 1))
+    dream = DiffusionConfig(integer(32), steps=integer(8), top_k=integer(5), seed=integer(1), temperature=number(0.5))
+    assert repr(dream) == repr(DiffusionConfig(32, steps=8, top_k=5, seed=1, temperature=0.5))
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.tensor([1, 2]), ValueError, r"ids must be integers of shape \[B, T\], got torch.int64 \[2\]"),
+        (torch.ones(1, 2), ValueError, r"ids must be integers of shape \[B, T\], got torch.float32"),
+        ([[1, 320]], ValueError, r"ids holds token id 320, outside the vocabulary \[0, 320\)"),
+        ([[-1]], ValueError, r"ids holds token id -1, outside"),
+        ([[2**70]], ValueError, r"ids holds token id 1180591620717411303424, outside"),
+        ([[1], [1, 2]], ValueError, r"ids must be rows of one length, got lengths \[1, 2\]"),
+        ([], ValueError, r"ids must hold at least one token in at least one row, got shape \[0, 0\]"),
+        ([[]], ValueError, r"ids must hold at least one token in at least one row, got shape \[1, 0\]"),
+        ([[1] * 4097], ValueError, r"ids: the model takes at most 4096 tokens, got rows of 4097"),
+        ([1, 2], TypeError, r"ids: row 0 must be a list of token ids, got 1 of type int"),
+        ([[1.5]], TypeError, r"ids: row 0 must hold token ids, got 1.5 of type float"),
+        ("text", TypeError, r"ids must be integers of shape \[B, T\], got 'text' of type str"),
+    ],
+)
+def test_bad_ids_for_logits(idle: fdt.MaskedDiffusionLM, ids: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        idle.logits(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (5, TypeError, r"text must be a string or a list of messages, got 5 of type int"),
+        (None, TypeError, r"text must be a string or a list of messages, got None"),
+        (b"Hi", TypeError, r"text must be a string or a list of messages, got b'Hi'"),
+        ([], ValueError, r"text must hold at least one message"),
+        ([5], TypeError, r"text: message 0 must be a dict with strings as its role and content, got 5"),
+        ([{"role": "user"}], TypeError, r"text: message 0 must be a dict with strings as its role and content"),
+    ],
+)
+def test_bad_texts(tiny: fdt.MaskedDiffusionLM, text: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        tiny.encode(text)
+
+
+def test_a_model_of_a_billion_positions_allocates_none_of_them() -> None:
+    lm = fdt.load(GOLDEN / "llada-gqa")
+    lm.network.config = replace(lm.network.config, max_length=10**9)
+    assert lm.logits([[1, 2]]).shape == (1, 2, 320)
+    with pytest.raises(MemoryError, match="not even one row fits"):
+        lm.generate([[1]], gen_length=10**8, block_length=10**8)
 
 
 def test_the_longest_prompt_that_fits() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastdllm_triton as fdt
 from fastdllm_triton.tiny import PATH
+from fastdllm_triton.tiny.module import hf_module
 from fastdllm_triton.tiny.problems import MAX_ANSWER_TOKENS, MAX_PROMPT_TOKENS, Problem, is_test_prompt, problems, score
 from fastdllm_triton.tiny.vocabulary import build_tokenizer
 
@@ -113,3 +114,22 @@ def test_threshold_keeps_the_accuracy_that_fixed_steps_at_its_speed_lose(
     assert speed_fixed == pytest.approx(speed, rel=0.15)
     assert exact_fixed < exact_threshold - lost
     assert whole_fixed < whole_threshold - 0.2
+
+
+@pytest.mark.parametrize("architecture", ["llada", "dream"])
+def test_the_stand_in_is_accelerated_as_a_module_of_the_hub_is(tiny: fdt.MaskedDiffusionLM, architecture: str) -> None:
+    ids = torch.tensor([tiny.encode("Tom has 51 coins.")])
+    module = hf_module(architecture)  # type: ignore[arg-type]
+    logits = module(ids).logits
+    torch.testing.assert_close(logits, tiny.logits(ids), rtol=1e-4, atol=1e-3)
+    fdt.accelerate(module)
+    assert torch.equal(module(ids).logits, logits)
+    torch.testing.assert_close(module.fast_forward(ids), logits, rtol=1e-4, atol=1e-3)
+    assert hasattr(module, "diffusion_generate") == (architecture == "dream")
+    assert module.generate("Tom has 51 coins.", gen_length=16, block_length=16).texts
+    fdt.restore(module)
+
+
+def test_there_is_no_third_stand_in() -> None:
+    with pytest.raises(ValueError, match=r"architecture must be llada or dream, got 'gpt'"):
+        hf_module("gpt")  # type: ignore[arg-type]

@@ -116,6 +116,10 @@ class Transformer:
         self.captures = True
         self.kept: list[Batch] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a pickle or a copy, which makes buffers and captured steps of its own."""
+        return {**vars(self), "kept": []}
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

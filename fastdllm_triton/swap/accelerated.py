@@ -18,6 +18,7 @@ from ..loading import HUB_PATTERNS, ops_for
 from ..model import MaskedDiffusionLM
 from ..models.transformer import Transformer
 from ..ops import Ops, without_kernels
+from ..token_ids import id_tensor
 from .fuse import fuse, fused_storages, unfuse
 from .recognise import Found, recognise
 from .report import Report, describe
@@ -170,6 +171,7 @@ class Accelerated:
             )
         return _own_method(module, _PREPARE)(*args, **kwargs)
 
+    @torch.no_grad()
     def fast_forward(self, input_ids: Tensor) -> Tensor:
         """Logits of a plain forward over whole sequences, as the module's own ``forward`` gives them, without gradients.
 
@@ -180,15 +182,10 @@ class Accelerated:
             ``[B, T, V]`` in the model's dtype. A Dream's are not shifted: those at position ``i`` predict ``i + 1``.
 
         Raises:
-            ValueError: ``input_ids`` is not of that shape, or holds ids outside the vocabulary.
+            TypeError, ValueError: as :meth:`fastdllm_triton.MaskedDiffusionLM.logits`.
         """
         runtime = self.runtime()
-        rows = runtime.config.vocab_size
-        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(f"input_ids must be integers of shape [B, T], got {input_ids.dtype} {list(input_ids.shape)}")
-        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < rows:
-            raise ValueError(f"input_ids holds ids outside the vocabulary [0, {rows})")
-        return runtime.logits(input_ids)
+        return runtime.network.logits(id_tensor("input_ids", input_ids, runtime.config).to(runtime.device))
 
 
 def _ops(found: Found, options: Options) -> Ops:
