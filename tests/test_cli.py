@@ -148,17 +148,17 @@ def console_text(frame: Any) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "x", "--threshold", "1.5"], "threshold must be in (0, 1], got 1.5"),
-        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "threshold and factor exclude each other"),
-        (["--prompt", "x", "--model", "./nowhere"], "there is no folder './nowhere'"),
-        (["--prompt", "x", "--gen-length", "50"], "gen_length must be a multiple of block_length = 16, got 50"),
-        (["--prompt", "x", "--score", "best"], "score must be one of"),
+        (["--prompt", "x", "--threshold", "1.5"], "--threshold must be in (0, 1], got 1.5"),
+        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "--threshold and --factor exclude each other"),
+        (["--prompt", "x", "--model", "./nowhere"], "--model: there is no folder './nowhere'"),
+        (["--prompt", "x", "--gen-length", "50"], "--gen-length must be a multiple of --block-length = 16, got 50"),
+        (["--prompt", "x", "--score", "best"], "--score must be one of"),
         (["--prompt", "x", "--live", "--json"], "--live and --json exclude each other"),
         (["--prompt", "x", "--prompt-file", "y"], "--prompt and --prompt-file exclude each other"),
-        (["--prompt-file", "/no/such/file"], "No such file"),
-        (["--prompt", "x", "--chat"], "has no chat template"),
+        (["--prompt-file", "/no/such/file"], "--prompt-file /no/such/file: No such file"),
+        (["--prompt", "x", "--chat"], "--chat: the tokenizer"),
         (["--prompt", "x", "--model", str(GOLDEN / "llada-gqa")], "has no tokenizer files"),
-        (["--prompt", ""], "prompts: row 0 is empty"),
+        (["--prompt", ""], "--prompt must not be empty"),
         (["--prompt", "x", "--backend", "triton", "--dtype", "float64"], "the Triton kernels have no float64"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_prompt_file_that_is_not_what_its_name_says(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "x"}\n')
     result = _run("generate", "--prompt-file", str(tmp_path / "p.jsonl"))
     assert result.exit_code == 2
-    assert "must hold one JSON object with a 'prompt' a line" in " ".join(result.stderr.split())
+    assert "p.jsonl: line 1: has no 'prompt'; it has 'text'" in " ".join(result.stderr.split())
 
 
 def test_windows_and_lockstep_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,17 +240,17 @@ def test_ctrl_c_outside_a_generation_is_not_swallowed(monkeypatch: pytest.Monkey
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastdllm_triton.cli.load", stop)
+    monkeypatch.setattr("fastdllm_triton.loading.load", stop)
     result = _run("generate", "--prompt", FIRST)
     assert result.exit_code == 130
     assert result.stdout == ""
 
 
 def test_a_bad_strategy_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdllm_triton.cli.load", None)
+    monkeypatch.setattr("fastdllm_triton.loading.load", None)
     result = _run("generate", "--prompt", FIRST, "--threshold", "1.5")
     assert result.exit_code == 2
-    assert "threshold must be in (0, 1]" in result.stderr
+    assert "--threshold must be in (0, 1]" in result.stderr
 
 
 def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
