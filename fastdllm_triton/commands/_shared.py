@@ -24,7 +24,8 @@ def announce_lookup(model: str) -> bool:
         return False
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # A line for each of its attempts says no more than the error at their end.
+    # A line for each of its attempts would say no more than the error at their end.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     say(errors, f"looking on the hub for {model}", style="dim")
     return True
 
