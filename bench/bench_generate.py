@@ -212,7 +212,7 @@ class GenerateBench:
             BLOCK,
             "none" if provider == "vanilla" else shape["cache"],
             tokens_per_forward=len(counts) * BLOCK / sum(counts),
-            batch=shape["batch"],
+            batch_size=shape["batch"],
             stop_at=shape["end"] if stops else None,
         )
         gpu = Gpu("this one", session.ceilings.copy, session.ceilings.matrix)

@@ -269,30 +269,30 @@ class Setting:
     """A generation, as far as its cost goes.
 
     Attributes:
-        prompt: tokens of the prompt.
+        prompt_length: tokens of the prompt.
         gen_length, block_length: tokens to generate, and of a block.
         cache: which window a step recomputes.
         tokens_per_forward: tokens committed a forward, refreshes counted among the forwards; 1 is one token a forward.
-        batch: sequences in lockstep, each as long as the others.
+        batch_size: sequences in lockstep, each as long as the others.
         prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; those in between recompute the
             generated part alone. 1 is the paper.
         stop_at: tokens up to and including the end token, after whose block decoding stops; all are decoded if not given.
         weight_bits, cache_bits: of the matrices, and of keys and values.
     """
 
-    prompt: int
+    prompt_length: int
     gen_length: int
     block_length: int = 32
     cache: CacheName = "dual"
     tokens_per_forward: float = 1.0
-    batch: int = 1
+    batch_size: int = 1
     prompt_refresh: int = 1
     stop_at: int | None = None
     weight_bits: float = 16
     cache_bits: float = 16
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "gen_length", "block_length", "batch", "prompt_refresh"):
+        for name in ("prompt_length", "gen_length", "block_length", "batch_size", "prompt_refresh"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.gen_length % self.block_length:
@@ -310,7 +310,7 @@ class Setting:
     @property
     def slots(self) -> int:
         """Slots of a sequence: prompt and generation."""
-        return self.prompt + self.gen_length
+        return self.prompt_length + self.gen_length
 
     @property
     def blocks(self) -> int:
@@ -333,11 +333,11 @@ class Setting:
 
         def add(name: str, count: float, window: int, head_rows: float) -> None:
             if count > 0:
-                kind = Phase(name, 1, self.batch, window, slots, head_rows)
+                kind = Phase(name, 1, self.batch_size, window, slots, head_rows)
                 found[kind] = found.get(kind, 0.0) + count
 
         for block in range(self.blocks):
-            start = self.prompt + block * self.block_length
+            start = self.prompt_length + block * self.block_length
             step = {"none": slots, "prefix": slots - start, "dual": self.block_length}[self.cache]
             refreshed = self.gen_length if block % self.prompt_refresh else slots
             # Without a cache every forward is a whole one, and none of them is called a refresh.
@@ -399,7 +399,7 @@ def generation_floor(
 def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
     """The floor of a setting."""
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
-    return generation_floor(shape, setting.schedule(), gpu, setting.batch * setting.tokens, **bits)
+    return generation_floor(shape, setting.schedule(), gpu, setting.batch_size * setting.tokens, **bits)
 
 
 def what_if(setting: Setting) -> list[tuple[str, Setting]]:
@@ -408,7 +408,7 @@ def what_if(setting: Setting) -> list[tuple[str, Setting]]:
         ("as given", {}),
         ("fp8 weights", {"weight_bits": 8}),
         ("4-bit weights", {"weight_bits": 4}),
-        ("batch 8", {"batch": 8}),
+        ("batch 8", {"batch_size": 8}),
         ("prompt refresh 2", {"prompt_refresh": 2}),
         ("prompt refresh 4", {"prompt_refresh": 4}),
         ("twice the tokens", {"tokens_per_forward": min(2 * setting.tokens_per_forward, setting.block_length)}),

@@ -168,13 +168,13 @@ def test_schedules_of_another_making_have_a_floor_too() -> None:
 
 
 def test_batches_share_the_weights() -> None:
-    one, eight = (floor(LLADA, Setting(1000, 256, tokens_per_forward=3.25, batch=b), H200) for b in (1, 8))
+    one, eight = (floor(LLADA, Setting(1000, 256, tokens_per_forward=3.25, batch_size=b), H200) for b in (1, 8))
     assert eight.step_seconds < 1.5 * one.step_seconds
     assert eight.refresh_seconds == pytest.approx(8 * one.refresh_seconds, rel=1e-2)
 
 
 def test_what_ifs_that_change_nothing_are_left_out() -> None:
-    names = [name for name, _ in what_if(Setting(10, 64, batch=8, weight_bits=8, tokens_per_forward=32))]
+    names = [name for name, _ in what_if(Setting(10, 64, batch_size=8, weight_bits=8, tokens_per_forward=32))]
     assert names == ["as given", "4-bit weights", "prompt refresh 2", "prompt refresh 4"]
 
 
