@@ -205,7 +205,7 @@ def test_the_built_in_shapes_are_what_a_config_gives(tmp_path) -> None:
         (["--cache", "full"], "--cache: 'full' is not one of 'none', 'prefix', 'dual'"),
         (["--tokens-per-forward", "33"], "--tokens-per-forward must be in (0, --block-length], got 33"),
         (["--stop-at", "300"], "--stop-at must be in [1, --gen-length], got 300"),
-        (["--batch", "0"], "batch must be 1 or more, got 0"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
         (["--weight-bits", "0"], "--weight-bits must be in (0, 64], got 0"),
     ],
 )
@@ -229,7 +229,7 @@ def test_a_gpu_is_a_name_or_two_numbers() -> None:
 
 
 def test_the_command_prints_the_floor() -> None:
-    arguments = ["roofline", "--model", "llada-8b", "--gpu", "h200", "--prompt", "1000", "--gen", "256", "--tpf", "3.25"]
+    arguments = ["roofline", "--model", "llada-8b", "--gpu", "h200", "--tokens-per-forward", "3.25"]
     text = CliRunner().invoke(app, [*arguments, "--ops"]).stdout
     for part in ("LLaDA-8B", "14.99 GB", "refresh", "fp8", "batch 8", "nothing here was measured", "head_statistics"):
         assert part in " ".join(text.split())
