@@ -157,6 +157,41 @@ def test_a_strategy_is_asked_for_as_in_evaluate(command: str, tiny: fdt.MaskedDi
         assert message in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate --prompt x",
+        "evaluate --problems 1 --strategies threshold:0.5,threshold:0.5 --caches dual --out {out}",
+        "inspect --problems 1 --drift-prompts 1 --caches dual --out {out}",
+        "verify --quick --op swiglu --device cpu",
+        "bench ops --quick --op swiglu --device cpu",
+        "roofline",
+        "compile-report",
+        "performance-report",
+    ],
+)
+def test_with_json_standard_output_holds_json_and_nothing_else(arguments: str, tmp_path: Path, monkeypatch: Any) -> None:
+    from fastdllm_triton import compile_report, performance_report
+    from fastdllm_triton.commands import evaluate, inspect
+
+    record = {"op": "swiglu", "kernel": "k", "arch": "sm_90", "config": "c"}
+    monkeypatch.setattr(compile_report, "compile_report", lambda *_, **__: [record])
+    monkeypatch.setattr(compile_report, "problems", lambda records: [])
+    monkeypatch.setattr(performance_report, "performance_report", lambda *_, **__: [record])
+    for command in (evaluate, inspect):
+        monkeypatch.setattr(command, "check_matplotlib", lambda: False)
+    result = _run(*arguments.format(out=tmp_path / "out").split(), "--json")
+    assert result.exit_code == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told
+    if arguments.endswith("report"):
+        assert told == [record]
+    elif arguments.startswith("evaluate"):
+        assert told == json.loads((tmp_path / "out" / "summary.json").read_text())
+    elif arguments.startswith("inspect"):
+        assert told == json.loads((tmp_path / "out" / "inspect.json").read_text())
+
+
 # --- quick, and on every way in -------------------------------------------------------------------------------------------
 
 
@@ -374,13 +409,19 @@ def test_ctrl_c_is_answered_in_a_word_wherever_it_comes(monkeypatch: pytest.Monk
     for command in (["generate", "--prompt", "x"], ["chat"], ["evaluate", "--out", "o"]):
         result = _run(*command)
         assert (result.exit_code, result.stderr.splitlines()[-1]) == (130, "interrupted")
-    # While the command line itself is imported.
+
+
+@pytest.mark.parametrize("module", ["typer", "numpy"])
+@pytest.mark.parametrize("stop", ["raise KeyboardInterrupt", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_ctrl_c_during_an_import_is_answered_in_a_word(module: str, stop: str) -> None:
+    # numpy's extension modules would turn it into an error of their own.
     program = (
-        "import sys\n"
+        "import os, signal, sys\n"
         "class Stop:\n"
         "    def find_spec(self, name, *rest):\n"
-        "        if name == 'typer': raise KeyboardInterrupt\n"
+        f"        if name.startswith({module!r}): {stop}\n"
         "sys.meta_path.insert(0, Stop())\n"
+        "sys.argv = ['fastdllm-triton', 'generate', '--prompt', 'x']\n"
         "from fastdllm_triton.__main__ import main; main()\n"
     )
     result = _python("-c", program)
@@ -390,13 +431,15 @@ def test_ctrl_c_is_answered_in_a_word_wherever_it_comes(monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_of_the_start_is_no_traceback() -> None:
     command = [sys.executable, "-m", "fastdllm_triton", "generate", "--prompt", FIRST, "--steps", "48"]
-    for i in range(1, 16):
+    for i in range(1, 30):
         process = subprocess.Popen(
             command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        time.sleep(0.15 * i)
+        time.sleep(0.12 * i)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-        if "fastdllm_triton" in stderr or process.returncode == 130:  # else Python itself had not begun
-            assert process.returncode in (0, 130), stderr
+        if i > 3:  # Until then Python itself may not have begun.
+            # Python ends by the signal itself if it came inside of an exec; a shell says 130 then, too.
+            assert process.returncode in (0, 130, -signal.SIGINT), stderr
+            assert process.returncode == 0 or "interrupted" in stderr
             assert "Traceback" not in stderr
