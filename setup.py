@@ -44,7 +44,7 @@ setup(
         # A link to one folder of tests/golden; its logits are for the tests alone.
         "fastdllm_triton.verify": ["golden/config.json", "golden/model.safetensors", "golden/cases.jsonl"],
     },
-    entry_points={"console_scripts": ["fastdllm-triton=fastdllm_triton.cli:app"]},
+    entry_points={"console_scripts": ["fastdllm-triton=fastdllm_triton.__main__:main"]},
     install_requires=[
         # Each CUDA build of torch pins the triton it was made with: 2.11 takes 3.6.0.
         "torch>=2.11,<2.15",

@@ -105,11 +105,11 @@ def check_folder(folder: Path, resume: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--json: {folder} cannot be made: {error.strerror}") from None
+        raise ValueError(f"--out: {folder} cannot be made: {error.strerror}") from None
     if not os.access(folder, os.W_OK):
-        raise ValueError(f"--json: {folder} cannot be written")
+        raise ValueError(f"--out: {folder} cannot be written")
     if (folder / "machine.json").exists() and not resume:
-        raise ValueError(f"--json: {folder} holds results; give another folder, or --resume to go on where they end")
+        raise ValueError(f"--out: {folder} holds results; give another folder, or --resume to go on where they end")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """commit_tokens against the same decision in PyTorch. A launch reads a few kilobytes: what is timed is latency.
 
-python bench/bench_commit_tokens.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+python bench/bench_commit_tokens.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Whole generations at the paper's settings, ours and the official code's re-created, with random weights at the true sizes.
 
-python bench/bench_generate.py [--quick] [--json DIR] [--html FILE] [--minutes N]
+python bench/bench_generate.py [--quick] [--out DIR] [--html FILE] [--minutes N]
 
 With random weights no confidence reaches a threshold, so the schedule is imposed: each block is spread over as many forwards
 as the paper's tokens per forward make it, the same for ours and for the official loop. Providers:
@@ -212,7 +212,7 @@ class GenerateBench:
             BLOCK,
             "none" if provider == "vanilla" else shape["cache"],
             tokens_per_forward=len(counts) * BLOCK / sum(counts),
-            batch=shape["batch"],
+            batch_size=shape["batch"],
             stop_at=shape["end"] if stops else None,
         )
         gpu = Gpu("this one", session.ceilings.copy, session.ceilings.matrix)

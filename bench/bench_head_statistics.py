@@ -1,6 +1,6 @@
 """head_statistics against cuBLAS and a separate pass over the logits, with the heads of LLaDA and Dream.
 
-python bench/bench_head_statistics.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+python bench/bench_head_statistics.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """linear against cuBLAS between separate kernels: the projections of LLaDA and Dream with what is fused into them.
 
-python bench/bench_linear.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+python bench/bench_linear.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 
 The library's time is what a layer without fusions spends: the norm in front and the gated unit behind are launches of their
 own, but the residual is not, since it is added by the next norm's launch.

@@ -1,6 +1,6 @@
 """rms_norm against PyTorch, at the widths of Dream and LLaDA, with and without a residual.
 
-python bench/bench_rms_norm.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+python bench/bench_rms_norm.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations

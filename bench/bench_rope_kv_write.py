@@ -1,6 +1,6 @@
 """rope_kv_write against the same work in PyTorch: rotation of q and k, and the copy of k and v into the caches.
 
-python bench/bench_rope_kv_write.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+python bench/bench_rope_kv_write.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What it gives that the rows of a batch stand at blocks of their own, on the built-in model's problems.
 
-python bench/bench_rows.py [--quick] [--json DIR]
+python bench/bench_rows.py [--quick] [--out DIR]
 
 Random weights have no rows of their own pace, so this is the one bench on a trained model; its steps are so small that launches
 are most of them. Providers: ``triton``, each row begins a block when it can; ``lockstep``, as in the official code, all begin

@@ -1,6 +1,6 @@
 """A whole denoising step and a refresh, ours and the official code's re-created, with random weights at the true sizes.
 
-python bench/bench_step.py [--quick] [--json DIR] [--html FILE] [--minutes N]
+python bench/bench_step.py [--quick] [--out DIR] [--html FILE] [--minutes N]
 
 A step of ours is the captured graph, from token ids to committed tokens, over the dual cache; it is timed several times in
 a row on a block that is masked again before each turn. The official step (``official_step.py``) does the same work with the

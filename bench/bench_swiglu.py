@@ -1,6 +1,6 @@
 """swiglu against PyTorch, at the MLP widths of LLaDA and Dream.
 
-python bench/bench_swiglu.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+python bench/bench_swiglu.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations

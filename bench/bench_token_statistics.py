@@ -1,6 +1,6 @@
 """token_statistics against what decoders do to logits today, at the vocabularies of LLaDA and Dream.
 
-python bench/bench_token_statistics.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+python bench/bench_token_statistics.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 """
 
 from __future__ import annotations

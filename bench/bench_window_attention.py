@@ -1,6 +1,6 @@
 """window_attention against every backend of PyTorch's attention that takes the shape, FlexAttention and flash-attn.
 
-    python bench/bench_window_attention.py [--quick] [--json DIR] [--html FILE] [--only NAME]
+    python bench/bench_window_attention.py [--quick] [--out DIR] [--html FILE] [--only NAME]
 
 ``triton plain`` and ``triton swapped`` force an operand order where the chosen config has the other one.
 """

@@ -56,7 +56,7 @@ note() {
   mv "$STATUS.part" "$STATUS"
 }
 
-cli() { "$PYTHON" -m fastdllm_triton.cli "$@"; }
+cli() { "$PYTHON" -m fastdllm_triton "$@"; }
 
 install() {
   if [ "$DRY" = 1 ]; then echo "a dry run imports the checkout as it is"; exit 75; fi
@@ -68,7 +68,7 @@ environment() {
   "$PYTHON" -m pip list
 }
 
-verify() { cli verify "${QUICK[@]}" "${OPS[@]}" --json "$OUT/verify.json"; }
+verify() { cli verify "${QUICK[@]}" "${OPS[@]}" --out "$OUT/verify.json"; }
 
 tests() {
   "$PYTHON" -c 'import pytest, hypothesis' || { echo "pytest or hypothesis is not installed"; exit 75; }
@@ -77,7 +77,7 @@ tests() {
 }
 
 benches() {
-  cli bench all "${QUICK[@]}" "${OPS[@]}" --json "$RESULTS" --resume --minutes "$LEFT_MINUTES"
+  cli bench all "${QUICK[@]}" "${OPS[@]}" --out "$RESULTS" --resume --minutes "$LEFT_MINUTES"
 }
 
 tune() { "$PYTHON" bench/tune.py --out "$OUT/tuned" --minutes "$LEFT_MINUTES"; }
@@ -89,7 +89,7 @@ sanitize() {
   for op in $("$PYTHON" -c 'from fastdllm_triton.verify.grids import GRIDS; print(*GRIDS)'); do
     echo "-- $1 $op"
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-      "$PYTHON" -m fastdllm_triton.cli verify --quick --op "$op" || bad=1
+      "$PYTHON" -m fastdllm_triton verify --quick --op "$op" || bad=1
   done
   return $bad
 }

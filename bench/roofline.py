@@ -1,11 +1,11 @@
 """The floor of a step and of a generation from a model's shape, for a GPU described by two numbers. Needs no GPU.
 
-python bench/roofline.py --model llada-8b --gpu h200 --prompt 1000 --gen 256 --tpf 3.25
+python bench/roofline.py --model llada-8b --gpu h200 --prompt-length 1000 --gen-length 256 --tokens-per-forward 3.25
 """
 
-import typer
+import sys
 
-from fastdllm_triton.commands.roofline import roofline
+from fastdllm_triton.cli import app
 
 if __name__ == "__main__":
-    typer.run(roofline)
+    app(["roofline", *sys.argv[1:]])

@@ -5,23 +5,33 @@
 >>> out = model.generate("Tom has 51 coins. Tom finds 27. Tom sells 19. How many?", gen_length=48, block_length=16)
 >>> out.texts[0][-7:]
 '#### 59'
+
+Names and submodules are imported when they are first used: ``import fastdllm_triton`` does not import torch.
 """
 
-from .decoding import EntropyBudget, Factor, FixedSteps, GenerationConfig, GenerationOutput, Strategy, Threshold
-from .engine import Forward
-from .loading import load
-from .model import MaskedDiffusionLM
-from .models import CheckpointError
-from .swap import accelerate, restore
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .decoding import EntropyBudget, Factor, FixedSteps, GenerationConfig, GenerationOutput, Strategy, Threshold
+    from .engine import Committed, Forward, Generation
+    from .loading import load
+    from .model import MaskedDiffusionLM
+    from .models import CheckpointError
+    from .swap.accelerate import accelerate, restore
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Committed",
     "EntropyBudget",
     "Factor",
     "FixedSteps",
     "Forward",
+    "Generation",
     "GenerationConfig",
     "GenerationOutput",
     "MaskedDiffusionLM",
@@ -31,3 +41,44 @@ __all__ = [
     "load",
     "restore",
 ]
+
+_HOMES = {
+    "CheckpointError": "models",
+    "Committed": "engine",
+    "EntropyBudget": "decoding",
+    "Factor": "decoding",
+    "FixedSteps": "decoding",
+    "Forward": "engine",
+    "Generation": "engine",
+    "GenerationConfig": "decoding",
+    "GenerationOutput": "decoding",
+    "MaskedDiffusionLM": "model",
+    "Strategy": "decoding",
+    "Threshold": "decoding",
+    "accelerate": "swap",
+    "load": "loading",
+    "restore": "swap",
+}
+
+if not TYPE_CHECKING:  # A type checker would take any name for one that is there.
+
+    def __getattr__(name: str) -> Any:
+        """Imports a name of :data:`__all__`, or a submodule such as ``fastdllm_triton.ops`` (PEP 562)."""
+        if name in _HOMES:
+            value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        else:
+            missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            if name.startswith("_"):
+                raise missing
+            try:
+                value = importlib.import_module(f".{name}", __name__)
+            except ModuleNotFoundError as error:
+                if error.name != f"{__name__}.{name}":
+                    raise
+                raise missing from None
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,267 +1,138 @@
-"""The command line: ``fastdllm-triton generate``, ``demo``, ``info`` and ``compile-report``."""
+"""The command line: which commands there are, and how it answers errors. What each of them does is in ``commands/``."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import math
+import re
 import sys
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
+from typer.core import TyperGroup
 
-from . import cli_options as cli
-from ._console import clear_errors, console, errors, wide
+from . import __version__
+from ._console import USER_ERRORS, errors, keep_printing, say, tell, wants_traceback, warn
+from .cli_names import as_typed, option_names, renamed
+from .cli_options import examples
 from .commands.bench import bench
-from .commands.chat import chat as chat_command
-from .commands.evaluate import evaluate, lm_eval
+from .commands.chat import chat
+from .commands.compile_report import compile_report
+from .commands.demo import demo
+from .commands.evaluate import evaluate
+from .commands.generate import generate
 from .commands.info import info
 from .commands.inspect import inspect
+from .commands.lm_eval import lm_eval
 from .commands.performance_report import performance_report
 from .commands.roofline import roofline
 from .commands.verify import verify
-from .decoding import GenerationOutput
-from .demo import demo as run_demo
-from .files import write_records
-from .live import LiveView, Painter
-from .loading import load
-from .model import MaskedDiffusionLM
-from .settings import as_fields, changed, strategy_of
 
-app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
+#: typer has these from click, or from its own copy of it.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
-@app.command()
-def generate(
-    model: cli.ModelOption = "tiny",
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt. Several are decoded as a batch.")] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="One prompt a line; a .jsonl file holds objects with a 'prompt'; '-' is standard input.")
-    ] = None,
-    chat: Annotated[bool, typer.Option(help="Wrap prompts in the checkpoint's chat template.")] = False,
-    infill: Annotated[
-        bool, typer.Option("--infill", help="Fill in each [MASK] of the prompts, one token each, instead of continuing them.")
-    ] = False,
-    constraint: Annotated[
-        list[str] | None, typer.Option(help="POS=TEXT: what stands at a position of the answer, from 0. Can be repeated.")
-    ] = None,
-    gen_length: cli.GenLengthOption = None,
-    block_length: cli.BlockLengthOption = None,
-    cache: cli.CacheOption = cli.CacheChoice.dual,
-    threshold: cli.ThresholdOption = None,
-    factor: cli.FactorOption = None,
-    steps: cli.StepsOption = None,
-    entropy_budget: cli.EntropyBudgetOption = None,
-    score: cli.ScoreOption = None,
-    temperature: cli.TemperatureOption = 0.0,
-    cfg_scale: cli.CfgScaleOption = 0.0,
-    seed: cli.SeedOption = 0,
-    stop_at_eos: cli.StopAtEosOption = True,
-    forbid: Annotated[list[int] | None, typer.Option(help="A token id that is never committed.")] = None,
-    refresh_every: cli.RefreshEveryOption = None,
-    prompt_refresh: cli.PromptRefreshOption = None,
-    suffix_window: cli.SuffixWindowOption = None,
-    look_back: cli.LookBackOption = 0,
-    look_ahead: cli.LookAheadOption = 0,
-    lockstep: Annotated[bool, typer.Option("--lockstep", help="Rows of a batch begin each block together.")] = False,
-    device: cli.DeviceOption = None,
-    dtype: cli.DtypeOption = None,
-    backend: cli.BackendOption = cli.BackendChoice.auto,
-    live: Annotated[bool, typer.Option("--live", help="Show the block denoise as it happens.")] = False,
-    trace: Annotated[Path | None, typer.Option(help="Record the generation: .html, a page that replays it, or .json.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
-) -> None:
-    """Generate text from one or more prompts. Ctrl-C prints the text so far and ends with status 130."""
-    with clear_errors():
-        prompts = _prompts(prompt, prompt_file)
-        if live and as_json:
-            raise ValueError("--live and --json exclude each other")
-        constraints = _constraints(constraint or [])
-        for option, there in (("--chat", chat), ("--constraint", constraints), ("--gen-length", gen_length), ("--live", live)):
-            if infill and there:
-                raise ValueError(f"--infill and {option} exclude each other")
-        options = {
-            "gen_length": gen_length,
-            "block_length": block_length,
-            "cache": cache.value,
-            "threshold": threshold,
-            "factor": factor,
-            "steps": steps,
-            "entropy_budget": entropy_budget,
-            "score": score,
-            "temperature": temperature,
-            "cfg_scale": cfg_scale,
-            "seed": seed,
-            "stop_at_eos": stop_at_eos,
-            "forbidden": tuple(forbid or ()),
-            "refresh_every": refresh_every,
-            "prompt_refresh": prompt_refresh,
-            "suffix_window": suffix_window,
-            "look_back": look_back,
-            "look_ahead": look_ahead,
-            "lockstep": lockstep,
-        }
-        given = {name: value for name, value in options.items() if value is not None}
-        strategy_of(given)  # refused before the model is loaded
-        lm = load(model, device=device, dtype=dtype, backend=backend.value)
-        view = None
-        if infill:  # Its length follows from the masks.
-            fields = as_fields({name: value for name, value in given.items() if name != "stop_at_eos"}, lm.defaults.strategy)
-            decode = partial(lm.infill, prompts, **fields)
-        else:
-            config = changed(lm.defaults, given)
-            rows = [lm.encode(text, chat=chat) for text in prompts]
-            decode = partial(lm.generate, rows, config, constraints=constraints or None)
-            view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
-        interrupted = False
+class Commands(TyperGroup):
+    """Every command, and one way to end: a result, or one line on standard error and a status.
+
+    The status is 2 for what a user can mend, 130 after Ctrl-C, and 1 with a traceback for anything else, which is a bug.
+    """
+
+    def main(self, args: Sequence[str] | None = None, *other: Any, **options: Any) -> Any:
+        """Runs a command line and ends the process."""
+        keep_printing()
+        words = list(sys.argv[1:] if args is None else args) or ["--help"]
+        command = self.commands.get(words[0])
+        own = command is not None and words[0] != "lm-eval"  # whose arguments are those of the harness
         try:
-            with view or nullcontext():
-                output = decode(callback=view, trace=trace)
-        except KeyboardInterrupt as error:
-            if not isinstance(found := getattr(error, "output", None), GenerationOutput):
+            if own:
+                words[1:] = renamed(command, words[1:], warn)
+            status = super().main(words, *other, **options | {"standalone_mode": False})
+        except (_USAGE_ERROR, *USER_ERRORS) as error:
+            if wants_traceback():
                 raise
-            output, interrupted = found, True
-        if live:
-            console.print()
+            message = getattr(error, "format_message", error.__str__)()
+            message = re.sub(r"^Invalid value for '([^']+)'[^:]*: (?:Value error, )?", r"\1: ", message)  # as ours read
+            tell(as_typed(message, option_names(command) if own else {}) or type(error).__name__)
+            status = 2
+        sys.exit(status if isinstance(status, int) else 0)
 
-        if as_json:
-            typer.echo(json.dumps(_record(lm, prompts, output) | {"interrupted": interrupted}))
-        else:
-            painter = Painter(lm, lm.config.mask_id)
-            for row, text in enumerate(prompts):
-                console.print(Text(text, style="bold"), soft_wrap=True)
-                console.print(painter.paint(output.ids(row)) if interrupted else Text(output.texts[row]), soft_wrap=True)
-            console.print(
-                f"[dim]{output.nfe} forwards ({output.refreshes} refreshes, {output.steps} steps), "
-                f"{output.tokens_per_forward:.2f} tokens per forward, {output.tokens_per_second:.1f} tokens/s, "
-                f"{output.seconds:.2f} s on {lm.device}[/dim]"
-            )
-        if interrupted:
-            errors.print(Text("interrupted; what is still masked is shaded" if not as_json else "interrupted", style="red"))
-            raise typer.Exit(130)
-
-
-def _record(lm: MaskedDiffusionLM, prompts: list[str], output: GenerationOutput) -> dict[str, Any]:
-    """A generation as ``--json`` tells it."""
-    return {
-        "model": str(lm.folder),
-        "device": str(lm.device),
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "backend": lm.network.ops.name,
-        "nfe": output.nfe,
-        "refreshes": output.refreshes,
-        "steps": output.steps,
-        "committed": output.committed,
-        "tokens_per_forward": output.tokens_per_forward,
-        "seconds": output.seconds,
-        "tokens_per_second": output.tokens_per_second,
-        "results": [
-            {
-                "prompt": prompt,
-                "text": output.texts[row],
-                "ids": output.ids(row),
-                "forwards": int(output.row_forwards[row]),
-                "step_map": output.step_map[row].tolist(),
-                "confidence": [None if math.isnan(p) else p for p in output.confidence[row].tolist()],
-            }
-            for row, prompt in enumerate(prompts)
-        ],
-    }
-
-
-@app.command()
-def demo(
-    count: Annotated[int, typer.Option(min=1, help="Problems to decode.")] = 8,
-    seed: Annotated[int, typer.Option(help="Which problems.")] = 1,
-    device: cli.DeviceOption = None,
-    backend: cli.BackendOption = cli.BackendChoice.auto,
-) -> None:
-    """Decode unseen problems with the built-in model in every way, side by side."""
-    with clear_errors():
-        run_demo(console, count, seed, device, backend.value)
-
-
-@app.command("compile-report")
-def compile_report_command(
-    arch: Annotated[list[str] | None, typer.Option(help="An architecture, such as sm_90. All if not given.")] = None,
-    op: Annotated[list[str] | None, typer.Option(help="An op, such as window_attention. All if not given.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the records to this file.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="An earlier report: say what changed, and fail if anything did.")] = None,
-) -> None:
-    """Compile every kernel for every architecture, without a GPU: registers, spills, shared memory, instructions.
-
-    Ends with status 1 if a configuration spills or does not fit.
-    """
-    with clear_errors():
-        if importlib.util.find_spec("triton") is None:
-            raise RuntimeError("compile-report needs triton, which is not installed")
-        from . import compile_report as report
-
-        earlier = None if compare is None else report.read_json(compare)
-        records = report.compile_report(arch, op)
-        wide(160).print(report.render(records))
-        if json_file is not None:
-            write_records(json_file, records)
-        faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
-        for fault in faults:
-            errors.print(Text(fault, style="red"))
-    if faults:
-        raise typer.Exit(1)
-
-
-app.command()(bench)
-app.command("chat")(chat_command)
-app.command()(info)
-app.command("performance-report")(performance_report)
-app.command()(roofline)
-app.command()(verify)
-app.command()(evaluate)
-app.command()(inspect)
-# Every argument is the harness's own, --help too.
-app.command("lm-eval", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(
-    lm_eval
-)
-
-
-def _constraints(given: list[str]) -> dict[int, str]:
-    """What ``--constraint POS=TEXT`` says.
-
-    Raises:
-        ValueError: one is of another form, or two have one position.
-    """
-    constraints: dict[int, str] = {}
-    for text in given:
-        position, sign, held = text.partition("=")
-        if not (sign and position.strip().isdecimal() and held):
-            raise ValueError(f"--constraint must be POS=TEXT, such as 5=hello, got {text!r}")
-        if int(position) in constraints:
-            raise ValueError(f"--constraint: position {int(position)} is given twice")
-        constraints[int(position)] = held
-    return constraints
-
-
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    """The prompts from the options, or from standard input."""
-    if given and file:
-        raise ValueError("--prompt and --prompt-file exclude each other")
-    if given:
-        return given
-    if file is None and sys.stdin.isatty():
-        raise ValueError("give --prompt, --prompt-file, or prompts on standard input")
-    text = sys.stdin.read() if file is None or str(file) == "-" else file.read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if file is not None and file.suffix == ".jsonl":
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a command; Ctrl-C where it has no answer of its own is told in a word."""
         try:
-            lines = [json.loads(line)["prompt"] for line in lines]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"--prompt-file: {file} must hold one JSON object with a 'prompt' a line ({error!r})") from None
-    if not lines:
-        raise ValueError(f"{'standard input' if file is None else file} holds no prompt")
-    return lines
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say(errors, "interrupted", style="red")
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(cls=Commands, pretty_exceptions_enable=False, context_settings={"help_option_names": ["--help", "-h"]})
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fastdllm-triton {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=examples(
+        'generate --prompt "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?" --live',
+        "chat --model ./LLaDA-8B-Instruct",
+        "evaluate --problems 100 --strategies fixed:1,fixed:4,threshold:0.9 --out scores",
+        "generate --help",
+    )
+)
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Fast-dLLM decoding of masked-diffusion language models."""
+
+
+_GENERATE, _SCORE, _PROVE, _COMPUTE = "Generate", "Score", "Check and measure", "Know without a GPU"
+
+app.command(
+    rich_help_panel=_GENERATE,
+    epilog=examples(
+        'generate --prompt "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?" --live',
+        "generate --model ./LLaDA-8B-Instruct --chat --prompt-file prompts.txt --strategy threshold:0.9 --json",
+        'generate --prompt "Ann has 20 books. Ann buys 30. Ann loses 12. How many?" --trace trace.html',
+    ),
+)(generate)
+app.command(rich_help_panel=_GENERATE, epilog=examples("chat --model ./LLaDA-8B-Instruct --system 'Be brief.'"))(chat)
+app.command(rich_help_panel=_GENERATE, epilog=examples("demo", "demo --problems 20 --problem-seed 3"))(demo)
+app.command(
+    rich_help_panel=_SCORE,
+    epilog=examples(
+        "evaluate --problems 1000 --strategies fixed:1,fixed:4,threshold:0.9 --caches none,dual --block-length 16 --out scores",
+        "evaluate --model ./LLaDA-8B-Instruct --data mine.jsonl --chat --out scores",
+    ),
+)(evaluate)
+app.command(rich_help_panel=_SCORE, epilog=examples("inspect --caches prefix,dual,dual+refresh_every=4 --out inspected"))(inspect)
+# Every argument is the harness's own, --help too.
+app.command(
+    "lm-eval",
+    rich_help_panel=_SCORE,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)(lm_eval)
+app.command(
+    rich_help_panel=_PROVE,
+    epilog=examples("info", "info --model ./LLaDA-8B-Instruct --prompt-length 1000 --gen-length 1024 --batch-size 8"),
+)(info)
+app.command(rich_help_panel=_PROVE, epilog=examples("verify --quick", "verify --op swiglu --out verified.json"))(verify)
+app.command(rich_help_panel=_PROVE, epilog=examples("bench --html bench.html", "bench ops --op swiglu --out results"))(bench)
+app.command(
+    rich_help_panel=_COMPUTE,
+    epilog=examples("roofline --model llada-8b --gpu h200 --prompt-length 1000 --gen-length 256 --tokens-per-forward 3.25"),
+)(roofline)
+app.command("compile-report", rich_help_panel=_COMPUTE, epilog=examples("compile-report --arch sm_90 --op swiglu"))(
+    compile_report
+)
+app.command(
+    "performance-report", rich_help_panel=_COMPUTE, epilog=examples("performance-report --arch sm_90 --op window_attention")
+)(performance_report)
 
 
 if __name__ == "__main__":

@@ -100,8 +100,9 @@ def masked_length(rows: Sequence[Sequence[int]], block_length: int, mask_id: int
         mask_id: of ``[MASK]``.
 
     Raises:
-        ValueError: a row has no mask.
+        ValueError: a row has no mask, or ``block_length`` is no length.
     """
+    require("block_length", block_length, "an integer of 1 or more", is_int(block_length) and block_length >= 1)
     for row, ids in enumerate(rows):
         if mask_id not in ids:
             told = f"write {PLACEHOLDER} for each token of a text, or the id {mask_id}"

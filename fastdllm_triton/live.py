@@ -10,22 +10,26 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from ._console import can_show, visible
 from .engine import Forward
 from .model import MaskedDiffusionLM
-
-_MASK, _END = "░", "¶"
 
 
 class Painter:
     """Turns the slots of a generation into text.
 
+    Attributes:
+        mask, end: the signs of a masked slot and of an end token.
+
     Args:
         model: decodes the tokens.
         mask_id: the token of a masked slot.
+        encoding: of the terminal; where it lacks the signs, ASCII takes their place.
     """
 
-    def __init__(self, model: MaskedDiffusionLM, mask_id: int) -> None:
+    def __init__(self, model: MaskedDiffusionLM, mask_id: int, encoding: str = "utf-8") -> None:
         self._tokenizer, self._end_ids, self._mask_id = model.tokenizer, model.config.eos_ids, mask_id
+        self.mask, self.end = ("░", "¶") if can_show("░¶", encoding) else ("_", "|")
 
     def paint(self, ids: list[int], fresh: list[bool] | None = None, underlined: range = range(0)) -> Text:
         """Committed tokens as they read, masked slots as shades, end tokens as a sign that takes little room.
@@ -49,10 +53,12 @@ class Painter:
         return f"{kind} underline".strip() if underlined else kind
 
     def _sign(self, token: int) -> str | None:
-        return _MASK if token == self._mask_id else _END if token in self._end_ids else None
+        return self.mask if token == self._mask_id else self.end if token in self._end_ids else None
 
     def _words(self, tokens: list[int]) -> str:
-        return "".join(f"<{token}>" for token in tokens) if self._tokenizer is None else str(self._tokenizer.decode(tokens))
+        if self._tokenizer is None:
+            return "".join(f"<{token}>" for token in tokens)
+        return visible(str(self._tokenizer.decode(tokens)))
 
 
 class LiveView:
@@ -90,7 +96,8 @@ class LiveView:
 
     def rows(self, forward: Forward) -> tuple[Text, list[Text]]:
         """A line on how far the generation is, and the slots of each row."""
-        painter, blocks = Painter(self._model, forward.mask_id), dict(zip(forward.rows, forward.blocks, strict=True))
+        painter = Painter(self._model, forward.mask_id, self._console.encoding)
+        blocks = dict(zip(forward.rows, forward.blocks, strict=True))
         ids = forward.x[:, -self._gen_length :].tolist()
         fresh = (forward.step_map[:, -self._gen_length :] == forward.index).tolist()
         rows, shown = [], self.shown(forward)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import is_bool, is_int, require, told
+from .checks import is_bool, require, told
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, Generation, run
 from .fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
@@ -134,6 +134,23 @@ class MaskedDiffusionLM:
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
+    def encode_masks(self, text: str, mask_id: int | None = None) -> list[int]:
+        """Token ids of a text in which each ``[MASK]`` stands for one token to fill in.
+
+        Args:
+            text: for :meth:`infill`.
+            mask_id: what stands there; the model's if not given.
+
+        Raises:
+            ValueError: the checkpoint has no tokenizer, or it has no text for the mask.
+        """
+        mask_id = self.config.mask_id if mask_id is None else mask_id
+        mask = None if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(mask_id)
+        ids = self.encode(text if mask is None else text.replace(PLACEHOLDER, mask))
+        if ids.count(mask_id) < text.count(PLACEHOLDER):
+            raise ValueError(f"prompts: the tokenizer has no text for the mask id {mask_id}; give token ids")
+        return ids
+
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Writes the model as a checkpoint that the original classes load: the same tensor names, config and tokenizer files.
 
@@ -244,13 +261,12 @@ class MaskedDiffusionLM:
                 raise ValueError(f"{name}: infill decodes the masks of the prompts, all of them; leave it out")
         base = self.options(config)
         length, mask_id = (options.get(name, getattr(base, name)) for name in ("block_length", "mask_id"))
-        require("block_length", length, "an integer of 1 or more", is_int(length) and length >= 1)
         mask_id = self.config.mask_id if mask_id is None else mask_id
 
         if isinstance(prompts, str):
             prompts = [prompts]
         if not isinstance(prompts, Tensor) and isinstance(prompts, Sequence):
-            prompts = [self._encode_masks(prompt, mask_id) if isinstance(prompt, str) else prompt for prompt in prompts]
+            prompts = [self.encode_masks(prompt, mask_id) if isinstance(prompt, str) else prompt for prompt in prompts]
         rows = self._rows(prompts)
         decoded = masked_length(rows, length, mask_id)
         config = self.options(base, **options, gen_length=decoded, stop_at_eos=False)
@@ -335,14 +351,6 @@ class MaskedDiffusionLM:
         if self.tokenizer is None:
             raise ValueError(f"constraints: {self._folder or 'the module'} has no tokenizer files; give token ids")
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _encode_masks(self, text: str, mask_id: int) -> list[int]:
-        """Token ids of a text in which placeholders stand for masks."""
-        mask = None if self.tokenizer is None else self.tokenizer.convert_ids_to_tokens(mask_id)
-        ids = self.encode(text if mask is None else text.replace(PLACEHOLDER, mask))
-        if ids.count(mask_id) < text.count(PLACEHOLDER):
-            raise ValueError(f"prompts: the tokenizer has no text for the mask id {mask_id}; give token ids")
-        return ids
 
     def _rows(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form as lists of ids."""

@@ -20,10 +20,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from . import tiny
-from .models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from .models.config import ModelConfig
 
 CacheName = Literal["none", "prefix", "dual"]
 
@@ -267,29 +269,30 @@ class Setting:
     """A generation, as far as its cost goes.
 
     Attributes:
-        prompt: tokens of the prompt.
+        prompt_length: tokens of the prompt.
         gen_length, block_length: tokens to generate, and of a block.
         cache: which window a step recomputes.
         tokens_per_forward: tokens committed a forward, refreshes counted among the forwards; 1 is one token a forward.
-        batch: sequences in lockstep, each as long as the others.
-        refresh_every_blocks: blocks between refreshes; a block without one begins with a step. 1 is the paper.
+        batch_size: sequences in lockstep, each as long as the others.
+        prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; those in between recompute the
+            generated part alone. 1 is the paper.
         stop_at: tokens up to and including the end token, after whose block decoding stops; all are decoded if not given.
         weight_bits, cache_bits: of the matrices, and of keys and values.
     """
 
-    prompt: int
+    prompt_length: int
     gen_length: int
     block_length: int = 32
     cache: CacheName = "dual"
     tokens_per_forward: float = 1.0
-    batch: int = 1
-    refresh_every_blocks: int = 1
+    batch_size: int = 1
+    prompt_refresh: int = 1
     stop_at: int | None = None
     weight_bits: float = 16
     cache_bits: float = 16
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "gen_length", "block_length", "batch", "refresh_every_blocks"):
+        for name in ("prompt_length", "gen_length", "block_length", "batch_size", "prompt_refresh"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.gen_length % self.block_length:
@@ -307,7 +310,7 @@ class Setting:
     @property
     def slots(self) -> int:
         """Slots of a sequence: prompt and generation."""
-        return self.prompt + self.gen_length
+        return self.prompt_length + self.gen_length
 
     @property
     def blocks(self) -> int:
@@ -330,15 +333,15 @@ class Setting:
 
         def add(name: str, count: float, window: int, head_rows: float) -> None:
             if count > 0:
-                kind = Phase(name, 1, self.batch, window, slots, head_rows)
+                kind = Phase(name, 1, self.batch_size, window, slots, head_rows)
                 found[kind] = found.get(kind, 0.0) + count
 
         for block in range(self.blocks):
-            start = self.prompt + block * self.block_length
+            start = self.prompt_length + block * self.block_length
             step = {"none": slots, "prefix": slots - start, "dual": self.block_length}[self.cache]
-            refreshed = self.cache == "none" or block % self.refresh_every_blocks == 0
+            refreshed = self.gen_length if block % self.prompt_refresh else slots
             # Without a cache every forward is a whole one, and none of them is called a refresh.
-            first = ("step", step) if self.cache == "none" or not refreshed else ("refresh", slots)
+            first = ("step", step) if self.cache == "none" else ("refresh", refreshed)
             add(*(first[0], 1, first[1]), self.block_length)
             add("step", forwards - 1, step, self.block_length / 2)
         return [replace(kind, forwards=count) for kind, count in found.items()]
@@ -396,7 +399,7 @@ def generation_floor(
 def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
     """The floor of a setting."""
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
-    return generation_floor(shape, setting.schedule(), gpu, setting.batch * setting.tokens, **bits)
+    return generation_floor(shape, setting.schedule(), gpu, setting.batch_size * setting.tokens, **bits)
 
 
 def what_if(setting: Setting) -> list[tuple[str, Setting]]:
@@ -405,10 +408,10 @@ def what_if(setting: Setting) -> list[tuple[str, Setting]]:
         ("as given", {}),
         ("fp8 weights", {"weight_bits": 8}),
         ("4-bit weights", {"weight_bits": 4}),
-        ("batch 8", {"batch": 8}),
-        ("refresh every 2 blocks", {"refresh_every_blocks": 2}),
-        ("refresh every 4 blocks", {"refresh_every_blocks": 4}),
-        ("twice the tokens a forward", {"tokens_per_forward": min(2 * setting.tokens_per_forward, setting.block_length)}),
+        ("batch 8", {"batch_size": 8}),
+        ("prompt refresh 2", {"prompt_refresh": 2}),
+        ("prompt refresh 4", {"prompt_refresh": 4}),
+        ("twice the tokens", {"tokens_per_forward": min(2 * setting.tokens_per_forward, setting.block_length)}),
     ]
     found = [(name, replace(setting, **change)) for name, change in changes]  # type: ignore[arg-type]
     return [(name, changed) for i, (name, changed) in enumerate(found) if i == 0 or changed != setting]

@@ -1,4 +1,4 @@
-"""Options of a generation by the names that people type: ``threshold 0.8``, ``cache prefix``, ``suffix_window none``."""
+"""Options of a generation by the names that people type: ``threshold 0.8``, ``strategy fixed:4``, ``suffix_window none``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from .decoding import EntropyBudget, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
+from .evaluation.grid import StrategySpec
 
 #: The name that asks for each strategy, with its parameter.
 STRATEGIES: dict[str, Any] = {
@@ -18,21 +19,27 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-def strategy_of(given: Mapping[str, Any], now: Strategy | None = None) -> Strategy:
+def strategy_of(given: Mapping[str, Any], now: Strategy | None = None, lengths: tuple[int, int] = (1, 1)) -> Strategy:
     """The strategy that settings ask for.
 
     Args:
-        given: at most one name of :data:`STRATEGIES` with its parameter, and ``score``; the rest is not read.
+        given: at most one name of :data:`STRATEGIES` with its parameter, and ``score``; or ``strategy``, as
+            :class:`~fastdllm_triton.evaluation.grid.StrategySpec` reads it; the rest is not read.
         now: what is in force, where they ask for none; its score stays if only its parameter changes. 0.9 as a threshold if
             not given.
+        lengths: ``gen_length`` and ``block_length``, over which ``fixed:4`` is spread.
 
     Raises:
         ValueError: a value is not allowed, or two strategies are asked for.
     """
     now = now or Threshold(0.9)
-    asked = [name for name in STRATEGIES if name in given]
+    asked = [name for name in (*STRATEGIES, "strategy") if name in given]
     if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)} exclude each other; give one of {', '.join(STRATEGIES)}")
+        raise ValueError(f"{' and '.join(asked)} exclude each other")
+    if "strategy" in given:
+        if "score" in given:
+            raise ValueError("strategy and score exclude each other; a strategy has its score at its end, as in fixed:4:margin")
+        return StrategySpec.parse(given["strategy"]).strategy(*lengths)
     score = {"score": given["score"]} if "score" in given else {}
     if not asked:
         return replace(now, **score)
@@ -53,26 +60,19 @@ def changed(config: GenerationConfig, given: Mapping[str, Any]) -> GenerationCon
         ValueError: a value is not allowed, or values do not go together.
         TypeError: a name is unknown.
     """
-    return replace(config, **as_fields(given, config.strategy))
-
-
-def as_fields(given: Mapping[str, Any], now: Strategy | None = None) -> dict[str, Any]:
-    """Settings as fields of :class:`~fastdllm_triton.decoding.GenerationConfig`, with what :func:`strategy_of` makes of them.
-
-    Raises:
-        ValueError: as :func:`strategy_of`.
-    """
-    rest = {name: value for name, value in given.items() if name not in STRATEGIES and name != "score"}
-    return {**rest, "strategy": strategy_of(given, now)}
+    rest = {name: value for name, value in given.items() if name not in (*STRATEGIES, "strategy", "score")}
+    lengths = replace(config, strategy=Threshold(), **rest)  # Checked before anything is divided by them.
+    return replace(lengths, strategy=strategy_of(given, config.strategy, (lengths.gen_length, lengths.block_length)))
 
 
 def current(config: GenerationConfig) -> dict[str, Any]:
-    """Every setting that :func:`parse` knows, as it stands; of the strategies, the one in force."""
+    """Every setting as it stands, by a name that :func:`parse` knows; of the strategies, the parameter of the one in force."""
     strategy = config.strategy
     name = next(name for name, kind in STRATEGIES.items() if isinstance(strategy, kind))
     own = next(field.name for field in fields(strategy) if field.name != "score")
     found = {name: getattr(strategy, own), "score": strategy.score}
-    return {**{name: getattr(config, name) for name in _READERS if hasattr(config, name)}, **found}
+    rest = {name: getattr(config, name) for name in _READERS if name != "strategy" and hasattr(config, name)}
+    return rest | found
 
 
 def parse(name: str, text: str) -> Any:
@@ -110,6 +110,7 @@ _READERS: dict[str, _Reader] = {
     "gen_length": _INTEGER,
     "block_length": _INTEGER,
     "cache": _WORD,
+    "strategy": _WORD,
     "threshold": _NUMBER,
     "factor": _NUMBER,
     "steps": _INTEGER,

@@ -38,7 +38,7 @@ def plain(text: str) -> str:
 def test_a_wrong_kernel_is_refused_and_the_others_are_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module, kernel = fastdllm_triton.kernels.swiglu, fastdllm_triton.kernels.swiglu.swiglu
     monkeypatch.setattr(module, "swiglu", lambda *args, **kwargs: 1.01 * kernel(*args, **kwargs))
-    found = run("ops", *FAST, "--json", str(tmp_path / "out"))
+    found = run("ops", *FAST, "--out", str(tmp_path / "out"))
     assert found.exit_code == 1
     assert "refused, as they do not verify here: swiglu" in plain(found.stderr)
     (row,) = json.loads((tmp_path / "out" / "swiglu.json").read_text())
@@ -50,7 +50,7 @@ def test_a_wrong_kernel_is_refused_and_the_others_are_not(monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="says what happens without a GPU")
 def test_without_a_gpu_no_speed_is_claimed(tmp_path: Path) -> None:
-    found = run("ops", *FAST, "--json", str(tmp_path / "out"), "--html", str(tmp_path / "page.html"))
+    found = run("ops", *FAST, "--out", str(tmp_path / "out"), "--html", str(tmp_path / "page.html"))
     assert found.exit_code == 0, found.stderr
     assert plain(command.NO_GPU) in plain(found.stdout)
     report = Report.load(tmp_path / "out")
@@ -67,7 +67,7 @@ def test_without_a_gpu_no_speed_is_claimed(tmp_path: Path) -> None:
 def test_a_bench_is_a_script_and_needs_no_interpreter_around_it(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    script = [sys.executable, str(ROOT / "bench" / "bench_rms_norm.py"), "--quick", "--json", str(tmp_path / "out")]
+    script = [sys.executable, str(ROOT / "bench" / "bench_rms_norm.py"), "--quick", "--out", str(tmp_path / "out")]
     found = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "plumbing only" in plain(found.stdout)
@@ -108,19 +108,19 @@ def test_results_are_written_after_every_case_and_a_run_goes_on_where_they_end(
         written.append(bench)
 
     monkeypatch.setattr(Report, "write_rows", spy)
-    assert run("ops", "--op", "swiglu", "--quick", "--json", folder).exit_code == 0
+    assert run("ops", "--op", "swiglu", "--quick", "--out", folder).exit_code == 0
     first = Report.load(tmp_path / "out")
     assert [row["median_ms"] for row in first.rows] == [1.0, 1.0]
     assert written.count("swiglu") >= 1
 
-    again = run("ops", *FAST, "--json", folder)
+    again = run("ops", *FAST, "--out", folder)
     assert again.exit_code == 2 and "holds results; give another folder, or --resume" in plain(again.stderr)
 
     measured: list[str] = []
     monkeypatch.setattr(
         sys.modules["fastdllm_triton.bench._session"], "check", lambda bench, shape, inputs: measured.append(bench.op)
     )
-    assert run("ops", *FAST, "--json", folder, "--resume").exit_code == 0
+    assert run("ops", *FAST, "--out", folder, "--resume").exit_code == 0
     assert measured == ["rms_norm"]
     assert sorted(row["op"] for row in Report.load(tmp_path / "out").rows) == ["rms_norm"] * 2 + ["swiglu"] * 2
 
@@ -129,13 +129,13 @@ def test_results_are_written_after_every_case_and_a_run_goes_on_where_they_end(
 def test_results_of_another_machine_are_not_mixed(tmp_path: Path) -> None:
     report = made_up_report()
     report.write_machine(tmp_path)
-    found = run("ops", "--op", "swiglu", "--quick", "--json", str(tmp_path), "--resume")
+    found = run("ops", "--op", "swiglu", "--quick", "--out", str(tmp_path), "--resume")
     assert found.exit_code == 2 and "was measured with device = Made-up GPU" in plain(found.stderr)
 
 
 @pytest.mark.usefixtures("pretend_gpu")
 def test_the_comparison_is_printed(tmp_path: Path) -> None:
-    assert run("ops", "--op", "swiglu", "--quick", "--json", str(tmp_path / "old")).exit_code == 0
+    assert run("ops", "--op", "swiglu", "--quick", "--out", str(tmp_path / "old")).exit_code == 0
     file = tmp_path / "old" / "swiglu.json"
     rows = json.loads(file.read_text())
     rows[0] |= {"median_ms": 2.0, "p20_ms": 1.9, "p80_ms": 2.2}
@@ -174,10 +174,10 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fast"], "suite: got 'fast', needs all, step or generate or ops"),
+        (["fast"], "suite: 'fast' is not one of 'ops', 'step', 'generate', 'all'"),
         (["ops", "--op", "gemv"], "--op: got gemv, needs names among"),
         (["ops", "--op", "swiglu", "--only", "cublas"], "--only: got cublas, needs names among torch, torch.compile"),
-        (["ops", *FAST, "--json", "/proc/nowhere"], "--json: /proc/nowhere cannot be made"),
+        (["ops", *FAST, "--out", "/proc/nowhere"], "--out: /proc/nowhere cannot be made"),
         (["ops", *FAST, "--html", "/nowhere/page.html"], "--html: /nowhere/page.html cannot be written"),
         (["ops", *FAST, "--compare", "/nowhere"], "/nowhere holds no results of a bench"),
     ],

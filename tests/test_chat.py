@@ -22,7 +22,7 @@ import fastdllm_triton as fdt
 from fastdllm_triton.batch import Batch
 from fastdllm_triton.chat import Conversation
 from fastdllm_triton.cli import app
-from fastdllm_triton.commands import chat as command
+from fastdllm_triton.commands import _terminal
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
 SECOND = "Ann has 20 books. Ann buys 30. Ann loses 12. How many?"
@@ -226,8 +226,8 @@ def test_a_line_that_fails_is_told_and_the_session_goes_on(line: str, message: s
     ("arguments", "message"),
     [
         (("--threshold", "2"), "threshold must be in (0, 1], got 2.0"),
-        (("--threshold", "0.5", "--steps", "48"), "threshold and steps exclude each other"),
-        (("--gen-length", "50"), "gen_length must be a multiple of block_length = 16, got 50"),
+        (("--threshold", "0.5", "--steps", "48"), "--threshold and --steps exclude each other"),
+        (("--gen-length", "50"), "--gen-length must be a multiple of --block-length = 16, got 50"),
         (("--system", "x"), "has no chat template"),
         (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer, and a conversation needs one"),
     ],
@@ -246,7 +246,7 @@ def test_ctrl_c_in_a_script_ends_it_with_what_was_said(monkeypatch: pytest.Monke
             raise KeyboardInterrupt
 
     calls: list[float] = []
-    monkeypatch.setattr(command.time, "sleep", interrupt)
+    monkeypatch.setattr(_terminal.time, "sleep", interrupt)
     result = _run(f"{FIRST}\n{SECOND}\n")
     assert result.exit_code == 130
     assert result.stdout.startswith("That makes it 51")
@@ -276,7 +276,7 @@ class Session:
     def __init__(self, *arguments: str) -> None:
         self.fd, theirs = pty.openpty()
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "30", "OMP_NUM_THREADS": "1"}
-        call = [sys.executable, "-m", "fastdllm_triton.cli", "chat", *arguments]
+        call = [sys.executable, "-m", "fastdllm_triton", "chat", *arguments]
         root = Path(__file__).parent.parent
         # A session of its own, with the terminal as its controlling one: Ctrl-C is then a signal, as for a user.
         self.process = subprocess.Popen(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import GOLDEN
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
 from fastdllm_triton import memory
+from fastdllm_triton import tiny as tiny_model
 from fastdllm_triton.batch import Batch
 from fastdllm_triton.cli import app
+from fastdllm_triton.commands.generate import Prompt, read_prompts
+from fastdllm_triton.evaluation.scoring import read_requests
 from fastdllm_triton.live import AnswerView, LiveView, Painter
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
@@ -148,17 +154,17 @@ def console_text(frame: Any) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "x", "--threshold", "1.5"], "threshold must be in (0, 1], got 1.5"),
-        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "threshold and factor exclude each other"),
-        (["--prompt", "x", "--model", "./nowhere"], "there is no folder './nowhere'"),
-        (["--prompt", "x", "--gen-length", "50"], "gen_length must be a multiple of block_length = 16, got 50"),
-        (["--prompt", "x", "--score", "best"], "score must be one of"),
+        (["--prompt", "x", "--threshold", "1.5"], "--threshold must be in (0, 1], got 1.5"),
+        (["--prompt", "x", "--threshold", "0.9", "--factor", "1"], "--threshold and --factor exclude each other"),
+        (["--prompt", "x", "--model", "./nowhere"], "--model: there is no folder './nowhere'"),
+        (["--prompt", "x", "--gen-length", "50"], "--gen-length must be a multiple of --block-length = 16, got 50"),
+        (["--prompt", "x", "--score", "best"], "--score must be one of"),
         (["--prompt", "x", "--live", "--json"], "--live and --json exclude each other"),
         (["--prompt", "x", "--prompt-file", "y"], "--prompt and --prompt-file exclude each other"),
-        (["--prompt-file", "/no/such/file"], "No such file"),
-        (["--prompt", "x", "--chat"], "has no chat template"),
+        (["--prompt-file", "/no/such/file"], "--prompt-file /no/such/file: No such file"),
+        (["--prompt", "x", "--chat"], "--chat: the tokenizer"),
         (["--prompt", "x", "--model", str(GOLDEN / "llada-gqa")], "has no tokenizer files"),
-        (["--prompt", ""], "prompts: row 0 is empty"),
+        (["--prompt", ""], "--prompt must not be empty"),
         (["--prompt", "x", "--backend", "triton", "--dtype", "float64"], "the Triton kernels have no float64"),
     ],
 )
@@ -180,7 +186,7 @@ def test_a_prompt_file_that_is_not_what_its_name_says(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"text": "x"}\n')
     result = _run("generate", "--prompt-file", str(tmp_path / "p.jsonl"))
     assert result.exit_code == 2
-    assert "must hold one JSON object with a 'prompt' a line" in " ".join(result.stderr.split())
+    assert "p.jsonl: line 1: has no 'prompt'; it has 'text'" in " ".join(result.stderr.split())
 
 
 def test_windows_and_lockstep_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,17 +246,17 @@ def test_ctrl_c_outside_a_generation_is_not_swallowed(monkeypatch: pytest.Monkey
     def stop(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastdllm_triton.cli.load", stop)
+    monkeypatch.setattr("fastdllm_triton.loading.load", stop)
     result = _run("generate", "--prompt", FIRST)
     assert result.exit_code == 130
     assert result.stdout == ""
 
 
 def test_a_bad_strategy_is_refused_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastdllm_triton.cli.load", None)
+    monkeypatch.setattr("fastdllm_triton.loading.load", None)
     result = _run("generate", "--prompt", FIRST, "--threshold", "1.5")
     assert result.exit_code == 2
-    assert "threshold must be in (0, 1]" in result.stderr
+    assert "--threshold must be in (0, 1]" in result.stderr
 
 
 def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,3 +280,119 @@ def test_demo_compares_every_way() -> None:
     assert [line[0] for line in lines] == ["none", "prefix", "dual"] * 2
     assert lines[0][-1] == "1.0x"
     assert "How many?" in result.stdout
+
+
+def _nan_model(folder: Path) -> Path:
+    for file in tiny_model.PATH.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            shutil.copy(file, folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_weights_that_are_nan_are_one_line(tmp_path: Path) -> None:
+    model = str(_nan_model(tmp_path))
+    for command in (["generate", "--prompt", FIRST], ["evaluate", "--problems", "1", "--out", str(tmp_path / "out")]):
+        result = _run(*command, "--model", model)
+        assert result.exit_code == 2
+        assert "logits that are NaN" in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.output
+
+
+def test_what_was_decoded_is_printed_when_something_fails_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(self: fdt.MaskedDiffusionLM, *args: Any, **options: Any) -> Any:
+        error = OSError("trace: no space left on device")
+        error.output = original(self, *args, **options)  # type: ignore[attr-defined]
+        raise error
+
+    original = fdt.MaskedDiffusionLM.generate
+    expected = _json("--prompt", FIRST)["results"][0]["text"]
+    monkeypatch.setattr(fdt.MaskedDiffusionLM, "generate", generate)
+    result = _run("generate", "--prompt", FIRST)
+    assert (result.exit_code, result.stderr) == (2, "error: --trace: no space left on device\n")
+    assert expected in result.stdout
+    result = _run("generate", "--prompt", FIRST, "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["results"][0]["text"] == expected
+
+
+#: What Unicode calls a line or a page break, beside the line feed.
+BREAKS = "a\u2028b\u2029c\x85d\x0be\x0cf\rg"
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_only_a_line_feed_ends_a_line_of_a_prompt_file(tmp_path: Path, bom: str) -> None:
+    text, data = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    text.write_bytes(f"{bom}{BREAKS}\r\n \n{FIRST}".encode())
+    lines = [json.dumps({"prompt": prompt, "answer": 1}, ensure_ascii=False) for prompt in (BREAKS, FIRST)]
+    data.write_bytes(f"{bom}{lines[0]}\n\n{lines[1]}\r\n".encode())
+    for prompts in (read_prompts(None, text, False), read_prompts(None, data, False), read_requests(data)):
+        assert [prompt.text if isinstance(prompt, Prompt) else prompt.prompt for prompt in prompts] == [BREAKS, FIRST]
+    sources = [prompt.source for prompt in read_prompts(None, text, False)]
+    assert sources == [f"--prompt-file {text}: line 1", f"--prompt-file {text}: line 3"]
+    assert [request.source for request in read_requests(data)] == [f"{data}: line 1", f"{data}: line 3"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"prompt": 5}', "'prompt' must be text and not empty, got 5"),
+        (b'{"prompt": null}', "'prompt' must be text and not empty, got null"),
+        (b'{"prompt": ""}', "'prompt' must be text and not empty, got \"\""),
+        (b'{"prompt": [{"role": "user", "content": "x"}]}', "messages of a conversation need generate --chat"),
+        (b'{"prompt": ["x"]}', "'prompt' must be text and not empty, got"),
+        (b'{"text": "x"}', "has no 'prompt'; it has 'text'"),
+        (b"[1]", "must be an object with a 'prompt', got list"),
+        (b"{broken", "not JSON: Expecting property name"),
+        (b"[" * 100_000, "not JSON: "),
+        (b'{"prompt": "\xe9"}', "not UTF-8 text: byte 0xe9"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named_with_its_file(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(b'{"prompt": "x", "answer": "1"}\n\n' + content + b"\n")
+    for option, command in (("--prompt-file", ["generate"]), ("--data", ["evaluate", "--out", str(tmp_path / "o")])):
+        result = _run(*command, option, str(file))
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {option} {file}: line 3: ") and message in result.stderr
+        assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_a_prompt_file_may_hold_conversations_where_chat_is_asked_for(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"prompt": messages}) + "\n" + json.dumps({"prompt": "Hi"}) + "\n")
+    conversation, text = read_prompts(None, file, True)
+    assert conversation.text == messages and str(conversation) == "system: Be brief.\nuser: Hi"
+    assert text.text == str(text) == "Hi"
+    file.write_text(json.dumps({"prompt": [{"role": "user"}]}) + "\n")
+    with pytest.raises(ValueError, match="or a list of messages with a role and a content"):
+        read_prompts(None, file, True)
+
+
+def test_a_prompt_that_does_not_fit_is_named_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text(f"{FIRST}\n\n{'1' * 500}\n")
+    result = _run("generate", "--prompt-file", str(file))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: --prompt-file {file}: line 3 has 500 tokens; with --gen-length = 48 the model takes")
+    result = _run("generate", "--prompt", FIRST, "--prompt", "1" * 500)
+    assert result.stderr.startswith("error: --prompt 2 has 500 tokens")
+
+
+def test_a_lookup_on_the_hub_is_announced_and_a_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    for command in (["generate", "--prompt", "x"], ["chat"], ["info"]):
+        result = _run(*command, "--model", "nosuch/model")
+        assert result.exit_code == 2
+        first, second = result.stderr.splitlines()
+        assert first == "looking on the hub for nosuch/model"
+        assert second.startswith("error: --model: 'nosuch/model'")
+    assert "looking on the hub" not in _run("info", "--model", "tiny").stderr

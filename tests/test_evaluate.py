@@ -14,9 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
-from fastdllm_triton import roofline
+from fastdllm_triton import loading, roofline
 from fastdllm_triton.cli import app
-from fastdllm_triton.commands import evaluate as command
 from fastdllm_triton.evaluation import plots, runner
 from fastdllm_triton.evaluation.cost import Meter
 from fastdllm_triton.evaluation.grid import CacheSpec, StrategySpec, Way, parse_grid
@@ -51,16 +50,17 @@ def test_strategies_as_text(text: str, strategy: fdt.Strategy) -> None:
 @pytest.mark.parametrize(
     ("strategies", "caches", "blocks", "message"),
     [
-        ("greedy:1", "none", "16", "--strategies must be a list of fixed:K"),
-        ("fixed", "none", "16", "--strategies must be a list of"),
+        ("greedy:1", "none", "16", "strategy must be fixed:K"),
+        ("fixed", "none", "16", "strategy must be fixed:K, threshold:T"),
         ("fixed:x", "none", "16", "needs a number after its name, got 'x'"),
         ("fixed:0.5", "none", "16", "a whole number of tokens a forward"),
         ("threshold:1.5", "none", "16", "threshold must be in (0, 1], got 1.5"),
         ("entropy:0.3:best", "none", "16", "score must be one of"),
-        ("fixed:1", "full", "16", "--caches must be a list of none, prefix, dual, got 'full'"),
+        ("fixed:1", "full", "16", "cache must be one of none, prefix, dual, got 'full'"),
         ("fixed:1", "dual+refresh=4", "16", "OPTION=INTEGER with an option of refresh_every"),
         ("fixed:1", "dual+refresh_every=0", "16", "refresh_every must be None or an integer of 1 or more, got 0"),
-        ("fixed:1", "none", "sixteen", "--block-length must be a list of integers"),
+        ("fixed:1", "none", "sixteen", "block_lengths must be a list of integers of 1 or more"),
+        ("fixed:1", "none", "16,0", "block_lengths must be a list of integers of 1 or more, got '16,0'"),
         ("fixed:1", "none", "32", "gen_length must be a multiple of block_length = 32"),
     ],
 )
@@ -132,7 +132,7 @@ def test_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "p", "answer": "so 1+1=2 #### 2"}\n\n{"prompt": "q", "answer": 2}\n')
     first, second = read_requests(data)
-    assert (first.source, second.source) == (f"{data}, line 1", f"{data}, line 3")
+    assert (first.source, second.source) == (f"{data}: line 1", f"{data}: line 3")
     number, regex = find_scorer("number"), find_scorer(r"regex:answer: (\d+)")
     assert [number(r, "it is #### 2.0")["exact_match"] for r in (first, second)] == [1, 1]
     assert number(second, "")["exact_match"] == 0
@@ -149,9 +149,9 @@ def test_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{broken", "line 2 is not JSON"),
-        ("[1]", "line 2 must be an object with 'prompt' and 'answer', got list"),
-        ('{"prompt": "x"}', "line 2 has no 'answer'; it has prompt"),
+        ("{broken", "data.jsonl: line 2: not JSON"),
+        ("[1]", "line 2: must be an object with a 'prompt', got list"),
+        ('{"prompt": "x"}', "line 2: has no 'answer'; it has 'prompt'"),
         ('{"prompt": "", "answer": "x"}', "line 2: 'prompt' must be text and not empty"),
         ('{"prompt": "x", "answer": null}', "line 2: 'answer' must be text or a number, got None"),
     ],
@@ -170,6 +170,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> N
     [
         ("best", "--scorer must be number, text, regex:PATTERN or module:function, got 'best'"),
         ("regex:(", "is no regular expression"),
+        ("regex:", "--scorer: regex: needs a pattern"),
         ("no_such_module:f", "cannot be imported: ModuleNotFoundError"),
         ("math:pi", "is not a function"),
     ],
@@ -182,7 +183,7 @@ def test_unknown_scorers(name: str, message: str) -> None:
 
 def test_the_command_reports_what_single_generations_give(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
     table = tmp_path / "table.json"
-    result = _evaluate(tmp_path, "--problems", 10, "--seed", 7, "--strategies", f"{FIXED},{QUICK}", "--json", table)
+    result = _evaluate(tmp_path, "--problems", 10, "--problem-seed", 7, "--strategies", f"{FIXED},{QUICK}", "--json-copy", table)
     assert result.exit_code == 0, result.output
     summary = json.loads(table.read_text())
     assert table.read_text() == (tmp_path / "summary.json").read_text()
@@ -285,7 +286,7 @@ class _Clock:
             return output
 
         monkeypatch.setattr(lm, "generate", timed)
-        monkeypatch.setattr(command, "load", lambda *_, **__: lm)
+        monkeypatch.setattr(loading, "load", lambda *_, **__: lm)
 
 
 GRID = ("--problems", 11, "--batch-size", 4, "--strategies", f"{FIXED},{QUICK}", "--caches", "none,dual")
@@ -303,7 +304,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(
         _Clock(fdt.load("tiny"), patch, stop_after)
         stopped = _evaluate(resumed, *GRID)
         assert stopped.exit_code == 130
-        assert f"what is finished stays in {resumed}" in _flat(stopped.stdout)
+        assert f"what is finished stays in {resumed}" in _flat(stopped.stderr)
         assert not (resumed / "summary.json").exists()
     for path in (resumed / "requests").glob("*.jsonl"):  # A write that was cut off.
         path.write_text(path.read_text() + '{"index": 8, "prompt": "To')
@@ -331,9 +332,9 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     assert _evaluate(tmp_path, *grid).exit_code == 0
     for changed, message in (
         (("--problems", 5), "requests = '4 requests"),
-        (("--seed", 5), "requests = "),
-        (("--batch-size", 3), "batch_size = 32, this one has 3"),
-        (("--gen-length", 64), "gen_length = 48, this one has 64"),
+        (("--problem-seed", 5), "requests = "),
+        (("--batch-size", 3), "--batch-size = 32, this one has 3"),
+        (("--gen-length", 64), "--gen-length = 48, this one has 64"),
         (("--dtype", "float64"), "dtype = 'float32', this one has 'float64'"),
     ):
         result = _evaluate(tmp_path, *grid, *changed)
@@ -349,7 +350,7 @@ def test_a_scorer_that_raises_keeps_the_texts(tmp_path: Path, monkeypatch: pytes
     arguments = ("--data", data, "--strategies", FIXED)
     result = _evaluate(out, *arguments, "--scorer", "raising:score")
     assert result.exit_code == 2
-    assert f"scorer raising:score failed on {data}, line 1, answer " in _flat(result.stderr)
+    assert f"scorer raising:score failed on {data}: line 1, answer " in _flat(result.stderr)
     assert "ZeroDivisionError: division by zero" in _flat(result.stderr)
     assert len((out / "requests" / "fixed=8_dual_block=16.jsonl").read_text().splitlines()) == 3
     _Clock(fdt.load("tiny"), monkeypatch, stop_after=0)

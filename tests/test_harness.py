@@ -195,7 +195,7 @@ def test_bad_model_args(arguments: dict[str, Any], message: str) -> None:
 
 
 def test_the_command_line_of_the_harness(tasks: Path) -> None:
-    command = [sys.executable, "-m", "fastdllm_triton.cli", "lm-eval", "--model", "fastdllm", "--include_path", str(tasks)]
+    command = [sys.executable, "-m", "fastdllm_triton", "lm-eval", "--model", "fastdllm", "--include_path", str(tasks)]
     command += ["--model_args", "pretrained=tiny,cache=dual,threshold=0.9,gen_length=48,block_length=16"]
     command += ["--tasks", "local_problems", "--limit", "4", "--batch_size", "4", "--output_path", str(tasks / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=False)

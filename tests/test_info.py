@@ -40,8 +40,8 @@ def _told(*arguments: str) -> dict[str, str]:
 
 def test_the_bytes_are_those_that_are_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = fdt.load(GOLDEN / "llada-gqa", device="cpu")
-    monkeypatch.setattr(command, "available_bytes", lambda device: 10**7)
-    told = _told("--model", str(GOLDEN / "llada-gqa"), "--prompt-length", "30", "--gen-length", "10", "--batch", "3")
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 10**7)
+    told = _told("--model", str(GOLDEN / "llada-gqa"), "--prompt-length", "30", "--gen-length", "10", "--batch-size", "3")
     cache = lm.network.new_cache(torch.zeros(3, dtype=torch.int32), 40)
     assert told["cache"] == f"{cache.k.nbytes + cache.v.nbytes:,}"
     one = memory.Memory.of(lm.config, 1, 40, 4)
@@ -67,9 +67,9 @@ def test_sizes_that_are_not_given_are_those_that_the_model_has_room_for() -> Non
 
 def test_what_does_not_fit_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
-    monkeypatch.setattr(command, "available_bytes", lambda device: 12 * 10**9)  # less than the weights
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 12 * 10**9)  # less than the weights
     assert _told("--model", str(tmp_path))["largest"] == "none"
-    monkeypatch.setattr(command, "available_bytes", lambda device: None)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: None)
     told = _told("--model", str(tmp_path))
     assert told["available"] == "unknown"
     assert "largest" not in told
@@ -108,7 +108,7 @@ def test_bytes_for_people(size: int, text: str) -> None:
     [
         (["--model", "./nowhere"], "model: there is no folder or file './nowhere'"),
         (["--model", "tiny", "--prompt-length", "500"], "at most the model's 512 slots, got 500 + 256"),
-        (["--batch", "4", "--dtype", "float32"], "--batch and --dtype need --model"),
+        (["--batch-size", "4", "--dtype", "float32"], "--batch-size and --dtype need --model"),
         (["--model", "tiny", "--gen-length", "512"], "at most the model's 512 slots, got 1 + 512"),
         (["--model", "tiny", "--dtype", "int8", "--prompt-length", "8"], "dtype must be float32, bfloat16, float16 or float64"),
         (["--model", "tiny", "--dtype", "complex64", "--prompt-length", "8"], "dtype must be float32"),

@@ -137,7 +137,7 @@ def _run(*arguments: object) -> Any:
 def test_the_command_writes_a_report_and_figures(tmp_path: Path) -> None:
     out, copy = tmp_path / "out", tmp_path / "copy.json"
     caches = "prefix,dual+suffix_window=16+look_back=8"
-    arguments = ("--problems", 6, "--seed", 3, "--drift-prompts", 1, "--caches", caches, "--json", copy)
+    arguments = ("--problems", 6, "--problem-seed", 3, "--drift-prompts", 1, "--caches", caches, "--json-copy", copy)
     result = _run("--out", out, *arguments)
     assert result.exit_code == 0, result.output
     report = json.loads((out / "inspect.json").read_text())
@@ -155,8 +155,8 @@ def test_the_command_writes_a_report_and_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--caches", "full"), "--caches must be a list of none, prefix, dual, got 'full'"),
-        (("--strategy", "greedy"), "--strategies must be a list of fixed:K"),
+        (("--caches", "full"), "--caches must be one of none, prefix, dual, got 'full'"),
+        (("--strategy", "greedy"), "--strategy must be fixed:K"),
         (("--prompt", "x", "--data", "y"), "--prompt and --data exclude each other"),
         (("--data", "/no/such/file"), "No such file"),
         (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer files"),

@@ -115,7 +115,7 @@ def test_a_sample_is_as_committed(tmp_path: Path) -> None:
     changed = tmp_path / "changed.json"
     changed.write_text(json.dumps([sample[0] | {"fit": sample[0]["fit"] + 1}, *sample[1:]]))
     out = tmp_path / "out.json"
-    arguments = ["performance-report", "--arch", "sm_90", "--op", "swiglu", "--json", str(out), "--compare", str(changed)]
+    arguments = ["performance-report", "--arch", "sm_90", "--op", "swiglu", "--out", str(out), "--compare", str(changed)]
     found = CliRunner().invoke(app, arguments)
     records = read_json(out)
     assert [record["config"] for record in records] == [record["config"] for record in sample]
@@ -125,7 +125,7 @@ def test_a_sample_is_as_committed(tmp_path: Path) -> None:
         assert f"fit {sample[0]['fit'] + 1} -> {sample[0]['fit']}" in " ".join(found.stderr.split())
 
 
-@pytest.mark.parametrize(("option", "message"), [("--arch", "archs: got sm_75"), ("--op", "ops: got sm_75")])
+@pytest.mark.parametrize(("option", "message"), [("--arch", "--arch: got sm_75"), ("--op", "--op: got sm_75")])
 def test_bad_arguments_are_named(option: str, message: str) -> None:
     found = CliRunner().invoke(app, ["performance-report", option, "sm_75"])
     assert found.exit_code == 2 and message in " ".join(found.stderr.split())

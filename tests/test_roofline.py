@@ -114,13 +114,20 @@ def test_steps_over_a_prefix_reach_to_the_end() -> None:
     assert steps == [(96, 1.0), (64, 1.0), (32, 1.0)]
 
 
-def test_lazier_refreshes_begin_blocks_with_steps() -> None:
-    schedule = Setting(1000, 256, tokens_per_forward=4, refresh_every_blocks=3).schedule()
-    assert [(phase.name, phase.forwards, phase.head_rows) for phase in schedule] == [
-        ("refresh", 3, 32),  # blocks 0, 3, 6
-        ("step", 56, 16),
-        ("step", 5, 32),
+def test_refreshes_between_those_of_the_prompt_recompute_the_generated_part_alone() -> None:
+    schedule = Setting(1000, 256, tokens_per_forward=4, prompt_refresh=3).schedule()
+    assert [(phase.name, phase.forwards, phase.window) for phase in schedule] == [
+        ("refresh", 3, 1256),  # blocks 0, 3, 6
+        ("step", 56, 32),
+        ("refresh", 5, 256),
     ]
+    # As the engine does it.
+    model = fdt.load("tiny", device="cpu")
+    generation = model.stream(
+        [[40] * 20], gen_length=48, block_length=8, prompt_refresh=3, strategy=fdt.FixedSteps(12), stop_at_eos=False
+    )
+    rows = [end - first for forward in generation if forward.refresh for first, end in forward.windows]
+    assert rows == [68, 48, 48, 68, 48, 48]
 
 
 def test_an_end_token_leaves_out_the_blocks_after_its_own() -> None:
@@ -134,7 +141,7 @@ def test_an_end_token_leaves_out_the_blocks_after_its_own() -> None:
 def test_every_schedule_has_as_many_forwards_as_its_tokens_need() -> None:
     for cache in ("none", "prefix", "dual"):
         for every in (1, 2, 5):
-            setting = Setting(700, 512, 64, cache, 3.2, refresh_every_blocks=every)
+            setting = Setting(700, 512, 64, cache, 3.2, prompt_refresh=every)
             assert sum(phase.forwards for phase in setting.schedule()) == pytest.approx(512 / 3.2)
 
 
@@ -161,14 +168,14 @@ def test_schedules_of_another_making_have_a_floor_too() -> None:
 
 
 def test_batches_share_the_weights() -> None:
-    one, eight = (floor(LLADA, Setting(1000, 256, tokens_per_forward=3.25, batch=b), H200) for b in (1, 8))
+    one, eight = (floor(LLADA, Setting(1000, 256, tokens_per_forward=3.25, batch_size=b), H200) for b in (1, 8))
     assert eight.step_seconds < 1.5 * one.step_seconds
     assert eight.refresh_seconds == pytest.approx(8 * one.refresh_seconds, rel=1e-2)
 
 
 def test_what_ifs_that_change_nothing_are_left_out() -> None:
-    names = [name for name, _ in what_if(Setting(10, 64, batch=8, weight_bits=8, tokens_per_forward=32))]
-    assert names == ["as given", "4-bit weights", "refresh every 2 blocks", "refresh every 4 blocks"]
+    names = [name for name, _ in what_if(Setting(10, 64, batch_size=8, weight_bits=8, tokens_per_forward=32))]
+    assert names == ["as given", "4-bit weights", "prompt refresh 2", "prompt refresh 4"]
 
 
 @pytest.mark.parametrize(
@@ -194,12 +201,12 @@ def test_the_built_in_shapes_are_what_a_config_gives(tmp_path) -> None:
         (["--gpu", "v100"], "--gpu: got 'v100'"),
         (["--gpu", "v100", "--tflops", "100"], "both --bandwidth and --tflops"),
         (["--bandwidth", "-1"], "bandwidth must be a number above 0"),
-        (["--block-length", "48"], "block_length must divide gen_length, 256, got 48"),
-        (["--cache", "full"], "cache must be none, prefix or dual, got 'full'"),
-        (["--tpf", "33"], "tokens_per_forward must be in (0, block_length], got 33"),
-        (["--stop-at", "300"], "stop_at must be in [1, gen_length], got 300"),
-        (["--batch", "0"], "batch must be 1 or more, got 0"),
-        (["--weight-bits", "0"], "weight_bits must be in (0, 64], got 0"),
+        (["--block-length", "48"], "--block-length must divide --gen-length, 256, got 48"),
+        (["--cache", "full"], "--cache: 'full' is not one of 'none', 'prefix', 'dual'"),
+        (["--tokens-per-forward", "33"], "--tokens-per-forward must be in (0, --block-length], got 33"),
+        (["--stop-at", "300"], "--stop-at must be in [1, --gen-length], got 300"),
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["--weight-bits", "0"], "--weight-bits must be in (0, 64], got 0"),
     ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str) -> None:
@@ -222,7 +229,7 @@ def test_a_gpu_is_a_name_or_two_numbers() -> None:
 
 
 def test_the_command_prints_the_floor() -> None:
-    arguments = ["roofline", "--model", "llada-8b", "--gpu", "h200", "--prompt", "1000", "--gen", "256", "--tpf", "3.25"]
+    arguments = ["roofline", "--model", "llada-8b", "--gpu", "h200", "--tokens-per-forward", "3.25"]
     text = CliRunner().invoke(app, [*arguments, "--ops"]).stdout
     for part in ("LLaDA-8B", "14.99 GB", "refresh", "fp8", "batch 8", "nothing here was measured", "head_statistics"):
         assert part in " ".join(text.split())

@@ -73,7 +73,7 @@ def slightly_wrong(kernel: Any) -> Any:
 def test_a_wrong_kernel_fails_with_its_name_and_a_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = fastdllm_triton.kernels.swiglu
     monkeypatch.setattr(module, "swiglu", slightly_wrong(module.swiglu))
-    found = run("--op", "swiglu", "--op", "rms_norm", "--quick", "--json", str(tmp_path / "v.json"))
+    found = run("--op", "swiglu", "--op", "rms_norm", "--quick", "--out", str(tmp_path / "v.json"))
     assert found.exit_code == 1
     assert "did not hold: swiglu float32, swiglu float16" in " ".join(found.stderr.split())
     assert "NO" in found.stdout
@@ -139,9 +139,9 @@ def test_a_case_too_large_for_the_memory_is_skipped_with_its_reason(monkeypatch:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "softmax"], "op: got softmax, needs names among rms_norm"),
-        (["--device", "tpu"], "device"),
-        (["--json", "/nowhere/at/all.json"], "--json: /nowhere/at/all.json cannot be written"),
+        (["--op", "softmax"], "--op: got softmax, needs names among rms_norm"),
+        (["--device", "tpu"], "--device: got 'tpu', needs cpu or cuda"),
+        (["--out", "/nowhere/at/all.json"], "--out: /nowhere/at/all.json cannot be written"),
         pytest.param(
             ["--device", "cuda"], "torch sees no GPU here", marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="there is one")
         ),
@@ -209,7 +209,7 @@ def test_a_model_that_decodes_otherwise_fails_every_check(reference_setup: model
 def test_without_a_gpu_the_command_interprets_in_a_process_of_its_own(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "fastdllm_triton.cli", "verify", "--quick", "--op", "rms_norm", "--json", "v.json"]
+    command = [sys.executable, "-m", "fastdllm_triton", "verify", "--quick", "--op", "rms_norm", "--out", "v.json"]
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     assert "nothing about speed" in " ".join(found.stdout.split())

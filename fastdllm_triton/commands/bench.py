@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
-from .. import machine
-from .. import verify as proof
-from .._console import clear_errors, console, errors, wide
-from .verify import check_writable, require_triton
+from .. import cli_options as cli
+from .._console import console, errors, say, show, status
+from ._shared import check_writable, require_triton
 
 if TYPE_CHECKING:
     import torch
@@ -20,62 +22,84 @@ if TYPE_CHECKING:
     from ..bench._report import Report
     from ..bench._session import Measurable
 
+
+class SuiteChoice(StrEnum):
+    """Suites."""
+
+    ops = "ops"
+    step = "step"
+    generate = "generate"
+    all = "all"
+
+
 NO_GPU = "No GPU: every provider ran once on small shapes. This checks correctness and plumbing only; no speed is measured."
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(help="ops, step, generate or all.")] = "all",
+    suite: Annotated[SuiteChoice, typer.Argument(help="What to measure.")] = SuiteChoice.all,
     op: Annotated[list[str] | None, typer.Option(help="A bench of the suite. All if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A baseline to run beside ours. All if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes; all that there is without a GPU.")] = False,
-    device: Annotated[str | None, typer.Option(help="'cuda' or 'cpu'; the GPU if there is one.")] = None,
-    json_folder: Annotated[Path | None, typer.Option("--json", help="Write the results into this folder, case by case.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where the results in that folder end.")] = False,
-    compare: Annotated[Path | None, typer.Option(help="An earlier folder: say what became faster or slower.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write one page with plots and tables to this file.")] = None,
+    device: cli.DeviceOption = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no case after so many minutes.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier folder: say what became faster or slower.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the results into this folder, case by case.", rich_help_panel=cli.OUTPUT)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the results in that folder end.", rich_help_panel=cli.OUTPUT)
+    ] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write one page with plots and tables to this file.", rich_help_panel=cli.OUTPUT)
+    ] = None,
+    as_json: cli.JsonOption = False,
 ) -> None:
     """Time ours and the baselines in turns, each with its fraction of what this GPU reaches at its best.
 
     An op whose verification fails here is refused. Ends with status 1 if one was, and with 3 if --minutes left cases out.
     """
-    with clear_errors():
-        require_triton("bench")
-        target = proof.check_device(device)
-        check_writable(html, "--html")
-        if html is not None:
-            from ..bench._page import check_installed
+    require_triton("bench")
+    check_writable("--html", html)
+    if html is not None:
+        from ..bench._page import check_installed
 
-            check_installed()
-        from ..bench._report import Report, changes, changes_table, check_folder
-        from ..bench._session import benches
+        check_installed()
+    from .. import machine
+    from .. import verify as proof
+    from ..bench._report import Report, changes, changes_table, check_folder
+    from ..bench._session import benches
 
-        if target.type == "cpu" and proof.needs_interpreter(target):
-            raise typer.Exit(proof.rerun_in_interpreter(_arguments(suite, op, only, quick, json_folder, resume, compare, html)))
-        chosen = benches(suite, op or ())
-        check_baselines(chosen, only or ())
-        earlier = None if compare is None else Report.load(compare)
-        if target.type == "cpu" and not quick:
-            console.print("torch sees no GPU here, so nothing is measured; --quick tries the plumbing.")
-            return
-        report = Report(machine.describe(target))
-        if json_folder is not None:
-            check_folder(json_folder, resume)
-            report = _resumed(report, json_folder) if resume else report
-        refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=json_folder, minutes=minutes)
-        show(report, target)
+    target = proof.check_device(device)
+    if target.type == "cpu" and proof.needs_interpreter(target):
+        raise typer.Exit(proof.rerun_in_interpreter(_arguments(suite, op, only, quick, out, resume, compare, html, as_json)))
+    chosen = benches(suite.value, op or ())
+    check_baselines(chosen, only or ())
+    earlier = None if compare is None else Report.load(compare)
+    if target.type == "cpu" and not quick:
+        say(errors if as_json else console, "torch sees no GPU here, so nothing is measured; --quick tries the plumbing.")
+        return
+    report = Report(machine.describe(target))
+    if out is not None:
+        check_folder(out, resume)
+        report = _resumed(report, out) if resume else report
+    refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=out, minutes=minutes)
+    if as_json:
+        told = {"machine": report.machine, "verification": report.verification, "rows": report.rows}
+        typer.echo(json.dumps(told | {"changes": [asdict(change) for change in changes(earlier, report)]} if earlier else told))
+    else:
+        show_report(report, target)
         if earlier is not None:
-            wide(150).print(changes_table(changes(earlier, report), earlier, report))
-        if html is not None:
-            from ..bench._page import write_page
+            show(changes_table(changes(earlier, report), earlier, report))
+    if html is not None:
+        from ..bench._page import write_page
 
-            write_page(report, html, earlier)
-        if refused:
-            errors.print(Text(f"refused, as they do not verify here: {', '.join(refused)}", style="red"))
-            raise typer.Exit(1)
-        if is_cut:
-            console.print("The time is up and cases are left; --json with --resume goes on with them.")
-            raise typer.Exit(3)
+        write_page(report, html, earlier)
+    if refused:
+        say(errors, f"refused, as they do not verify here: {', '.join(refused)}", style="red")
+        raise typer.Exit(1)
+    if is_cut:
+        say(errors, "The time is up and cases are left; --out with --resume goes on with them.")
+        raise typer.Exit(3)
 
 
 def run(
@@ -93,13 +117,15 @@ def run(
     Returns:
         The benches that were refused, and whether the time was too short for all cases.
     """
+    from .. import machine
+    from .. import verify as proof
     from ..bench._session import Session, label
     from ..bench._timing import measure_ceilings, time_in_turns
 
     session = Session(device, quick=quick, only=only, done=report.done())
     session.deadline = None if minutes is None else time.monotonic() + 60 * minutes
     gates = list(dict.fromkeys(name for bench in chosen for name in bench.gate))
-    with console.status("verifying") as status:
+    with status("verifying") as line:
         records = proof.verify(gates, device, quick=quick)
         report.verification = [record.as_json() for record in records]
         failed = {record.check for record in records if not record.ok}
@@ -122,7 +148,7 @@ def run(
             else:
                 with proof.quiet(device):
                     for rows in bench.measure(session):
-                        status.update(f"{bench.op} {label(rows[0]['shape'])}")
+                        line.update(Text(f"{bench.op} {label(rows[0]['shape'])}"))
                         report.rows += rows
                         if folder is not None:
                             report.write_rows(folder, bench.op)
@@ -133,20 +159,23 @@ def run(
     return refused, session.is_cut
 
 
-def show(report: Report, device: torch.device) -> None:
+def show_report(report: Report, device: torch.device) -> None:
     """All tables."""
+    from .. import machine
+    from .. import verify as proof
     from ..bench._report import table
 
     records = [proof.Record.from_json(record) for record in report.verification]
-    wide(110).print(proof.render(records, f"Verified on {machine.device_name(device)}"))
+    show(proof.render(records, f"Verified on {machine.device_name(device)}"))
     for op, rows in report.by_op():
-        wide(150).print(table(rows, op))
+        show(table(rows, op))
     if report.ceilings is None:
-        console.print(f"[bold]{NO_GPU}[/bold]")
+        say(console, NO_GPU, style="bold")
     else:
-        console.print(
+        say(
+            console,
             f"copy {report.ceilings.copy / 1e9:,.0f} GB/s, matrix {report.ceilings.matrix / 1e12:,.0f} TFLOP/s, as measured in "
-            f"this run. 'of floor' is of the nearer of the two; 'x ours' is a baseline's time over ours."
+            f"this run. 'of floor' is of the nearer of the two; 'x ours' is a baseline's time over ours.",
         )
 
 
@@ -172,19 +201,20 @@ def _resumed(new: Report, folder: Path) -> Report:
 
 
 def _arguments(
-    suite: str,
+    suite: SuiteChoice,
     op: list[str] | None,
     only: list[str] | None,
     quick: bool,
-    json_folder: Path | None,
+    out: Path | None,
     resume: bool,
     compare: Path | None,
     html: Path | None,
+    as_json: bool,
 ) -> list[str]:
     """The command line again, for the process that interprets."""
-    found = ["bench", suite, "--device", "cpu"]
+    found = ["bench", suite.value, "--device", "cpu"]
     for option, values in (("--op", op), ("--only", only)):
         found += [part for value in values or () for part in (option, value)]
-    for option, path in (("--json", json_folder), ("--compare", compare), ("--html", html)):
+    for option, path in (("--out", out), ("--compare", compare), ("--html", html)):
         found += [option, str(path)] if path is not None else []
-    return found + ["--quick"] * quick + ["--resume"] * resume
+    return found + ["--quick"] * quick + ["--resume"] * resume + ["--json"] * as_json

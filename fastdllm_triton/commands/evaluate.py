@@ -1,107 +1,131 @@
-"""``fastdllm-triton evaluate`` and ``lm-eval``."""
+"""``fastdllm-triton evaluate``: accuracy where speed is claimed."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .._console import clear_errors, console, wide
-from ..cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
-from ..evaluation.grid import Way, parse_grid
-from ..evaluation.runner import Evaluation, Result
-from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
-from ..evaluation.summary import Record, compare, compare_caches, summarize
+from .. import cli_options as cli
+from .._console import console, errors, say, show
 from ..files import write_json
-from ..loading import load
+from ._shared import check_matplotlib, check_writable, load_model, say_written, warn_of_repeats, with_interval
 
-_STRATEGIES = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0"
+if TYPE_CHECKING:
+    from ..evaluation.grid import Way
+    from ..evaluation.runner import Evaluation, Result
+    from ..evaluation.summary import Record
 
 
 def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder of the results. Run again with the same one to go on after an interruption.")],
-    model: ModelOption = "tiny",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of the results. Run again with the same one to go on after an interruption.", rich_help_panel=cli.OUTPUT
+        ),
+    ],
     data: Annotated[
-        Path | None, typer.Option(help="A JSONL file: a 'prompt' and an 'answer' a line. Without it, the built-in task.")
+        Path | None,
+        typer.Option(
+            help="A JSONL file: a 'prompt' and an 'answer' a line. Without it, the built-in task.", rich_help_panel=cli.PROMPTS
+        ),
     ] = None,
     problems: Annotated[
-        int | None, typer.Option(help="Problems of the built-in task, none of them trained on (100); or lines of --data (all).")
+        int | None,
+        typer.Option(
+            help="Problems of the built-in task, none of them trained on (100); or lines of --data (all).",
+            rich_help_panel=cli.PROMPTS,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which problems of the built-in task.")] = 0,
-    strategies: Annotated[
-        str, typer.Option(help="fixed:K (K tokens a forward), threshold:T, factor:F, entropy:NATS; each may add :score.")
-    ] = _STRATEGIES,
-    caches: Annotated[
-        str, typer.Option(help="none, prefix, dual; each may add options, as in dual+refresh_every=4.")
-    ] = "none,dual",
-    block_length: Annotated[str | None, typer.Option(help="Block lengths, such as 16,48 (the model's default).")] = None,
-    gen_length: Annotated[int | None, typer.Option(help="Tokens to generate (the model's default).")] = None,
-    batch_size: Annotated[int, typer.Option(help="Requests decoded together.")] = 32,
+    problem_seed: cli.ProblemSeedOption = 0,
+    chat: cli.ChatOption = False,
     scorer: Annotated[
-        str, typer.Option(help="For --data: number (after ####), text, regex:PATTERN, or module:function(text, record).")
-    ] = "number",
-    chat: Annotated[bool, typer.Option(help="Wrap prompts in the checkpoint's chat template.")] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    backend: BackendOption = BackendChoice.auto,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary to this file too.")] = None,
+        str | None,
+        typer.Option(
+            help="For --data: number (after ####, the default), text, regex:PATTERN, or module:function(text, record).",
+            rich_help_panel=cli.PROMPTS,
+        ),
+    ] = None,
+    gen_length: cli.GenLengthOption = None,
+    block_length: Annotated[
+        str | None, typer.Option(help="One or several, such as 16,48 (the model's default).", rich_help_panel=cli.DECODING)
+    ] = None,
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="fixed:K (K tokens a forward), threshold:T, factor:F or entropy:NATS; each may add :SCORE.",
+            rich_help_panel=cli.DECODING,
+        ),
+    ] = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0",
+    batch_size: Annotated[int, typer.Option(help="Requests decoded together.", rich_help_panel=cli.DECODING)] = 32,
+    caches: Annotated[
+        str,
+        typer.Option(help="none, prefix, dual; each may add options, as in dual+refresh_every=4.", rich_help_panel=cli.CACHE),
+    ] = "none,dual",
+    model: cli.ModelOption = "tiny",
+    device: cli.DeviceOption = None,
+    dtype: cli.DtypeOption = None,
+    backend: cli.BackendOption = cli.BackendChoice.auto,
+    as_json: cli.JsonOption = False,
+    json_copy: cli.JsonCopyOption = None,
 ) -> None:
     """Score a grid of strategies, caches and block lengths on the same requests, and draw the paper's figures.
 
     OUT receives summary.json, comparison.json, caches.json, the figures, and every request in requests/.
     """
-    with clear_errors():
-        if data is None:
-            requests, judge = builtin_requests(100 if problems is None else problems, seed), builtin_scorer()
-        else:
-            judge = find_scorer(scorer)
-            requests = read_requests(data, problems)
-        lm = load(model, device=device, dtype=dtype, backend=backend.value)
-        length = lm.defaults.gen_length if gen_length is None else gen_length
-        ways = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
-        run = Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat)
-        console.print(f"{lm!r}: {len(requests)} requests, {len(ways)} ways", soft_wrap=True)
-        try:
-            results = _run(run, ways)
-        except KeyboardInterrupt:
-            console.print(f"interrupted; what is finished stays in {out}, run the same command to go on", soft_wrap=True)
-            raise typer.Exit(130) from None
-        except OSError as error:
-            raise OSError(f"{error}; what is finished stays in {out}, run the same command to go on") from None
+    if scorer is not None and data is None:
+        raise ValueError("--scorer needs --data: the built-in task has a scorer of its own")
+    check_writable("--json-copy", json_copy)
+    for option, values in (("--strategies", strategies), ("--caches", caches), ("--block-length", block_length or "")):
+        warn_of_repeats(option, values)
+    from ..evaluation.grid import parse_grid
+    from ..evaluation.runner import Evaluation
+    from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
+    from ..evaluation.summary import compare, compare_caches, summarize
 
-        summary = summarize(results)
-        comparison = [record for score in ("exact_match", "whole") for record in compare(results, score)]
-        caches_compared = compare_caches(results)
-        for path, records in (
-            (out / "summary.json", summary),
-            (out / "comparison.json", comparison),
-            (out / "caches.json", caches_compared),
-            (json_file, summary),
-        ):
-            if path is not None:
-                write_json(path, records)
+    if data is None:
+        requests, judge = builtin_requests(100 if problems is None else problems, problem_seed), builtin_scorer()
+    else:
+        judge = find_scorer(scorer or "number")
+        requests = read_requests(data, problems)
+    lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
+    length = lm.defaults.gen_length if gen_length is None else gen_length
+    ways = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
+    run = Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat)
+    say(errors if as_json else console, f"{lm!r}: {len(requests)} requests, {len(ways)} ways")
+    try:
+        results = _run(run, ways)
+    except KeyboardInterrupt:
+        say(errors, f"interrupted; what is finished stays in {out}, run the same command to go on", style="red")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        raise OSError(f"{error}; what is finished stays in {out}, run the same command to go on") from None
+
+    summary = summarize(results)
+    comparison = [record for score in ("exact_match", "whole") for record in compare(results, score)]
+    caches_compared = compare_caches(results)
+    for path, records in (
+        (out / "summary.json", summary),
+        (out / "comparison.json", comparison),
+        (out / "caches.json", caches_compared),
+        (json_copy, summary),
+    ):
+        if path is not None:
+            write_json(path, records)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
         _print(summary, comparison, caches_compared)
-        if importlib.util.find_spec("matplotlib") is None:
-            console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")
-        else:
-            from ..evaluation.plots import draw_all
+    if check_matplotlib():
+        from ..evaluation.plots import draw_all
 
-            for path in draw_all(summary, comparison, caches_compared, out):
-                console.print(f"wrote {path}", soft_wrap=True)
-
-
-def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with --model fastdllm known to it; every argument is the harness's own."""
-    with clear_errors():
-        if importlib.util.find_spec("lm_eval") is None:
-            raise RuntimeError("lm-eval needs lm-evaluation-harness: pip install 'fastdllm-triton[eval]'")
-    from ..evaluation.harness import main
-
-    main(context.args)
+        drawn = draw_all(summary, comparison, caches_compared, out)
+        if not as_json:
+            say_written(drawn)
 
 
 def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
@@ -109,14 +133,14 @@ def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
     prompt = sum(map(len, run.prompts)) / len(run.prompts)
     results: dict[Way, list[Result]] = {}
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[done]} requests"),
         TextColumn("time left"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=console, speed_estimate_period=300) as progress:
+    with Progress(*columns, console=errors, speed_estimate_period=300) as progress:
         costs = [way.cost(prompt, run.gen_length) for way in ways]
         task = progress.add_task("", total=sum(costs) * len(run.requests), done="")
         for number, way in enumerate(ways):
@@ -142,19 +166,19 @@ def _print(summary: list[Record], comparison: list[Record], caches_compared: lis
     for column in ("exact match", *(("whole",) if extra else ()), "tokens/forward", "forwards", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for r in summary:
-        whole = [_with_interval(r["whole"], r["whole_ci"], 3)] if extra else []
+        whole = [with_interval(r["whole"], r["whole_ci"], 3)] if extra else []
         rate = "" if r["tokens_per_second"] is None else f"{r['tokens_per_second']:.0f}"
         table.add_row(
             str(r["block_length"]),
             r["cache"],
             r["strategy"],
-            _with_interval(r["exact_match"], r["exact_match_ci"], 3),
+            with_interval(r["exact_match"], r["exact_match_ci"], 3),
             *whole,
-            _with_interval(r["tokens_per_forward"], r["tokens_per_forward_ci"], 2),
+            with_interval(r["tokens_per_forward"], r["tokens_per_forward_ci"], 2),
             f"{r['nfe']:.1f}",
             rate,
         )
-    wide(150).print(table)
+    show(table)
     if comparison:
         table = Table(title="against fixed steps at equal tokens per forward; paired 95 % intervals")
         for column in ("block", "cache", "strategy", "score"):
@@ -172,7 +196,7 @@ def _print(summary: list[Record], comparison: list[Record], caches_compared: lis
                 f"{r['fixed_at_equal_speed']:.3f}",
                 f"{r['gain']:+.3f} [{r['gain_ci'][0]:+.3f}, {r['gain_ci'][1]:+.3f}]",
             )
-        wide(150).print(table)
+        show(table)
 
     if caches_compared:
         table = Table(title="caches with options against the same cache without; paired 95 % intervals")
@@ -191,8 +215,4 @@ def _print(summary: list[Record], comparison: list[Record], caches_compared: lis
                 f"{r['flops_ratio'] - 1:+.1%}",
                 f"{r['bytes_ratio'] - 1:+.1%}",
             )
-        wide(150).print(table)
-
-
-def _with_interval(value: Any, ci: Any, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f} [dim]{ci[0]:.{digits}f}-{ci[1]:.{digits}f}[/dim]"
+        show(table)

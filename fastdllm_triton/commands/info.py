@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import platform
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from .. import cli_options as cli
-from .._console import clear_errors, console
-from ..configs import read_config
-from ..kernels._limits import MAX_ROWS
-from ..launches import count_launches
-from ..machine import version
-from ..memory import Memory, available_bytes, largest_batch
-from ..models.config import ModelConfig
-from ..ops import resolve
-from ..shapes import buckets
+from .._console import console, show, visible
+from ._shared import announce_lookup
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.config import ModelConfig
 
 _PACKAGES = ("fastdllm-triton", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy")
 
 
 def info(
     model: Annotated[
-        str | None, typer.Option(help="Also what it needs in memory: 'tiny', a folder, a config.json, or a hub id.")
+        str | None,
+        typer.Option(
+            help="Also what it needs in memory: 'tiny', a folder, a config.json, or a hub id.", rich_help_panel=cli.MODEL
+        ),
     ] = None,
     prompt_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of the longest prompt (1000, or what the model has room for).")
@@ -34,7 +34,7 @@ def info(
     gen_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens to generate (256, or half of what the model has room for).")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences at once (1).")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Sequences at once (1).")] = None,
     dtype: cli.DtypeOption = None,
     launches: Annotated[bool, typer.Option("--launches", help="Also the kernels that a step of --model launches.")] = False,
     arch: Annotated[str, typer.Option(help="Architecture that launches are counted for; on a GPU its own.")] = "sm_90",
@@ -43,40 +43,46 @@ def info(
 
     Memory and launches follow from config.json: no weights are read, nor need they be there.
     """
-    sizes = {"prompt-length": prompt_length, "gen-length": gen_length, "batch": batch, "dtype": dtype}
-    with clear_errors():
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        memory, counts = None, None
-        if launches and model is None:
-            raise ValueError("--launches needs --model: the launches of which model?")
-        if model is not None:
-            config, own = read_config(model)
-            if launches:
-                counts = launches_text(config, arch, device, batch or 1)
-            gen = gen_length or min(256, config.max_length // 2)
-            prompt = prompt_length or max(min(1000, config.max_length - gen), 1)
-            if prompt + gen > config.max_length:
-                raise ValueError(
-                    f"prompt_length + gen_length must be at most the model's {config.max_length} slots, got {prompt} + {gen}"
-                )
-            memory = memory_table(config, model, prompt, gen, batch or 1, _itemsize(dtype, own), device)
-        elif given := [name for name, value in sizes.items() if value is not None]:
-            raise ValueError(f"--{' and --'.join(given)} need --model: the memory of which model?")
-        ops = resolve("auto", device)
-        table = Table(show_header=False, box=None)
-        for package in _PACKAGES:
-            table.add_row(package, version(package) or "not installed")
-        table.add_row("python", platform.python_version())
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-        table.add_row("device", name)
-        table.add_row("backend", f"{ops.name}: {ops.reason}")
-        console.print(table)
-        if memory is not None:
-            console.print()
-            console.print(memory)
-        if counts is not None:
-            console.print()
-            console.print(counts)
+    sizes = {"prompt-length": prompt_length, "gen-length": gen_length, "batch-size": batch_size, "dtype": dtype}
+    import torch
+
+    from ..configs import read_config
+    from ..machine import version
+    from ..ops import resolve
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    memory, counts = None, None
+    if launches and model is None:
+        raise ValueError("--launches needs --model: the launches of which model?")
+    if model is not None:
+        announce_lookup(model)
+        config, own = read_config(model)
+        if launches:
+            counts = launches_text(config, arch, device, batch_size or 1)
+        gen = gen_length or min(256, config.max_length // 2)
+        prompt = prompt_length or max(min(1000, config.max_length - gen), 1)
+        if prompt + gen > config.max_length:
+            raise ValueError(
+                f"prompt_length + gen_length must be at most the model's {config.max_length} slots, got {prompt} + {gen}"
+            )
+        memory = memory_table(config, model, prompt, gen, batch_size or 1, _itemsize(dtype, own), device)
+    elif given := [name for name, value in sizes.items() if value is not None]:
+        raise ValueError(f"--{' and --'.join(given)} need --model: the memory of which model?")
+    ops = resolve("auto", device)
+    table = Table(show_header=False, box=None)
+    for package in _PACKAGES:
+        table.add_row(package, version(package) or "not installed")
+    table.add_row("python", platform.python_version())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    table.add_row("device", name)
+    table.add_row("backend", f"{ops.name}: {ops.reason}")
+    show(table)
+    if memory is not None:
+        console.print()
+        show(memory)
+    if counts is not None:
+        console.print()
+        console.print(counts)
 
 
 def memory_table(
@@ -92,12 +98,15 @@ def memory_table(
         itemsize: bytes of an element.
         device: where it would run; decides how sizes are rounded up.
     """
+    from ..kernels._limits import MAX_ROWS
+    from ..memory import Memory, available_bytes, largest_batch
+    from ..shapes import buckets
+
     rows_bucket, slots_bucket = buckets(device)
     rows, slots = rows_bucket(batch), slots_bucket(prompt_length + gen_length)
     memory, available = Memory.of(config, rows, slots, itemsize), available_bytes(device)
-    table = Table(
-        "", title=Text(f"{name}: {batch} x ({prompt_length} + {gen_length}) slots, {8 * itemsize} bits an element"), box=None
-    )
+    title = f"{visible(name)}: {batch} x ({prompt_length} + {gen_length}) slots, {8 * itemsize} bits an element"
+    table = Table("", title=Text(title), box=None)
     table.add_column("", justify="right")
     table.add_column("bytes", justify="right")
     for what, size in (
@@ -119,6 +128,8 @@ def memory_table(
 
 def launches_text(config: ModelConfig, arch: str, device: torch.device, batch: int) -> Text:
     """Launches of a layer and of a step over the dual cache, with what this GPU was measured for and with fused products."""
+    from ..launches import count_launches
+
     gpu = None
     if device.type == "cuda":
         from ..kernels._arch import arch_of
@@ -146,6 +157,8 @@ def human(size: int) -> str:
 
 def _itemsize(dtype: str | None, own: str | None) -> int:
     """Bytes of an element of the dtype that was asked for, or else of the checkpoint's own."""
+    import torch
+
     name = dtype or own
     if name is None:
         raise ValueError("dtype: config.json does not say which; give --dtype")

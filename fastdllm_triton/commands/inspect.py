@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,96 +10,121 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .._console import clear_errors, console, wide
-from ..cli_options import BackendChoice, BackendOption, DeviceOption, DtypeOption, ModelOption
-from ..engine import check_prompts
-from ..evaluation.agreement import agreement, answers, decode
-from ..evaluation.drift import drift, similarity
-from ..evaluation.grid import CacheSpec, StrategySpec, Way
-from ..evaluation.runner import use_few_threads
-from ..evaluation.scoring import builtin_requests, read_requests
+from .. import cli_options as cli
+from .._console import errors, show
 from ..files import write_json
-from ..loading import load
+from ._shared import check_matplotlib, check_writable, load_model, say_written, warn_of_repeats, with_interval
 
 
 def inspect(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    model: ModelOption = "tiny",
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, any number of times.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A JSONL file with a 'prompt' and an 'answer' a line.")] = None,
-    problems: Annotated[int | None, typer.Option(help="Problems of the built-in task (64), or lines of --data (all).")] = None,
-    seed: Annotated[int, typer.Option(help="Which problems of the built-in task.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the results.", rich_help_panel=cli.OUTPUT)],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt, any number of times.", rich_help_panel=cli.PROMPTS)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A JSONL file with a 'prompt' and an 'answer' a line.", rich_help_panel=cli.PROMPTS)
+    ] = None,
+    problems: Annotated[
+        int | None,
+        typer.Option(help="Problems of the built-in task (64), or lines of --data (all).", rich_help_panel=cli.PROMPTS),
+    ] = None,
+    problem_seed: cli.ProblemSeedOption = 0,
+    chat: cli.ChatOption = False,
+    gen_length: cli.GenLengthOption = None,
+    block_length: cli.BlockLengthOption = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="fixed:K (K tokens a forward), threshold:T, factor:F or entropy:NATS; each may add :SCORE.",
+            rich_help_panel=cli.DECODING,
+        ),
+    ] = "threshold:0.9",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Prompts decoded together for the agreement.", rich_help_panel=cli.DECODING)
+    ] = 32,
+    drift_prompts: Annotated[
+        int, typer.Option(min=0, help="Prompts that the drift is measured on, the first ones.", rich_help_panel=cli.DECODING)
+    ] = 8,
     caches: Annotated[
-        str, typer.Option(help="prefix, dual; each may add options, as in dual+suffix_window=16.")
+        str,
+        typer.Option(help="prefix, dual; each may add options, as in dual+suffix_window=16.", rich_help_panel=cli.CACHE),
     ] = "prefix,dual,dual+suffix_window=16,dual+refresh_every=4",
-    strategy: Annotated[str, typer.Option(help="fixed:K, threshold:T, factor:F or entropy:NATS.")] = "threshold:0.9",
-    block_length: Annotated[int | None, typer.Option(help="Slots of a block (the model's default).")] = None,
-    gen_length: Annotated[int | None, typer.Option(help="Tokens to generate (the model's default).")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together for the agreement.")] = 32,
-    drift_prompts: Annotated[int, typer.Option(min=0, help="Prompts that the drift is measured on, the first ones.")] = 8,
-    chat: Annotated[bool, typer.Option(help="Wrap prompts in the checkpoint's chat template.")] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    backend: BackendOption = BackendChoice.auto,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to this file too.")] = None,
+    model: cli.ModelOption = "tiny",
+    device: cli.DeviceOption = None,
+    dtype: cli.DtypeOption = None,
+    backend: cli.BackendOption = cli.BackendChoice.auto,
+    as_json: cli.JsonOption = False,
+    json_copy: cli.JsonCopyOption = None,
 ) -> None:
     """Measure what each cache changes: agreement with no cache, and the drift of keys and values between refreshes.
 
     OUT receives inspect.json and the figures.
     """
-    with clear_errors():
-        texts = _texts(prompt, data, problems, seed)
-        lm = load(model, device=device, dtype=dtype, backend=backend.value)
-        use_few_threads(lm)
-        length = lm.defaults.gen_length if gen_length is None else gen_length
-        size = lm.defaults.block_length if block_length is None else block_length
-        rule = StrategySpec.parse(strategy)
-        exact = Way(rule, CacheSpec("none"), size).config(length)
-        ways = {str(spec): Way(rule, spec, size).config(length) for spec in map(CacheSpec.parse, caches.split(","))}
-        rows = [lm.encode(text, chat=chat) for text in texts]
-        check_prompts(rows, exact, lm.network)
-        out.mkdir(parents=True, exist_ok=True)
+    check_writable("--json-copy", json_copy)
+    warn_of_repeats("--caches", caches)
+    from ..engine import check_prompts
+    from ..evaluation.agreement import agreement, answers, decode
+    from ..evaluation.drift import drift, similarity
+    from ..evaluation.grid import CacheSpec, StrategySpec, Way
+    from ..evaluation.runner import use_few_threads
 
-        measured = rows[:drift_prompts]
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("time left"), TimeRemainingColumn(compact=True))
-        records: list[dict[str, Any]] = []
-        with Progress(*columns, console=console) as progress:
-            total = (len(ways) + 1) * -(-len(rows) // batch_size) + len(ways) * len(measured) + 1
-            task = progress.add_task("without a cache", total=total)
-            batches = -(-len(rows) // batch_size)
-            wanted = answers(decode(lm, rows, exact, batch_size))
+    texts = _texts(prompt, data, problems, problem_seed)
+    lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
+    use_few_threads(lm)
+    length = lm.defaults.gen_length if gen_length is None else gen_length
+    size = lm.defaults.block_length if block_length is None else block_length
+    rule = StrategySpec.parse(strategy)
+    exact = Way(rule, CacheSpec("none"), size).config(length)
+    ways = {str(spec): Way(rule, spec, size).config(length) for spec in map(CacheSpec.parse, caches.split(","))}
+    rows = [lm.encode(text, chat=chat) for text in texts]
+    check_prompts(rows, exact, lm.network)
+    out.mkdir(parents=True, exist_ok=True)
+
+    measured = rows[:drift_prompts]
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(compact=True),
+    )
+    records: list[dict[str, Any]] = []
+    with Progress(*columns, console=errors) as progress:
+        total = (len(ways) + 1) * -(-len(rows) // batch_size) + len(ways) * len(measured) + 1
+        task = progress.add_task("without a cache", total=total)
+        batches = -(-len(rows) // batch_size)
+        wanted = answers(decode(lm, rows, exact, batch_size))
+        progress.advance(task, batches)
+        for name, config in ways.items():
+            progress.update(task, description=name)
+            record = {"cache": name, **agreement(wanted, decode(lm, rows, config, batch_size))}
             progress.advance(task, batches)
-            for name, config in ways.items():
-                progress.update(task, description=name)
-                record = {"cache": name, **agreement(wanted, decode(lm, rows, config, batch_size))}
-                progress.advance(task, batches)
-                if measured:
-                    record["drift"] = drift(lm, measured, config, lambda: progress.advance(task))
-                records.append(record)
-            report: dict[str, Any] = {
-                "model": repr(lm),
-                "strategy": str(rule),
-                "gen_length": length,
-                "block_length": size,
-                "caches": records,
-            }
             if measured:
-                progress.update(task, description="forward against forward")
-                report["similarity"] = similarity(lm, measured[0], exact, min(1, exact.blocks - 1))
-            progress.advance(task)
+                record["drift"] = drift(lm, measured, config, lambda: progress.advance(task))
+            records.append(record)
+        report: dict[str, Any] = {
+            "model": repr(lm),
+            "strategy": str(rule),
+            "gen_length": length,
+            "block_length": size,
+            "caches": records,
+        }
+        if measured:
+            progress.update(task, description="forward against forward")
+            report["similarity"] = similarity(lm, measured[0], exact, min(1, exact.blocks - 1))
+        progress.advance(task)
 
-        for path in (out / "inspect.json", json_file):
-            if path is not None:
-                write_json(path, report)
+    for path in (out / "inspect.json", json_copy):
+        if path is not None:
+            write_json(path, report)
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
         _print(report)
-        if importlib.util.find_spec("matplotlib") is None:
-            console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")
-        else:
-            from ..evaluation.inspect_plots import figures
-            from ..evaluation.plots import save
+    if check_matplotlib():
+        from ..evaluation.inspect_plots import figures
+        from ..evaluation.plots import save
 
-            for path in save(figures(report), out):
-                console.print(f"wrote {path}", soft_wrap=True)
+        drawn = save(figures(report), out)
+        if not as_json:
+            say_written(drawn)
 
 
 def _texts(prompt: list[str] | None, data: Path | None, problems: int | None, seed: int) -> list[str]:
@@ -107,6 +132,8 @@ def _texts(prompt: list[str] | None, data: Path | None, problems: int | None, se
         raise ValueError("--prompt and --data exclude each other")
     if prompt:
         return prompt
+    from ..evaluation.scoring import builtin_requests, read_requests
+
     found = builtin_requests(64 if problems is None else problems, seed) if data is None else read_requests(data, problems)
     return [request.prompt for request in found]
 
@@ -121,10 +148,10 @@ def _print(report: dict[str, Any]) -> None:
         least = [f"{min(min(row) for row in r['drift'][kind]):.3f}" if "drift" in r else "" for kind in ("k", "v")]
         table.add_row(
             r["cache"],
-            f"{r['same']:.3f} [dim]{r['same_ci'][0]:.3f}-{r['same_ci'][1]:.3f}[/dim]",
-            f"{r['token_agreement']:.3f} [dim]{r['token_agreement_ci'][0]:.3f}-{r['token_agreement_ci'][1]:.3f}[/dim]",
+            with_interval(r["same"], r["same_ci"], 3),
+            with_interval(r["token_agreement"], r["token_agreement_ci"], 3),
             f"slot {slots[len(slots) // 2] + 1}" if slots else "none",
             f"{r['nfe']:.1f}",
             *least,
         )
-    wide(130).print(table)
+    show(table)

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
-from .._console import clear_errors, errors, wide
+from .. import cli_options as cli
+from .._console import errors, say, show, status
 from ..files import write_atomically, write_records
-from .verify import check_writable, require_triton
+from ._shared import check_writable, read_earlier, require_triton
 
 
 def performance_report(
     arch: Annotated[list[str] | None, typer.Option(help="An architecture, such as sm_90. All NVIDIA ones if not given.")] = None,
-    op: Annotated[list[str] | None, typer.Option(help="An op, such as window_attention. All if not given.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the records to this file.")] = None,
-    markdown_file: Annotated[Path | None, typer.Option("--markdown", help="Write the tables to this file.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="An earlier report: say what changed, and fail if anything did.")] = None,
+    op: cli.OpsOption = None,
+    compare: cli.CompareOption = None,
+    out: cli.ReportOutOption = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.", rich_help_panel=cli.OUTPUT)] = None,
+    as_json: cli.JsonOption = False,
 ) -> None:
-    """Programs an SM, bytes under way against what memory needs, and the main loop's instructions, op by op, without a GPU."""
-    with clear_errors():
-        require_triton("performance-report")
-        check_writable(json_file)
-        check_writable(markdown_file, "--markdown")
-        from .. import performance_report as report
-        from ..compile_report import differences, read_json
+    """Programs an SM, bytes under way against what memory needs, and the main loop's instructions, op by op, without a GPU.
 
-        earlier = None if compare is None else read_json(compare)
+    Takes about five minutes for all ops and architectures.
+    """
+    require_triton("performance-report")
+    check_writable("--out", out)
+    check_writable("--markdown", markdown)
+    from .. import performance_report as report
+    from ..compile_report import differences
+
+    earlier = read_earlier(compare)
+    with status("compiling and reading the main loops"):
         records = report.performance_report(arch, op)
+    if out is not None:
+        write_records(out, records)
+    if markdown is not None:
+        write_atomically(markdown, report.markdown(records))
+    if as_json:
+        typer.echo(json.dumps(records))
+    else:
         for table in report.render(records):
-            wide(170).print(table)
-        if json_file is not None:
-            write_records(json_file, records)
-        if markdown_file is not None:
-            write_atomically(markdown_file, report.markdown(records))
-        changed = [] if earlier is None else differences(records, earlier)
-        for line in changed:
-            errors.print(Text(line, style="red"))
-        if changed:
-            raise typer.Exit(1)
+            show(table)
+    changed = [] if earlier is None else differences(records, earlier)
+    for line in changed:
+        say(errors, line, style="red")
+    if changed:
+        raise typer.Exit(1)

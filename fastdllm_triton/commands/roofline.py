@@ -4,68 +4,81 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from .. import cli_options as cli
 from .. import roofline as model_of
-from .._console import clear_errors, console, wide
-from ..roofline import GPUS, SHAPES, CacheName, Floor, Gpu, Setting, Shape
+from .._console import console, say, say_list, show
+from ..roofline import GPUS, SHAPES, Floor, Gpu, Setting, Shape
 
 
 def roofline(
-    model: Annotated[str, typer.Option(help=f"{', '.join(SHAPES)}, tiny, or a config.json.")] = "llada-8b",
     gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}; its data sheet's numbers.")] = "h200",
     bandwidth: Annotated[float | None, typer.Option(help="GB/s, instead of the data sheet's.")] = None,
     tflops: Annotated[float | None, typer.Option(help="Dense bfloat16 TFLOP/s, instead of the data sheet's.")] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 1000,
-    gen: Annotated[int, typer.Option("--gen", "--gen-length", help="Tokens to generate.")] = 256,
-    block_length: Annotated[int, typer.Option(help="Tokens of a block.")] = 32,
-    cache: Annotated[str, typer.Option(help="none, prefix or dual.")] = "dual",
-    tpf: Annotated[float, typer.Option("--tpf", help="Tokens per forward, refreshes among the forwards.")] = 1.0,
-    batch: Annotated[int, typer.Option(help="Sequences in lockstep.")] = 1,
-    weight_bits: Annotated[float, typer.Option(help="Of the matrices: 16, 8, 4. Products stay bfloat16.")] = 16,
-    cache_bits: Annotated[float, typer.Option(help="Of keys and values.")] = 16,
-    refresh_every_blocks: Annotated[int, typer.Option(help="Blocks between refreshes; 1 is the paper.")] = 1,
-    stop_at: Annotated[int | None, typer.Option(help="Tokens up to the end token: decoding stops after its block.")] = None,
-    ops: Annotated[bool, typer.Option("--ops", help="Also each op of a refresh and of a step.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for machines.")] = False,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.", rich_help_panel=cli.DECODING)] = 1000,
+    gen_length: Annotated[int, typer.Option(help="Tokens to generate.", rich_help_panel=cli.DECODING)] = 256,
+    block_length: Annotated[int, typer.Option(help="Tokens of a block.", rich_help_panel=cli.DECODING)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Sequences in lockstep.", rich_help_panel=cli.DECODING)] = 1,
+    tokens_per_forward: Annotated[
+        float, typer.Option(help="Tokens committed a forward, refreshes among the forwards.", rich_help_panel=cli.DECODING)
+    ] = 1.0,
+    stop_at: Annotated[
+        int | None,
+        typer.Option(help="Tokens up to the end token: decoding stops after its block.", rich_help_panel=cli.DECODING),
+    ] = None,
+    cache: cli.CacheOption = cli.CacheChoice.dual,
+    prompt_refresh: cli.PromptRefreshOption = None,
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(SHAPES)}, tiny, or a config.json.", rich_help_panel=cli.MODEL)
+    ] = "llada-8b",
+    weight_bits: Annotated[
+        float, typer.Option(help="Of the matrices: 16, 8, 4. Products stay bfloat16.", rich_help_panel=cli.MODEL)
+    ] = 16,
+    cache_bits: Annotated[float, typer.Option(help="Of keys and values.", rich_help_panel=cli.MODEL)] = 16,
+    ops: Annotated[
+        bool, typer.Option("--ops", help="Also each op of a refresh and of a step.", rich_help_panel=cli.OUTPUT)
+    ] = False,
+    as_json: cli.JsonOption = False,
 ) -> None:
     """The least time a generation can take on a GPU: per step, per refresh, in all; and what would change it."""
-    with clear_errors():
-        shape = model_of.shape_of(model)
-        target = gpu_of(gpu, bandwidth, tflops)
-        setting = Setting(
-            prompt,
-            gen,
-            block_length,
-            cast(CacheName, cache),
-            tpf,
-            batch,
-            refresh_every_blocks,
-            stop_at,
-            weight_bits,
-            cache_bits,
-        )
-        floors = [(name, model_of.floor(shape, changed, target)) for name, changed in model_of.what_if(setting)]
-        if as_json:
-            typer.echo(json.dumps(record(shape, target, setting, floors)))
-            return
-        console.print(
-            f"[bold]{shape.name}[/bold] on {target.name}: {target.bandwidth / 1e9:,.0f} GB/s, "
-            f"{target.matrix_rate / 1e12:,.0f} TFLOP/s bfloat16; {shape.streamed_parameters * weight_bits / 8 / 1e9:.2f} GB of "
-            f"weights a forward"
-        )
-        console.print(
-            f"prompt {prompt}, {gen} tokens in blocks of {block_length}, cache {cache}, {tpf:g} tokens a forward, batch {batch}"
-            + (f", end token at {stop_at}" if stop_at else "")
-        )
-        console.print(phases_table(shape, setting, target))
-        if ops:
-            wide(120).print(ops_table(shape, setting, target))
-        console.print(what_if_table(floors))
-        console.print("[dim]A floor: nothing here was measured.[/dim]")
+    shape = model_of.shape_of(model)
+    target = gpu_of(gpu, bandwidth, tflops)
+    setting = Setting(
+        prompt_length,
+        gen_length,
+        block_length,
+        cache.value,
+        tokens_per_forward,
+        batch_size,
+        1 if prompt_refresh is None else prompt_refresh,
+        stop_at,
+        weight_bits,
+        cache_bits,
+    )
+    floors = [(name, model_of.floor(shape, changed, target)) for name, changed in model_of.what_if(setting)]
+    if as_json:
+        typer.echo(json.dumps(record(shape, target, setting, floors)))
+        return
+    weights = f"{shape.streamed_parameters * weight_bits / 8 / 1e9:.2f} GB of weights a forward"
+    say(console, shape.name, style="bold")
+    hardware = f"{target.bandwidth / 1e9:,.0f} GB/s", f"{target.matrix_rate / 1e12:,.0f} TFLOP/s bfloat16"
+    say_list(console, [f"on {target.name}", *hardware, weights])
+    lengths = f"prompt of {prompt_length}", f"{gen_length} tokens in blocks of {block_length}", f"cache {cache}"
+    say_list(
+        console,
+        [*lengths, f"{tokens_per_forward:g} tokens a forward", f"batch of {batch_size}"]
+        + ([f"end token at {stop_at}"] if stop_at else []),
+    )
+    show(phases_table(shape, setting, target))
+    if ops:
+        show(ops_table(shape, setting, target))
+    show(what_if_table(floors))
+    say(console, "A floor: nothing here was measured.", style="dim")
 
 
 def gpu_of(name: str, bandwidth: float | None, tflops: float | None) -> Gpu:
@@ -81,9 +94,16 @@ def gpu_of(name: str, bandwidth: float | None, tflops: float | None) -> Gpu:
     )
 
 
+def _table(title: str, first: str) -> Table:
+    """A table that fits into 80 columns; its first column names the rows."""
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first)
+    return table
+
+
 def phases_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
     """A forward of each kind."""
-    table = Table("forward", title="A forward")
+    table = _table("A forward", "forward")
     for column in ("how many", "rows", "keys", "head rows", "GB", "TFLOP", "bound", "floor ms"):
         table.add_column(column, justify="right")
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
@@ -115,7 +135,7 @@ def ops_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
     kinds = {"refresh": schedule[0], "step": schedule[-1]}
     if len(schedule) == 1 or kinds["refresh"].name != "refresh":
         del kinds["refresh"]
-    table = Table("op", title="Its ops, each timed alone")
+    table = _table("Its ops, each timed alone", "op")
     table.add_column("calls", justify="right")
     table.caption = "alone, an op's activations pass the memory too, so the sum is above the floor"
     for kind in kinds:
@@ -134,8 +154,9 @@ def ops_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
 
 def what_if_table(floors: list[tuple[str, Floor]]) -> Table:
     """Whole generations."""
-    table = Table("what if", title="The generation", caption="quantised weights are multiplied in bfloat16")
-    for column in ("forwards", "refreshes ms", "steps ms", "all ms", "tokens/s", "times as fast"):
+    table = _table("The generation", "what if")
+    table.caption = "quantised weights are multiplied in bfloat16"
+    for column in ("forwards", "refreshes ms", "steps ms", "all ms", "tokens/s", "speed-up"):
         table.add_column(column, justify="right")
     base = floors[0][1]
     for name, found in floors:

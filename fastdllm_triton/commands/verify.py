@@ -2,67 +2,57 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from .. import machine
-from .. import verify as proof
-from .._console import clear_errors, console, errors, wide
+from .. import cli_options as cli
+from .._console import console, errors, say, show, status
 from ..files import write_json
+from ._shared import check_writable, require_triton
 
 
 def verify(
-    device: Annotated[str | None, typer.Option(help="'cuda' or 'cpu'; the GPU if there is one.")] = None,
     op: Annotated[list[str] | None, typer.Option(help="An op, such as swiglu, or 'models'. All if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A part: seconds on a GPU, a minute or two on a CPU.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all that was found to this file.")] = None,
+    device: cli.DeviceOption = None,
+    out: Annotated[Path | None, typer.Option(help="Write all that was found to this file.", rich_help_panel=cli.OUTPUT)] = None,
+    as_json: cli.JsonOption = False,
 ) -> None:
     """Try every kernel against the reference and float64, then whole models, on this machine.
 
     Ends with status 1 if anything did not hold.
     """
-    with clear_errors():
-        require_triton("verify")
-        names = proof.check_names(op)
-        target = proof.check_device(device)
-        check_writable(json_file)
-        if proof.needs_interpreter(target):
-            arguments = ["verify", "--device", "cpu", *(part for name in names for part in ("--op", name))]
-            arguments += ["--quick"] if quick else []
-            arguments += ["--json", str(json_file)] if json_file else []
-            raise typer.Exit(proof.rerun_in_interpreter(arguments))
-        where = machine.device_name(target)
-        with console.status("") as status:
-            status.update(f"verifying on {where}")
-            records = proof.verify(
-                names, target, quick=quick, on_record=lambda record: status.update(f"verified {record.check} {record.dtype}")
-            )
-        wide(110).print(proof.render(records, f"Verified on {where}"))
+    require_triton("verify")
+    check_writable("--out", out)
+    from .. import machine
+    from .. import verify as proof
+
+    names = proof.check_names(op)
+    target = proof.check_device(device)
+    if proof.needs_interpreter(target):
+        arguments = ["verify", "--device", "cpu", *(part for name in names for part in ("--op", name))]
+        arguments += ["--quick"] * quick + ["--json"] * as_json
+        arguments += ["--out", str(out)] if out else []
+        raise typer.Exit(proof.rerun_in_interpreter(arguments))
+    where = machine.device_name(target)
+    with status(f"verifying on {where}") as line:
+        records = proof.verify(
+            names, target, quick=quick, on_record=lambda record: line.update(Text(f"verified {record.check} {record.dtype}"))
+        )
+    summary = proof.summary(records, machine.describe(target))
+    if out is not None:
+        write_json(out, summary)
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        show(proof.render(records, f"Verified on {where}"))
         if target.type == "cpu":
-            console.print("[dim]No GPU: this shows that the kernels compute the right thing, and nothing about speed.[/dim]")
-        if json_file is not None:
-            write_json(json_file, proof.summary(records, machine.describe(target)))
-        failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]
-        if failed:
-            errors.print(Text(f"did not hold: {', '.join(failed)}", style="red"))
-            raise typer.Exit(1)
-
-
-def require_triton(command: str) -> None:
-    """Raises where there are no kernels to run."""
-    if importlib.util.find_spec("triton") is None:
-        raise RuntimeError(f"{command} needs triton, which is not installed")
-
-
-def check_writable(file: Path | None, option: str = "--json") -> None:
-    """Raises before any work if a file could not be written after it."""
-    if file is None:
-        return
-    folder = file.absolute().parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: {file} cannot be written; give a file in a folder that exists and can be written")
+            say(console, "No GPU: this shows that the kernels compute the right thing, and nothing about speed.", style="dim")
+    failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]
+    if failed:
+        say(errors, f"did not hold: {', '.join(failed)}", style="red")
+        raise typer.Exit(1)

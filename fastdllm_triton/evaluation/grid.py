@@ -43,18 +43,18 @@ class StrategySpec:
         family, *rest = text.strip().split(":")
         allowed = "fixed:K, threshold:T, factor:F or entropy:NATS, each with an optional :score"
         if family not in FAMILIES or len(rest) not in (1, 2):
-            raise ValueError(f"--strategies must be a list of {allowed}, got {text!r}")
+            raise ValueError(f"strategy must be {allowed}, got {text!r}")
         try:
             value = float(rest[0])
         except ValueError:
-            raise ValueError(f"--strategies: {text!r} needs a number after its name, got {rest[0]!r}") from None
+            raise ValueError(f"strategy: {text!r} needs a number after its name, got {rest[0]!r}") from None
         spec = cls(family, value, rest[1] if len(rest) == 2 else None, text.strip())
         if family == "fixed" and not (value >= 1 and value == int(value)):
-            raise ValueError(f"--strategies: {text!r} must commit a whole number of tokens a forward, 1 or more")
+            raise ValueError(f"strategy: {text!r} must commit a whole number of tokens a forward, 1 or more")
         try:
             spec.strategy(1, 1)
         except ValueError as error:
-            raise ValueError(f"--strategies: {text!r}: {error}") from None
+            raise ValueError(f"strategy: {text!r}: {error}") from None
         return spec
 
     def __str__(self) -> str:
@@ -93,12 +93,12 @@ class CacheSpec:
         """
         name, *given = text.strip().split("+")
         if name not in get_args(CacheName):
-            raise ValueError(f"--caches must be a list of {', '.join(get_args(CacheName))}, got {text!r}")
+            raise ValueError(f"cache must be one of {', '.join(get_args(CacheName))}, got {text!r}")
         knobs = []
         for option in given:
             knob, _, number = option.partition("=")
             if knob not in KNOBS or not number.isdecimal():
-                raise ValueError(f"--caches: after + comes OPTION=INTEGER with an option of {', '.join(KNOBS)}, got {text!r}")
+                raise ValueError(f"cache: after + comes OPTION=INTEGER with an option of {', '.join(KNOBS)}, got {text!r}")
             knobs.append((knob, int(number)))
         return cls(name, tuple(knobs))  # type: ignore[arg-type]
 
@@ -163,8 +163,8 @@ def parse_grid(strategies: str, caches: str, block_lengths: str | Sequence[int],
     if isinstance(block_lengths, str):
         lengths = []
         for text in block_lengths.split(","):
-            if not text.strip().isdecimal():
-                raise ValueError(f"--block-length must be a list of integers of 1 or more, got {block_lengths!r}")
+            if not text.strip().isdecimal() or int(text) < 1:
+                raise ValueError(f"block_lengths must be a list of integers of 1 or more, got {block_lengths!r}")
             lengths.append(int(text))
     else:
         lengths = list(block_lengths)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..prompts import read_bytes, read_objects
 from ..tiny.problems import problems, score
 
 #: Scores of one answer, each in [0, 1], by name; ``exact_match`` among them.
@@ -83,29 +84,17 @@ def read_requests(path: Path, limit: int | None = None) -> list[Request]:
         OSError: the file cannot be read.
     """
     requests: list[Request] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if limit is not None and len(requests) == limit:
-                break
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"--data: {where} is not JSON: {error}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"--data: {where} must be an object with 'prompt' and 'answer', got {type(record).__name__}")
-            for key in ("prompt", "answer"):
-                if key not in record:
-                    raise ValueError(f"--data: {where} has no {key!r}; it has {', '.join(record) or 'nothing'}")
-            if not isinstance(record["prompt"], str) or not record["prompt"]:
-                raise ValueError(f"--data: {where}: 'prompt' must be text and not empty, got {record['prompt']!r}")
-            if isinstance(record["answer"], (dict, list, type(None))):
-                raise ValueError(f"--data: {where}: 'answer' must be text or a number, got {record['answer']!r}")
-            requests.append(Request(record["prompt"], str(record["answer"]), where, record))
+    source = f"--data {path}"
+    for where, record in read_objects(source, read_bytes("--data", path)):
+        if limit is not None and len(requests) == limit:
+            break
+        if "answer" not in record:
+            raise ValueError(f"{where}: has no 'answer'; it has {', '.join(map(repr, record))}")
+        if isinstance(record["answer"], (dict, list, type(None))):
+            raise ValueError(f"{where}: 'answer' must be text or a number, got {record['answer']!r}")
+        requests.append(Request(record["prompt"], str(record["answer"]), where.removeprefix("--data "), record))
     if not requests:
-        raise ValueError(f"--data: {path} holds no request")
+        raise ValueError(f"{source} holds no request")
     return requests
 
 
@@ -125,6 +114,8 @@ def find_scorer(name: str) -> Scorer:
         return Scorer(name, lambda request, text: _exact(final_number(text), final_number(request.answer)))
     if name == "text":
         return Scorer(name, lambda request, text: _exact(text.strip(), request.answer.strip()))
+    if name == "regex:":
+        raise ValueError("--scorer: regex: needs a pattern after it")
     if name.startswith("regex:"):
         try:
             pattern = re.compile(name.removeprefix("regex:"))

@@ -92,7 +92,10 @@ def check_device(device: str | torch.device | None) -> torch.device:
     """The device to verify on."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        target = torch.device("meta")
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device: got {str(device)!r}, needs cpu or cuda")
     if target.type == "cuda" and not torch.cuda.is_available():
@@ -107,7 +110,7 @@ def needs_interpreter(device: torch.device) -> bool:
 
 def rerun_in_interpreter(arguments: Sequence[str]) -> int:
     """Runs ``fastdllm-triton`` with these arguments in a process where Triton interprets, and gives back its status."""
-    command = [sys.executable, "-m", f"{__package__.split('.')[0]}.cli", *arguments]
+    command = [sys.executable, "-m", __package__.split(".")[0], *arguments]
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
 
 
