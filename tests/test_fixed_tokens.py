@@ -261,10 +261,9 @@ def test_infilling_on_the_command_line(tiny: fdt.MaskedDiffusionLM) -> None:
         (["--constraint", "5="], "--constraint must be POS=TEXT, such as 5=hello, got '5='"),
         (["--constraint", "5=a", "--constraint", "5=b"], "--constraint: position 5 is given twice"),
         (["--infill", "--chat"], "--infill and --chat exclude each other"),
-        (["--infill", "--live"], "--infill and --live exclude each other"),
         (["--infill", "--gen-length", "48"], "--infill and --gen-length exclude each other"),
         (["--infill"], "prompts: row 0 has no mask to fill in"),
-        (["--cfg-scale", "-1"], "cfg_scale must be 0 or more, got -1.0"),
+        (["--cfg-scale", "-1"], "--cfg-scale must be 0 or more, got -1.0"),
     ],
 )
 def test_bad_command_lines(arguments: list[str], message: str) -> None:
