@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, Generation, run
-from .models.checkpoint import read_json
-from .models.config import ModelConfig
+from .models.checkpoint import failures_as, read_json
+from .models.config import CheckpointError, ModelConfig
+from .models.fields import Fields
 from .models.transformer import Transformer
 from .saving import save_checkpoint
-from .tokenizer import read_tokenizer
+from .tokenizer import apply_template, read_tokenizer, tokenize
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -76,17 +78,33 @@ class MaskedDiffusionLM:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The checkpoint's tokenizer, or None if it has none. Remote code is never run.
 
+        Warns:
+            UserWarning: it calls another token its mask than ``config.json``, by which the model was trained and generates.
+
         Raises:
             CheckpointError: its files are damaged.
         """
-        return None if self._folder is None else read_tokenizer(self._folder)
+        tokenizer = None if self._folder is None else read_tokenizer(self._folder)
+        if tokenizer is not None and tokenizer.mask_token_id not in (None, self.config.mask_id):
+            warnings.warn(
+                f"the tokenizer in {self._folder} calls token {tokenizer.mask_token_id} its mask; "
+                f"config.json says {self.config.mask_id}, which is what generation begins with",
+                stacklevel=3,
+            )
+        return tokenizer
 
     @cached_property
     def defaults(self) -> GenerationConfig:
-        """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``."""
+        """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``.
+
+        Raises:
+            CheckpointError: the file is damaged, or its lengths are none.
+        """
         path = None if self._folder is None else self._folder / "generation_config.json"
-        given = read_json(path) if path is not None and path.exists() else {}
-        return GenerationConfig(**{name: given[name] for name in ("gen_length", "block_length") if name in given})
+        fields = Fields(read_json(path) if path is not None and path.exists() else {}, "generation_config.json")
+        lengths: dict[str, Any] = {name: fields.integer(name) for name in ("gen_length", "block_length") if name in fields}
+        with failures_as(CheckpointError, str(path)):
+            return GenerationConfig(**lengths)
 
     def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
         """``config``, or :attr:`defaults`, with some fields replaced.
@@ -109,18 +127,18 @@ class MaskedDiffusionLM:
             chat: wrap a string as a user's only message.
 
         Raises:
-            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for.
+            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for; or one of them fails, or
+                takes too long, over this text.
         """
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise ValueError(f"prompts: {self._folder or 'the module'} has no tokenizer files; give token ids")
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+        tokenizer, folder = self.tokenizer, self._folder
+        if tokenizer is None or folder is None:
+            raise ValueError(f"prompts: {folder or 'the module'} has no tokenizer files; give token ids")
+        vocab_size = self.config.vocab_size
         if isinstance(text, str) and not chat:
-            return list(tokenizer(text)["input_ids"])
-        if not tokenizer.chat_template:
-            raise ValueError(f"chat: the tokenizer in {self._folder} has no chat template")
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+            return tokenize(tokenizer, folder, text, vocab_size)
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+        rendered = apply_template(tokenizer, folder, messages)
+        return tokenize(tokenizer, folder, rendered, vocab_size, add_special_tokens=False)
 
     def save_pretrained(self, folder: str | Path, max_shard_size: int | str = "5GB") -> None:
         """Writes the model as a checkpoint that the original classes load: the same tensor names, config and tokenizer files.

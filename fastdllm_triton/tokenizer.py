@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .models.checkpoint import read_json
+from .models.checkpoint import failures_as, read_json, read_text, require_regular
 from .models.config import CheckpointError
+from .templates import render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+#: What transformers reads of a folder besides weights.
+_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -26,8 +31,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         The tokenizer, or None if there are no such files.
 
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: a file is damaged, or no file; or the tokenizer fails over any text.
     """
+    for name in _FILES:
+        for path in folder.glob(name):
+            if path.exists() and not path.is_dir():
+                require_regular(path)
     from transformers import PreTrainedTokenizerFast
 
     cls: Any = PreTrainedTokenizerFast
@@ -37,14 +46,56 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         from transformers import Qwen2TokenizerFast
 
         cls = Qwen2TokenizerFast
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
             read_json(folder / name)
-    try:
+    with failures_as(CheckpointError, f"the tokenizer files in {folder} cannot be read"):
         # Told not to trust, transformers does not ask on the terminal about code that config.json names.
         tokenizer: PreTrainedTokenizerBase = cls.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # The tokenizers library raises plain Exceptions.
-        raise CheckpointError(f"the tokenizer files in {folder} cannot be read: {error}") from error
+        tokenizer.decode(tokenizer("a")["input_ids"])  # Fields of wrong types are noticed when they are first used.
     if (template := folder / "chat_template.jinja").exists():  # Older versions do not look for it.
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(template)
     return tokenizer
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, folder: Path, text: str, vocab_size: int, **options: Any) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+        tokenizer: of :func:`read_tokenizer`.
+        folder: where it was read from, for errors.
+        text: any.
+        vocab_size: of the model; ids are below it.
+        options: of the tokenizer.
+
+    Raises:
+        ValueError: the tokenizer fails over the text, or gives an id that the model does not have.
+    """
+    with failures_as(ValueError, f"prompts: the tokenizer in {folder} failed"):
+        text.encode()  # Says what is wrong about halves of surrogate pairs, which the tokenizer takes for another type.
+        ids = list(tokenizer(text, **options)["input_ids"])
+    if ids and max(ids) >= vocab_size:
+        raise ValueError(
+            f"prompts: the tokenizer in {folder} gives token {max(ids)}, the model's vocabulary ends at {vocab_size - 1}"
+        )
+    return ids
+
+
+def apply_template(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, messages: Sequence[Mapping[str, Any]], next_turn: bool = True
+) -> str:
+    """A conversation as the text that the checkpoint was trained on.
+
+    Args:
+        tokenizer: of :func:`read_tokenizer`.
+        folder: where it was read from, for errors.
+        messages: oldest first, a ``role`` and a ``content`` each.
+        next_turn: whether the model's turn is next; otherwise it goes on with the last message.
+
+    Raises:
+        ValueError: there is no template, or it fails; what it says itself is in the message.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(f"chat: the tokenizer in {folder} has no chat template")
+    with failures_as(ValueError, f"chat: the template of {folder} failed"):
+        return render_chat(tokenizer.get_chat_template(), tokenizer.special_tokens_map, messages, next_turn)
