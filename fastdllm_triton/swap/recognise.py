@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..loading import ARCHITECTURES, architecture_of, supported_dtype
 from ..models.checkpoint import failures_as
@@ -115,10 +116,15 @@ def _refuse_dropout(module: nn.Module, raw: dict[str, Any]) -> None:
 
 def _refuse_quantised(module: nn.Module, raw: dict[str, Any]) -> None:
     advice = "give the module in bfloat16 or float32 (module.dequantize(), or load it without quantization_config)"
-    if raw.get("quantization_config"):
+    quantised = raw.get("quantization_config")
+    if quantised is not None and not (isinstance(quantised, Mapping) and not quantised):
         raise ValueError(f"module.config: quantization_config is set; quantised modules are not supported; {advice}")
     for name, layer in module.named_modules():
         parameters = dict(layer.named_parameters(recurse=False))
+        for p in parameters.values():
+            if is_lazy(p) or p.layout is not torch.strided:
+                kind = type(p).__name__ if is_lazy(p) else str(p.layout)
+                raise ValueError(f"module: {name} has a parameter that is not a plain tensor ({kind}), which is not supported")
         things = (layer, *parameters.values())
         found = [type(thing).__name__ for thing in things if type(thing).__name__ in _QUANTISED_CLASSES]
         found += [field for thing in things for field in _QUANTISED_FIELDS if getattr(thing, field, None) is not None]
