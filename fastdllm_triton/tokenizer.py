@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .models.checkpoint import failures_as, read_json, read_text, require_regular
-from .models.config import CheckpointError
+from .models.config import CheckpointError, shown
 from .templates import render_chat
 
 if TYPE_CHECKING:
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 #: What transformers reads of a folder besides weights.
 _FILES = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*")
+
+#: The field of a file that holds tokens with their properties; None where all fields do.
+_TOKENS = {"tokenizer.json": "added_tokens", "tokenizer_config.json": "added_tokens_decoder", "special_tokens_map.json": None}
+_TOKEN_FIELDS = {"content", "single_word", "lstrip", "rstrip", "normalized", "special", "id", "__type"}
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -46,9 +50,11 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         from transformers import Qwen2TokenizerFast
 
         cls = Qwen2TokenizerFast
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+    for name in (*_TOKENS, "added_tokens.json"):
         if (folder / name).exists():
-            read_json(folder / name)
+            raw = read_json(folder / name)
+            if name in _TOKENS:
+                _require_known_fields(name, raw)
     with failures_as(CheckpointError, f"the tokenizer files in {folder} cannot be read"):
         # Told not to trust, transformers does not ask on the terminal about code that config.json names.
         tokenizer: PreTrainedTokenizerBase = cls.from_pretrained(folder, trust_remote_code=False)
@@ -56,6 +62,31 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if (template := folder / "chat_template.jinja").exists():  # Older versions do not look for it.
         tokenizer.chat_template = read_text(template)
     return tokenizer
+
+
+def _require_known_fields(file: str, raw: dict[str, Any]) -> None:
+    """Refuses tokens with fields that tokens do not have: the tokenizers library prints their names to stdout as they are.
+
+    Raises:
+        CheckpointError: there is such a token.
+    """
+    listed = raw if (field := _TOKENS[file]) is None else raw.get(field)
+    tokens = list(listed.values()) if isinstance(listed, dict) else listed if isinstance(listed, list) else []
+    for token in (*tokens, *(value for value in _objects(raw) if "__type" in value)):
+        if isinstance(token, dict) and (unknown := sorted(token.keys() - _TOKEN_FIELDS)):
+            raise CheckpointError(f"{file}: a token has the field {shown(unknown[0])}, which tokens do not have")
+
+
+def _objects(tree: Any) -> Iterator[dict[str, Any]]:
+    """All objects in a value of JSON, itself included."""
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, dict):
+            yield node
+            nodes += node.values()
+        elif isinstance(node, list):
+            nodes += node
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, folder: Path, text: str, vocab_size: int, **options: Any) -> list[int]:

@@ -252,7 +252,7 @@ lm = fdt.load({str(folder)!r}, device="cpu")
 print(len(lm.encode("hello", chat=True)) > 5, templates._process.pid)
 """
     result = subprocess.run(
-        [sys.executable, "-X", "dev"], input=code, capture_output=True, text=True, check=True, cwd=folder, env=_environment()
+        [sys.executable], input=code, capture_output=True, text=True, check=True, cwd=folder, env=_environment()
     )
     told, pid = result.stdout.split()
     assert told == "True" and not Path(f"/proc/{pid}").exists()

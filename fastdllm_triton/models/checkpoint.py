@@ -5,6 +5,7 @@ Only data is read; nothing that comes with a checkpoint is executed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import stat
@@ -33,8 +34,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 #: Hundreds of layers have some thousands of tensors; a header has room for more than a million.
 _MOST_TENSORS = 100_000
 
-#: Configs have kilobytes, indices and tokenizer configs some megabytes.
-_LARGEST_TEXT = 16 << 20
+#: Configs have kilobytes, indices and tokenizers of the largest vocabularies some megabytes, and few objects.
+_LARGEST_TEXT, _MOST_OBJECTS = 16 << 20, 1_000_000
 
 #: A file in the same folder, on any system.
 _SHARD = re.compile(r"[^/\\:\0\r\n]+\.safetensors")
@@ -61,12 +62,18 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint.
 
     Raises:
-        CheckpointError: as :func:`read_text`; or it is not JSON (numbers that are none included), nested without end, no
+        CheckpointError: as :func:`read_text`; or it is not JSON (numbers that are none included), nested too deeply, no
             object, or names a field twice with two values.
     """
-    text = read_text(path)
+    text, count = read_text(path), itertools.count(1)
+
+    def to_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if next(count) > _MOST_OBJECTS:
+            raise ValueError(f"there are more than {_MOST_OBJECTS} objects")
+        return _unambiguous(pairs)
+
     try:
-        raw = json.loads(text, object_pairs_hook=_unambiguous, parse_constant=_refuse_constant)
+        raw = json.loads(text, object_pairs_hook=to_fields, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):

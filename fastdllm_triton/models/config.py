@@ -18,9 +18,10 @@ class CheckpointError(ValueError):
 
 
 def one_line(message: str) -> str:
-    """A message without line breaks, cut to 1,000 characters."""
-    line = " ".join(part.strip() for part in message.splitlines())
-    return line if len(line) <= 1000 else f"{line[:1000]} ..."
+    """A message without line breaks and control characters, cut to 1,000 characters; it may hold text from a file."""
+    line = " ".join(part.strip() for part in message[:1000].splitlines())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= 1000 and len(message) <= 1000 else f"{line[:1000]} ..."
 
 
 def shown(value: object) -> str:
