@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +56,26 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
             raw = read_json(folder / name)
             if name in _TOKENS:
                 _require_known_fields(name, raw)
-    with failures_as(CheckpointError, f"the tokenizer files in {folder} cannot be read"):
+    with _quiet(), failures_as(CheckpointError, f"the tokenizer files in {folder} cannot be read"):
         # Told not to trust, transformers does not ask on the terminal about code that config.json names.
         tokenizer: PreTrainedTokenizerBase = cls.from_pretrained(folder, trust_remote_code=False)
         tokenizer.decode(tokenizer("a")["input_ids"])  # Fields of wrong types are noticed when they are first used.
     if (template := folder / "chat_template.jinja").exists():  # Older versions do not look for it.
         tokenizer.chat_template = read_text(template)
     return tokenizer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers from logging class names and tokens of a checkpoint, which may hold what a terminal acts on."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _require_known_fields(file: str, raw: dict[str, Any]) -> None:

@@ -117,13 +117,24 @@ def test_the_text_is_that_of_transformers(style: str, chat: str) -> None:
     assert render_chat(STYLES[style], tokenizer.special_tokens_map, CHATS[chat]) == theirs
 
 
-@pytest.mark.parametrize("content", ["The answer is", "The answer is ", "two\nlines\n"])
 @pytest.mark.parametrize("style", ["chatml", "llada", "qwen2"])
-def test_a_message_that_is_continued_is_left_open_as_in_transformers(style: str, content: str) -> None:
+def test_a_message_that_is_continued_is_left_open_as_in_transformers(style: str) -> None:
     tokenizer = _tokenizer(STYLES[style])
-    chat = [*HELLO, {"role": "assistant", "content": content}]
+    chat = [*HELLO, {"role": "assistant", "content": "The answer is"}]
     theirs = tokenizer.apply_chat_template(chat, tokenize=False, continue_final_message=True)
     assert render_chat(STYLES[style], tokenizer.special_tokens_map, chat, next_turn=False) == theirs
+
+
+@pytest.mark.parametrize(("style", "end"), [("chatml", "two\nlines \n"), ("qwen2", "two\nlines \n"), ("llada", "two\nlines")])
+def test_a_message_that_is_continued_ends_as_the_template_writes_it(style: str, end: str) -> None:
+    """With its last space, or trimmed; versions of transformers differ in this."""
+    chat = [*HELLO, {"role": "assistant", "content": "two\nlines \n"}]
+    assert render_chat(STYLES[style], {"bos_token": ""}, chat, next_turn=False).endswith(end)
+
+
+def test_a_template_that_leaves_out_the_message_to_be_continued() -> None:
+    with pytest.raises(ValueError, match="it leaves out the message that is to be continued"):
+        render_chat("{{ messages[0].content }}", {}, [*HELLO, {"role": "assistant", "content": "x"}], next_turn=False)
 
 
 @pytest.fixture

@@ -212,6 +212,25 @@ def test_a_pipe_among_the_tokenizer_files_is_not_waited_for(llada_folder: Path, 
         read_tokenizer(llada_folder)
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_tokens_with_fields_that_tokens_do_not_have(llada_folder: Path, file: str) -> None:
+    """The tokenizers library would print the field's name, to stdout and as it is."""
+    token = {"content": "<|endoftext|>", "\x1b]0;pwn\x07": 1}
+    places = {"tokenizer.json": {"added_tokens": [token]}, "tokenizer_config.json": {"added_tokens_decoder": {"0": token}}}
+    raw = json.loads((llada_folder / file).read_text()) if (llada_folder / file).exists() else {}
+    (llada_folder / file).write_text(json.dumps(raw | places.get(file, {"eos_token": token})))
+    with pytest.raises(
+        fdt.CheckpointError, match=rf"{file}: a token has the field '\\x1b\]0;pwn\\x07', which tokens do not have"
+    ):
+        read_tokenizer(llada_folder)
+
+
+def test_class_names_of_a_checkpoint_are_not_printed(llada_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _edit(llada_folder, tokenizer_class="\x1b]0;pwn\x07")
+    assert read_tokenizer(llada_folder) is not None
+    assert "pwn" not in "".join(capfd.readouterr())
+
+
 def _edit_tokenizer(folder: Path, **fields: Any) -> None:
     raw = json.loads((folder / "tokenizer.json").read_text()) | fields
     (folder / "tokenizer.json").write_text(json.dumps(raw))
