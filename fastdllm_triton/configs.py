@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import tiny
-from .loading import architecture_of, is_hub_id
+from .loading import architecture_of, is_hub_id, not_fetched
 from .models.checkpoint import read_json
 from .models.config import CheckpointError, ModelConfig
+from .models.fields import Fields
 
 
 def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
@@ -23,8 +24,10 @@ def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
         CheckpointError: (a ``ValueError``) there is no such file, or it is not one of a supported model.
     """
     raw = read_json(_find(model))
-    dtype = raw.get("dtype") or raw.get("torch_dtype")  # What transformers 5 writes, and what those before did.
-    return architecture_of(raw).config(raw), None if dtype is None else str(dtype).removeprefix("torch.")
+    fields = Fields(raw)
+    field = "dtype" if "dtype" in fields else "torch_dtype"  # What transformers 5 writes, and what those before did.
+    dtype = fields.text(field).removeprefix("torch.") if field in fields else None
+    return architecture_of(raw).config(raw), dtype
 
 
 def _find(model: str | Path) -> Path:
@@ -42,4 +45,4 @@ def _find(model: str | Path) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # The hub client raises errors of many kinds: network, rights, names.
-        raise CheckpointError(f"model: {name!r} is no local folder and its config.json could not be fetched: {error}") from error
+        raise not_fetched("model", name, error) from error

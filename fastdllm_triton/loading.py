@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 
 from . import tiny
 from .invariant import invariant
+from .memory import Memory, available_bytes
 from .model import MaskedDiffusionLM
 from .models import dream, llada
 from .models.checkpoint import Checkpoint, read_json
-from .models.config import CheckpointError, ModelConfig
-from .models.transformer import Transformer, Weights
+from .models.config import CheckpointError, ModelConfig, shown
+from .models.fields import Fields
+from .models.transformer import Transformer, Weights, expected_shapes
 from .ops import Ops, resolve
 
 #: ``model_type`` of a ``config.json``, in lower case, to the module with its config and name map.
@@ -51,6 +53,7 @@ def load(
         CheckpointError: (a ``ValueError``) the checkpoint is incomplete, damaged or of an unknown architecture.
         ValueError: ``device``, ``dtype`` or ``backend`` is not one that can be used here.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
+        MemoryError: the weights do not fit; raised before any is read.
     """
     target = _device(device)
     wanted = None if dtype is None else supported_dtype(dtype, target)
@@ -58,17 +61,18 @@ def load(
     folder = find(path_or_hub_id)
     raw = read_json(folder / "config.json")
     architecture = architecture_of(raw)
-    config = architecture.config(raw)
+    config: ModelConfig = architecture.config(raw)
     checkpoint = Checkpoint(folder)
+    checkpoint.check(expected_shapes(config, architecture.NAMES), ignored=(architecture.NAMES.head,))
     if wanted is None:
-        if checkpoint.dtype is None:
-            raise CheckpointError(f"{folder} stores its tensors in a dtype that is not read; float64, 32, 16 and bfloat16 are")
         wanted = supported_dtype(checkpoint.dtype, target)
 
     ops = ops_for(backend, target, wanted)
     if deterministic:
         ops = invariant(ops)
-    checkpoint.check(expected_shapes(config), ignored=(architecture.NAMES.head,))
+    needed, available = Memory.of(config, 0, 0, wanted.itemsize).weights, available_bytes(target)
+    if available is not None and needed > available:
+        raise MemoryError(f"path_or_hub_id: the weights take {needed:,} bytes as {wanted}, {target} has {available:,} left")
     weights = Weights.allocate(config, target, wanted)
     checkpoint.copy_into(dict(weights.named(config, architecture.NAMES)))
     local = folder == tiny.PATH or Path(path_or_hub_id).expanduser() == folder
@@ -94,9 +98,15 @@ def find(path_or_hub_id: str | Path) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # The hub client raises errors of many kinds: network, rights, names.
-        raise CheckpointError(
-            f"path_or_hub_id: {name!r} is no local folder and could not be fetched from the hub: {error}"
-        ) from error
+        raise not_fetched("path_or_hub_id", name, error) from error
+
+
+def not_fetched(argument: str, name: str, error: Exception) -> CheckpointError:
+    """The error for what is neither on this machine nor on the hub. The client's own words, which are many, are its cause."""
+    return CheckpointError(
+        f"{argument}: there is no folder {shown(name)}, and the hub did not give the repository of that name "
+        f"({type(error).__name__})"
+    )
 
 
 def is_hub_id(given: str | Path) -> bool:
@@ -119,23 +129,19 @@ def ops_for(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
     return replace(resolve("reference", device), reason="the Triton kernels have no float64")
 
 
-@cache
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint must hold."""
-    weights = Weights.allocate(config, torch.device("meta"), torch.float32)
-    named = weights.named(config, ARCHITECTURES[config.architecture].NAMES)
-    return {name: tuple(tensor.shape) for name, tensor in named}
+def architecture_of(raw: Mapping[str, Any], source: str = "config.json") -> ModuleType:
+    """The module that reads a config.
 
-
-def architecture_of(raw: dict[str, Any]) -> ModuleType:
-    """The module that reads a ``config.json``.
+    Args:
+        raw: its fields.
+        source: how errors name it.
 
     Raises:
-        CheckpointError: its ``model_type`` is not known.
+        CheckpointError: its ``model_type`` is missing or not known.
     """
-    kind = raw.get("model_type")
-    if (name := str(kind).lower()) not in ARCHITECTURES:  # Dream's configs write it with a capital
-        raise CheckpointError(f"config.json: model_type {kind!r} is not known; supported: {', '.join(ARCHITECTURES)}")
+    kind = Fields(raw, source).text("model_type")
+    if (name := kind.lower()) not in ARCHITECTURES:  # Dream's configs write it with a capital
+        raise CheckpointError(f"{source}: model_type {shown(kind)} is not known; supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,12 +17,13 @@ from .checks import is_bool, require, told
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, Generation, run
 from .fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
-from .models.checkpoint import read_json
-from .models.config import ModelConfig
+from .models.checkpoint import failures_as, read_json
+from .models.config import CheckpointError, ModelConfig
+from .models.fields import Fields
 from .models.transformer import Transformer
 from .saving import save_checkpoint
 from .token_ids import id_row, id_rows, id_tensor
-from .tokenizer import read_tokenizer
+from .tokenizer import apply_template, read_tokenizer, tokenize
 from .trace import Trace
 
 if TYPE_CHECKING:
@@ -85,17 +87,33 @@ class MaskedDiffusionLM:
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The checkpoint's tokenizer, or None if it has none. Remote code is never run.
 
+        Warns:
+            UserWarning: it calls another token its mask than ``config.json``, by which the model was trained and generates.
+
         Raises:
             CheckpointError: its files are damaged.
         """
-        return None if self._folder is None else read_tokenizer(self._folder)
+        tokenizer = None if self._folder is None else read_tokenizer(self._folder)
+        if tokenizer is not None and tokenizer.mask_token_id not in (None, self.config.mask_id):
+            warnings.warn(
+                f"the tokenizer in {self._folder} calls token {tokenizer.mask_token_id} its mask; "
+                f"config.json says {self.config.mask_id}, which is what generation begins with",
+                stacklevel=3,
+            )
+        return tokenizer
 
     @cached_property
     def defaults(self) -> GenerationConfig:
-        """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``."""
+        """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``.
+
+        Raises:
+            CheckpointError: the file is damaged, or its lengths are none.
+        """
         path = None if self._folder is None else self._folder / "generation_config.json"
-        given = read_json(path) if path is not None and path.exists() else {}
-        return GenerationConfig(**{name: given[name] for name in ("gen_length", "block_length") if name in given})
+        fields = Fields(read_json(path) if path is not None and path.exists() else {}, "generation_config.json")
+        lengths: dict[str, Any] = {name: fields.integer(name) for name in ("gen_length", "block_length") if name in fields}
+        with failures_as(CheckpointError, str(path)):
+            return GenerationConfig(**lengths)
 
     def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
         """``config``, or :attr:`defaults`, with some fields replaced.
@@ -119,20 +137,20 @@ class MaskedDiffusionLM:
 
         Raises:
             TypeError: ``text`` is neither.
-            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for; or there is no message.
+            ValueError: the checkpoint has no tokenizer, or no chat template where one is asked for; one of them fails, or takes
+                too long, over this text; or there is no message.
         """
         _check_text(text)
         require("chat", chat, "True or False", is_bool(chat))
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise ValueError(f"prompts: {self._folder or 'the module'} has no tokenizer files; give token ids")
-        messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+        tokenizer, folder = self.tokenizer, self._folder
+        if tokenizer is None or folder is None:
+            raise ValueError(f"prompts: {folder or 'the module'} has no tokenizer files; give token ids")
+        vocab_size = self.config.vocab_size
         if isinstance(text, str) and not chat:
-            return list(tokenizer(text)["input_ids"])
-        if not tokenizer.chat_template:
-            raise ValueError(f"chat: the tokenizer in {self._folder} has no chat template")
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+            return tokenize(tokenizer, folder, text, vocab_size)
+        messages = [{"role": "user", "content": text}] if isinstance(text, str) else [dict(message) for message in text]
+        rendered = apply_template(tokenizer, folder, messages)
+        return tokenize(tokenizer, folder, rendered, vocab_size, add_special_tokens=False)
 
     def encode_masks(self, text: str, mask_id: int | None = None) -> list[int]:
         """Token ids of a text in which each ``[MASK]`` stands for one token to fill in.
@@ -348,9 +366,10 @@ class MaskedDiffusionLM:
 
     def _encode_within(self, text: str) -> list[int]:
         """Token ids of a text inside another one: no special tokens are added."""
-        if self.tokenizer is None:
-            raise ValueError(f"constraints: {self._folder or 'the module'} has no tokenizer files; give token ids")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        tokenizer, folder = self.tokenizer, self._folder
+        if tokenizer is None or folder is None:
+            raise ValueError(f"constraints: {folder or 'the module'} has no tokenizer files; give token ids")
+        return tokenize(tokenizer, folder, text, self.config.vocab_size, name="constraints", add_special_tokens=False)
 
     def _rows(self, prompts: Prompts) -> list[list[int]]:
         """Prompts of any accepted form as lists of ids."""

@@ -131,7 +131,10 @@ def test_other_ways_to_say_the_same(fields: dict[str, Any]) -> None:
         ({"num_attention_heads": 5}, r"num_attention_heads = 5 does not divide hidden_size = 64"),
         ({"hidden_size": "absent"}, r"the field 'hidden_size' is missing"),
         ({"mask_token_id": "absent"}, r"the field 'mask_token_id' is missing"),
-        ({"mask_token_id": None}, r"token id None is outside the vocabulary"),
+        ({"mask_token_id": None}, r"mask_token_id must be an integer of 0 or more, got None"),
+        ({"num_attention_heads": 0}, r"num_attention_heads must be an integer of 1 or more, got 0"),
+        ({"tie_word_embeddings": "false"}, r"tie_word_embeddings must be true or false, got 'false'"),
+        ({"mask_token_id": 316}, r"the mask token and an end-of-text token are the same, 316"),
     ],
 )
 def test_configs_that_do_not_fit(fields: dict[str, Any], message: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,13 +118,31 @@ def test_fused_projections_stack_the_checkpoints_rows() -> None:
     ("fields", "message"),
     [
         ({"model_type": "gpt2"}, r"model_type 'gpt2' is not known; supported: llada, dream"),
-        ({"model_type": "absent"}, r"model_type None is not known"),
+        ({"model_type": "absent"}, r"the field 'model_type' is missing"),
+        ({"model_type": ["llada"]}, r"config.json: model_type must be a string, got \['llada'\]"),
         ({"d_model": "absent"}, r"the field 'd_model' is missing"),
         ({"mask_token_id": "absent"}, r"the field 'mask_token_id' is missing"),
         ({"n_heads": 5}, r"n_heads = 5 does not divide d_model = 64"),
         ({"n_kv_heads": 3}, r"3 KV heads do not divide 4 query heads"),
-        ({"n_layers": 0}, r"layers must be a positive integer, got 0"),
-        ({"mask_token_id": 400}, r"token id 400 is outside the vocabulary \[0, 320\)"),
+        ({"n_layers": 0}, r"config.json: n_layers must be an integer of 1 or more, got 0"),
+        ({"n_heads": "x"}, r"config.json: n_heads must be an integer of 1 or more, got 'x'"),
+        ({"n_heads": None}, r"config.json: n_heads must be an integer of 1 or more, got None"),
+        ({"mlp_hidden_size": True}, r"config.json: mlp_hidden_size must be an integer of 1 or more, got True"),
+        ({"d_model": 10**30}, r"config.json: d_model must be an integer from 1 to 2147483647, got 10{30}"),
+        ({"rms_norm_eps": True}, r"config.json: rms_norm_eps must be a number above 0 and at most 1, got True"),
+        ({"rms_norm_eps": 1e9}, r"config.json: rms_norm_eps must be a number above 0 and at most 1, got 1000000000.0"),
+        ({"rope_theta": 0}, r"config.json: rope_theta must be a number above 0 and at most 1e\+12, got 0"),
+        ({"rope_theta": []}, r"config.json: rope_theta must be a number above 0 and at most 1e\+12, got \[\]"),
+        ({"rope_parameters": {"rope_theta": "x"}}, r"config.json: rope_parameters: rope_theta must be a number"),
+        ({"weight_tying": "false"}, r"config.json: weight_tying must be true or false, got 'false'"),
+        ({"rope": 1}, r"config.json: rope = 1 is not supported, only True"),
+        ({"mask_token_id": 400}, r"config.json: mask_token_id must be an integer from 0 to 319, got 400"),
+        ({"mask_token_id": 316}, r"the mask token and an end-of-text token are the same, 316"),
+        (
+            {"eos_token_id": [316, 320]},
+            r"eos_token_id must be token ids in the vocabulary \[0, 320\), got \[316, 320\]",
+        ),
+        ({"eos_token_id": 1.0}, r"config.json: eos_token_id must be token ids in the vocabulary \[0, 320\), got 1.0"),
         ({"embedding_size": 300}, r"embedding_size 300 is below vocab_size 320"),
         ({"activation_type": "gelu"}, r"activation_type = 'gelu' is not supported, only 'silu'"),
         ({"alibi": True}, r"alibi = True is not supported, only False; use the code that the model was released with"),
@@ -145,10 +166,47 @@ def test_a_missing_config(folder: Path) -> None:
         fdt.load(folder)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not valid JSON"), ("[1]", "must hold a JSON object, found list")])
-def test_a_broken_config(folder: Path, text: str, message: str) -> None:
-    (folder / "config.json").write_text(text)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"[1]", "must hold a JSON object, found list"),
+        (b"[" * 100_000, "is not valid JSON: maximum recursion depth"),
+        (b'{"n_heads": NaN}', "is not valid JSON: NaN is no number of JSON"),
+        (b'{"n_heads": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
+        (b'{"n_heads": 4, "n_heads": 8}', "is not valid JSON: the field 'n_heads' is there twice"),
+        (b"\xff\xfe{}", "is not text in UTF-8"),
+        (b" " * (17 << 20), "has more than 16 MiB"),
+    ],
+    ids=["cut", "list", "deep", "nan", "digits", "twice", "encoding", "size"],
+)
+def test_a_broken_config(folder: Path, content: bytes, message: str) -> None:
+    (folder / "config.json").write_bytes(content)
     with pytest.raises(fdt.CheckpointError, match=message):
+        fdt.load(folder)
+
+
+def test_a_field_that_is_there_twice_with_one_value(folder: Path, expected: Tensor) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace("{", '{"n_heads": 4,', 1))
+    assert torch.equal(fdt.load(folder).logits(IDS), expected)
+
+
+@pytest.mark.parametrize("layers", [10**7, 10**9])
+def test_a_billion_layers_cost_nothing(folder: Path, layers: int) -> None:
+    _edit_config(folder, n_layers=layers)
+    tracemalloc.start()
+    began = time.perf_counter()
+    with pytest.raises(fdt.CheckpointError, match=r"the tensor model.transformer.blocks.3.attn_norm.weight is missing"):
+        fdt.load(folder)
+    assert time.perf_counter() - began < 2
+    assert tracemalloc.get_traced_memory()[1] < 10e6
+    tracemalloc.stop()
+
+
+def test_weights_that_do_not_fit_are_not_allocated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdllm_triton.loading.available_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"the weights take [\d,]+ bytes as torch.float32, cpu has 1,000 left"):
         fdt.load(folder)
 
 
@@ -161,17 +219,87 @@ def test_no_safetensors(folder: Path) -> None:
 def test_a_missing_shard(folder: Path) -> None:
     file = sorted(set(_shard(folder).values()))[1]
     (folder / file).unlink()
-    with pytest.raises(fdt.CheckpointError, match=rf"shard .*{file} is missing"):
+    with pytest.raises(fdt.CheckpointError, match=rf"{file} is missing"):
         fdt.load(folder)
+
+
+def _edit_index(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_an_index_that_names_the_wrong_file(folder: Path) -> None:
     files = _shard(folder)
-    name = sorted(files)[0]
-    files[name] = next(file for file in files.values() if file != files[name])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"ghost": files[name], **files}}))
-    with pytest.raises(fdt.CheckpointError, match=r"names ghost in .*, which does not hold it"):
+    name, last = sorted(files)[0], max(files.values())
+    _edit_index(folder, files | {name: last})
+    with pytest.raises(fdt.CheckpointError, match=rf"{files[name]} holds {name}, which .*index.json places in {last}"):
         fdt.load(folder)
+
+
+def test_a_tensor_that_no_shard_holds(folder: Path) -> None:
+    files = _shard(folder)
+    _edit_index(folder, files | {"ghost": max(files.values())})
+    with pytest.raises(fdt.CheckpointError, match=rf"index.json places ghost in {max(files.values())}, which does not hold it"):
+        fdt.load(folder)
+
+
+def test_a_tensor_in_two_shards(folder: Path) -> None:
+    files = _shard(folder)
+    name, last = sorted(files)[0], max(files.values())
+    tensors = load_file(folder / last)
+    save_file(tensors | {name: torch.zeros_like(load_file(folder / files[name])[name])}, folder / last)
+    with pytest.raises(fdt.CheckpointError, match=rf"{last} holds {name}, which .*index.json places in {files[name]}"):
+        fdt.load(folder)
+
+
+def test_a_tensor_that_the_index_does_not_list(folder: Path) -> None:
+    files = _shard(folder)
+    name = sorted(files)[0]
+    _edit_index(folder, {other: file for other, file in files.items() if other != name})
+    with pytest.raises(fdt.CheckpointError, match=rf"holds {name}, which .*index.json does not list"):
+        fdt.load(folder)
+
+
+@pytest.mark.parametrize(
+    "outside", ["../{}", "/{}", "sub/{}", "..\\{}", "C:{}", "{}\n", "{}/", "", ".", "..", None, 5, ["{}"], {}]
+)
+def test_a_shard_is_a_file_of_the_folder(folder: Path, outside: Any) -> None:
+    """Any other file, even if it is there and holds the tensors, is no part of the checkpoint."""
+    files = _shard(folder)
+    name = sorted(files)[0]
+    place = outside.format(files[name]) if isinstance(outside, str) else outside
+    (folder / "sub").mkdir()
+    shutil.copy(folder / files[name], folder / "sub" / files[name])
+    _edit_index(folder, files | {name: place})
+    with pytest.raises(fdt.CheckpointError, match=r"which is not the name of a .safetensors file in the same folder"):
+        fdt.load(folder)
+
+
+@pytest.mark.parametrize("weight_map", [[], {}, "x", None, 5, ["model.safetensors"]])
+def test_a_weight_map_is_an_object(folder: Path, weight_map: Any) -> None:
+    _shard(folder)
+    _edit_index(folder, weight_map)
+    with pytest.raises(fdt.CheckpointError, match=r"weight_map must be an object of tensors and their files, got"):
+        fdt.load(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "model-00001-of-00003.safetensors"])
+def test_a_pipe_is_not_waited_for(folder: Path, file: str) -> None:
+    _shard(folder)
+    (folder / file).unlink()
+    os.mkfifo(folder / file)
+    with pytest.raises(fdt.CheckpointError, match=rf"{file} is not a regular file"):
+        fdt.load(folder)
+
+
+def test_files_that_are_links_as_in_the_cache_of_the_hub(folder: Path, expected: Tensor) -> None:
+    _shard(folder)
+    (folder / "blobs").mkdir()
+    (folder / "snapshot").mkdir()
+    for i, path in enumerate(path for path in sorted(folder.iterdir()) if path.is_file()):
+        path.rename(folder / "blobs" / str(i))
+        (folder / "snapshot" / path.name).symlink_to(f"../blobs/{i}")
+    assert torch.equal(fdt.load(folder / "snapshot").logits(IDS), expected)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 4000, -100])
@@ -196,10 +324,21 @@ def test_a_tensor_of_the_wrong_shape(folder: Path) -> None:
         fdt.load(folder)
 
 
-def test_a_dtype_that_is_not_read(folder: Path) -> None:
-    _edit_tensors(folder, lambda t: t.update({name: tensor.to(torch.float8_e4m3fn) for name, tensor in t.items()}))
-    with pytest.raises(fdt.CheckpointError, match=r"stores its tensors in a dtype that is not read"):
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.complex64, torch.bool], ids=str)
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_a_dtype_that_is_not_read(folder: Path, which: str, dtype: torch.dtype) -> None:
+    names = sorted(load_file(folder / "model.safetensors"))
+    name = names[0 if which == "first" else -1]
+    _edit_tensors(folder, lambda t: t.update({name: t[name].to(dtype)}))
+    with pytest.raises(fdt.CheckpointError, match=rf"{name} is stored in the dtype \w+, which is not read; float64, float32"):
         fdt.load(folder)
+
+
+def test_names_from_a_file_do_not_break_the_line_of_an_error(folder: Path) -> None:
+    _edit_tensors(folder, lambda t: t.update({"evil\n\x1b]0;pwn" + 1000 * "x": torch.zeros(1)}))
+    with pytest.raises(fdt.CheckpointError) as caught:
+        fdt.load(folder)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
 
 
 def test_code_beside_a_checkpoint_is_not_run(folder: Path) -> None:
@@ -234,13 +373,13 @@ def test_a_folder_that_is_not_there(path: str | Path) -> None:
 
 def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> str:
-        raise OSError("no network")
+        raise OSError("no network\nand advice of many lines")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(
-        fdt.CheckpointError, match=r"'some/model' is no local folder and could not be fetched from the hub: no network"
-    ):
+    told = r"^path_or_hub_id: there is no folder 'some/model', and the hub did not give the repository of that name \(OSError\)$"
+    with pytest.raises(fdt.CheckpointError, match=told) as caught:
         fdt.load("some/model")
+    assert str(caught.value.__cause__) == "no network\nand advice of many lines"
 
 
 def test_a_hub_id_fetches_data_only(monkeypatch: pytest.MonkeyPatch, expected: Tensor) -> None:

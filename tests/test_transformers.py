@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,16 @@ def test_a_template_in_a_file_of_its_own(llada_folder: Path, inline: str) -> Non
     assert _chat(read_tokenizer(llada_folder)) == LLADA_CHAT
 
 
+def _add_model(folder: Path, **fields: Any) -> None:
+    """Weights and a config to the tokenizer files of a folder."""
+    (folder / "model.safetensors").write_bytes((GOLDEN / GOLDEN_DREAM / "model.safetensors").read_bytes())
+    raw = json.loads((GOLDEN / GOLDEN_DREAM / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
 def test_prompts_and_chats_of_a_loaded_model(dream_folder: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        (dream_folder / name).write_bytes((GOLDEN / GOLDEN_DREAM / name).read_bytes())
+    tokenizer: Any = read_tokenizer(dream_folder)
+    _add_model(dream_folder, mask_token_id=tokenizer.mask_token_id)
     lm = fdt.load(dream_folder, device="cpu")
     assert lm.tokenizer is not None
     assert lm.tokenizer.decode(lm.encode("hello there")) == "hello there"
@@ -175,11 +183,115 @@ def test_no_files_no_tokenizer(dream_folder: Path) -> None:
     assert read_tokenizer(dream_folder) is None
 
 
-@pytest.mark.parametrize(("file", "text"), [("tokenizer.json", "{}"), ("tokenizer.json", "{"), ("tokenizer_config.json", "[]")])
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", "[" * 100_000),
+        ("tokenizer_config.json", '{"model_max_length": "x"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"0": 5}}'),
+        ("tokenizer_config.json", '{"eos_token": 5}'),
+        ("tokenizer_config.json", '{"init_inputs": 5}'),
+        ("special_tokens_map.json", "[]"),
+        ("added_tokens.json", '{"<a>": NaN}'),
+    ],
+)
 def test_damaged_files_are_named(llada_folder: Path, file: str, text: str) -> None:
     (llada_folder / file).write_text(text)
-    with pytest.raises(fdt.CheckpointError, match=r"tokenizer files in .* cannot be read|tokenizer_config.json must hold"):
+    with pytest.raises(fdt.CheckpointError, match=rf"tokenizer files in {llada_folder} cannot be read|{llada_folder / file} "):
         read_tokenizer(llada_folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"])
+def test_a_pipe_among_the_tokenizer_files_is_not_waited_for(llada_folder: Path, file: str) -> None:
+    (llada_folder / file).unlink(missing_ok=True)
+    os.mkfifo(llada_folder / file)
+    with pytest.raises(fdt.CheckpointError, match=rf"{file} is not a regular file"):
+        read_tokenizer(llada_folder)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_tokens_with_fields_that_tokens_do_not_have(llada_folder: Path, file: str) -> None:
+    """The tokenizers library would print the field's name, to stdout and as it is."""
+    token = {"content": "<|endoftext|>", "\x1b]0;pwn\x07": 1}
+    places = {"tokenizer.json": {"added_tokens": [token]}, "tokenizer_config.json": {"added_tokens_decoder": {"0": token}}}
+    raw = json.loads((llada_folder / file).read_text()) if (llada_folder / file).exists() else {}
+    (llada_folder / file).write_text(json.dumps(raw | places.get(file, {"eos_token": token})))
+    with pytest.raises(
+        fdt.CheckpointError, match=rf"{file}: a token has the field '\\x1b\]0;pwn\\x07', which tokens do not have"
+    ):
+        read_tokenizer(llada_folder)
+
+
+def test_class_names_of_a_checkpoint_are_not_printed(llada_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _edit(llada_folder, tokenizer_class="\x1b]0;pwn\x07")
+    assert read_tokenizer(llada_folder) is not None
+    assert "pwn" not in "".join(capfd.readouterr())
+
+
+def _edit_tokenizer(folder: Path, **fields: Any) -> None:
+    raw = json.loads((folder / "tokenizer.json").read_text()) | fields
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+
+
+def test_a_panic_of_the_tokenizer_is_an_error_of_the_prompt(llada_folder: Path) -> None:
+    """The library in Rust gives up on the regular expression with a panic, which is no ``Exception`` to Python."""
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    _edit_tokenizer(llada_folder, pre_tokenizer=split)
+    _add_model(llada_folder)
+    lm = fdt.load(llada_folder, device="cpu")
+    assert lm.encode("hello")
+    with pytest.raises(ValueError, match=rf"^prompts: the tokenizer in {llada_folder} failed: .*retry-limit-in-match over"):
+        lm.generate("x" * 2000, gen_length=8, block_length=8)
+
+
+def test_text_that_is_none_is_an_error_of_the_prompt(llada_folder: Path) -> None:
+    _add_model(llada_folder)
+    with pytest.raises(ValueError, match=r"^prompts: the tokenizer in .* failed: .*surrogates not allowed$"):
+        fdt.load(llada_folder, device="cpu").encode("half of a pair: \ud800")
+
+
+def test_tokens_that_the_model_does_not_have(llada_folder: Path) -> None:
+    raw = json.loads((llada_folder / "tokenizer.json").read_text())
+    last = {"content": "<beyond>", "id": 320, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = [{"content": f"<{i}>", "id": i} for i in range(len(raw["model"]["vocab"]) + len(LLADA_SPECIAL), 320)]
+    _edit_tokenizer(
+        llada_folder, added_tokens=[*raw["added_tokens"], *({**last, "special": True} | token for token in [*added, last])]
+    )
+    _add_model(llada_folder)
+    lm = fdt.load(llada_folder, device="cpu")
+    assert lm.encode("<319>") == [319]
+    told = rf"^prompts: the tokenizer in {llada_folder} gives token 320, the model's vocabulary ends at 319$"
+    with pytest.raises(ValueError, match=told):
+        lm.encode("<beyond>")
+
+
+def test_a_tokenizer_that_calls_another_token_its_mask(dream_folder: Path) -> None:
+    _add_model(dream_folder)
+    lm = fdt.load(dream_folder, device="cpu")
+    with pytest.warns(
+        UserWarning, match=r"calls token 2\d\d its mask; config.json says 318, which is what generation begins with"
+    ):
+        assert lm.encode("hello")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"gen_length": "x"}', r"generation_config.json: gen_length must be an integer of 1 or more, got 'x'"),
+        ('{"block_length": true}', r"generation_config.json: block_length must be an integer of 1 or more, got True"),
+        ('{"gen_length": 30, "block_length": 16}', r"generation_config.json: .*block_length"),
+        ("[]", r"generation_config.json must hold a JSON object"),
+    ],
+)
+def test_lengths_of_a_generation_config(llada_folder: Path, text: str, message: str) -> None:
+    _add_model(llada_folder)
+    (llada_folder / "generation_config.json").write_text(text)
+    with pytest.raises(fdt.CheckpointError, match=message):
+        fdt.load(llada_folder, device="cpu").generate([[1, 2]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from ..decoding import GenerationConfig
 from ..loading import load
 from ..settings import strategy_of
+from ..tokenizer import apply_template
 from .finished import Finished
 from .likelihood import MonteCarlo
 from .runner import checkpoint_digest, use_few_threads
@@ -154,14 +155,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         """A conversation as the text that the checkpoint was trained on."""
         if not self.tokenizer.chat_template:
             raise ValueError(f"--apply_chat_template: the tokenizer of {self.lm.folder} has no chat template")
-        return str(
-            self.tokenizer.apply_chat_template(
-                chat_history,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        return apply_template(self.tokenizer, self.lm.folder, chat_history, add_generation_prompt)
 
     # Requests.
 

@@ -5,16 +5,20 @@ Only data is read; nothing that comes with a checkpoint is executed.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from .config import CheckpointError
+from .config import CheckpointError, one_line, shown, shown_name
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -24,18 +28,91 @@ _MAPPED_SHARE = 0.05
 #: Tensors that old exports carry and that are recomputed from the config.
 _DERIVED = ("rotary_emb.inv_freq",)
 
+#: As safetensors calls them.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+#: Hundreds of layers have some thousands of tensors; a header has room for more than a million.
+_MOST_TENSORS = 100_000
+
+#: Configs have kilobytes, indices and tokenizers of the largest vocabularies some megabytes, and few objects.
+_LARGEST_TEXT, _MOST_OBJECTS = 16 << 20, 1_000_000
+
+#: A file in the same folder, on any system.
+_SHARD = re.compile(r"[^/\\:\0\r\n]+\.safetensors")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, no regular file, larger than any file of that kind, or not UTF-8.
+    """
+    require_regular(path)
+    try:
+        if path.stat().st_size > _LARGEST_TEXT:
+            raise CheckpointError(f"{path} has more than {_LARGEST_TEXT >> 20} MiB")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not text in UTF-8: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint."""
+    """A JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: as :func:`read_text`; or it is not JSON (numbers that are none included), nested too deeply, no
+            object, or names a field twice with two values.
+    """
+    text, count = read_text(path), itertools.count(1)
+
+    def to_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if next(count) > _MOST_OBJECTS:
+            raise ValueError(f"there are more than {_MOST_OBJECTS} objects")
+        return _unambiguous(pairs)
+
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = json.loads(text, object_pairs_hook=to_fields, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold a JSON object, found {type(raw).__name__}")
     return raw
+
+
+def require_regular(path: Path) -> None:
+    """Refuses what is no regular file nor a link to one, without opening it: a pipe would be waited for without end.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is not a regular file")
+
+
+@contextmanager
+def failures_as(kind: type[ValueError], what: str) -> Iterator[None]:
+    """Turns whatever the code inside raises over data of a checkpoint into one kind of error, in one line.
+
+    Libraries raise errors of any type over bad data; those in Rust also panics, which are no ``Exception``.
+
+    Args:
+        kind: of the error.
+        what: begins its message.
+    """
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise kind(one_line(f"{what}: {str(error) or type(error).__name__}")) from error
 
 
 class Checkpoint:
@@ -44,61 +121,79 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         files: the file that holds each tensor.
+        shapes: of each tensor.
         dtype: of the tensors, where all agree; of the first one otherwise.
         bytes: size of all files.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not safetensors; an index names tensors that are not there.
+        CheckpointError: a file is missing, truncated or not safetensors; an index and its shards disagree; a tensor has a
+            dtype that is not read.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        placed = None
         if (folder / _INDEX).exists():
-            names: dict[str, str] = read_json(folder / _INDEX).get("weight_map", {})
-            listed = {folder / name for name in names.values()}
-        elif (folder / _SINGLE).exists():
-            names, listed = {}, {folder / _SINGLE}
-        else:
-            found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights"
-            raise CheckpointError(f"{folder} has neither {_SINGLE} nor {_INDEX} (found {found}); only safetensors are read")
+            placed = _placed(folder / _INDEX)
+        elif not (folder / _SINGLE).exists():
+            stored = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights"
+            raise CheckpointError(f"{folder} has neither {_SINGLE} nor {_INDEX} (found {stored}); only safetensors are read")
 
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        dtypes: list[str] = []
-        for file in sorted(listed):
-            with _opened(file) as handle:
-                for name in list(handle.keys()):
-                    if not name.endswith(_DERIVED):
-                        self.files[name] = file
-                        part = handle.get_slice(name)
-                        self.shapes[name] = tuple(part.get_shape())
-                        dtypes.append(part.get_dtype())
-        if lost := sorted(set(names) - set(self.files) - {name for name in names if name.endswith(_DERIVED)}):
-            raise CheckpointError(f"{_INDEX} names {lost[0]} in {names[lost[0]]}, which does not hold it")
+        dtypes: list[torch.dtype] = []
+        shards = [folder / name for name in sorted(set(placed.values()))] if placed is not None else [folder / _SINGLE]
+        for file in shards:
+            with _opened(file) as handle, failures_as(CheckpointError, f"{file} is not a safetensors file"):
+                names = handle.keys()
+                if len(names) > _MOST_TENSORS:
+                    raise CheckpointError(f"{file} holds {len(names)} tensors, more than any model that is read")
+                for name in names:
+                    if name.endswith(_DERIVED):
+                        continue
+                    if placed is not None and placed.get(name) != file.name:
+                        where = f"places in {placed[name]}" if name in placed else "does not list"
+                        raise CheckpointError(f"{file.name} holds {shown_name(name)}, which {_INDEX} {where}")
+                    part = handle.get_slice(name)
+                    dtype = part.get_dtype()
+                    if dtype not in _DTYPES:
+                        allowed = "float64, float32, float16 and bfloat16 are"
+                        raise CheckpointError(
+                            f"{file.name}: {shown_name(name)} is stored in the dtype {dtype}, which is not read; {allowed}"
+                        )
+                    self.files[name] = file
+                    self.shapes[name] = tuple(part.get_shape())
+                    dtypes.append(_DTYPES[dtype])
+        for name, shard in (placed or {}).items():
+            if name not in self.files and not name.endswith(_DERIVED):
+                raise CheckpointError(f"{_INDEX} places {shown_name(name)} in {shard}, which does not hold it")
         if not self.files:
             raise CheckpointError(f"{folder} holds no tensors")
-        self.dtype = _DTYPES.get(dtypes[0])
-        self.bytes = sum(file.stat().st_size for file in listed)
+        self.dtype = dtypes[0]
+        self.bytes = sum(file.stat().st_size for file in shards)
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Iterable[str] = ()) -> None:
+    def check(self, expected: Iterable[tuple[str, tuple[int, ...]]], ignored: Iterable[str] = ()) -> None:
         """Compares names and shapes with what a model needs, before any data is read.
 
         Args:
-            expected: shape of every tensor that must be there.
+            expected: name and shape of every tensor that must be there. Read up to the first that is not.
             ignored: names that may be there besides.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape, or would silently be dropped.
         """
-        for name, shape in expected.items():
+        surplus = set(self.files) - set(ignored)
+        for name, shape in expected:
             if name not in self.files:
                 raise CheckpointError(f"{self.folder}: the tensor {name} is missing")
             if self.shapes[name] != shape:
                 raise CheckpointError(
                     f"{self.files[name].name}: {name} has shape {self.shapes[name]}, config.json asks for {shape}"
                 )
-        if surplus := sorted(set(self.files) - set(expected) - set(ignored)):
-            raise CheckpointError(f"{self.folder}: {len(surplus)} tensors that the model has no place for, such as {surplus[0]}")
+            surplus.discard(name)
+        if surplus:
+            example = shown_name(min(surplus))
+            raise CheckpointError(f"{self.folder}: {len(surplus)} tensors that the model has no place for, such as {example}")
 
     def copy_into(self, targets: Mapping[str, Tensor]) -> None:
         """Copies tensors into place through memory mapping, converting dtype and device on the way."""
@@ -119,12 +214,39 @@ class Checkpoint:
 
 
 def _opened(file: Path) -> Any:
-    try:
+    require_regular(file)
+    with failures_as(CheckpointError, f"{file} is truncated or not a safetensors file"):
         return safe_open(file, framework="pt")
-    except FileNotFoundError:
-        raise CheckpointError(f"the checkpoint's shard {file} is missing") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}") from None
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+def _placed(index: Path) -> dict[str, str]:
+    """The name of the shard that an index places each tensor in.
+
+    Raises:
+        CheckpointError: it is no such index, or a shard is not the plain name of a safetensors file beside it. Elsewhere
+            would be a file that is no part of the checkpoint.
+    """
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{index.name}: weight_map must be an object of tensors and their files, got {shown(shards)}")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{index.name}: weight_map places {shown_name(name)} in {shown(shard)}, "
+                "which is not the name of a .safetensors file in the same folder"
+            )
+    return shards
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Readers differ in which of two values of one name they take, so there must not be two."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        for name, value in pairs:
+            if fields[name] != value:
+                raise ValueError(f"the field {shown(name)} is there twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")

@@ -3,13 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..types import RopeRounding
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded: a file is missing or damaged, or it holds something else than expected."""
+    """A checkpoint that cannot be loaded: a file is missing or damaged, or it holds something else than expected.
+
+    Its message is one line of bounded length, whatever names and values the files hold.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks and control characters, cut to 1,000 characters; it may hold text from a file."""
+    line = " ".join(part.strip() for part in message[:1000].splitlines())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    return line if len(line) <= 1000 and len(message) <= 1000 else f"{line[:1000]} ..."
+
+
+def shown(value: object) -> str:
+    """A value from outside as an error shows it: its ``repr``, which escapes what is not printable, cut to 80 characters."""
+    try:
+        text = repr(value)
+    except Exception as error:  # Integers of thousands of digits, objects of any class, depth.
+        text = f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
+    return text if len(text) <= 80 else f"{text[:80]} ..."
+
+
+def shown_name(name: str) -> str:
+    """The name of a tensor or a parameter as an error shows it: as it is, where it is printable and short."""
+    return name if name.isprintable() and len(name) <= 80 else shown(name)
 
 
 @dataclass(frozen=True)
@@ -55,19 +81,14 @@ class ModelConfig:
     rope_rounding: RopeRounding = "llada"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "mlp", "max_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise CheckpointError(f"config: {name} must be a positive integer, got {value!r}")
         if self.heads % self.kv_heads:
             raise CheckpointError(f"config: {self.kv_heads} KV heads do not divide {self.heads} query heads")
         if self.head_dim % 2:
             raise CheckpointError(f"config: rotary embedding needs an even head dim, got {self.head_dim}")
         if self.embedding_size < self.vocab_size:
             raise CheckpointError(f"config: embedding_size {self.embedding_size} is below vocab_size {self.vocab_size}")
-        for token in (self.mask_id, *self.eos_ids):
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
-                raise CheckpointError(f"config: token id {token!r} is outside the vocabulary [0, {self.vocab_size})")
+        if self.mask_id in self.eos_ids:
+            raise CheckpointError(f"config: the mask token and an end-of-text token are the same, {self.mask_id}")
 
 
 @dataclass(frozen=True)
@@ -83,50 +104,3 @@ class NameMap:
     final_norm: str
     head: str
     layer: dict[str, tuple[str, ...]]
-
-
-#: What to do about an option that is not supported, where there is more to say than :func:`require_supported` does.
-_ADVICE = {
-    "use_sliding_window": "every position attends all others here; set it to false if the weights were trained that way",
-    "rope_scaling": "set it to null to use the model within the length it was trained on",
-}
-
-
-def require_supported(raw: dict[str, Any], supported: dict[str, Any]) -> None:
-    """Refuses a ``config.json`` that asks for a variant which the runtime would silently leave out.
-
-    Args:
-        raw: the file's fields. One that is absent or null has its default, which is the supported one.
-        supported: field to the one value that is supported.
-
-    Raises:
-        CheckpointError: a field has another value; names it and says what to do.
-    """
-    for field, value in supported.items():
-        given = raw.get(field)
-        if given is not None and given != value:
-            advice = _ADVICE.get(field, "use the code that the model was released with")
-            raise CheckpointError(f"config.json: {field} = {given!r} is not supported, only {value!r}; {advice}")
-
-
-def rope_theta(raw: dict[str, Any], default: float) -> float:
-    """The base of the rotary frequencies, from ``rope_theta`` or from the ``rope_parameters`` that transformers 5 writes.
-
-    Raises:
-        CheckpointError: the frequencies are scaled (linear, dynamic, YaRN ...), which is not implemented.
-    """
-    for field in ("rope_scaling", "rope_parameters"):
-        options = raw.get(field) or {}
-        if not isinstance(options, dict):
-            raise CheckpointError(f"config.json: {field} must be null or an object, got {options!r}")
-        kind = options.get("rope_type", options.get("type", "default"))
-        if kind != "default":
-            raise CheckpointError(
-                f"config.json: {field} of type {kind!r} is not supported, only 'default'; {_ADVICE['rope_scaling']}"
-            )
-    return float((raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta") or default)
-
-
-def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A field that holds a token id, several, or none."""
-    return () if value is None else tuple(value) if isinstance(value, list) else (value,)

@@ -6,9 +6,11 @@ of position ``i - 1`` predicts the token at position ``i``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .config import CheckpointError, ModelConfig, NameMap, require_supported, rope_theta, token_ids
+from .config import CheckpointError, ModelConfig, NameMap
+from .fields import Fields
 
 _LAYER = "model.layers.{i}"
 _ATTENTION = f"{_LAYER}.self_attn"
@@ -32,37 +34,40 @@ NAMES = NameMap(
 _SUPPORTED = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False, "attention_bias": True, "mlp_bias": False}
 
 
-def config(raw: dict[str, Any]) -> ModelConfig:
+def config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Reads Dream's ``config.json``.
 
+    Args:
+        raw: its fields.
+        source: how errors name it.
+
     Raises:
-        CheckpointError: a field is missing, or asks for a variant that is not supported.
+        CheckpointError: a field is missing, of another type or out of its range, or asks for a variant that is not supported.
     """
-    require_supported(raw, _SUPPORTED)
-    try:
-        heads, width = raw["num_attention_heads"], raw["hidden_size"]
-        if width % heads:
-            raise CheckpointError(f"config.json: num_attention_heads = {heads} does not divide hidden_size = {width}")
-        require_supported(raw, {"head_dim": width // heads})
-        return ModelConfig(
-            architecture="dream",
-            vocab_size=raw["vocab_size"],
-            embedding_size=raw["vocab_size"],
-            width=width,
-            layers=raw["num_hidden_layers"],
-            heads=heads,
-            kv_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=width // heads,
-            mlp=raw["intermediate_size"],
-            rope_theta=rope_theta(raw, 10000.0),
-            eps=raw.get("rms_norm_eps", 1e-6),
-            max_length=raw["max_position_embeddings"],
-            tied=raw.get("tie_word_embeddings", False),
-            mask_id=raw["mask_token_id"],
-            eos_ids=token_ids(raw.get("eos_token_id")),
-            qkv_bias=True,
-            shift=True,
-            rope_rounding="dream",
-        )
-    except KeyError as error:
-        raise CheckpointError(f"config.json: the field {error.args[0]!r} is missing") from None
+    fields = Fields(raw, source)
+    fields.supported(_SUPPORTED)
+    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    if width % heads:
+        raise CheckpointError(f"{source}: num_attention_heads = {heads} does not divide hidden_size = {width}")
+    fields.supported({"head_dim": width // heads})
+    vocab_size = fields.integer("vocab_size")
+    return ModelConfig(
+        architecture="dream",
+        vocab_size=vocab_size,
+        embedding_size=vocab_size,
+        width=width,
+        layers=fields.integer("num_hidden_layers"),
+        heads=heads,
+        kv_heads=fields.integer("num_key_value_heads") if "num_key_value_heads" in fields else heads,
+        head_dim=width // heads,
+        mlp=fields.integer("intermediate_size"),
+        rope_theta=fields.rope_theta(10000.0),
+        eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
+        max_length=fields.integer("max_position_embeddings"),
+        tied=fields.flag("tie_word_embeddings", False),
+        mask_id=fields.integer("mask_token_id", low=0, high=vocab_size - 1),
+        eos_ids=fields.tokens("eos_token_id", vocab_size) if "eos_token_id" in fields else (),
+        qkv_bias=True,
+        shift=True,
+        rope_rounding="dream",
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .config import CheckpointError, ModelConfig, NameMap, require_supported, rope_theta, token_ids
+from .config import CheckpointError, ModelConfig, NameMap
+from .fields import Fields
 
 _PREFIX = "model.transformer"
 _BLOCK = f"{_PREFIX}.blocks.{{i}}"
@@ -41,34 +43,36 @@ _SUPPORTED = {
 }
 
 
-def config(raw: dict[str, Any]) -> ModelConfig:
+def config(raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
     """Reads LLaDA's ``config.json``.
 
+    Args:
+        raw: its fields.
+        source: how errors name it.
+
     Raises:
-        CheckpointError: a field is missing, or asks for a variant that is not supported.
+        CheckpointError: a field is missing, of another type or out of its range, or asks for a variant that is not supported.
     """
-    require_supported(raw, _SUPPORTED)
-    try:
-        heads = raw["n_heads"]
-        kv_heads = raw.get("n_kv_heads") or (1 if raw.get("multi_query_attention") else heads)
-        if raw["d_model"] % heads:
-            raise CheckpointError(f"config.json: n_heads = {heads} does not divide d_model = {raw['d_model']}")
-        return ModelConfig(
-            architecture="llada",
-            vocab_size=raw["vocab_size"],
-            embedding_size=raw.get("embedding_size") or raw["vocab_size"],
-            width=raw["d_model"],
-            layers=raw["n_layers"],
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=raw["d_model"] // heads,
-            mlp=raw.get("mlp_hidden_size") or raw["mlp_ratio"] * raw["d_model"],
-            rope_theta=rope_theta(raw, 10000.0),
-            eps=raw.get("rms_norm_eps", 1e-5),
-            max_length=raw["max_sequence_length"],
-            tied=raw.get("weight_tying", True),
-            mask_id=raw["mask_token_id"],
-            eos_ids=token_ids(raw["eos_token_id"]),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"config.json: the field {error.args[0]!r} is missing") from None
+    fields = Fields(raw, source)
+    fields.supported(_SUPPORTED)
+    width, heads, vocab_size = fields.integer("d_model"), fields.integer("n_heads"), fields.integer("vocab_size")
+    if width % heads:
+        raise CheckpointError(f"{source}: n_heads = {heads} does not divide d_model = {width}")
+    shared = "multi_query_attention" in fields and fields.flag("multi_query_attention")
+    return ModelConfig(
+        architecture="llada",
+        vocab_size=vocab_size,
+        embedding_size=fields.integer("embedding_size") if "embedding_size" in fields else vocab_size,
+        width=width,
+        layers=fields.integer("n_layers"),
+        heads=heads,
+        kv_heads=fields.integer("n_kv_heads") if "n_kv_heads" in fields else 1 if shared else heads,
+        head_dim=width // heads,
+        mlp=fields.integer("mlp_hidden_size") if "mlp_hidden_size" in fields else fields.integer("mlp_ratio") * width,
+        rope_theta=fields.rope_theta(10000.0),
+        eps=fields.number("rms_norm_eps", 1e-5, high=1.0),
+        max_length=fields.integer("max_sequence_length"),
+        tied=fields.flag("weight_tying", True),
+        mask_id=fields.integer("mask_token_id", low=0, high=vocab_size - 1),
+        eos_ids=fields.tokens("eos_token_id", vocab_size),
+    )

@@ -64,37 +64,66 @@ class Weights:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, device=device, dtype=dtype)
 
+        layers = []
+        for _ in range(c.layers):
+            tensors = {field: empty(*shape) for field, shape in _layer_shapes(c).items()}
+            parts: dict[str, Any] = {field: Linear(t) if t.dim() == 2 else t for field, t in tensors.items()}
+            layers.append(Layer(**parts))
         embedding = empty(c.embedding_size, c.width)
-        qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
-        layers = [
-            Layer(
-                attn_norm=empty(c.width),
-                qkv=Linear(empty(qkv, c.width)),
-                attn_out=Linear(empty(c.width, c.heads * c.head_dim)),
-                mlp_norm=empty(c.width),
-                gate_up=Linear(empty(2 * c.mlp, c.width)),
-                down=Linear(empty(c.width, c.mlp)),
-                qkv_bias=empty(qkv) if c.qkv_bias else None,
-            )
-            for _ in range(c.layers)
-        ]
         head = embedding if c.tied else empty(c.embedding_size, c.width)
         return cls(embedding, layers, empty(c.width), head)
 
     def named(self, c: ModelConfig, names: NameMap) -> Iterator[tuple[str, Tensor]]:
         """Each tensor of the checkpoint as a view of the fused one that holds it."""
-        qkv = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
-        rows = {"qkv": qkv, "qkv_bias": qkv, "gate_up": (c.mlp, c.mlp)}
         yield names.embedding, self.embedding
         for i, layer in enumerate(self.layers):
             for field, parts in names.layer.items():
                 value = getattr(layer, field)
                 tensor = value.weight if isinstance(value, Linear) else value
-                for part, view in zip(parts, tensor.split(rows.get(field, (len(tensor),))), strict=True):
+                for part, view in zip(parts, tensor.split(_stacked_rows(c, field, len(tensor))), strict=True):
                     yield part.format(i=i), view
         yield names.final_norm, self.final_norm
         if not c.tied:
             yield names.head, self.head
+
+
+def expected_shapes(c: ModelConfig, names: NameMap) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor that a checkpoint must hold, in the order of :meth:`Weights.named`.
+
+    They are made one at a time, without tensors: who looks for them in a file stops at the first that is not there, so that
+    a config which asks for a billion layers costs nothing.
+    """
+    yield names.embedding, (c.embedding_size, c.width)
+    layer = _layer_shapes(c)
+    for i in range(c.layers):
+        for field, parts in names.layer.items():
+            rows, *columns = layer[field]
+            for part, part_rows in zip(parts, _stacked_rows(c, field, rows), strict=True):
+                yield part.format(i=i), (part_rows, *columns)
+    yield names.final_norm, (c.width,)
+    if not c.tied:
+        yield names.head, (c.embedding_size, c.width)
+
+
+def _layer_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the fields of a :class:`Layer`."""
+    qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "attn_norm": (c.width,),
+        "qkv": (qkv, c.width),
+        "attn_out": (c.width, c.heads * c.head_dim),
+        "mlp_norm": (c.width,),
+        "gate_up": (2 * c.mlp, c.width),
+        "down": (c.width, c.mlp),
+    }
+    return shapes | {"qkv_bias": (qkv,)} if c.qkv_bias else shapes
+
+
+def _stacked_rows(c: ModelConfig, field: str, rows: int) -> tuple[int, ...]:
+    """How many of a field's rows each of the checkpoint's tensors has that are stacked in it."""
+    if field in ("qkv", "qkv_bias"):
+        return c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim
+    return (c.mlp, c.mlp) if field == "gate_up" else (rows,)
 
 
 class Transformer:

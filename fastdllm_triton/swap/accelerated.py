@@ -223,14 +223,14 @@ def _own_method(module: nn.Module, name: str) -> Any:
 def _folder(module: nn.Module) -> Path | None:
     """Where the module's tokenizer is, if it is on this machine: the folder or the hub's cache that it was loaded from."""
     name = getattr(module.config, "_name_or_path", None)
-    if not name:
+    if not isinstance(name, str) or not name:
         return None
-    if (path := Path(name)).is_dir():
-        return path
     from huggingface_hub import snapshot_download
 
     try:
+        if (path := Path(name)).is_dir():
+            return path
         revision = getattr(module.config, "_commit_hash", None)
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True))
-    except Exception:  # Not in the cache, or not a name that a hub knows.
+    except Exception:  # Not in the cache, or not a name that a file system or a hub knows.
         return None

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..loading import ARCHITECTURES, architecture_of, expected_shapes, supported_dtype
-from ..models.config import CheckpointError, ModelConfig, NameMap
+from ..loading import ARCHITECTURES, architecture_of, supported_dtype
+from ..models.checkpoint import failures_as
+from ..models.config import CheckpointError, ModelConfig, NameMap, shown, shown_name
+from ..models.transformer import expected_shapes
 
 #: How PEFT and others name a weight that sits inside a layer of theirs.
 _WRAPPED = ".base_layer."
@@ -66,10 +69,10 @@ def recognise(module: nn.Module) -> Found:
     inner = _inner(module)
     raw = _raw_config(inner)
     try:
-        architecture = architecture_of(raw)
-        config: ModelConfig = architecture.config(raw)
+        architecture = architecture_of(raw, "module.config")
+        config: ModelConfig = architecture.config(raw, "module.config")
     except CheckpointError as error:
-        raise ValueError(str(error).replace("config.json", "module.config")) from None
+        raise ValueError(str(error)) from None
     _refuse_dropout(inner, raw)
     _refuse_quantised(inner, raw)
     _refuse_adapters(module, inner)
@@ -99,23 +102,29 @@ def _raw_config(module: nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
     if config is None:
         raise ValueError(f"module.config is missing on {type(module).__name__}; give the model as the original classes load it")
-    if callable(to_dict := getattr(config, "to_dict", None)):
-        return dict(to_dict())
-    return dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    with failures_as(ValueError, f"module.config cannot be read as a config ({type(config).__name__})"):
+        if callable(to_dict := getattr(config, "to_dict", None)):
+            config = to_dict()
+        return {str(name): value for name, value in (config if isinstance(config, Mapping) else vars(config)).items()}
 
 
 def _refuse_dropout(module: nn.Module, raw: dict[str, Any]) -> None:
     for field, value in raw.items():
-        if module.training and field.endswith("_dropout") and value:
-            raise ValueError(f"module.config: {field} = {value} is at work in training mode; call module.eval() first")
+        if module.training and field.endswith("_dropout") and value is not None and value != 0:
+            raise ValueError(f"module.config: {field} = {shown(value)} is at work in training mode; call module.eval() first")
 
 
 def _refuse_quantised(module: nn.Module, raw: dict[str, Any]) -> None:
     advice = "give the module in bfloat16 or float32 (module.dequantize(), or load it without quantization_config)"
-    if raw.get("quantization_config"):
+    quantised = raw.get("quantization_config")
+    if quantised is not None and not (isinstance(quantised, Mapping) and not quantised):
         raise ValueError(f"module.config: quantization_config is set; quantised modules are not supported; {advice}")
     for name, layer in module.named_modules():
         parameters = dict(layer.named_parameters(recurse=False))
+        for p in parameters.values():
+            if is_lazy(p) or p.layout is not torch.strided:
+                kind = type(p).__name__ if is_lazy(p) else str(p.layout)
+                raise ValueError(f"module: {name} has a parameter that is not a plain tensor ({kind}), which is not supported")
         things = (layer, *parameters.values())
         found = [type(thing).__name__ for thing in things if type(thing).__name__ in _QUANTISED_CLASSES]
         found += [field for thing in things for field in _QUANTISED_FIELDS if getattr(thing, field, None) is not None]
@@ -150,14 +159,15 @@ def _parameters(module: nn.Module, config: ModelConfig, architecture: ModuleType
         for name, p in module.named_parameters(remove_duplicate=False)
         if _WRAPPED in name or not name.startswith(adapted)
     }
-    expected, names = expected_shapes(config), architecture.NAMES
-    for name, shape in expected.items():
+    names, expected = architecture.NAMES, []
+    for name, shape in expected_shapes(config, names):
         if name not in parameters:
             raise ValueError(f"module: the parameter {name} is missing; module.config asks for it")
-        if (given := tuple(parameters[name].shape)) != shape:
-            raise ValueError(f"module: {name} has shape {given}, module.config asks for {shape}")
+        if (stored := tuple(parameters[name].shape)) != shape:
+            raise ValueError(f"module: {name} has shape {stored}, module.config asks for {shape}")
+        expected.append(name)
     if surplus := sorted(set(parameters) - set(expected) - {names.head}):
-        raise ValueError(f"module: {len(surplus)} parameters that the model has no place for, such as {surplus[0]}")
+        raise ValueError(f"module: {len(surplus)} parameters that the model has no place for, such as {shown_name(surplus[0])}")
     if config.tied and parameters.get(names.head, parameters[names.embedding]) is not parameters[names.embedding]:
         raise ValueError(
             f"module: {names.head} is a tensor of its own, which module.config ties to the embedding; untie them there"
