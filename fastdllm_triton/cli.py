@@ -25,11 +25,12 @@ from .commands.roofline import roofline
 from .commands.verify import verify
 from .decoding import GenerationOutput
 from .demo import demo as run_demo
-from .files import write_records
+from .files import check_writable, naming, write_records
 from .live import LiveView, Painter
 from .loading import load
 from .model import MaskedDiffusionLM
 from .settings import changed, strategy_of
+from .trace import check_target
 
 app = typer.Typer(help="Fast-dLLM decoding of masked-diffusion language models.", no_args_is_help=True, add_completion=False)
 
@@ -94,18 +95,21 @@ def generate(
         }
         given = {name: value for name, value in options.items() if value is not None}
         strategy_of(given)  # refused before the model is loaded
+        if trace is not None:
+            check_target("--trace", trace)
         lm = load(model, device=device, dtype=dtype, backend=backend.value)
         config = changed(lm.defaults, given)
         rows = [lm.encode(text, chat=chat) for text in prompts]
         view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
-        interrupted = False
+        stopped: BaseException | None = None
         try:
             with view or nullcontext():
                 output = lm.generate(rows, config, callback=view, trace=trace)
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, OSError) as error:
             if not isinstance(found := getattr(error, "output", None), GenerationOutput):
                 raise
-            output, interrupted = found, True
+            output, stopped = found, error
+        interrupted = isinstance(stopped, KeyboardInterrupt)
         if live:
             console.print()
 
@@ -123,7 +127,11 @@ def generate(
             )
         if interrupted:
             errors.print(Text("interrupted; what is still masked is shaded" if not as_json else "interrupted", style="red"))
+            for note in getattr(stopped, "__notes__", ()):
+                errors.print(Text(note, style="red"), soft_wrap=True)
             raise typer.Exit(130)
+        if stopped is not None:  # The trace could not be written; the text is not lost with it.
+            raise OSError(f"--{stopped}" if str(stopped).startswith("trace: ") else str(stopped))
 
 
 def _record(lm: MaskedDiffusionLM, prompts: list[str], output: GenerationOutput) -> dict[str, Any]:
@@ -182,11 +190,13 @@ def compile_report_command(
             raise RuntimeError("compile-report needs triton, which is not installed")
         from . import compile_report as report
 
+        check_writable("--json", json_file)
         earlier = None if compare is None else report.read_json(compare)
         records = report.compile_report(arch, op)
         wide(160).print(report.render(records))
         if json_file is not None:
-            write_records(json_file, records)
+            with naming("--json", json_file):
+                write_records(json_file, records)
         faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
         for fault in faults:
             errors.print(Text(fault, style="red"))

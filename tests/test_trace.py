@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton import cli, files
 from fastdllm_triton.cli import app
 from fastdllm_triton.engine import Forward
 from fastdllm_triton.trace import Trace, page
@@ -246,7 +248,68 @@ def test_a_trace_that_cannot_be_written_is_an_error_before_any_forward(
     tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny.network, "forward", None)
-    with pytest.raises(FileNotFoundError, match="trace: there is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"^trace: .*a\.html cannot be written: there is no folder"):
         tiny.generate("Tom", trace=tmp_path / "missing" / "a.html")
     with pytest.raises(ValueError, match=r"trace must end in \.html or \.json"):
         tiny.generate("Tom", trace=tmp_path / "a.txt")
+    monkeypatch.setattr(cli, "load", None)  # On the command line, before the model is loaded.
+    result = CliRunner().invoke(app, ["generate", "--prompt", "Tom", "--trace", str(tmp_path / "missing" / "a.html")])
+    assert result.exit_code == 2
+    assert " ".join(result.stderr.split()).startswith("error: --trace: ")
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+
+
+def test_what_was_generated_comes_with_the_error_of_a_trace_that_cannot_be_written(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.html").write_text("old")
+    wanted = tiny.generate(PROMPTS[0])
+    _full_disk(monkeypatch)
+    with pytest.raises(OSError, match=r"^trace: .*a\.html cannot be written: No space left on device$") as caught:
+        tiny.generate(PROMPTS[0], trace=tmp_path / "a.html")
+    output = caught.value.output  # type: ignore[attr-defined]
+    assert output.texts == wanted.texts
+    assert output.nfe == wanted.nfe
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_stopped_a_generation_is_told_before_its_trace(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def stop(forward: Forward) -> None:
+        if forward.index == 2:
+            folder.rmdir()
+            raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own") as caught:
+        tiny.generate(PROMPTS[0], trace=folder / "a.html", callback=stop)
+    assert caught.value.output.nfe == 3  # type: ignore[attr-defined]
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"FileNotFoundError: trace: {folder / 'a.html'} cannot be written: ")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_line_prints_the_text_before_it_tells_of_the_trace(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    text = tiny.generate(PROMPTS[0]).texts[0]
+    _full_disk(monkeypatch)
+    path = tmp_path / "a.html"
+    result = CliRunner().invoke(app, ["generate", "--prompt", PROMPTS[0], "--trace", str(path), *["--json"] * as_json])
+    assert result.exit_code == 2
+    assert text in (json.loads(result.stdout)["results"][0]["text"] if as_json else result.stdout)
+    assert result.stderr.splitlines() == [f"error: --trace: {path} cannot be written: No space left on device"]
+
+
+def test_a_prompt_that_is_refused_leaves_an_earlier_trace(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(ValueError, match="row 0 is empty"):
+        tiny.generate([[]], trace=tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "old"
