@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from ..evaluation.grid import Way, parse_grid
 from ..evaluation.runner import Evaluation, Result
 from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
 from ..evaluation.summary import Record, compare, compare_caches, summarize
-from ..files import write_json
+from ..files import check_folder, check_writable, naming, write_json
 from ..loading import load
 
 _STRATEGIES = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0"
@@ -54,7 +55,9 @@ def evaluate(
 
     OUT receives summary.json, comparison.json, caches.json, the figures, and every request in requests/.
     """
-    with clear_errors():
+    with clear_errors(), ExitStack() as stack:
+        check_folder("--out", out)
+        check_writable("--json", json_file)
         if data is None:
             requests, judge = builtin_requests(100 if problems is None else problems, seed), builtin_scorer()
         else:
@@ -63,7 +66,7 @@ def evaluate(
         lm = load(model, device=device, dtype=dtype, backend=backend.value)
         length = lm.defaults.gen_length if gen_length is None else gen_length
         ways = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
-        run = Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat)
+        run = stack.enter_context(Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat))
         console.print(f"{lm!r}: {len(requests)} requests, {len(ways)} ways", soft_wrap=True)
         try:
             results = _run(run, ways)
@@ -76,22 +79,22 @@ def evaluate(
         summary = summarize(results)
         comparison = [record for score in ("exact_match", "whole") for record in compare(results, score)]
         caches_compared = compare_caches(results)
-        for path, records in (
-            (out / "summary.json", summary),
-            (out / "comparison.json", comparison),
-            (out / "caches.json", caches_compared),
-            (json_file, summary),
-        ):
-            if path is not None:
-                write_json(path, records)
         _print(summary, comparison, caches_compared)
+        with naming("--out", out):
+            for name, records in (("summary", summary), ("comparison", comparison), ("caches", caches_compared)):
+                write_json(out / f"{name}.json", records)
         if importlib.util.find_spec("matplotlib") is None:
             console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")
         else:
             from ..evaluation.plots import draw_all
 
-            for path in draw_all(summary, comparison, caches_compared, out):
+            with naming("--out", out):
+                written = draw_all(summary, comparison, caches_compared, out)
+            for path in written:
                 console.print(f"wrote {path}", soft_wrap=True)
+        if json_file is not None:
+            with naming("--json", json_file):
+                write_json(json_file, summary)
 
 
 def lm_eval(context: typer.Context) -> None:

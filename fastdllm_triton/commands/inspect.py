@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,7 @@ from ..evaluation.drift import drift, similarity
 from ..evaluation.grid import CacheSpec, StrategySpec, Way
 from ..evaluation.runner import use_few_threads
 from ..evaluation.scoring import builtin_requests, read_requests
-from ..files import write_json
+from ..files import check_folder, check_writable, locked, naming, write_json
 from ..loading import load
 
 
@@ -47,7 +48,9 @@ def inspect(
 
     OUT receives inspect.json and the figures.
     """
-    with clear_errors():
+    with clear_errors(), ExitStack() as stack:
+        check_folder("--out", out)
+        check_writable("--json", json_file)
         texts = _texts(prompt, data, problems, seed)
         lm = load(model, device=device, dtype=dtype, backend=backend.value)
         use_few_threads(lm)
@@ -58,7 +61,7 @@ def inspect(
         ways = {str(spec): Way(rule, spec, size).config(length) for spec in map(CacheSpec.parse, caches.split(","))}
         rows = [lm.encode(text, chat=chat) for text in texts]
         check_prompts(rows, exact, lm.network)
-        out.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(out, "--out"))
 
         measured = rows[:drift_prompts]
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("time left"), TimeRemainingColumn(compact=True))
@@ -88,18 +91,22 @@ def inspect(
                 report["similarity"] = similarity(lm, measured[0], exact, min(1, exact.blocks - 1))
             progress.advance(task)
 
-        for path in (out / "inspect.json", json_file):
-            if path is not None:
-                write_json(path, report)
         _print(report)
+        with naming("--out", out):
+            write_json(out / "inspect.json", report)
         if importlib.util.find_spec("matplotlib") is None:
             console.print("no figures: they need matplotlib (pip install 'fastdllm-triton[bench]')")
         else:
             from ..evaluation.inspect_plots import figures
             from ..evaluation.plots import save
 
-            for path in save(figures(report), out):
+            with naming("--out", out):
+                written = save(figures(report), out)
+            for path in written:
                 console.print(f"wrote {path}", soft_wrap=True)
+        if json_file is not None:
+            with naming("--json", json_file):
+                write_json(json_file, report)
 
 
 def _texts(prompt: list[str] | None, data: Path | None, problems: int | None, seed: int) -> list[str]:

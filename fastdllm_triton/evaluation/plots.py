@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from ..files import write_atomically
 from .grid import FAMILIES
 from .summary import Record
 
@@ -67,7 +69,9 @@ def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
     with matplotlib.rc_context(_STYLE):
         for name, figure in figures:
             for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-                figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
+                image = BytesIO()
+                figure.savefig(image, format=suffix, dpi=160, bbox_inches="tight", metadata=metadata)
+                write_atomically(folder / f"{name}.{suffix}", image.getvalue())
             written.append(folder / f"{name}.png")
     return written
 
