@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,8 @@ from rich.text import Text
 from .. import machine
 from .. import verify as proof
 from .._console import clear_errors, console, errors, wide
-from .verify import check_writable, require_triton
+from ..files import check_folder, check_writable, locked, naming
+from .verify import require_triton
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +41,15 @@ def bench(
 
     An op whose verification fails here is refused. Ends with status 1 if one was, and with 3 if --minutes left cases out.
     """
-    with clear_errors():
+    with clear_errors(), ExitStack() as stack:
         require_triton("bench")
         target = proof.check_device(device)
-        check_writable(html, "--html")
+        check_writable("--html", html)
         if html is not None:
             from ..bench._page import check_installed
 
             check_installed()
-        from ..bench._report import Report, changes, changes_table, check_folder
+        from ..bench._report import Report, changes, changes_table, check_unmixed
         from ..bench._session import benches
 
         if target.type == "cpu" and proof.needs_interpreter(target):
@@ -60,7 +62,9 @@ def bench(
             return
         report = Report(machine.describe(target))
         if json_folder is not None:
-            check_folder(json_folder, resume)
+            check_folder("--json", json_folder)
+            check_unmixed(json_folder, resume)
+            stack.enter_context(locked(json_folder, "--json"))
             report = _resumed(report, json_folder) if resume else report
         refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=json_folder, minutes=minutes)
         show(report, target)
@@ -69,7 +73,8 @@ def bench(
         if html is not None:
             from ..bench._page import write_page
 
-            write_page(report, html, earlier)
+            with naming("--html", html):
+                write_page(report, html, earlier)
         if refused:
             errors.print(Text(f"refused, as they do not verify here: {', '.join(refused)}", style="red"))
             raise typer.Exit(1)

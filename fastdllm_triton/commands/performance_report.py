@@ -9,8 +9,8 @@ import typer
 from rich.text import Text
 
 from .._console import clear_errors, errors, wide
-from ..files import write_atomically, write_records
-from .verify import check_writable, require_triton
+from ..files import check_writable, naming, write_atomically, write_records
+from .verify import require_triton
 
 
 def performance_report(
@@ -23,8 +23,8 @@ def performance_report(
     """Programs an SM, bytes under way against what memory needs, and the main loop's instructions, op by op, without a GPU."""
     with clear_errors():
         require_triton("performance-report")
-        check_writable(json_file)
-        check_writable(markdown_file, "--markdown")
+        check_writable("--json", json_file)
+        check_writable("--markdown", markdown_file)
         from .. import performance_report as report
         from ..compile_report import differences, read_json
 
@@ -33,9 +33,11 @@ def performance_report(
         for table in report.render(records):
             wide(170).print(table)
         if json_file is not None:
-            write_records(json_file, records)
+            with naming("--json", json_file):
+                write_records(json_file, records)
         if markdown_file is not None:
-            write_atomically(markdown_file, report.markdown(records))
+            with naming("--markdown", markdown_file):
+                write_atomically(markdown_file, report.markdown(records))
         changed = [] if earlier is None else differences(records, earlier)
         for line in changed:
             errors.print(Text(line, style="red"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ from rich.text import Text
 from .. import machine
 from .. import verify as proof
 from .._console import clear_errors, console, errors, wide
-from ..files import write_json
+from ..files import check_writable, naming, write_json
 
 
 def verify(
@@ -30,7 +29,7 @@ def verify(
         require_triton("verify")
         names = proof.check_names(op)
         target = proof.check_device(device)
-        check_writable(json_file)
+        check_writable("--json", json_file)
         if proof.needs_interpreter(target):
             arguments = ["verify", "--device", "cpu", *(part for name in names for part in ("--op", name))]
             arguments += ["--quick"] if quick else []
@@ -46,7 +45,8 @@ def verify(
         if target.type == "cpu":
             console.print("[dim]No GPU: this shows that the kernels compute the right thing, and nothing about speed.[/dim]")
         if json_file is not None:
-            write_json(json_file, proof.summary(records, machine.describe(target)))
+            with naming("--json", json_file):
+                write_json(json_file, proof.summary(records, machine.describe(target)))
         failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]
         if failed:
             errors.print(Text(f"did not hold: {', '.join(failed)}", style="red"))
@@ -57,12 +57,3 @@ def require_triton(command: str) -> None:
     """Raises where there are no kernels to run."""
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError(f"{command} needs triton, which is not installed")
-
-
-def check_writable(file: Path | None, option: str = "--json") -> None:
-    """Raises before any work if a file could not be written after it."""
-    if file is None:
-        return
-    folder = file.absolute().parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: {file} cannot be written; give a file in a folder that exists and can be written")
