@@ -1,7 +1,7 @@
 """Records a generation forward by forward, as a page that replays it or as the data of that page.
 
-The page is one file without a network: the slots of each row fill in, coloured by confidence; the window that a forward
-recomputed is underlined; a bar a forward shows how many tokens it committed.
+The page is one file without a network. It plays when it is opened: the slots of each row fill in, coloured by confidence; the
+window that a forward recomputed is underlined; a bar a forward shows how many tokens it committed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Trace:
 
     The data, also ``TRACE`` in the page's script: ``format``, ``model``, ``options``; ``gen_length`` and ``block_length``;
     ``pieces``, the text of each token id that occurs; ``rows``, a ``prompt`` and the ``generated`` ids each (what has not been
-    decoded is ``mask_id``); and ``forwards``, in order: ``refresh``, and for each row that it decoded ``row``, ``block``,
-    ``window``, the slots ``[first, last)`` that it recomputed, counted from the first generated one (so those of the prompt are
-    negative), and ``committed``, a list of ``[slot, confidence]``.
+    decoded is ``mask_id``), where slots were given also ``fixed``, a list of them; and ``forwards``, in order: ``refresh``, and
+    for each row that it decoded ``row``, ``block``, ``window``, the slots ``[first, last)`` that it recomputed, counted from the
+    first generated one (so those of the prompt are negative), and ``committed``, a list of ``[slot, confidence]``.
 
     Args:
         path: ends in ``.html`` for the page, in ``.json`` for the data.
