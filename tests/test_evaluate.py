@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import math
-from itertools import count
+import re
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
@@ -474,6 +476,21 @@ def test_every_figure_is_drawn_from_the_summary(tmp_path: Path) -> None:
     expected = sorted([r["tokens_per_forward"], r["exact_match"]] for r in records if r["strategy"].startswith("threshold"))
     assert any(points.shape == (2, 2) and np.allclose(points, expected) for points in drawn)
     assert all(math.isfinite(r["exact_match"]) for r in records)
+
+
+def test_points_have_names_that_do_not_cover_each_other_and_scores_one_scale() -> None:
+    folder = Path(__file__).parent.parent / "bench" / "results" / "cpu" / "2026-11-21-618ec41" / "strategies"
+    records = [r for r in json.loads((folder / "summary.json").read_text()) if r["block_length"] == 16]
+    for figure, rows in ((plots.accuracy_against_speed(records), 1), (plots.threshold_sweep(records), 2)):
+        left, right, *_ = figure.axes
+        names = [label.get_text() for label in left.texts]
+        assert "threshold 0.9" in names and all(re.fullmatch(r"[a-z]+ [\d.]+", name) for name in names)
+        assert len(names) == len(right.texts) == (16 if rows == 1 else 5)
+        for ax in (left, right):
+            boxes = [Text.get_window_extent(label) for label in ax.texts]  # the words, without the lines to the points
+            assert not any(one.shrunk(0.9, 0.9).overlaps(other) for one, other in combinations(boxes, 2))
+            assert ax.get_ylim() == left.get_ylim()
+        assert rows == 1 or figure.axes[2].get_ylim() == left.get_ylim()
 
 
 def _evaluate(out: Path, *arguments: object) -> Any:
