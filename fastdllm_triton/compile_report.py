@@ -111,7 +111,7 @@ def in_processes(
     os.environ["TRITON_INTERPRET"] = "0"
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _ignore_interrupts) as pool:
+        with ProcessPoolExecutor(processes, context, _end_at_interrupts) as pool:
             records = []
             for record in pool.map(function, wanted):
                 records.append(record)
@@ -125,9 +125,9 @@ def in_processes(
             os.environ["TRITON_INTERPRET"] = before
 
 
-def _ignore_interrupts() -> None:
-    """An interrupt is told of by the process that waits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _end_at_interrupts() -> None:
+    """A compiler ends at once and without a word: the process that waits tells of the interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def problems(records: Iterable[Record]) -> list[str]:
