@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -96,18 +95,8 @@ class Report:
         return {(row["op"], label(row["shape"])) for row in self.rows if not row.get("refused")}
 
 
-def check_folder(folder: Path, resume: bool) -> None:
-    """Makes the folder, and raises before any work where results could not be written into it.
-
-    Raises:
-        ValueError: it cannot be written, or holds results that would be mixed with others.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: {folder} cannot be made: {error.strerror}") from None
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--out: {folder} cannot be written")
+def check_unmixed(folder: Path, resume: bool) -> None:
+    """Raises ``ValueError`` for a folder whose results would be mixed with others."""
     if (folder / "machine.json").exists() and not resume:
         raise ValueError(f"--out: {folder} holds results; give another folder, or --resume to go on where they end")
 

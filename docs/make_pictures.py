@@ -27,6 +27,9 @@ from fastdllm_triton.tiny.problems import problems, score
 SEED, PROBLEMS = 1, (3, 7, 18, 29)
 GEN_LENGTH, BLOCK_LENGTH = 48, 16
 
+#: What stands for tokens without a sign of their own; no sign for them survives being turned by a right angle.
+SIGNS = SPACE, END = "space", "end"
+
 REFRESH, STEP, KEPT, TOKEN, WRONG, INK, PALE = "#2f6fde", "#8fb5f2", "#ececec", "#e8590c", "#d6336c", "#222222", "#777777"
 
 
@@ -92,7 +95,7 @@ def draw_windows(runs: dict[str, Run]) -> Figure:
 def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figure:
     """A panel a run: which forward committed each token, and how sure the model was."""
     tallest = max(len(run.forwards) for run in runs.values())
-    figure, axes = plt.subplots(len(runs), 1, figsize=(10.5, 9.2), layout="constrained",
+    figure, axes = plt.subplots(len(runs), 1, figsize=(10.5, 10.4), layout="constrained",
                                 height_ratios=[len(run.forwards) + 6 for run in runs.values()])  # fmt: skip
     shades = mpl.colormaps["viridis_r"]
     problem = chosen()[0]
@@ -105,12 +108,12 @@ def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figur
             for token in seen.committed:
                 axis.add_patch(Rectangle((token.position + 0.04, y), 0.92, 0.9, color=shades(token.confidence), lw=0))
         words = [_word(model, token) for token in output.generated[0].tolist()]
-        axis.set_xticks([i + 0.5 for i in range(GEN_LENGTH)], words, rotation=90, fontsize=8, family="monospace")
+        axis.set_xticks([i + 0.5 for i in range(GEN_LENGTH)], words, rotation=90, fontsize=11, family="monospace")
         axis.set_xlim(0, GEN_LENGTH)
         axis.set_ylim(len(run.forwards), 0)
         step = 1 if len(run.forwards) < tallest else 8
         ticks = range(0, len(run.forwards), step)
-        axis.set_yticks([y + 0.45 for y in ticks], [str(y + 1) for y in ticks], fontsize=8)
+        axis.set_yticks([y + 0.45 for y in ticks], [str(y + 1) for y in ticks], fontsize=9)
         for start in range(BLOCK_LENGTH, GEN_LENGTH, BLOCK_LENGTH):
             axis.axvline(start, color=INK, lw=0.8)
         verdict = "every step is right" if sound else "the last number is right, a step is not" if right else "wrong"
@@ -120,8 +123,11 @@ def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figur
         )  # fmt: skip
         axis.set_ylabel("forward", color=INK)
         _bare(axis)
+        for label in axis.get_xticklabels():
+            label.set_color(PALE if label.get_text() in SIGNS else INK)
     scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(0, 1), shades)
-    figure.colorbar(scale, ax=axes, shrink=0.4, label="the model's probability of the token when it was committed")
+    label = "the model's probability of the token when it was committed"
+    figure.colorbar(scale, ax=axes, location="bottom", shrink=0.5, aspect=40, label=label)
     return figure
 
 
@@ -197,7 +203,7 @@ def _blocks(axis: Axes, prompt: int, slots: int, height: int) -> None:
     edges = [0, *range(prompt, slots + 1, BLOCK_LENGTH)]
     names = ["prompt", *(f"block {i + 1}" for i in range(len(edges) - 2))]
     for first, last, name in zip(edges[:-1], edges[1:], names, strict=True):
-        axis.text((first + last) / 2, -0.35, name, ha="center", fontsize=9, color=PALE)
+        axis.text((first + last) / 2, -0.35, name, ha="center", fontsize=10, color=PALE)
         axis.axvline(first, color="white", lw=1.2)
     axis.set_xlim(0, slots)
     axis.set_ylim(height, 0)
@@ -217,7 +223,7 @@ def _legend(figure: Figure, kinds: dict[str, str]) -> None:
 
 def _word(model: fdt.MaskedDiffusionLM, token: int) -> str:
     tokenizer: Any = model.tokenizer
-    return "¶" if token in model.config.eos_ids else tokenizer.decode([token]).strip() or "␣"
+    return END if token in model.config.eos_ids else tokenizer.decode([token]).strip() or SPACE
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import multiprocessing
 import os
 import pkgutil
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +36,7 @@ from typing import Any
 
 import triton
 from rich.table import Table
+from rich.text import Text
 
 from . import kernels
 from .kernels._arch import ARCHS, Arch
@@ -65,6 +67,7 @@ def compile_report(
     *,
     keep: Callable[[Record], bool] | None = None,
     processes: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
     """Compiles the cases of the ops for the architectures.
 
@@ -73,6 +76,7 @@ def compile_report(
         ops: names in :func:`reported_ops`; all if not given.
         keep: chooses cases by their ``op``, ``kernel``, ``arch`` and ``config``; all if not given.
         processes: compilers that run at once.
+        on_progress: told how many cases are done, and of how many, after each.
 
     Returns:
         A record a case, in order of op, architecture and case.
@@ -92,22 +96,38 @@ def compile_report(
         for case in _module(op).compile_cases(ARCHS[arch])
         if keep is None or keep({"op": op, "kernel": case.kernel.__name__, "arch": arch, "config": case.config})
     ]
-    return in_processes(_compile, wanted, processes)
+    return in_processes(_compile, wanted, processes, on_progress)
 
 
-def in_processes(function: Callable[[Any], Record], wanted: Sequence[Any], processes: int) -> list[Record]:
+def in_processes(
+    function: Callable[[Any], Record],
+    wanted: Sequence[Any],
+    processes: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
     """Calls a function of a module in new processes, in which the interpreter is off."""
     # They read this when they import the kernels.
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "0"
     try:
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return list(pool.map(function, wanted))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _end_at_interrupts) as pool:
+            records = []
+            for record in pool.map(function, wanted):
+                records.append(record)
+                if on_progress is not None:
+                    on_progress(len(records), len(wanted))
+            return records
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = before
+
+
+def _end_at_interrupts() -> None:
+    """A compiler ends at once and without a word: the process that waits tells of the interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def problems(records: Iterable[Record]) -> list[str]:
@@ -152,6 +172,27 @@ def render(records: Sequence[Record]) -> Table:
         table.add_column(key.replace("_", " "), justify="left" if isinstance(records[0][key], str) else "right")
     for record in records:
         table.add_row(*(str(value) for value in record.values()), style="red" if problems([record]) else None)
+    return table
+
+
+def summary(records: Sequence[Record]) -> Table:
+    """The report in a line an op; what spills or does not fit is red."""
+    table = Table(
+        title=f"Compiled with Triton {triton.__version__}: most registers a thread / most KiB of shared memory a program"
+    )
+    at_fault = sum(bool(problems([record])) for record in records)
+    table.caption = f"{len(records)} configurations, {at_fault or 'none'} of them spills or does not fit"
+    archs = list(dict.fromkeys(record["arch"] for record in records))
+    table.add_column("op", no_wrap=True)
+    for arch in archs:
+        table.add_column(arch, justify="right")
+    for op in dict.fromkeys(record["op"] for record in records):
+        groups = [[record for record in records if (record["op"], record["arch"]) == (op, arch)] for arch in archs]
+        cells = []
+        for group in groups:
+            registers, shared = (max((record[key] for record in group), default=0) for key in ("registers", "shared_bytes"))
+            cells.append(Text(f"{registers} / {shared / 1024:.0f}", style="red" if problems(group) else ""))
+        table.add_row(op, *cells)
     return table
 
 

@@ -240,10 +240,11 @@ class MaskedDiffusionLM:
             TypeError: ``prompts`` or ``constraints`` is of another type, or an option is unknown.
             MemoryError: the cache does not fit; says what is needed, what there is and the largest batch that fits.
             FloatingPointError: a forward gave logits that are NaN or nowhere finite.
-            OSError: ``trace`` cannot be written; where it lies is checked before any forward.
+            OSError: ``trace`` cannot be written. That is tried before any forward; if the writing fails after the last one all
+                the same, the output is the error's attribute ``output``.
 
         An interrupt (Ctrl-C) and an exception of the callback pass through, with the output so far as their attribute
-        ``output``; the model stays usable.
+        ``output``, and a note if the trace could not be written; the model stays usable.
         """
         config, rows = self.options(config, **options), self._rows(prompts)
         return self._decode(rows, config, callback, trace, answers=self._answers(rows, config, constraints))
@@ -309,16 +310,7 @@ class MaskedDiffusionLM:
         if trace is None:
             return run(start(), callback)
         recorder = Trace(trace, self, rows, config, answers)
-
-        def both(forward: Forward) -> None:
-            recorder(forward)
-            if callback is not None:
-                callback(forward)
-
-        try:
-            return run(start(), both)
-        finally:
-            recorder.write()
+        return recorder.run(start(), callback)
 
     def diffusion_generate(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor | DiffusionOutput:
         """Dream's decoding, of a Dream: :func:`fastdllm_triton.compat.diffusion_generate` without its ``model``.

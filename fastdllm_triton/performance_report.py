@@ -261,7 +261,11 @@ def _weight(body: Sequence[Instruction]) -> tuple[bool, int]:
 
 
 def performance_report(
-    archs: Sequence[str] | None = None, ops: Sequence[str] | None = None, *, processes: int = 2
+    archs: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    *,
+    processes: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
     """Compiles what the shape classes launch and reads it.
 
@@ -269,6 +273,7 @@ def performance_report(
         archs: names in :data:`PARTS`; all if not given.
         ops: names in :data:`OPS`; all if not given.
         processes: compilers that run at once.
+        on_progress: told how many launches are done, and of how many, after each.
 
     Raises:
         ValueError: an unknown architecture or op.
@@ -284,7 +289,7 @@ def performance_report(
         for number, shape_class in enumerate(SHAPE_CLASSES)
         for launch in launches(op, shape_class, ARCHS[arch])
     ]
-    return list(in_processes(_record, list(dict.fromkeys(wanted)), processes))
+    return in_processes(_record, list(dict.fromkeys(wanted)), processes, on_progress)
 
 
 def _record(wanted: tuple[str, str, int, str]) -> Record:
@@ -323,12 +328,16 @@ def describe(shape_class: ShapeClass, launch: Launch, arch: Arch, fit: int, code
     }
 
 
+def _name(record: Record) -> str:
+    return record["op"] if record["kernel"] == f"_{record['op']}_kernel" else f"{record['op']}, {record['kernel'].strip('_')}"
+
+
 def _cells(record: Record) -> list[str]:
     total = sum(record["mix"].values())
     largest = sorted(record["mix"].items(), key=lambda item: -item[1])
     mix = ", ".join(f"{kind} {count}" for kind, count in largest)
     return [
-        record["op"] if record["kernel"] == f"_{record['op']}_kernel" else f"{record['op']}, {record['kernel'].strip('_')}",
+        _name(record),
         record["config"],
         f"{record['programs']:,}",
         f"{record['resident']} of {record['fit']}",
@@ -338,6 +347,22 @@ def _cells(record: Record) -> list[str]:
 
 
 HEADS = ("op", "shape: configuration", "programs", "resident of those that fit", "KiB in flight an SM, of needed", "main loop")
+
+
+def summary(records: Sequence[Record]) -> Table:
+    """The report in a line a kernel: bytes in flight over bytes needed, in the shape where that is least."""
+    caption = "Below 1, too few bytes are under way to keep memory busy: of small grids, for the most part."
+    table = Table(title="KiB in flight an SM over those needed, the least of all shapes", caption=caption)
+    archs = list(dict.fromkeys(record["arch"] for record in records))
+    table.add_column("kernel", no_wrap=True)
+    for arch in archs:
+        table.add_column(arch, justify="right")
+    for kernel in dict.fromkeys(map(_name, records)):
+        shares = {
+            arch: [r["in_flight"] / r["needed"] for r in records if (_name(r), r["arch"]) == (kernel, arch)] for arch in archs
+        }
+        table.add_row(kernel, *(f"{min(found):.2f}" if found else "" for found in shares.values()))
+    return table
 
 
 def render(records: Sequence[Record]) -> list[Table]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import check_folder, naming
 from .models.checkpoint import read_json
 
 #: Files of a source folder that are written anew, or not at all.
@@ -38,11 +41,12 @@ def save_checkpoint(
     Raises:
         ValueError: ``target`` is not empty or no folder; or ``max_shard_size`` is not a size.
         CheckpointError: ``source`` lost its ``config.json``.
-        OSError: ``target`` cannot be written.
+        OSError: ``target`` cannot be written. What can be known of that is known before any work.
     """
     target = target.expanduser().resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"folder must be new or an empty folder, got {str(target)!r}, where there is something")
+    check_folder("folder", target)
     if isinstance(max_shard_size, int) and max_shard_size < 1:
         raise ValueError(f"max_shard_size must be 1 byte or more, got {max_shard_size}")
     config = read_json(source / "config.json")
@@ -58,29 +62,37 @@ def save_checkpoint(
     except ValueError as error:
         raise ValueError(f"max_shard_size must be bytes or a string such as '5GB', got {max_shard_size!r}") from error
 
-    partial = target.with_name(f".{target.name}-{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
-        for file, names in split.filename_to_tensors.items():
-            save_file({name: tensors[name].detach().cpu() for name in names}, partial / file, {"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            _write_json(partial / "model.safetensors.index.json", index)
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        config |= {field: dtype for field in ("torch_dtype", "dtype") if config.get(field)}
-        _write_json(partial / "config.json", _with_code(config, source, hub_id))
-        patterns = (*_COPIED, "*.py") if "auto_map" in config else _COPIED
-        for path in {path for pattern in patterns for path in source.glob(pattern)}:
-            if path.is_file() and not any(path.match(pattern) for pattern in _REPLACED):
-                shutil.copyfile(path, partial / path.name)
-        tokenizer = partial / "tokenizer_config.json"
-        if hub_id is not None and tokenizer.exists():
-            _write_json(tokenizer, _with_code(read_json(tokenizer), source, hub_id))
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        with naming("folder", target):
+            partial.mkdir(parents=True)
+            for file, names in split.filename_to_tensors.items():
+                try:
+                    save_file({name: tensors[name].detach().cpu() for name in names}, partial / file, {"format": "pt"})
+                except SafetensorError as error:
+                    raise OSError(str(error)) from None
+            if split.is_sharded:
+                index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+                _write_json(partial / "model.safetensors.index.json", index)
+            dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+            config |= {field: dtype for field in ("torch_dtype", "dtype") if config.get(field)}
+            _write_json(partial / "config.json", _with_code(config, source, hub_id))
+            patterns = (*_COPIED, "*.py") if "auto_map" in config else _COPIED
+            for path in {path for pattern in patterns for path in source.glob(pattern)}:
+                if path.is_file() and not any(path.match(pattern) for pattern in _REPLACED):
+                    shutil.copyfile(path, partial / path.name)
+            tokenizer = partial / "tokenizer_config.json"
+            if hub_id is not None and tokenizer.exists():
+                _write_json(tokenizer, _with_code(read_json(tokenizer), source, hub_id))
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
         raise
 
 

@@ -1,23 +1,23 @@
 """Records a generation forward by forward, as a page that replays it or as the data of that page.
 
-The page is one file without a network: the slots of each row fill in, coloured by confidence; the window that a forward
-recomputed is underlined; a bar a forward shows how many tokens it committed.
+The page is one file without a network. It plays when it is opened: the slots of each row fill in, coloured by confidence; the
+window that a forward recomputed is underlined; a bar a forward shows how many tokens it committed.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .decoding import GenerationConfig
-from .files import write_atomically
+from .decoding import GenerationConfig, GenerationOutput
+from .engine import Forward, Generation, run
+from .files import check_writable, naming, write_atomically
 
 if TYPE_CHECKING:
-    from .engine import Forward
     from .model import MaskedDiffusionLM
 
 #: Of the data; raised when a reader of the old one would go wrong.
@@ -25,7 +25,8 @@ FORMAT = 1
 
 
 class Trace:
-    """The callback of a generation that records it. :meth:`write` at its end, or after an interrupt, writes the file.
+    """The callback of a generation that records it. :meth:`write` at its end, or after an interrupt, writes the file;
+    :meth:`run` does both.
 
     The data, also ``TRACE`` in the page's script: ``format``, ``model``, ``options``; ``gen_length`` and ``block_length``;
     ``pieces``, the text of each token id that occurs; ``rows``, a ``prompt`` and the ``generated`` ids each (what has not been
@@ -42,8 +43,7 @@ class Trace:
         answers: as of :class:`~fastdllm_triton.engine.Generation`.
 
     Raises:
-        ValueError: the path ends in something else.
-        OSError: the path is a folder, or its folder is not there. Raised before any work.
+        ValueError, OSError: as :func:`check_target`, before any work.
     """
 
     def __init__(
@@ -55,12 +55,7 @@ class Trace:
         answers: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix not in (".html", ".json"):
-            raise ValueError(f"trace must end in .html or .json, got {str(path)!r}")
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"trace: there is no folder {str(self.path.parent)!r}")
-        if self.path.is_dir():
-            raise IsADirectoryError(f"trace: {str(path)!r} is a folder")
+        check_target("trace", self.path)
         self._model, self._prompts, self._config = model, [list(prompt) for prompt in prompts], config
         self._mask_id = model.config.mask_id if config.mask_id is None else config.mask_id
         self._answers = answers or [[self._mask_id] * config.gen_length for _ in prompts]
@@ -85,6 +80,38 @@ class Trace:
         ]
         self._forwards.append({"refresh": forward.refresh, "rows": rows})
         self._last = forward
+
+    def run(self, generation: Generation, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
+        """Runs a generation to its end, records it, and writes the file, also if something stops it.
+
+        Args:
+            generation: as it was made.
+            callback: called after each forward.
+
+        Raises:
+            OSError: the file cannot be written. The output is its attribute ``output``.
+            BaseException: as :func:`fastdllm_triton.engine.run`; with a note if the file could not be written either.
+        """
+
+        def both(forward: Forward) -> None:
+            self(forward)
+            if callback is not None:
+                callback(forward)
+
+        try:
+            output = run(generation, both)
+        except BaseException as error:
+            try:
+                self.write()
+            except BaseException as failure:  # What stopped the generation is what to tell, with its output so far.
+                error.add_note(f"{type(failure).__name__}: {failure}")
+            raise
+        try:
+            self.write()
+        except BaseException as failure:
+            failure.output = output  # type: ignore[attr-defined]
+            raise
+        return output
 
     @property
     def data(self) -> dict[str, Any]:
@@ -120,10 +147,27 @@ class Trace:
         """Writes the file.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: ``trace: PATH cannot be written: REASON``.
         """
         data = json.dumps(self.data)
-        write_atomically(self.path, page(data) if self.path.suffix == ".html" else data + "\n")
+        with naming("trace", self.path):
+            write_atomically(self.path, page(data) if self.path.suffix == ".html" else data + "\n")
+
+
+def check_target(option: str, path: Path) -> None:
+    """Raises before any work if a trace cannot be written there.
+
+    Args:
+        option: as the user typed it, ``--trace`` or ``trace``.
+        path: its value.
+
+    Raises:
+        ValueError: it ends in neither ``.html`` nor ``.json``.
+        OSError: as :func:`fastdllm_triton.files.check_writable`.
+    """
+    if path.suffix not in (".html", ".json"):
+        raise ValueError(f"{option} must end in .html or .json, got {str(path)!r}")
+    check_writable(option, path)
 
 
 def page(data: str) -> str:

@@ -71,7 +71,7 @@ def test_a_bench_is_a_script_and_needs_no_interpreter_around_it(tmp_path: Path) 
     found = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "plumbing only" in plain(found.stdout)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["machine.json", "rms_norm.json", "verify.json"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("[!.]*")) == ["machine.json", "rms_norm.json", "verify.json"]
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
         (["fast"], "suite: 'fast' is not one of 'ops', 'step', 'generate', 'all'"),
         (["ops", "--op", "gemv"], "--op: got gemv, needs names among"),
         (["ops", "--op", "swiglu", "--only", "cublas"], "--only: got cublas, needs names among torch, torch.compile"),
-        (["ops", *FAST, "--out", "/proc/nowhere"], "--out: /proc/nowhere cannot be made"),
+        (["ops", *FAST, "--out", "/proc/nowhere"], "--out: /proc/nowhere cannot be written"),
         (["ops", *FAST, "--html", "/nowhere/page.html"], "--html: /nowhere/page.html cannot be written"),
         (["ops", *FAST, "--compare", "/nowhere"], "/nowhere holds no results of a bench"),
     ],

@@ -394,5 +394,5 @@ def test_a_lookup_on_the_hub_is_announced_and_a_failure_is_one_line(monkeypatch:
         assert result.exit_code == 2
         first, second = result.stderr.splitlines()
         assert first == "looking on the hub for nosuch/model"
-        assert second.startswith("error: --model: 'nosuch/model'")
+        assert second.startswith("error: --model: there is no folder 'nosuch/model', and the hub did not give")
     assert "looking on the hub" not in _run("info", "--model", "tiny").stderr

@@ -21,6 +21,7 @@ from fastdllm_triton.compile_report import (
     read_json,
     render,
     reported_ops,
+    summary,
 )
 from fastdllm_triton.compile_report import _module as module_of
 from fastdllm_triton.files import write_records
@@ -58,8 +59,9 @@ def sample() -> set[tuple[str, str, str, str]]:
 
 
 def test_a_sample_compiles_without_problems_and_as_committed():
-    chosen = sample()
-    records = compile_report(keep=lambda case: name(case) in chosen)
+    chosen, told = sample(), []
+    records = compile_report(keep=lambda case: name(case) in chosen, on_progress=lambda *done: told.append(done))
+    assert told == [(done, len(chosen)) for done in range(1, len(chosen) + 1)]
     assert {name(record) for record in records} == chosen
     assert problems(records) == []
     if triton.__version__ == COMMITTED_WITH:  # another compiler may well use other registers
@@ -154,6 +156,17 @@ def test_a_report_survives_its_file_and_is_shown(tmp_path):
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(render([RECORD]))
     assert "bf16 block=1024" in console.export_text()
+
+
+def test_a_summary_has_a_line_an_op_and_the_most_of_it():
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(
+        summary([RECORD, RECORD | {"registers": 20, "shared_bytes": 2048}, RECORD | {"arch": "sm_80", "spill_bytes": 8}])
+    )
+    text = console.export_text()
+    (line,) = (line for line in text.splitlines() if "swiglu" in line)
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == ["swiglu", "28 / 2", "28 / 0"]
+    assert "3 configurations, 1 of them spills or does not fit" in " ".join(text.split())
 
 
 SPILLING = """

@@ -96,6 +96,16 @@ def test_every_picture_is_there_and_drawn_by_the_script(pictures: dict[str, Any]
         assert now
 
 
+@pytest.mark.parametrize("name", ["batch", "caches", "strategies", "windows"])
+def test_the_words_of_a_picture_can_be_read_on_a_page_of_900_pixels(name: str) -> None:
+    text = (ROOT / "docs" / f"choosing-{name}.svg").read_text()
+    (width,) = re.findall(r'viewBox="0 0 ([\d.]+) ', text)
+    # Glyphs have 100 units an em, and points are those of the page.
+    scales = re.findall(r"<!-- .*? -->\n *<g[^>]* scale\(([\d.]+) ", text)
+    assert len(scales) == text.count("<!-- ") > 20
+    assert min(100 * float(scale) for scale in scales) * 900 / float(width) >= 9.8
+
+
 def test_a_window_that_is_drawn_is_one_that_was_recomputed(pictures: dict[str, Any], tiny: Any) -> None:
     run = pictures["record"](tiny, block_length=16, cache="dual")
     figure = pictures["draw_windows"]({"dual": run, "again": run})

@@ -5,17 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import math
-from itertools import count
+import re
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
 from fastdllm_triton import loading, roofline
 from fastdllm_triton.cli import app
+from fastdllm_triton.commands import evaluate as command
 from fastdllm_triton.evaluation import plots, runner
 from fastdllm_triton.evaluation.cost import Meter
 from fastdllm_triton.evaluation.grid import CacheSpec, StrategySpec, Way, parse_grid
@@ -23,6 +26,7 @@ from fastdllm_triton.evaluation.runner import Evaluation, Result
 from fastdllm_triton.evaluation.scoring import builtin_requests, builtin_scorer, final_number, find_scorer, read_requests
 from fastdllm_triton.evaluation.statistics import paired_interval, ratio_interval, wilson
 from fastdllm_triton.evaluation.summary import compare, compare_caches, summarize
+from fastdllm_triton.files import locked
 from fastdllm_triton.roofline import Shape
 from fastdllm_triton.tiny.problems import is_test_prompt
 
@@ -386,7 +390,8 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
         patch.setattr(runner.os, "fsync", fsync)
         result = _evaluate(tmp_path, *GRID)
     assert result.exit_code == 2
-    assert f"No space left on device; what is finished stays in {tmp_path}, run the same command to go on" in _flat(result.stderr)
+    told = f"error: --out: {tmp_path} cannot be written: No space left on device"
+    assert _flat(result.stderr) == f"{told}; what is finished stays in {tmp_path}, run the same command to go on"
     way = parse_grid(FIXED, "none", "16", 48)[0]
     run = Evaluation(fdt.load("tiny"), builtin_requests(11, 0), builtin_scorer(), tmp_path, gen_length=48, batch_size=4)
     assert len(run.finished(way)) >= 8
@@ -394,11 +399,46 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
     assert _evaluate(tmp_path, *GRID).exit_code == 0
 
 
-def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
+def test_a_target_that_cannot_be_written_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "load", None)
     (tmp_path / "file").write_text("")
-    result = _evaluate(tmp_path / "file", "--problems", 2, "--strategies", FIXED)
+    for out, arguments, message in (
+        (tmp_path / "out", ("--json-copy", tmp_path / "missing" / "x.json"), "--json-copy: "),
+        (tmp_path / "out", ("--json-copy", tmp_path), "--json-copy: "),
+        (tmp_path / "file", (), "--out: "),
+        (tmp_path / "file" / "below", (), "--out: "),
+    ):
+        result = _evaluate(out, *arguments)
+        assert result.exit_code == 2
+        assert _flat(result.stderr).startswith(f"error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_tables_and_figures_come_before_a_summary_that_cannot_be_written(tmp_path: Path) -> None:
+    out, folder = tmp_path / "out", tmp_path / "folder"
+    folder.mkdir()
+    print_tables = command._print
+
+    def vanish(*arguments: Any) -> None:
+        print_tables(*arguments)
+        folder.rmdir()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "_print", vanish)
+        result = _evaluate(out, "--problems", 3, "--strategies", FIXED, "--json-copy", folder / "x.json")
     assert result.exit_code == 2
-    assert "error: " in result.stderr
+    assert "exact match" in result.stdout
+    assert (out / "summary.json").exists() and list(out.glob("*.png"))
+    assert _flat(result.stderr) == f"error: --json-copy: {folder / 'x.json'} cannot be written: No such file or directory"
+
+
+def test_a_folder_that_another_run_writes_to_is_left_alone(tmp_path: Path) -> None:
+    with locked(tmp_path, "--out"):
+        result = _evaluate(tmp_path, "--problems", 2, "--strategies", FIXED)
+    assert result.exit_code == 2
+    assert _flat(result.stderr) == f"error: --out: another run is writing to {tmp_path}"
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert _evaluate(tmp_path, "--problems", 2, "--strategies", FIXED).exit_code == 0
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_any_work(tmp_path: Path) -> None:
@@ -438,6 +478,21 @@ def test_every_figure_is_drawn_from_the_summary(tmp_path: Path) -> None:
     expected = sorted([r["tokens_per_forward"], r["exact_match"]] for r in records if r["strategy"].startswith("threshold"))
     assert any(points.shape == (2, 2) and np.allclose(points, expected) for points in drawn)
     assert all(math.isfinite(r["exact_match"]) for r in records)
+
+
+def test_points_have_names_that_do_not_cover_each_other_and_scores_one_scale() -> None:
+    folder = Path(__file__).parent.parent / "bench" / "results" / "cpu" / "2026-11-21-618ec41" / "strategies"
+    records = [r for r in json.loads((folder / "summary.json").read_text()) if r["block_length"] == 16]
+    for figure, rows in ((plots.accuracy_against_speed(records), 1), (plots.threshold_sweep(records), 2)):
+        left, right, *_ = figure.axes
+        names = [label.get_text() for label in left.texts]
+        assert "threshold 0.9" in names and all(re.fullmatch(r"[a-z]+ [\d.]+", name) for name in names)
+        assert len(names) == len(right.texts) == (16 if rows == 1 else 5)
+        for ax in (left, right):
+            boxes = [Text.get_window_extent(label) for label in ax.texts]  # the words, without the lines to the points
+            assert not any(one.shrunk(0.9, 0.9).overlaps(other) for one, other in combinations(boxes, 2))
+            assert ax.get_ylim() == left.get_ylim()
+        assert rows == 1 or figure.axes[2].get_ylim() == left.get_ylim()
 
 
 def _evaluate(out: Path, *arguments: object) -> Any:

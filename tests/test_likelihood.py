@@ -129,13 +129,18 @@ def test_finished_requests_survive_and_a_cut_off_line_does_not_hurt(tmp_path: Pa
     store.add({key: {"text": "ü\n"}})
     with (tmp_path / "finished.jsonl").open("a") as file:
         file.write('{"key": "half')
+    with pytest.raises(BlockingIOError, match=f"save_dir: another run is writing to {tmp_path}"):
+        Finished(tmp_path, ["model"])
+    del store  # The folder was its own as long as it lived.
     again = Finished(tmp_path, ["model"])
     assert again[key] == {"text": "ü\n"}
     other = again.key("a", 2)
     assert other not in again
     again.add({other: {"text": "b"}})
+    del again
     assert Finished(tmp_path, ["model"]).entries == {key: {"text": "ü\n"}, other: {"text": "b"}}
-    assert Finished(tmp_path, ["another model"]).key("a", 1) not in again
+    another = Finished(tmp_path, ["another model"])
+    assert another.key("a", 1) not in another
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

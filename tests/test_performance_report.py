@@ -117,12 +117,22 @@ def test_a_sample_is_as_committed(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     arguments = ["performance-report", "--arch", "sm_90", "--op", "swiglu", "--out", str(out), "--compare", str(changed)]
     found = CliRunner().invoke(app, arguments)
+    least = min(record["in_flight"] / record["needed"] for record in sample)
+    assert f"{least:.2f}" in found.stdout
+    assert "LLaDA step" not in found.stdout  # That is for --full.
     records = read_json(out)
     assert [record["config"] for record in records] == [record["config"] for record in sample]
     if triton.__version__ == COMMITTED_WITH:  # another compiler may well use other instructions
         assert differences(records, sample) == []
         assert found.exit_code == 1
         assert f"fit {sample[0]['fit'] + 1} -> {sample[0]['fit']}" in " ".join(found.stderr.split())
+    assert "LLaDA step" in CliRunner().invoke(app, ["performance-report", "--arch", "sm_90", "--op", "swiglu", "--full"]).stdout
+
+
+def test_progress_is_told_after_each_launch() -> None:
+    told: list[tuple[int, int]] = []
+    records = module.performance_report(["sm_90"], ["swiglu"], on_progress=lambda *done: told.append(done))
+    assert told == [(done, len(records)) for done in range(1, len(records) + 1)]
 
 
 @pytest.mark.parametrize(("option", "message"), [("--arch", "--arch: got sm_75"), ("--op", "--op: got sm_75")])

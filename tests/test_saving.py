@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN, GOLDEN_DREAM, GOLDEN_MODELS
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import fastdllm_triton as fdt
@@ -139,9 +139,11 @@ def test_code_that_stayed_on_the_hub_is_named_with_its_repository(
     assert tokenizer == ["some/model--tokenization_llada.LLaDATokenizer", None]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "shutil.copyfile"])
+@pytest.mark.parametrize(
+    ("failing", "fault"), [("save_file", OSError), ("save_file", SafetensorError), ("shutil.copyfile", OSError)]
+)
 def test_an_error_leaves_nothing_half_written(
-    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, fault: type[Exception]
 ) -> None:
     name, calls = failing.split(".")[-1], iter(range(100))
     owner = saving.shutil if "." in failing else saving
@@ -149,13 +151,23 @@ def test_an_error_leaves_nothing_half_written(
 
     def fail_the_second_time(*args: Any) -> Any:
         if next(calls) == 1:
-            raise OSError("no space left on device")
+            raise fault("no space left on device")
         return write(*args)
 
     monkeypatch.setattr(owner, name, fail_the_second_time)
-    with pytest.raises(OSError, match="no space left"):
-        tiny.save_pretrained(tmp_path / "copy", max_shard_size="1MB")
+    target = tmp_path / "a" / "copy"
+    with pytest.raises(OSError, match=f"^folder: {target} cannot be written: no space left"):
+        tiny.save_pretrained(target, max_shard_size="1MB")
     assert _files(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(
+    llada: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "save_file", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"^folder: .* cannot be written: "):
+        llada.save_pretrained(tmp_path / "file" / "copy")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
+from fastdllm_triton import files, loading
 from fastdllm_triton.cli import app
 from fastdllm_triton.engine import Forward
 from fastdllm_triton.trace import Trace, page
@@ -165,8 +167,10 @@ const look = () => ({
   text: cells[0].generated.filter((e) => !e.classList.contains("masked")).map((e) => e.textContent).join(""),
   wide: document.documentElement.scrollWidth > window.innerWidth,
   hash: location.hash,
+  sign: $("play").getAttribute("aria-label"),
 });
-seen.push(look());
+const opened = look();
+press("End"); seen.push(look());
 press("Home"); seen.push(look());
 press("ArrowRight"); seen.push(look());
 press("ArrowRight"); seen.push(look());
@@ -178,30 +182,38 @@ $("bars").dispatchEvent(new MouseEvent("click", { clientX: box.left + box.width 
 cells[0].generated[0].click();
 const told = [$("token").textContent];
 press("Home"); cells[0].generated[0].click(); told.push($("token").textContent);
-$("play").click(); const playing = $("play").getAttribute("aria-label");
+$("play").click(); const playing = look();
 setTimeout(() => {
-  document.title = JSON.stringify({ seen, told, playing, after: look(), bars: bars.length });
+  const during = look();
+  press(" ");
+  document.title = JSON.stringify({ opened, seen, told, playing, during, paused: look(), bars: bars.length });
 }, 1500);
 </script>
 """
+
+
+def _browse(folder: Path, html: str, flags: str = "", mark: str = "") -> dict[str, Any]:
+    """Opens a page that puts what it sees into its title."""
+    assert CHROMIUM is not None
+    (folder / "page.html").write_text(html)
+    flags += " --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
+    command = [CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri() + mark]
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    found = re.search(r"<title>(\{.*?\})</title>", dom, flags=re.S)
+    assert found, dom[-2000:]
+    told: dict[str, Any] = json.loads(found.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    return told
 
 
 @needs_chromium
 @pytest.mark.parametrize("size", ["1100,800", "360,740"])
 def test_the_page_replays_the_generation(tiny: fdt.MaskedDiffusionLM, tmp_path: Path, size: str) -> None:
     _, output = _record(tiny, tmp_path / "trace.html")
-    with (tmp_path / "trace.html").open("a") as file:
-        file.write(_PROBE)
-    assert CHROMIUM is not None
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += f" --disable-component-update --disable-sync --window-size={size} --virtual-time-budget=5000 --dump-dom"
-    command = [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", (tmp_path / "trace.html").as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    found = re.search(r"<title>(\{.*?\})</title>", dom, flags=re.S)
-    assert found, dom[-2000:]
-    told = json.loads(found.group(1).replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    told = _browse(tmp_path, (tmp_path / "trace.html").read_text() + _PROBE, f"--window-size={size}")
 
     nfe = output.nfe
+    assert (told["opened"]["frame"], told["opened"]["sign"], told["opened"]["hash"]) == (1, "pause", "")
     assert [look["frame"] for look in told["seen"]] == [nfe, 0, 1, 2, 1, 2, 5, nfe]
     end, start, first, second = told["seen"][:4]
     assert end["text"].rstrip("¶") == output.texts[0]
@@ -223,8 +235,43 @@ def test_the_page_replays_the_generation(tiny: fdt.MaskedDiffusionLM, tmp_path: 
     assert told["bars"] == nfe
     assert f"committed by forward {int(steps[0, 0]) + 1} at confidence {float(output.confidence[0, 0]):.4f}" in told["told"][0]
     assert told["told"][1].endswith("still masked")
-    assert told["playing"] == "pause"
-    assert told["after"]["frame"] > 0
+    assert (told["playing"]["frame"], told["playing"]["sign"]) == (0, "pause")
+    assert told["during"]["frame"] > 0
+    assert (told["paused"]["sign"], told["paused"]["hash"]) == ("play", f"#{told['during']['frame']}")
+
+
+# What is there once the page has been open for a while.
+_LATER = """
+<script>
+setTimeout(() => {
+  const given = cells[0].generated.filter((e) => e.classList.contains("given"));
+  document.title = JSON.stringify({
+    frame, sign: $("play").getAttribute("aria-label"), given: given.map((e) => Number(e.dataset.slot)),
+    masked: given.some((e) => e.classList.contains("masked")), legend: !$("given").hidden,
+  });
+}, 3000);
+</script>
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize(("flags", "mark", "stands"), [("", "", None), ("--force-prefers-reduced-motion", "", 1), ("", "#3", 3)])
+def test_the_page_plays_unless_motion_is_unwanted_or_a_forward_asked_for(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, flags: str, mark: str, stands: int | None
+) -> None:
+    data, _ = _record(tiny, tmp_path / "trace.html")
+    told = _browse(tmp_path, (tmp_path / "trace.html").read_text() + _LATER, flags, mark)
+    assert told["sign"] == ("pause" if stands is None else "play")
+    assert 1 < told["frame"] < len(data["forwards"]) if stands is None else told["frame"] == stands
+    assert not told["legend"]
+
+
+@needs_chromium
+def test_slots_that_were_given_are_shown_as_such_from_the_start(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    data, _ = _record(tiny, tmp_path / "trace.html")
+    data["rows"][0]["fixed"] = [3, 4]
+    told = _browse(tmp_path, page(json.dumps(data)) + _LATER, mark="#0")
+    assert told == {"frame": 0, "sign": "play", "given": [3, 4], "masked": False, "legend": True}
 
 
 def test_generate_writes_the_trace_also_when_it_is_stopped(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
@@ -246,7 +293,68 @@ def test_a_trace_that_cannot_be_written_is_an_error_before_any_forward(
     tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiny.network, "forward", None)
-    with pytest.raises(FileNotFoundError, match="trace: there is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"^trace: .*a\.html cannot be written: there is no folder"):
         tiny.generate("Tom", trace=tmp_path / "missing" / "a.html")
     with pytest.raises(ValueError, match=r"trace must end in \.html or \.json"):
         tiny.generate("Tom", trace=tmp_path / "a.txt")
+    monkeypatch.setattr(loading, "load", None)  # On the command line, before the model is loaded.
+    result = CliRunner().invoke(app, ["generate", "--prompt", "Tom", "--trace", str(tmp_path / "missing" / "a.html")])
+    assert result.exit_code == 2
+    assert " ".join(result.stderr.split()).startswith("error: --trace: ")
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+
+
+def test_what_was_generated_comes_with_the_error_of_a_trace_that_cannot_be_written(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.html").write_text("old")
+    wanted = tiny.generate(PROMPTS[0])
+    _full_disk(monkeypatch)
+    with pytest.raises(OSError, match=r"^trace: .*a\.html cannot be written: No space left on device$") as caught:
+        tiny.generate(PROMPTS[0], trace=tmp_path / "a.html")
+    output = caught.value.output  # type: ignore[attr-defined]
+    assert output.texts == wanted.texts
+    assert output.nfe == wanted.nfe
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_stopped_a_generation_is_told_before_its_trace(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def stop(forward: Forward) -> None:
+        if forward.index == 2:
+            folder.rmdir()
+            raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own") as caught:
+        tiny.generate(PROMPTS[0], trace=folder / "a.html", callback=stop)
+    assert caught.value.output.nfe == 3  # type: ignore[attr-defined]
+    (note,) = caught.value.__notes__
+    assert note.startswith(f"FileNotFoundError: trace: {folder / 'a.html'} cannot be written: ")
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_line_prints_the_text_before_it_tells_of_the_trace(
+    tiny: fdt.MaskedDiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    text = tiny.generate(PROMPTS[0]).texts[0]
+    _full_disk(monkeypatch)
+    path = tmp_path / "a.html"
+    result = CliRunner().invoke(app, ["generate", "--prompt", PROMPTS[0], "--trace", str(path), *["--json"] * as_json])
+    assert result.exit_code == 2
+    assert text in (json.loads(result.stdout)["results"][0]["text"] if as_json else result.stdout)
+    assert result.stderr.splitlines() == [f"error: --trace: {path} cannot be written: No space left on device"]
+
+
+def test_a_prompt_that_is_refused_leaves_an_earlier_trace(tiny: fdt.MaskedDiffusionLM, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("old")
+    with pytest.raises(ValueError, match="row 0 is empty"):
+        tiny.generate([[]], trace=tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "old"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from .._console import console, errors, say, status, warn
@@ -46,13 +47,18 @@ def require_triton(command: str) -> None:
         raise RuntimeError(f"{command} needs triton, which is not installed")
 
 
-def check_writable(option: str, file: Path | None) -> None:
-    """Raises before any work if a file could not be written after it."""
-    if file is None:
-        return
-    folder = file.absolute().parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: {file} cannot be written; give a file in a folder that exists and can be written")
+def progress(*columns: str | ProgressColumn, **options: Any) -> Progress:
+    """A bar on standard error, where that is a terminal; elsewhere nothing stands beside the error that may come."""
+    return Progress(*columns, console=errors, disable=not errors.is_terminal, speed_estimate_period=300, **options)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows on standard error how much is done, as the function that it gives is told: how many, of how many."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn(compact=True))
+    with progress(*columns, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def check_matplotlib() -> bool:

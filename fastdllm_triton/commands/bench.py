@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.text import Text
 
 from .. import cli_options as cli
 from .._console import console, errors, say, show, status
-from ._shared import check_writable, require_triton
+from ..files import check_folder, check_writable, locked, naming
+from ._shared import require_triton
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +68,7 @@ def bench(
         check_installed()
     from .. import machine
     from .. import verify as proof
-    from ..bench._report import Report, changes, changes_table, check_folder
+    from ..bench._report import Report, changes, changes_table, check_unmixed
     from ..bench._session import benches
 
     target = proof.check_device(device)
@@ -80,9 +82,12 @@ def bench(
         return
     report = Report(machine.describe(target))
     if out is not None:
-        check_folder(out, resume)
-        report = _resumed(report, out) if resume else report
-    refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=out, minutes=minutes)
+        check_folder("--out", out)
+        check_unmixed(out, resume)
+    with nullcontext() if out is None else locked(out, "--out"):
+        if out is not None and resume:
+            report = _resumed(report, out)
+        refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=out, minutes=minutes)
     if as_json:
         told = {"machine": report.machine, "verification": report.verification, "rows": report.rows}
         typer.echo(json.dumps(told | {"changes": [asdict(change) for change in changes(earlier, report)]} if earlier else told))
@@ -93,7 +98,8 @@ def bench(
     if html is not None:
         from ..bench._page import write_page
 
-        write_page(report, html, earlier)
+        with naming("--html", html):
+            write_page(report, html, earlier)
     if refused:
         say(errors, f"refused, as they do not verify here: {', '.join(refused)}", style="red")
         raise typer.Exit(1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Annotated
 
 import typer
 
 from .. import cli_options as cli
-from .._console import errors, say, show, status
-from ..files import write_records
-from ._shared import check_writable, read_earlier, require_triton
+from .._console import errors, say, show
+from ..files import check_writable, naming, write_records
+from ._shared import counting, read_earlier, require_triton
 
 
 def compile_report(
@@ -17,25 +18,30 @@ def compile_report(
     op: cli.OpsOption = None,
     compare: cli.CompareOption = None,
     out: cli.ReportOutOption = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print every configuration, not a line an op.", rich_help_panel=cli.OUTPUT)
+    ] = False,
     as_json: cli.JsonOption = False,
 ) -> None:
     """Compile every kernel for every architecture, without a GPU: registers, spills, shared memory, instructions.
 
-    Takes minutes for all of them. Ends with status 1 if a configuration spills or does not fit.
+    All of it takes about 5 minutes on two cores, and next to nothing the second time. Ends with status 1 if a configuration
+    spills, does not fit, serialises its matrix products or loses a rounding.
     """
     require_triton("compile-report")
     check_writable("--out", out)
     from .. import compile_report as report
 
     earlier = read_earlier(compare)
-    with status("compiling"):
-        records = report.compile_report(arch, op)
-    if out is not None:
-        write_records(out, records)
+    with counting("configurations") as progress:
+        records = report.compile_report(arch, op, on_progress=progress)
     if as_json:
         typer.echo(json.dumps(records))
     else:
-        show(report.render(records))
+        show(report.render(records) if full else report.summary(records))
+    if out is not None:
+        with naming("--out", out):
+            write_records(out, records)
     faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
     for fault in faults:
         say(errors, fault, style="red")

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import cli_options as cli
 from .._console import console, errors, say, show
-from ..files import write_json
-from ._shared import check_matplotlib, check_writable, load_model, say_written, warn_of_repeats, with_interval
+from ..files import check_folder, check_writable, naming, write_json
+from ._shared import check_matplotlib, load_model, progress, say_written, warn_of_repeats, with_interval
 
 if TYPE_CHECKING:
     from ..evaluation.grid import Way
@@ -79,13 +79,13 @@ def evaluate(
     """
     if scorer is not None and data is None:
         raise ValueError("--scorer needs --data: the built-in task has a scorer of its own")
-    check_writable("--json-copy", json_copy)
     for option, values in (("--strategies", strategies), ("--caches", caches), ("--block-length", block_length or "")):
         warn_of_repeats(option, values)
+    check_folder("--out", out)
+    check_writable("--json-copy", json_copy)
     from ..evaluation.grid import parse_grid
     from ..evaluation.runner import Evaluation
     from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
-    from ..evaluation.summary import compare, compare_caches, summarize
 
     if data is None:
         requests, judge = builtin_requests(100 if problems is None else problems, problem_seed), builtin_scorer()
@@ -95,8 +95,15 @@ def evaluate(
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     length = lm.defaults.gen_length if gen_length is None else gen_length
     ways = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
-    run = Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat)
     say(errors if as_json else console, f"{lm!r}: {len(requests)} requests, {len(ways)} ways")
+    with Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat) as run:
+        _evaluate(run, ways, out, as_json, json_copy)
+
+
+def _evaluate(run: Evaluation, ways: list[Way], out: Path, as_json: bool, json_copy: Path | None) -> None:
+    """Runs all ways, shows what came of them, and writes it."""
+    from ..evaluation.summary import compare, compare_caches, summarize
+
     try:
         results = _run(run, ways)
     except KeyboardInterrupt:
@@ -108,24 +115,23 @@ def evaluate(
     summary = summarize(results)
     comparison = [record for score in ("exact_match", "whole") for record in compare(results, score)]
     caches_compared = compare_caches(results)
-    for path, records in (
-        (out / "summary.json", summary),
-        (out / "comparison.json", comparison),
-        (out / "caches.json", caches_compared),
-        (json_copy, summary),
-    ):
-        if path is not None:
-            write_json(path, records)
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         _print(summary, comparison, caches_compared)
+    with naming("--out", out):
+        for name, records in (("summary", summary), ("comparison", comparison), ("caches", caches_compared)):
+            write_json(out / f"{name}.json", records)
     if check_matplotlib():
         from ..evaluation.plots import draw_all
 
-        drawn = draw_all(summary, comparison, caches_compared, out)
+        with naming("--out", out):
+            drawn = draw_all(summary, comparison, caches_compared, out)
         if not as_json:
             say_written(drawn)
+    if json_copy is not None:
+        with naming("--json-copy", json_copy):
+            write_json(json_copy, summary)
 
 
 def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
@@ -140,13 +146,13 @@ def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
         TextColumn("time left"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=errors, speed_estimate_period=300) as progress:
+    with progress(*columns) as bar:
         costs = [way.cost(prompt, run.gen_length) for way in ways]
-        task = progress.add_task("", total=sum(costs) * len(run.requests), done="")
+        task = bar.add_task("", total=sum(costs) * len(run.requests), done="")
         for number, way in enumerate(ways):
 
             def show(done: int, number: int = number, way: Way = way) -> None:
-                progress.update(
+                bar.update(
                     task,
                     completed=sum(costs[:number]) * len(run.requests) + costs[number] * done,
                     description=f"{number + 1}/{len(ways)} {way.strategy} {way.cache} {way.block_length}",

@@ -17,7 +17,7 @@ import typer
 from .. import cli_options as cli
 from .._console import USER_ERRORS, console, errors, say, say_list
 from ..prompts import read_bytes, read_lines, read_objects
-from ._shared import check_writable, load_model
+from ._shared import load_model
 
 if TYPE_CHECKING:
     from ..decoding import GenerationConfig, GenerationOutput
@@ -98,7 +98,6 @@ def generate(
         if infill and is_given:
             raise ValueError(f"--infill and {option} exclude each other")
     constraints = read_constraints(constraint or [])
-    check_writable("--trace", trace)
     prompts = read_prompts(prompt, prompt_file, chat)
     options = {
         "gen_length": gen_length,
@@ -126,7 +125,10 @@ def generate(
     from ..fixed_tokens import masked_length
     from ..live import LiveView, Painter
     from ..settings import changed, strategy_of
+    from ..trace import check_target
 
+    if trace is not None:
+        check_target("--trace", trace)
     given = {name: value for name, value in options.items() if value is not None}
     strategy_of(given)  # refused before the model is loaded
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .. import cli_options as cli
-from .._console import errors, show
-from ..files import write_json
-from ._shared import check_matplotlib, check_writable, load_model, say_written, warn_of_repeats, with_interval
+from .._console import show
+from ..files import check_folder, check_writable, locked, naming, write_json
+from ._shared import check_matplotlib, load_model, progress, say_written, warn_of_repeats, with_interval
 
 
 def inspect(
@@ -58,8 +58,9 @@ def inspect(
 
     OUT receives inspect.json and the figures.
     """
-    check_writable("--json-copy", json_copy)
     warn_of_repeats("--caches", caches)
+    check_folder("--out", out)
+    check_writable("--json-copy", json_copy)
     from ..engine import check_prompts
     from ..evaluation.agreement import agreement, answers, decode
     from ..evaluation.drift import drift, similarity
@@ -76,8 +77,6 @@ def inspect(
     ways = {str(spec): Way(rule, spec, size).config(length) for spec in map(CacheSpec.parse, caches.split(","))}
     rows = [lm.encode(text, chat=chat) for text in texts]
     check_prompts(rows, exact, lm.network)
-    out.mkdir(parents=True, exist_ok=True)
-
     measured = rows[:drift_prompts]
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -86,18 +85,18 @@ def inspect(
         TimeRemainingColumn(compact=True),
     )
     records: list[dict[str, Any]] = []
-    with Progress(*columns, console=errors) as progress:
+    with locked(out, "--out"), progress(*columns) as bar:
         total = (len(ways) + 1) * -(-len(rows) // batch_size) + len(ways) * len(measured) + 1
-        task = progress.add_task("without a cache", total=total)
+        task = bar.add_task("without a cache", total=total)
         batches = -(-len(rows) // batch_size)
         wanted = answers(decode(lm, rows, exact, batch_size))
-        progress.advance(task, batches)
+        bar.advance(task, batches)
         for name, config in ways.items():
-            progress.update(task, description=name)
+            bar.update(task, description=name)
             record = {"cache": name, **agreement(wanted, decode(lm, rows, config, batch_size))}
-            progress.advance(task, batches)
+            bar.advance(task, batches)
             if measured:
-                record["drift"] = drift(lm, measured, config, lambda: progress.advance(task))
+                record["drift"] = drift(lm, measured, config, lambda: bar.advance(task))
             records.append(record)
         report: dict[str, Any] = {
             "model": repr(lm),
@@ -107,24 +106,27 @@ def inspect(
             "caches": records,
         }
         if measured:
-            progress.update(task, description="forward against forward")
+            bar.update(task, description="forward against forward")
             report["similarity"] = similarity(lm, measured[0], exact, min(1, exact.blocks - 1))
-        progress.advance(task)
+        bar.advance(task)
 
-    for path in (out / "inspect.json", json_copy):
-        if path is not None:
-            write_json(path, report)
     if as_json:
         typer.echo(json.dumps(report))
     else:
         _print(report)
+    with naming("--out", out):
+        write_json(out / "inspect.json", report)
     if check_matplotlib():
         from ..evaluation.inspect_plots import figures
         from ..evaluation.plots import save
 
-        drawn = save(figures(report), out)
+        with naming("--out", out):
+            drawn = save(figures(report), out)
         if not as_json:
             say_written(drawn)
+    if json_copy is not None:
+        with naming("--json-copy", json_copy):
+            write_json(json_copy, report)
 
 
 def _texts(prompt: list[str] | None, data: Path | None, problems: int | None, seed: int) -> list[str]:

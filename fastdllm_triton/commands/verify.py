@@ -11,8 +11,8 @@ from rich.text import Text
 
 from .. import cli_options as cli
 from .._console import console, errors, say, show, status
-from ..files import write_json
-from ._shared import check_writable, require_triton
+from ..files import check_writable, naming, write_json
+from ._shared import require_triton
 
 
 def verify(
@@ -45,7 +45,8 @@ def verify(
         )
     summary = proof.summary(records, machine.describe(target))
     if out is not None:
-        write_json(out, summary)
+        with naming("--out", out):
+            write_json(out, summary)
     if as_json:
         typer.echo(json.dumps(summary))
     else:

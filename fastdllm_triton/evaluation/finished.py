@@ -8,21 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import check_folder, locked, naming
+
 
 class Finished:
     """Results by key, in memory and, if there is a folder, in a JSONL file that is appended to.
 
     Args:
-        folder: made if it is not there; None keeps nothing.
+        folder: made if it is not there, and this object's alone as long as it lives; None keeps nothing.
         identity: what every key depends on.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: the folder cannot be written, or another run is writing to it.
     """
 
     def __init__(self, folder: Path | None, identity: Sequence[Any]) -> None:
         self.identity, self.entries = list(identity), dict[str, dict[str, Any]]()
         self.path = None if folder is None else folder / "finished.jsonl"
-        if self.path is None:
+        if folder is None or self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        check_folder("save_dir", folder)
+        self._lock = locked(folder, "save_dir")
+        self._lock.__enter__()
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -51,6 +59,6 @@ class Finished:
     def add(self, entries: dict[str, dict[str, Any]]) -> None:
         """Keeps results: on disk before they count as finished."""
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming("save_dir", self.path.parent), self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps({"key": key, **entry}) + "\n" for key, entry in entries.items()))
         self.entries |= entries

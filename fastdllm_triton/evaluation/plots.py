@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from ..files import write_atomically
 from .grid import FAMILIES
 from .summary import Record
 
@@ -67,7 +71,9 @@ def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
     with matplotlib.rc_context(_STYLE):
         for name, figure in figures:
             for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
-                figure.savefig(folder / f"{name}.{suffix}", dpi=160, bbox_inches="tight", metadata=metadata)
+                image = BytesIO()
+                figure.savefig(image, format=suffix, dpi=160, bbox_inches="tight", metadata=metadata)
+                write_atomically(folder / f"{name}.{suffix}", image.getvalue())
             written.append(folder / f"{name}.png")
     return written
 
@@ -95,7 +101,8 @@ def _figures(summary: Sequence[Record], comparison: Sequence[Record], caches: Se
 def accuracy_against_speed(records: Sequence[Record]) -> Figure:
     """Score against tokens per forward, a line a family, a column a cache, a row a score; bars are 95 % intervals."""
     caches, scores = _values(records, "cache"), _scores(records)
-    figure, axes = _grid(len(scores), len(caches))
+    figure, axes = _grid(len(scores), len(caches), sharey="row", width=4.4, height=3.6)
+    labels: list[Annotation] = []
     for (score, cache), ax in zip([(s, c) for s in scores for c in caches], axes, strict=True):
         for family in FAMILIES:
             points = sorted(
@@ -103,8 +110,7 @@ def accuracy_against_speed(records: Sequence[Record]) -> Figure:
             )
             if points:
                 _line_with_bars(ax, points, score, family)
-                for r in points:
-                    _label(ax, r["tokens_per_forward"], r[score], r["strategy"].partition(":")[2], _COLORS[family], family)
+                labels += [_label(ax, r, score) for r in points]
         _speed_axis(ax, [r["tokens_per_forward"] for r in records])
         if score == scores[0]:
             ax.set_title(f"cache: {cache}")
@@ -114,6 +120,7 @@ def accuracy_against_speed(records: Sequence[Record]) -> Figure:
             ax.set_ylabel(_SCORES.get(score, score))
     figure.suptitle(f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals")
     _legend(figure, axes[0])
+    _place(figure, labels)
     return figure
 
 
@@ -121,7 +128,7 @@ def tokens_in_block(summary: Sequence[Record]) -> Figure:
     """How parallel decoding gets as a block fills: by forward, and by slot. One strategy a family, the nearest in speed."""
     cache = summary[0]["cache"]
     blocks = _values(summary, "block_length")
-    figure, axes = _grid(2, len(blocks), sharey=False)
+    figure, axes = _grid(2, len(blocks), sharey="col")
     for row, (key, label) in enumerate(
         (("tokens_by_forward", "forward within the block"), ("tokens_by_position", "slot of the block"))
     ):
@@ -187,7 +194,8 @@ def against_block_length(summary: Sequence[Record]) -> Figure:
 def threshold_sweep(records: Sequence[Record]) -> Figure:
     """The sweep over thresholds among all strategies, with the Pareto front of each cache; and both axes against t."""
     caches = _values(records, "cache")
-    figure, axes = _grid(2, len(caches), sharey="row")
+    figure, axes = _grid(2, len(caches), sharey=True, width=4.0, height=3.0)
+    labels: list[Annotation] = []
     for column, cache in enumerate(caches):
         here = [r for r in records if r["cache"] == cache]
         sweep = sorted((r for r in here if _family(r) == "threshold"), key=lambda r: float(r["strategy"].split(":")[1]))
@@ -209,10 +217,7 @@ def threshold_sweep(records: Sequence[Record]) -> Figure:
             label="Pareto front",
             zorder=1,
         )
-        for r in sweep:
-            _label(
-                ax, r["tokens_per_forward"], r["exact_match"], r["strategy"].partition(":")[2], _COLORS["threshold"], "threshold"
-            )
+        labels += [_label(ax, r, "exact_match") for r in sweep]
         _speed_axis(ax, [r["tokens_per_forward"] for r in records])
         ax.set_title(f"cache: {cache}")
         ax.set_xlabel("tokens per forward")
@@ -235,6 +240,7 @@ def threshold_sweep(records: Sequence[Record]) -> Figure:
             speed.set_ylabel("tokens per forward", color="#D55E00")
     figure.suptitle(f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals")
     _legend(figure, axes[0])
+    _place(figure, labels)
     return figure
 
 
@@ -311,8 +317,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front[::-1]
 
 
-def _grid(rows: int, columns: int, *, sharey: Any = "row", height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(3.1 * columns + 0.9, height * rows + 0.8), layout="constrained")
+def _grid(
+    rows: int, columns: int, *, sharey: bool | Literal["row", "col"], width: float = 3.1, height: float = 2.6
+) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * columns + 0.9, height * rows + 0.8), layout="constrained")
     return figure, list(figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten())
 
 
@@ -325,14 +333,71 @@ def _line_with_bars(ax: Axes, points: Sequence[Record], score: str, family: str)
     ax.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.9, capsize=2, **line)  # type: ignore[arg-type]
 
 
-#: Where a family's labels go, in points, so that neighbours do not cover each other.
-_OFFSETS = {"fixed": (-3, -10), "threshold": (4, 5), "factor": (5, -8), "entropy": (-3, 8)}
+def _label(ax: Axes, record: Record, score: str) -> Annotation:
+    """The name of a point, such as "threshold 0.9", to be placed by :func:`_place`."""
+    color, text = _COLORS[_family(record)], record["strategy"].replace(":", " ")
+    return ax.annotate(
+        text,
+        (record["tokens_per_forward"], record[score]),
+        xytext=(0, 0),
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        fontsize=7,
+        color=color,
+        zorder=5,
+        path_effects=[withStroke(linewidth=2, foreground="white")],
+        arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 2},
+    )
 
 
-def _label(ax: Axes, x: float, y: float, text: str, color: str, family: str) -> None:
-    halo = [withStroke(linewidth=2, foreground="white")]
-    place = {"textcoords": "offset points", "xytext": _OFFSETS[family], "zorder": 5}
-    ax.annotate(text, (x, y), fontsize=7, color=color, path_effects=halo, **place)  # type: ignore[arg-type]
+def _place(figure: Figure, labels: Sequence[Annotation]) -> None:
+    """Moves each label to the place near its point where it covers the least of other labels, of points and of lines."""
+    for label in labels:
+        label.set_in_layout(False)
+    figure.draw_without_rendering()  # Where the points are is known once the panels have their sizes.
+    pixels = figure.dpi / 72
+    angles = np.arange(16) * np.pi / 8
+    ways = np.stack([np.sin(angles), np.cos(angles)], axis=1)  # the first one up
+    distances = pixels * np.array([5, 10, 16, 24, 34, 46, 60, 80])
+    taken: dict[Axes, np.ndarray] = {}
+    for label in labels:
+        ax = label.axes
+        assert isinstance(ax, Axes)
+        if ax not in taken:
+            taken[ax] = _drawn(ax, pixels)
+        half = np.array(label.get_window_extent().size) / 2
+        offsets = (ways[None] * (distances[:, None, None] + half)).reshape(-1, 2)
+        centres = ax.transData.transform(label.xy) + offsets
+        boxes = np.concatenate([centres - half, centres + half], axis=1)
+        hidden = _overlaps(boxes, taken[ax]).sum(1) + 4 * half.prod() - _overlaps(boxes, np.array([ax.bbox.extents]))[:, 0]
+        best = np.argmin(5 * hidden + np.hypot(*offsets.T))
+        taken[ax] = np.concatenate([taken[ax], boxes[[best]]])
+        label.set_position(tuple(offsets[best] / pixels))
+
+
+def _drawn(ax: Axes, pixels: float) -> np.ndarray:
+    """``[N, 4]``: what a panel shows, as boxes: points, and lines in short pieces."""
+    centres, radii = [np.zeros((0, 2))], [np.zeros(0)]
+    for line in ax.get_lines():
+        points = np.asarray(line.get_transform().transform(line.get_xydata()))
+        if line.get_marker() not in (None, "None"):
+            centres.append(points)
+            radii.append(np.full(len(points), 3.5 * pixels))
+        if line.get_linestyle() not in ("", "None"):
+            for start, end in pairwise(points):
+                count = 1 + int(np.hypot(*(end - start)) / (3 * pixels))
+                centres.append(np.linspace(start, end, count))
+                radii.append(np.full(count, pixels))
+    centre, radius = np.concatenate(centres), np.concatenate(radii)[:, None]
+    return np.concatenate([centre - radius, centre + radius], axis=1)
+
+
+def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Areas ``[M, N]`` that boxes ``[M, 4]`` and ``[N, 4]`` (left, bottom, right, top) have in common."""
+    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
+    return np.asarray((high - low).clip(min=0).prod(-1))
 
 
 def _speed_axis(ax: Axes, values: Sequence[float]) -> None:

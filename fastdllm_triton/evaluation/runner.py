@@ -13,15 +13,15 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import __version__
 from ..engine import check_prompts
-from ..files import write_atomically, write_json
+from ..files import locked, naming, write_atomically, write_json
 from ..machine import commit
 from ..model import MaskedDiffusionLM
 from ..roofline import Shape
@@ -63,7 +63,7 @@ class Result:
 
 
 class Evaluation:
-    """A grid over requests, in a folder.
+    """A grid over requests, in a folder that is this evaluation's alone while it is entered: ``with Evaluation(...) as run``.
 
     Args:
         model: what decodes.
@@ -75,8 +75,9 @@ class Evaluation:
         chat: wrap prompts in the checkpoint's chat template.
 
     Raises:
-        ValueError: an argument is not valid, a prompt does not fit the model, or the folder belongs to another run.
-        OSError: the folder cannot be written.
+        ValueError: an argument is not valid, or a prompt does not fit the model; and on entering, the folder belongs to another
+            run.
+        OSError: on entering: the folder cannot be written, or another run is writing to it.
     """
 
     def __init__(
@@ -102,35 +103,45 @@ class Evaluation:
             except ValueError as error:
                 raise ValueError(f"{request.source}: {error}") from None
         use_few_threads(model)
-        self._claim(
-            {
-                "model": checkpoint_digest(model.folder),
-                "requests": f"{len(requests)} requests, {digest(requests)}",
-                "chat": chat,
-                "gen_length": gen_length,
-                "batch_size": batch_size,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "backend": model.network.ops.name,
-                "device": device_name(model.device),
-                "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
-                "fastdllm_triton": __version__,
-                "torch": torch.__version__,
-            }
-        )
+        self.identity = {
+            "model": checkpoint_digest(model.folder),
+            "requests": f"{len(requests)} requests, {digest(requests)}",
+            "chat": chat,
+            "gen_length": gen_length,
+            "batch_size": batch_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "backend": model.network.ops.name,
+            "device": device_name(model.device),
+            "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+            "fastdllm_triton": __version__,
+            "torch": torch.__version__,
+        }
+        self._lock = ExitStack()
 
-    def _claim(self, identity: dict[str, Any]) -> None:
+    def __enter__(self) -> Evaluation:
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.folder, "--out"))
+            self._claim()
+            self._lock = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _claim(self) -> None:
         """Makes the folder this run's, or checks that it is."""
         path = self.folder / "run.json"
         if not path.exists():
-            (self.folder / "requests").mkdir(parents=True, exist_ok=True)
-            # The commit is told, but may change: not every change of the code changes a result.
-            write_json(path, {**identity, "commit": commit()})
+            with naming("--out", self.folder):
+                (self.folder / "requests").mkdir(exist_ok=True)
+                # The commit is told, but may change: not every change of the code changes a result.
+                write_json(path, {**self.identity, "commit": commit()})
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"--out: {path} is not JSON ({error}); give another folder") from None
-        for key, value in identity.items():
+        for key, value in self.identity.items():
             if there.get(key) != value:
                 told = f"{key} = {there.get(key)!r}, this one has {value!r}"
                 raise ValueError(f"--out: {self.folder} holds a run with {told}; give another folder")
@@ -139,7 +150,7 @@ class Evaluation:
         """The results of a way that are on disk: whole batches from the first on, up to one that was cut off."""
         results: list[Result] = []
         try:
-            lines = self._path(way).read_text(encoding="utf-8").splitlines()
+            lines = self._path(way).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
         for line, request in zip(lines, self.requests, strict=False):
@@ -194,7 +205,7 @@ class Evaluation:
                 )
                 for row, request in enumerate(batch)
             ]
-            with self._path(way).open("a", encoding="utf-8") as file:
+            with naming("--out", self.folder), self._path(way).open("a", encoding="utf-8") as file:
                 file.write(_lines(fresh))
                 file.flush()
                 os.fsync(file.fileno())
@@ -209,7 +220,7 @@ class Evaluation:
             if (result.scores or {}).keys() != (scored[0].scores or {}).keys():
                 names = " and ".join(", ".join(sorted(r.scores or {})) for r in (scored[0], result))
                 raise RuntimeError(f"scorer {self.scorer.name} must give the same scores for every request, got {names}")
-        if self._path(way).read_text(encoding="utf-8") != _lines(scored):
+        if self._path(way).read_bytes() != _lines(scored).encode():
             self._write(way, scored)
         return scored
 
@@ -217,7 +228,8 @@ class Evaluation:
         return self.folder / "requests" / f"{way.name}.jsonl"
 
     def _write(self, way: Way, results: Sequence[Result]) -> None:
-        write_atomically(self._path(way), _lines(results))
+        with naming("--out", self.folder):
+            write_atomically(self._path(way), _lines(results))
 
 
 def device_name(device: torch.device) -> str:
