@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -73,6 +74,19 @@ def to_ints(name: str, values: Any, allowed: str = "a sequence of integers") -> 
     entries = list(values) if ok else []
     require(name, values, allowed, ok and all(map(is_int, entries)))
     return tuple(map(to_int, entries))
+
+
+def to_path(name: str, value: Any) -> Path:
+    """A path from a string or a path; the empty string is none, though Python takes it for the current folder.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it is empty.
+    """
+    if not isinstance(value, str | Path):
+        raise TypeError(f"{name} must be a string or a path, got {told(value)}")
+    require(name, value, "a path", str(value) != "")
+    return Path(value)
 
 
 def check_temperature(temperature: Any, name: str = "temperature") -> None:

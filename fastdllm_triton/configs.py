@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from . import tiny
+from .checks import told
 from .loading import architecture_of, is_hub_id, not_fetched
 from .models.checkpoint import read_json
 from .models.config import CheckpointError, ModelConfig
@@ -33,13 +35,13 @@ def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
 def _find(model: str | Path) -> Path:
     name = str(model)
     path = tiny.PATH if name == "tiny" else Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path / "config.json"
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     allowed = "a checkpoint folder, a config.json, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
     if not is_hub_id(model):
-        raise CheckpointError(f"model: there is no folder or file {name!r}; give {allowed}")
+        raise CheckpointError(f"model: there is no folder or file {told(name)}; give {allowed}")
     from huggingface_hub import hf_hub_download
 
     try:

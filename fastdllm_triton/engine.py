@@ -164,10 +164,13 @@ def run(generation: Generation, callback: Callable[[Forward], None] | None = Non
         The sequences and the record of how they came about.
 
     Raises:
+        TypeError: ``callback`` cannot be called; raised before any forward.
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
         BaseException: whatever stopped it, an interrupt or an exception of the callback. Its attribute ``output`` then holds
             the :class:`~fastdllm_triton.decoding.GenerationOutput` so far.
     """
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a Forward, got {callback!r}")
     try:
         for forward in generation:
             if callback is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from . import tiny
+from .checks import is_bool, require, to_path, told
 from .invariant import invariant
 from .memory import Memory, available_bytes
 from .model import MaskedDiffusionLM
@@ -55,6 +58,7 @@ def load(
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
         MemoryError: the weights do not fit; raised before any is read.
     """
+    require("deterministic", deterministic, "True or False", is_bool(deterministic))
     target = _device(device)
     wanted = None if dtype is None else supported_dtype(dtype, target)
     resolve(backend, target)  # a backend that cannot run is refused before anything is read
@@ -84,15 +88,17 @@ def find(path_or_hub_id: str | Path) -> Path:
 
     Raises:
         CheckpointError: there is no such folder, and no such repository can be fetched.
+        TypeError: it is no string and no path.
     """
+    to_path("path_or_hub_id", path_or_hub_id)
     name = str(path_or_hub_id)
     if name == "tiny":
         return tiny.PATH
-    if (path := Path(name).expanduser()).is_dir():
+    if os.path.isdir(path := Path(name).expanduser()):  # Unlike Path's, it says no to what can be no path at all.
         return path
     allowed = "a folder with config.json and safetensors, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
     if not is_hub_id(path_or_hub_id):
-        raise CheckpointError(f"path_or_hub_id: there is no folder {name!r}; give {allowed}")
+        raise CheckpointError(f"path_or_hub_id: there is no folder {told(name)}; give {allowed}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -111,7 +117,7 @@ def not_fetched(argument: str, name: str, error: Exception) -> CheckpointError:
 
 def is_hub_id(given: str | Path) -> bool:
     """Whether what is no local path can be the id of a hub repository, ``owner/name``."""
-    return isinstance(given, str) and not Path(given).is_absolute() and not given.startswith((".", "~")) and given.count("/") == 1
+    return isinstance(given, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", given, re.ASCII) is not None
 
 
 def ops_for(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
@@ -150,8 +156,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         target = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: {device!r} is not a device: {error}") from None
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be a device of torch, such as 'cpu' or 'cuda:0', got {device!r}") from None
     if target.type not in ("cpu", "cuda"):
         raise ValueError(f"device: {device!r} is not supported; give 'cpu' or 'cuda'")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():

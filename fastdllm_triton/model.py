@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import is_bool, require, told
+from .checks import is_bool, require, to_path, told
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, Generation, run
 from .fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
@@ -189,7 +189,7 @@ class MaskedDiffusionLM:
         if self._folder is None:
             raise ValueError("this model has no checkpoint folder to take its config from; use the module's own save_pretrained")
         tensors = dict(self.network.weights.named(self.config, ARCHITECTURES[self.config.architecture].NAMES))
-        save_checkpoint(tensors, self._folder, self.hub_id, Path(folder), max_shard_size)
+        save_checkpoint(tensors, self._folder, self.hub_id, to_path("folder", folder), max_shard_size)
 
     def logits(self, ids: Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]]) -> Tensor:
         """Logits of a plain forward over whole sequences, nothing cached.

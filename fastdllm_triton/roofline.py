@@ -17,6 +17,7 @@ What counts:
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,8 +115,8 @@ def shape_of(model: str | Path) -> Shape:
     if name in SHAPES:
         return SHAPES[name]
     path = tiny.PATH if name == "tiny" else Path(model).expanduser()
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    file = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.isfile(file):
         raise ValueError(f"model: got {str(model)!r}, needs one of {', '.join(SHAPES)}, tiny, or a config.json")
     from .configs import read_config
 

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .checks import to_path
 from .decoding import GenerationConfig, GenerationOutput
 from .engine import Forward, Generation, run
 from .files import check_writable, naming, write_atomically
@@ -43,7 +44,7 @@ class Trace:
         answers: as of :class:`~fastdllm_triton.engine.Generation`.
 
     Raises:
-        ValueError, OSError: as :func:`check_target`, before any work.
+        TypeError, ValueError, OSError: it is no path, or as :func:`check_target`; before any work.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Trace:
         config: GenerationConfig,
         answers: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path = to_path("trace", path)
         check_target("trace", self.path)
         self._model, self._prompts, self._config = model, [list(prompt) for prompt in prompts], config
         self._mask_id = model.config.mask_id if config.mask_id is None else config.mask_id

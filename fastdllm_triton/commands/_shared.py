@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ def announce_lookup(model: str) -> bool:
     """Says that a model is looked for on the hub, if it is: the first time takes long, and so does a hub out of reach."""
     from ..loading import is_hub_id
 
-    if Path(model).expanduser().exists() or not is_hub_id(model):
+    if os.path.exists(Path(model).expanduser()) or not is_hub_id(model):
         return False
     from huggingface_hub.utils import logging
 

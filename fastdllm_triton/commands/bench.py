@@ -76,7 +76,7 @@ def bench(
         raise typer.Exit(proof.rerun_in_interpreter(_arguments(suite, op, only, quick, out, resume, compare, html, as_json)))
     chosen = benches(suite.value, op or ())
     check_baselines(chosen, only or ())
-    earlier = None if compare is None else Report.load(compare)
+    earlier = None if compare is None else _earlier(compare)
     if target.type == "cpu" and not quick:
         say(errors if as_json else console, "torch sees no GPU here, so nothing is measured; --quick tries the plumbing.")
         return
@@ -183,6 +183,16 @@ def show_report(report: Report, device: torch.device) -> None:
             f"copy {report.ceilings.copy / 1e9:,.0f} GB/s, matrix {report.ceilings.matrix / 1e12:,.0f} TFLOP/s, as measured in "
             f"this run. 'of floor' is of the nearer of the two; 'x ours' is a baseline's time over ours.",
         )
+
+
+def _earlier(folder: Path) -> Report:
+    """The results of ``--compare``."""
+    from ..bench._report import Report
+
+    try:
+        return Report.load(folder)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--compare: {error}") from None
 
 
 def check_baselines(chosen: list[Measurable], only: list[str] | tuple[str, ...]) -> None:

@@ -95,7 +95,6 @@ def evaluate(
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     length = lm.defaults.gen_length if gen_length is None else gen_length
     ways = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
-    say(errors if as_json else console, f"{lm!r}: {len(requests)} requests, {len(ways)} ways")
     with Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat) as run:
         _evaluate(run, ways, out, as_json, json_copy)
 
@@ -104,6 +103,7 @@ def _evaluate(run: Evaluation, ways: list[Way], out: Path, as_json: bool, json_c
     """Runs all ways, shows what came of them, and writes it."""
     from ..evaluation.summary import compare, compare_caches, summarize
 
+    say(errors if as_json else console, f"{run.model!r}: {len(run.requests)} requests, {len(ways)} ways")
     try:
         results = _run(run, ways)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -86,6 +87,9 @@ def gpu_of(name: str, bandwidth: float | None, tflops: float | None) -> Gpu:
     key = name.lower().replace(" ", "").replace("-", "").replace("_", "")
     if key not in GPUS and (bandwidth is None or tflops is None):
         raise ValueError(f"--gpu: got {name!r}, needs one of {', '.join(GPUS)}, or both --bandwidth and --tflops")
+    for option, value in (("--bandwidth", bandwidth), ("--tflops", tflops)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{option} must be a number above 0, got {value}")
     known = GPUS.get(key)
     return Gpu(
         known.name if known else name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_temperature
 from ..decoding import CacheName, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
 from ..model import MaskedDiffusionLM
 from ..swap import runtime_of
@@ -105,6 +106,9 @@ def _generate(
     cache: CacheName,
 ) -> tuple[Tensor, int]:
     lm = runtime_of(model)
+    if not isinstance(prompt, Tensor):
+        raise TypeError(f"prompt must be a tensor [B, P], got {type(prompt).__name__}")
+    check_temperature(temperature)
     if remasking not in SCORES:
         raise ValueError(f"remasking must be one of {', '.join(SCORES)}, got {remasking!r}")
     score = SCORES[remasking]

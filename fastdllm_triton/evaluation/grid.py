@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from ..checks import is_int, require
 from ..decoding import CacheName, EntropyBudget, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
 
 #: The strategies by name. ``fixed:k`` is here for its name only: it needs the lengths, see :meth:`Way.config`.
@@ -160,6 +161,7 @@ def parse_grid(strategies: str, caches: str, block_lengths: str | Sequence[int],
     Raises:
         ValueError: an entry cannot be read, or a combination is not valid.
     """
+    require("gen_length", gen_length, "an integer of 1 or more", is_int(gen_length) and gen_length >= 1)
     if isinstance(block_lengths, str):
         lengths = []
         for text in block_lengths.split(","):

@@ -64,10 +64,14 @@ class Scorer:
             ) from error
 
 
+#: More than anybody waits for.
+MAX_PROBLEMS = 10_000_000
+
+
 def builtin_requests(count: int, seed: int) -> list[Request]:
     """``count`` test problems of the built-in task: a stream that is a function of the seed, none of it trained on."""
-    if count < 1:
-        raise ValueError(f"--problems must be 1 or more, got {count}")
+    if not 1 <= count <= MAX_PROBLEMS:
+        raise ValueError(f"--problems must be in [1, {MAX_PROBLEMS:,}], got {count}")
     found = islice(problems(seed, test=True), count)
     return [Request(p.prompt, str(p.total), f"problem {i} of seed {seed}", p) for i, p in enumerate(found)]
 
