@@ -97,7 +97,11 @@ class Accelerated:
     def install(self) -> None:
         """Gives the module its methods."""
         attributes = vars(self.module)
-        methods: dict[str, Callable[..., Any]] = {"generate": self.generate, "fast_forward": self.fast_forward}
+        methods: dict[str, Callable[..., Any]] = {
+            "generate": self.generate,
+            "fast_forward": self.fast_forward,
+            "release": self.release,
+        }
         if self.runtime().config.shift:
             methods["diffusion_generate"] = self.diffusion_generate
         if self.shadowed is None:
@@ -107,7 +111,7 @@ class Accelerated:
     def remove(self) -> None:
         """Takes the methods away, and the parameters out of the fused tensors."""
         attributes = vars(self.module)
-        for name in ("generate", "fast_forward", "diffusion_generate", ATTRIBUTE):
+        for name in ("generate", "fast_forward", "release", "diffusion_generate", ATTRIBUTE):
             attributes.pop(name, None)
         attributes.update(self.shadowed or {})
         if self._runtime is not None:
@@ -120,6 +124,12 @@ class Accelerated:
     def generate(self, *args: Any, **kwargs: Any) -> GenerationOutput:
         """As :meth:`fastdllm_triton.MaskedDiffusionLM.generate`."""
         return self.runtime().generate(*args, **kwargs)
+
+    @wraps(MaskedDiffusionLM.release)
+    def release(self) -> None:
+        """As :meth:`fastdllm_triton.MaskedDiffusionLM.release`."""
+        if self._runtime is not None:
+            self._runtime.release()
 
     def diffusion_generate(self, *args: Any, **kwargs: Any) -> Any:
         """As :func:`fastdllm_triton.compat.diffusion_generate`, without its ``model``."""
