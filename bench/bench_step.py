@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdllm_triton.batch import Batch
+from fastdllm_triton.batch import Batch, Program
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import Row, Session, Shape, main, timed
 from fastdllm_triton.bench._timing import Timing, percentiles, reason
@@ -89,11 +89,12 @@ class OurStep:
         )
         self.start, self.rows = context - gen_length // 2, rows
         resolved = self.config.resolve(network.config, rows)
-        self.batch = Batch(network, rows, context, self.config, resolved)
+        self.network = network
+        self.batch = Batch(network, rows, context, Program.of(network, self.config, resolved))
         self.sequences = ids.clone()
         self.sequences[:, self.start :] = resolved.mask_id
-        self.window = window + self.batch.look_back
-        self.batch.fill(self.sequences.tolist(), [0] * rows, resolved.seeds)
+        self.window = window + self.batch.program.look_back
+        self.batch.fill(self.sequences, [0] * rows, resolved.seeds, self.config, resolved.filler)
         self.batch.place([self.start] * rows, [context] * rows)
 
     def reset(self) -> None:
@@ -103,11 +104,11 @@ class OurStep:
 
     def refresh(self) -> None:
         """The first forward of the block."""
-        self.batch.refresh(0, self.rows, 0, self.batch.slots)
+        self.batch.refresh(self.network, 0, self.rows, 0, self.batch.slots)
 
     def step(self) -> None:
         """Another forward."""
-        self.batch.step(self.rows, self.window)
+        self.batch.step(self.network, self.rows, self.window)
 
 
 class OfficialStep:
@@ -160,8 +161,8 @@ class OfficialStep:
 
 def difference(ours: OurStep, theirs: OfficialStep) -> float:
     """How far the logits of the block over the cache of a refresh are from the official ones, in parts of their size."""
-    network, batch = ours.batch.network, ours.batch
-    back = batch.look_back
+    network, batch = ours.network, ours.batch
+    back = batch.program.look_back
     for side in (ours, theirs):
         side.reset()
         side.refresh()
@@ -313,9 +314,9 @@ class StepBench:
 
     def other_row(self, provider: str, ours: OurStep, shape: Shape, session: Session) -> Row:
         """A step of ours with another choice."""
-        if ours.batch.network.ops.name != "triton":
+        if ours.network.ops.name != "triton":
             return {"missing": "needs a GPU"}
-        network = fused(ours.batch.network) if provider == "triton fused" else ours.batch.network
+        network = fused(ours.network) if provider == "triton fused" else ours.network
         try:
             with serial() if provider == "triton serial" else nullcontext():
                 return self.row_of("step", OurStep(network, ours.sequences, shape["window"]), shape, session)

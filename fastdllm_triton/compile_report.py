@@ -16,6 +16,8 @@ compiled ahead of time in processes of their own, where Triton's interpreter is 
 | widest_load   | bits of the widest load from global memory                                               |
 | async_loads   | whether tiles travel to shared memory without passing through registers                  |
 | waits_first   | whether programs wait for the launch before theirs ahead of any access to memory         |
+| serialised    | whether each ``wgmma`` waits for the one before                                          |
+| contractions  | 16-bit multiply-adds that leave out a rounding                                           |
 """
 
 from __future__ import annotations
@@ -27,8 +29,6 @@ import os
 import pkgutil
 import re
 import signal
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -39,6 +39,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import kernels
+from .assembly import contractions, cuobjdump, serialised, waits_first
 from .kernels._arch import ARCHS, Arch
 from .kernels._compile import CompileCase
 
@@ -131,7 +132,7 @@ def _end_at_interrupts() -> None:
 
 
 def problems(records: Iterable[Record]) -> list[str]:
-    """What no configuration may do, a line each: spill, or take more shared memory than there is."""
+    """What no configuration may do, a line each: spill, take more shared memory than there is, serialise, lose a rounding."""
     found = []
     for record in records:
         limit = ARCHS[record["arch"]].shared_bytes
@@ -141,6 +142,10 @@ def problems(records: Iterable[Record]) -> list[str]:
             found.append(f"{_name(record)}: {record['shared_bytes']} bytes of shared memory, {limit} allowed")
         if record["ctas_per_sm"] < 1:
             found.append(f"{_name(record)}: does not fit an SM")
+        if record["serialised"]:
+            found.append(f"{_name(record)}: ptxas lets every wgmma wait for the one before")
+        if record["contractions"]:
+            found.append(f"{_name(record)}: {record['contractions']} fused multiply-adds leave out a rounding")
     return found
 
 
@@ -247,7 +252,7 @@ def _target(arch: Arch) -> Any:
 
 
 def _options(case: CompileCase) -> dict[str, Any]:
-    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": True}
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
 
 
 def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
@@ -280,24 +285,10 @@ def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
         "mma": next((name for name, text in instructions.items() if text in ptx), "none"),
         "widest_load": max(loads, default=0),
         "async_loads": "cp.async" in ptx,
-        "waits_first": _waits_first(ptx),
+        "waits_first": waits_first(ptx),
+        "serialised": serialised(ptx, arch),
+        "contractions": contractions(ptx, "cuda"),
     }
-
-
-def cuobjdump(cubin: bytes, option: str) -> str:
-    """What the tool that comes with Triton says of a binary."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _waits_first(ptx: str) -> bool:
-    """Whether every program comes past ``griddepcontrol.wait`` (programmatic dependent launch) before it reads or writes."""
-    before, found, _ = ptx.partition("griddepcontrol.wait")
-    # In the first stretch of code, which no branch enters or leaves.
-    return bool(found) and re.search(r"\b(?:bra|ret|(?:ld|st|atom|red)\.global|cp\.async)\b", before) is None
 
 
 def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
@@ -322,4 +313,6 @@ def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
         "widest_load": max((32 * int(number or 1) for number in words), default=0),
         "async_loads": re.search(r"(?:global|buffer)_load_.*\blds\b", text) is not None,
         "waits_first": False,
+        "serialised": False,
+        "contractions": contractions(text, "hip"),
     }

@@ -117,7 +117,7 @@ class DiffusionConfig:
 
     def timesteps(self) -> Tensor:
         """``[steps + 1]`` float32, of the whole sequence or of a block, from 1 to ``eps``."""
-        return torch.linspace(1, self.eps, self.steps // self.blocks + 1)
+        return torch.linspace(1, self.eps, self.steps // self.blocks + 1, dtype=torch.float32, device="cpu")
 
 
 def transfer_shares(timesteps: Tensor) -> list[float]:

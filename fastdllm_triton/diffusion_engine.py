@@ -21,10 +21,10 @@ from .diffusion_rules import Candidates, Rule, block_rule, check_kernel_limits, 
 from .engine import Generation, run
 from .filtering import filtered_statistics
 from .models.transformer import Transformer
+from .modes import decoding_modes
 from .types import TokenStatistics
 
 
-@torch.no_grad()
 def diffuse(
     network: Transformer,
     inputs: Tensor,
@@ -48,6 +48,13 @@ def diffuse(
             else than it must.
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
     """
+    with decoding_modes(network.device):
+        return _diffuse(network, inputs, kv_start, config, mask_id, hooks)
+
+
+def _diffuse(
+    network: Transformer, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int | None, hooks: Hooks | None
+) -> DiffusionOutput:
     c = network.config
     mask_id = c.mask_id if mask_id is None else mask_id
     require("mask_token_id", mask_id, f"in the vocabulary [0, {c.vocab_size})", is_int(mask_id) and 0 <= mask_id < c.vocab_size)

@@ -7,7 +7,9 @@ block: those that begin one are refreshed together, then all take a step.
 
 from __future__ import annotations
 
+import atexit
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -17,12 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, Program
 from .decoding import GenerationConfig, GenerationOutput, Resolved
+from .environment import GRAPHS
 from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
 from .memory import check_memory
 from .models.transformer import Transformer
-from .shapes import buckets
+from .modes import decoding_modes
+from .shapes import buckets, window_bucket
 from .token_ids import check_range
 
 
@@ -128,29 +132,45 @@ class Generation:
         ids = config.resolve(network.config, len(prompts))
         if network.ops.name == "triton":
             check_kernel_limits(len(prompts), config.block_length, ids)
-        self._run = _Run(network, prompts, answers or [[ids.mask_id] * config.gen_length] * len(prompts), config, ids)
+        masks = [[ids.mask_id] * config.gen_length] * len(prompts)
+        with decoding_modes(network.device):
+            self._run = _Run(network, prompts, answers or masks, config, ids)
         self._forwards = self._run.forwards()
         self._tokenizer, self._whole = tokenizer, whole
+        _open.add(self)
 
     def __iter__(self) -> Generation:
         return self
 
-    @torch.no_grad()
     def __next__(self) -> Forward:
-        return next(self._forwards)
+        with decoding_modes(self._run.network.device):
+            return next(self._forwards)
 
     @property
     def batch(self) -> Batch:
         """The buffers on the device, for those who look inside; rows stand in the order of the batch, which changes."""
-        return self._run.batch
+        with decoding_modes(self._run.network.device):
+            return self._run.batch
 
     def close(self) -> None:
         """Ends it where it is; what it held on the device serves the next generation."""
-        self._forwards.close()
+        with decoding_modes(self._run.network.device):
+            self._forwards.close()
 
     def output(self) -> GenerationOutput:
         """The result; before the end, what there is so far, masks included."""
         return replace(self._run.output(), tokenizer=self._tokenizer, starts=self._run.starts if self._whole else None)
+
+
+#: Generations that somebody holds. Those that were left are closed while PyTorch is still whole: a generator with tensors that
+#: is torn down with the interpreter aborts it.
+_open: weakref.WeakSet[Generation] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for generation in list(_open):
+        generation.close()
 
 
 def run(generation: Generation, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
@@ -190,14 +210,19 @@ class _Row:
         blocks: those that it decodes: all that have something masked.
         begun: how many of them it has begun, less one.
         forwards: that it has had in this block.
-        done: whether the block is complete.
+        left: slots of the block that are still masked, at most.
     """
 
     origin: int
     blocks: list[int]
     begun: int = -1
     forwards: int = 0
-    done: bool = False
+    left: int = 1
+
+    @property
+    def done(self) -> bool:
+        """Whether the block is complete."""
+        return self.left == 0
 
     @property
     def block(self) -> int:
@@ -223,31 +248,53 @@ class _Run:
         sequences = [*map(add, prompts, answers)]
         device, self.columns = network.device, max(config.gen_length, *map(len, sequences))
         self.rows_bucket, slots_bucket = buckets(device)
-        rows, slots = self.rows_bucket(len(prompts)), slots_bucket(self.columns)
-        self.padding = slots - self.columns  # slots in front of the output's first column
-        self.kv_start = [slots - len(sequence) for sequence in sequences]
-
-        if not (network.kept and network.kept[0].serves(rows, slots, config, ids)):
-            network.kept.clear()  # What it held is free before anything is allocated.
-            check_memory(network, len(prompts), rows, slots, config)
-            network.kept.append(Batch(network, rows, slots, config, ids))
-        self.batch = network.kept.pop()
-        padded = [[ids.filler] * start + sequence for start, sequence in zip(self.kv_start, sequences, strict=True)]
-        self.batch.fill(padded, self.kv_start, ids.seeds)
-
+        self.window_bucket = window_bucket(device)
+        self.size = (self.rows_bucket(len(prompts)), slots_bucket(self.columns))
+        self.program = Program.of(network, config, ids)
+        self.lengths = [len(sequence) for sequence in sequences]
         self.rows = [_Row(row, self.blocks_to_decode(answer)) for row, answer in enumerate(answers)]
+        self.make_room()
         self.refreshes = self.steps = 0
         self.started, self.seconds, self.running = 0.0, 0.0, True
-        sizes = (len(prompts), self.columns)
-        self._x = torch.empty(sizes, dtype=torch.int64, device=device)
-        self._step_map = torch.empty(sizes, dtype=torch.int32, device=device)
-        self._confidence = torch.empty(sizes, device=device)
-        self._row_forwards = torch.empty(sizes[0], dtype=torch.int32, device=device)
-        self._recorded = -1
+        padded = [[ids.filler] * (self.columns - len(sequence)) + sequence for sequence in sequences]
+        self._x = torch.tensor(padded, dtype=torch.int64, device=device)
+        self._step_map = torch.full(self._x.shape, -1, dtype=torch.int32, device=device)
+        self._confidence = torch.full(self._x.shape, torch.nan, dtype=torch.float32, device=device)
+        self._row_forwards = torch.zeros(len(prompts), dtype=torch.int32, device=device)
+        self._recorded = 0
+        self._batch: Batch | None = None
+
+    @property
+    def batch(self) -> Batch:
+        """The buffers, which a generation has from its first forward on."""
+        if self._batch is None:
+            self._batch = self.begin()
+        return self._batch
+
+    def make_room(self) -> None:
+        """Sees to it that there are buffers or memory for them, at the expense of buffers that nobody uses."""
+        buffers = self.network.buffers
+        while not buffers.serves(self.program, *self.size):
+            try:
+                check_memory(self.network, len(self.rows), *self.size, self.config)
+                return
+            except MemoryError:
+                if not buffers.free_one():
+                    raise
+
+    def begin(self) -> Batch:
+        """Buffers that hold the prompts: those of a generation before, or new ones."""
+        self.make_room()
+        batch = self.network.buffers.take(self.program, *self.size) or Batch(self.network, *self.size, self.program)
+        self.padding = batch.slots - self.columns  # slots in front of the output's first column
+        self.kv_start = [batch.slots - length for length in self.lengths]
+        batch.fill(self._x, self.kv_start, self.ids.seeds, self.config, self.ids.filler)
+        return batch
 
     def forwards(self) -> Generator[Forward]:
         """Decodes, a forward at a time."""
         self.started = _now(self.network.device)
+        batch = self.batch
         try:
             for i in reversed([i for i, row in enumerate(self.rows) if not row.blocks]):
                 self.let_go(i)
@@ -271,8 +318,7 @@ class _Run:
             self.record()
             self.running = False
             self.seconds = _now(self.network.device) - self.started
-            if self.network.device.type == "cuda":
-                self.network.kept[:] = [self.batch]  # The next generation of the same shape finds its graphs captured.
+            self.network.buffers.give(batch)  # The next generation like this one finds its forwards captured.
 
     def blocks_to_decode(self, answer: list[int]) -> list[int]:
         """The blocks of a row that have something masked, up to one that has nothing masked and ends the row."""
@@ -289,7 +335,7 @@ class _Run:
     def move_on(self, rows: list[_Row]) -> None:
         """Lets rows begin their next block."""
         for row in rows:
-            row.begun, row.forwards, row.done = row.begun + 1, 0, False
+            row.begun, row.forwards, row.left = row.begun + 1, 0, self.config.block_length
         moved = set(rows)
         for first, last in _runs([i for i, row in enumerate(self.rows) if row in moved]):
             self.batch.begin(first, last)
@@ -331,7 +377,7 @@ class _Run:
     def refresh(self, first: int, last: int, start: int) -> Forward:
         """Recomputes everything from ``start`` on for the rows ``[first, last)``."""
         rows = self.rows[first:last]
-        self.batch.refresh(first, last, start, max(map(self.end_of, rows)) - start)
+        self.batch.refresh(self.network, first, last, start, max(map(self.end_of, rows)) - start)
         return self.forward(True, rows, [(start, self.end_of(row)) for row in rows])
 
     def step(self, refresh: bool = False) -> Forward:
@@ -343,8 +389,10 @@ class _Run:
             ahead = config.look_ahead if config.cache == "dual" else self.batch.slots
             starts = [self.start_of(row) for row in rows]
             ends = [min(start + config.block_length + ahead, self.end_of(row)) for start, row in zip(starts, rows, strict=True)]
-            windows = [(max(start - self.batch.look_back, 0), end) for start, end in zip(starts, ends, strict=True)]
-        self.batch.step(self.rows_bucket(len(self.rows)), max(end - start for start, end in windows))
+            look_back = self.program.look_back
+            windows = [(max(start - look_back, 0), end) for start, end in zip(starts, ends, strict=True)]
+        window = self.window_bucket(max(end - start for start, end in windows))
+        self.batch.step(self.network, self.rows_bucket(len(self.rows)), window)
         return self.forward(refresh, rows, windows)
 
     def forward(self, refresh: bool, rows: list[_Row], windows: list[tuple[int, int]]) -> Forward:
@@ -358,7 +406,7 @@ class _Run:
             for row, (first, last) in zip(rows, windows, strict=True)
         ]
         origins, blocks = tuple(row.origin for row in rows), tuple(row.block for row in rows)
-        return Forward(self.refreshes + self.steps - 1, refresh, origins, blocks, tuple(columns), self.batch.ids.mask_id, self)
+        return Forward(self.refreshes + self.steps - 1, refresh, origins, blocks, tuple(columns), self.ids.mask_id, self)
 
     def look(self) -> None:
         """Reads how far the rows are: those whose block is done move on, those that are finished leave the batch."""
@@ -367,8 +415,15 @@ class _Run:
             rows = ", ".join(str(row.origin) for row, bad in zip(self.rows, invalid, strict=True) if bad)
             forward = self.refreshes + self.steps - 1
             raise FloatingPointError(f"forward {forward} gave logits that are NaN or nowhere finite in row {rows}")
+        stuck = [row for row, left in zip(self.rows, remaining, strict=True) if row.left and left >= row.left]
+        if stuck:
+            rows = ", ".join(str(row.origin) for row in stuck)
+            raise RuntimeError(
+                f"forward {self.refreshes + self.steps - 1} committed nothing in row {rows}, which has masked slots: a captured "
+                f"forward or a kernel is broken; try {GRAPHS.name}=0, and run `fastdllm-triton verify`"
+            )
         for row, left in zip(self.rows, remaining, strict=True):
-            row.done = left == 0
+            row.left = left
         finished = [i for i, row in enumerate(self.rows) if row.done and (ended[i] or row.block == row.blocks[-1])]
         for i in reversed(finished):
             self.let_go(i)
@@ -389,7 +444,7 @@ class _Run:
     @property
     def starts(self) -> tuple[int, ...]:
         """The first column of each row that is not padding."""
-        return tuple(start - self.padding for start in self.kv_start)
+        return tuple(self.columns - length for length in self.lengths)
 
     def records(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sequences, step map and confidence of all rows, as they are now."""

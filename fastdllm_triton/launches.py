@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .batch import Batch
+from .batch import Batch, Program
 from .decoding import GenerationConfig
 from .models.config import ModelConfig
 from .models.transformer import Transformer, Weights
@@ -110,9 +110,10 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _count(model: ModelConfig, counting: _Counting, rows: int, length: int, slots: int, dtype: torch.dtype) -> Counter[str]:
     network = Transformer(model, Weights.allocate(model, torch.device("meta"), dtype), counting.ops())
     config = GenerationConfig(gen_length=length, block_length=length)
-    batch = Batch(network, rows, slots, config, config.resolve(model, rows))
+    program = Program.of(network, config, config.resolve(model, rows))
+    batch = Batch(network, rows, slots, program)
     with _Calls(counting.counts), torch.no_grad():
-        batch.step(rows, length + batch.look_back)
+        batch.step(network, rows, length + program.look_back)
     return counting.counts
 
 

@@ -191,6 +191,15 @@ class MaskedDiffusionLM:
         tensors = dict(self.network.weights.named(self.config, ARCHITECTURES[self.config.architecture].NAMES))
         save_checkpoint(tensors, self._folder, self.hub_id, to_path("folder", folder), max_shard_size)
 
+    def release(self) -> None:
+        """Gives back the memory of the buffers and captured forwards that earlier generations left for later ones, at once.
+
+        The next generation allocates anew. Generations that are under way keep theirs.
+        """
+        self.network.buffers.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def logits(self, ids: Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]]) -> Tensor:
         """Logits of a plain forward over whole sequences, nothing cached.
 

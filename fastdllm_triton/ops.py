@@ -18,7 +18,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from . import op_arguments
+from . import environment, op_arguments
 from .reference.token_statistics import statistics_merge as reference_merge
 from .types import Activation, PolicyState, RopeRounding, TokenStatistics
 
@@ -76,21 +76,27 @@ PARTS = {
 }
 
 
-@cache
 def resolve(backend: str, device: torch.device) -> Ops:
     """The ops to run on a device.
 
     Args:
-        backend: ``"triton"`` raises where the kernels cannot run; ``"reference"`` is plain PyTorch; ``"auto"`` takes the
-            kernels where they can run. On a GPU where they cannot, it falls back with one warning that says why.
+        backend: ``"triton"`` raises where the kernels cannot run; ``"reference"`` is plain PyTorch; ``"auto"`` is what the
+            environment variable ``FASTDLLM_BACKEND`` says, and without it takes the kernels where they can run. On a GPU
+            where they cannot, it falls back with one warning that says why.
         device: where the tensors live.
 
     Raises:
-        ValueError: ``backend`` is not one of the three.
+        ValueError: ``backend``, or one of :data:`fastdllm_triton.environment.VARIABLES`, has a value that is not allowed.
         RuntimeError: ``backend="triton"`` and the kernels cannot run on this device.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    return _resolved(environment.BACKEND.value if backend == "auto" else backend, device)
+
+
+@cache
+def _resolved(backend: str, device: torch.device) -> Ops:
+    environment.check()
     if backend == "reference":
         return _ops("reference", "asked for", device, required=True)
     obstacle = _obstacle(device, interpreter=backend == "triton")

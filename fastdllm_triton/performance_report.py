@@ -33,7 +33,8 @@ from typing import Any
 import triton
 from rich.table import Table
 
-from .compile_report import Record, compile_case, compiled, cuobjdump, in_processes
+from .assembly import cuobjdump
+from .compile_report import Record, compile_case, compiled, in_processes
 from .kernels import commit_tokens as commit
 from .kernels import head_statistics, linear, rms_norm, rope_kv_write, swiglu, token_statistics, window_attention
 from .kernels._arch import ARCHS, Arch

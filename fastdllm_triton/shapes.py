@@ -14,6 +14,21 @@ def buckets(device: torch.device) -> tuple[Bucket, Bucket]:
     return (rows_bucket, slots_bucket) if device.type == "cuda" else (int, int)
 
 
+def window_bucket(device: torch.device) -> Bucket:
+    """How the window of a step is rounded up on a device: where nothing is captured, not at all.
+
+    Over the prefix cache the window of a step shrinks block by block, and without a cache it follows the prompt. Slots behind
+    the last one are no-ops.
+    """
+    return _window_bucket if device.type == "cuda" else int
+
+
+def _window_bucket(window: int) -> int:
+    """``window`` up to 128, where a step is bound by reading weights; above, a multiple of an eighth to a sixteenth of it."""
+    grain = 1 if window <= 128 else 1 << (window.bit_length() - 4)
+    return -(-window // grain) * grain
+
+
 def rows_bucket(rows: int) -> int:
     """The smallest power of two, or one and a half times one, that holds ``rows``."""
     power = 1 << max(rows - 1, 0).bit_length()

@@ -20,6 +20,7 @@ class CompileCase:
         constexprs: value of every constexpr argument.
         divisible: runtime arguments known to be divisible by 16, as a launch would find them.
         num_warps, num_stages: launch options.
+        fp_fusion: whether products and sums may become one fused multiply-add.
     """
 
     op: str
@@ -30,3 +31,4 @@ class CompileCase:
     divisible: tuple[str, ...] = field(default=())
     num_warps: int = 4
     num_stages: int = 2
+    fp_fusion: bool = True

@@ -19,6 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..environment import PDL as SWITCH
 from ._arch import Arch
 from ._check import INTERPRETED
 
@@ -28,9 +29,27 @@ except ImportError:  # a Triton without NVIDIA's backend, where they are never c
     gdc_launch_dependents = gdc_wait = None
 
 
+class _Switch:
+    """Whether launches may overlap: not where FASTDLLM_PDL=0 says so, nor once a capture failed with them."""
+
+    on: bool | None = None
+
+
+def turn_off() -> None:
+    """Launches every kernel after its predecessor has ended, from here on."""
+    _Switch.on = False
+
+
+def in_use(arch: Arch) -> bool:
+    """Whether kernels are launched so."""
+    if _Switch.on is None:
+        _Switch.on = SWITCH.value == "1"
+    return _Switch.on and has_dependent_launch(arch)
+
+
 def dependent_launch(arch: Arch) -> dict[str, Any]:
     """Keyword arguments of a launch: the constexpr ``PDL``, and the launch option where the architecture has it."""
-    return {"PDL": True, "launch_pdl": True} if has_dependent_launch(arch) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if in_use(arch) else {"PDL": False}
 
 
 def has_dependent_launch(arch: Arch) -> bool:

@@ -243,9 +243,10 @@ def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activati
     if itemsize == 4:
         block_n = 32
     block_k = 64 if itemsize == 2 else 32
-    # 64 rows reach wgmma and tcgen05 either way round. Two products with a shared operand that is computed in the loop (a
-    # norm in front of a gated unit) end the compiler on sm_100: bench/findings/002.
-    swap = itemsize == 2 and block_m < 64 and (arch.name == "sm_90" or (arch.name == "sm_100" and not gated))
+    # On sm_90 always: rows that a norm computes in the loop would be the operand of wgmma that comes from registers, and
+    # ptxas lets every wgmma wait for the one before (bench/findings/001). On sm_100 64 rows reach tcgen05 either way round, and
+    # two products with a shared operand that is computed in the loop end the compiler (002).
+    swap = itemsize == 2 and (arch.name == "sm_90" or (arch.name == "sm_100" and block_m < 64 and not gated))
     programs = tiles_m * triton.cdiv(outputs, block_n)
     splits = max(min(arch.sms // (3 * programs), k // (8 * block_k)), 1)
     splits = triton.cdiv(k, triton.cdiv(triton.cdiv(k, splits), block_k) * block_k)  # none of them empty

@@ -57,6 +57,7 @@ def _rms_norm_kernel(
     mask = column < E
     wait_for_predecessor(PDL)
 
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_E]
     x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_E]
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + row * stride_r + column, mask=mask, other=0.0).to(tl.float32)
@@ -67,7 +68,6 @@ def _rms_norm_kernel(
     # Compilers that pass Python floats as float64 would drag everything after into float64.
     inverse_rms = tl.rsqrt(tl.sum(x * x, axis=0) / E + tl.cast(eps, tl.float32))
     unit = (x * inverse_rms).to(dtype).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_E]
     tl.store(out_ptr + row * stride_o + column, (unit * weight).to(dtype), mask=mask)
 
 

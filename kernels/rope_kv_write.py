@@ -7,7 +7,8 @@ with (a, b) the halves of a head. One program for one token and ``BLOCK_H`` head
 read and written once. Keys are stored rotated, since position is a function of the slot: slot - kv_start.
 
 Rounding: the bias is added in the tensors' dtype. LLaDA rotates in float32 and rounds once. Dream (DREAM) rounds cos, sin,
-both products and their sum to the tensors' dtype.
+both products and their sum to the tensors' dtype; it is compiled without fused multiply-adds, which would round one product
+and the sum at once.
 
 | pointer          | shape                    | strides                    | written                          |
 |------------------|--------------------------|----------------------------|----------------------------------|
@@ -124,16 +125,17 @@ def _rope_kv_write_kernel(
 
     head = block * BLOCK_H + tl.arange(0, BLOCK_H)  # [BLOCK_H]
     half = tl.arange(0, BLOCK_HALF)  # [BLOCK_HALF]
-    mask = (head < tl.where(writable, heads, 0))[:, None] & (half < HALF)[None, :]  # [BLOCK_H, BLOCK_HALF]
+    loaded = (head < heads)[:, None] & (half < HALF)[None, :]  # [BLOCK_H, BLOCK_HALF]
+    mask = loaded & writable
 
     offset = (before + head)[:, None] * D + half[None, :]  # [BLOCK_H, BLOCK_HALF]
     row_ptr = qkv_ptr + b * stride_xb + i * stride_xw
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
-    first = tl.load(row_ptr + offset, mask=mask, other=0.0)  # [BLOCK_H, BLOCK_HALF]
-    second = tl.load(row_ptr + offset + HALF, mask=mask, other=0.0)  # [BLOCK_H, BLOCK_HALF]
+    first = tl.load(row_ptr + offset, mask=loaded, other=0.0)  # [BLOCK_H, BLOCK_HALF]
+    second = tl.load(row_ptr + offset + HALF, mask=loaded, other=0.0)  # [BLOCK_H, BLOCK_HALF]
     if HAS_BIAS:
-        first_bias = tl.load(bias_ptr + offset, mask=mask, other=0.0)
-        second_bias = tl.load(bias_ptr + offset + HALF, mask=mask, other=0.0)
+        first_bias = tl.load(bias_ptr + offset, mask=loaded, other=0.0)
+        second_bias = tl.load(bias_ptr + offset + HALF, mask=loaded, other=0.0)
         first = (first.to(tl.float32) + first_bias.to(tl.float32)).to(dtype)
         second = (second.to(tl.float32) + second_bias.to(tl.float32)).to(dtype)
 
@@ -180,6 +182,11 @@ def select_config(arch: Arch, kv_heads: int, dim: int, gpu: str | None = None) -
 def rotary_frequencies(theta: float, dim: int, device: torch.device) -> Tensor:
     """``[D/2]`` float32, rounded as PyTorch rounds it on a CPU, on every device. Made at the first call and kept."""
     return (1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)).to(device)
+
+
+def _fuses(rounding: str) -> bool:
+    """Whether a product and a sum may be rounded together."""
+    return rounding != "dream"
 
 
 def launches(arch: Arch, kv_heads: int, dim: int) -> int:
@@ -264,27 +271,27 @@ def rope_kv_write(
                 BLOCK_H=config.block_h,
                 BLOCK_HALF=triton.next_power_of_2(dim // 2),
                 num_warps=config.num_warps,
-                enable_fp_fusion=True,
+                enable_fp_fusion=_fuses(rounding),
                 **dependent_launch(arch),
             )
     return out
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:
-    """LLaDA's heads with its rounding, Dream's with bias and its own."""
+    """LLaDA's heads with its rounding, Dream's with bias and its own, in both 16-bit dtypes since roundings are at stake."""
     pointers = ("qkv_ptr", "bias_ptr", "q_ptr", "k_ptr", "v_ptr")
     slots = ("window_start_ptr", "kv_start_ptr")
     strides = tuple(f"stride_{name}" for name in ("xb", "xw", "qb", "qw", "qh", "kb", "kh", "kl", "vb", "vh", "vl"))
     cases = []
-    for model, q_heads, kv_heads in (("llada", 32, 32), ("dream", 28, 4)):
+    for model, dtype, q_heads, kv_heads in (("llada", "bf16", 32, 32), ("dream", "bf16", 28, 4), ("dream", "fp16", 28, 4)):
         config = select_config(arch, kv_heads, 128)
         cases.append(
             CompileCase(
                 op="rope_kv_write",
                 kernel=_rope_kv_write_kernel,
-                config=f"bf16 {model} D=128",
+                config=f"{dtype} {model} D=128",
                 signature={
-                    **dict.fromkeys(pointers, "*bf16"),
+                    **dict.fromkeys(pointers, f"*{dtype}"),
                     "frequency_ptr": "*fp32",
                     **dict.fromkeys(slots, "*i32"),
                     **dict.fromkeys((*strides, "W", "L"), "i32"),
@@ -301,6 +308,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                 },
                 divisible=(*pointers, "frequency_ptr", *slots, *strides),
                 num_warps=config.num_warps,
+                fp_fusion=_fuses(model),
             )
         )
     return cases

@@ -92,7 +92,7 @@ def _attend(
     else:
         v = tl.load(v_ptr)
     if SWAP:
-        total = total * fade + tl.sum(p, axis=0)
+        total = total * fade[None, :] + p  # [BLOCK_N, BLOCK_M], summed up behind the loop
         acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision=PRECISION)  # [BLOCK_D, BLOCK_M]
     else:
         total = total * fade + tl.sum(p, axis=1)
@@ -135,28 +135,36 @@ def _window_attention_kernel(
     v_ptr += b * stride_vb + kv_head * stride_vh
 
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_D], tl.float32)
     # Of this program's slots, those before the skip and those behind it: first slot, and how many.
     first_a, count_a = start + lo, tl.minimum(tl.maximum(middle - start - lo, 0), hi - lo)
     first_b, count_b = end - n + lo + count_a, hi - lo - count_a
+    # Few rows are bound by memory: there every tile is masked, so that the partial ones are in the pipeline as well. Many rows
+    # are bound by arithmetic: there what fills no tile comes last. Its loop has no branch inside: with one, ptxas lets every
+    # wgmma of the main loop wait for the one before (C7515).
+    ONE_LOOP: tl.constexpr = BLOCK_M < 128
     tiles_a, tiles_b = count_a // BLOCK_N, count_b // BLOCK_N
+    if ONE_LOOP:
+        tiles_a, tiles_b = tl.cdiv(count_a, BLOCK_N), tl.cdiv(count_b, BLOCK_N)
     for tile in tl.range(0, tiles_a + tiles_b, num_stages=STAGES):
         slot = tl.where(tile < tiles_a, first_a + tile * BLOCK_N, first_b + (tile - tiles_a) * BLOCK_N)
+        left = tl.where(tile < tiles_a, count_a - tile * BLOCK_N, count_b - (tile - tiles_a) * BLOCK_N)
         peak, total, acc = _attend(
-            q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, BLOCK_N, scale,
-            D, BLOCK_N, BLOCK_D, False, SWAP, PRECISION,
+            q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, left, scale,
+            D, BLOCK_N, BLOCK_D, ONE_LOOP, SWAP, PRECISION,
         )  # fmt: skip
-    # What fills no tile, before the skip and behind it. In a loop: see bench/findings/001.
-    for part in tl.range(0, 2, num_stages=1):
-        slot = tl.where(part == 0, first_a + tiles_a * BLOCK_N, first_b + tiles_b * BLOCK_N)
-        count = tl.where(part == 0, count_a, count_b) % BLOCK_N
-        if count > 0:
+    if not ONE_LOOP:
+        rest_a, rest_b = count_a % BLOCK_N, count_b % BLOCK_N
+        for part in tl.range(tl.where(rest_a > 0, 0, 1), tl.where(rest_b > 0, 2, 1), num_stages=1):
+            slot = tl.where(part == 0, first_a + tiles_a * BLOCK_N, first_b + tiles_b * BLOCK_N)
             peak, total, acc = _attend(
-                q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, scale,
+                q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, tl.where(part == 0, rest_a, rest_b), scale,
                 D, BLOCK_N, BLOCK_D, True, SWAP, PRECISION,
             )  # fmt: skip
 
+    if SWAP:
+        total = tl.sum(total, axis=0)
     # Without keys peak is -inf, and the sums are 0.
     total = tl.where(total == 0, 1.0, total)
     lse = peak + tl.log2(total)

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from fastdllm_triton.compile_report import (
     COMMITTED_WITH,
-    _waits_first,
     compile_report,
     differences,
     problems,
@@ -41,6 +40,8 @@ RECORD = {
     "widest_load": 128,
     "async_loads": False,
     "waits_first": True,
+    "serialised": False,
+    "contractions": 0,
 }
 
 
@@ -86,6 +87,11 @@ def test_the_committed_report_has_no_problems_and_uses_tensor_cores():
     assert all(record["async_loads"] for record in attention if record["arch"].startswith("sm_"))
 
 
+def test_the_committed_report_says_that_no_product_waits_and_no_rounding_is_lost():
+    for record in read_json(COMMITTED):
+        assert not record["serialised"] and record["contractions"] == 0, record
+
+
 #: The ops of a layer, one behind the other.
 CHAIN = ("linear", "rms_norm", "rope_kv_write", "swiglu", "window_attention")
 
@@ -94,22 +100,6 @@ def test_the_kernels_of_a_layer_wait_for_the_one_before_where_launches_may_overl
     for record in read_json(COMMITTED):
         overlaps = record["op"] in CHAIN and record["arch"] in ("sm_90", "sm_100", "sm_120")
         assert record["waits_first"] == overlaps, record
-
-
-@pytest.mark.parametrize(
-    ("ptx", "waits"),
-    [
-        ("mov.u32 %r1; prefetch.global.L2 [%rd1]; griddepcontrol.wait; ld.global.b32", True),
-        ("ld.param.u64 %rd1; griddepcontrol.wait; st.global.b32", True),
-        ("ld.global.b32 %r1; griddepcontrol.wait;", False),
-        ("cp.async.cg.shared.global [%r1]; griddepcontrol.wait;", False),
-        ("@%p1 bra $L1; griddepcontrol.wait;", False),
-        ("@%p1 ret; griddepcontrol.wait;", False),
-        ("ld.global.b32 %r1;", False),
-    ],
-)
-def test_an_access_or_a_way_out_ahead_of_the_wait_is_seen(ptx, waits):
-    assert _waits_first(ptx) == waits
 
 
 def test_the_bound_of_window_attention_on_shared_memory_is_one():
@@ -133,6 +123,8 @@ def test_the_bound_of_window_attention_on_shared_memory_is_one():
         ({"spill_bytes": 8}, "spills 8 bytes"),
         ({"shared_bytes": 232_449}, "232449 bytes of shared memory, 232448 allowed"),
         ({"ctas_per_sm": 0}, "does not fit an SM"),
+        ({"serialised": True}, "ptxas lets every wgmma wait for the one before"),
+        ({"contractions": 8}, "8 fused multiply-adds leave out a rounding"),
     ],
 )
 def test_a_problem_is_found_and_named(change, problem):
@@ -172,7 +164,6 @@ def test_a_summary_has_a_line_an_op_and_the_most_of_it():
 SPILLING = """
 from dataclasses import replace
 from fastdllm_triton.compile_report import compile_case
-from fastdllm_triton.files import write_records
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.window_attention import compile_cases
 for name in ("sm_80", "gfx942"):

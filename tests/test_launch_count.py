@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
-from fastdllm_triton.batch import Batch
+from fastdllm_triton.batch import Batch, Program
 from fastdllm_triton.cli import app
 from fastdllm_triton.launches import count_launches
 from fastdllm_triton.models.config import ModelConfig
@@ -53,14 +53,14 @@ def test_what_is_counted_is_what_a_step_calls(llada: fdt.MaskedDiffusionLM) -> N
     names = ("rms_norm", "linear", "rope_kv_write", "window_attention", "head_statistics", "commit_tokens", "swiglu")
     llada.network.ops = replace(llada.network.ops, **{name: counted(name) for name in names})
     config = fdt.GenerationConfig(gen_length=8, block_length=8)
-    batch = Batch(llada.network, 1, 12, config, config.resolve(llada.config, 1))
-    batch.fill([[1, 2, 3, 4] + [llada.config.mask_id] * 8], [0], [0])
+    batch = Batch(llada.network, 1, 12, Program.of(llada.network, config, config.resolve(llada.config, 1)))
+    batch.fill(torch.tensor([[1, 2, 3, 4] + [llada.config.mask_id] * 8]), [0], [0], config, filler=0)
     batch.place([4], [12])
     batch.begin(0, 1)
     with torch.no_grad():
-        batch.refresh(0, 1, 0, 12)
+        batch.refresh(llada.network, 0, 1, 0, 12)
         calls.clear()
-        batch.step(1, 8)
+        batch.step(llada.network, 1, 8)
 
     found = count_launches(llada.config, block_length=8, slots=12)
     layers = llada.config.layers

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton.kernels import _check
-from fastdllm_triton.ops import resolve
+from fastdllm_triton.ops import _resolved, resolve
 
 SOURCE = GOLDEN / "llada-gqa"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 318, 318, 318]])
@@ -399,7 +399,7 @@ def test_the_backend_is_chosen_once_and_says_why() -> None:
 
 def test_asking_for_triton_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_check, "INTERPRETED", False)  # On a CPU, kernels run in Triton's interpreter alone.
-    resolve.cache_clear()
+    _resolved.cache_clear()
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run here: the device is cpu"):
         fdt.load(SOURCE, device="cpu", backend="triton")
 

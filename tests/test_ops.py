@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdllm_triton import ops as module
 from fastdllm_triton import reference
-from fastdllm_triton.ops import NAMES, Ops, resolve
+from fastdllm_triton.ops import NAMES, Ops, _resolved, resolve
 from fastdllm_triton.types import PolicyState, TokenStatistics
 
 CPU = torch.device("cpu")
@@ -44,13 +44,13 @@ def test_auto_takes_the_reference_on_a_cpu_and_says_why_without_a_warning():
 @pytest.mark.parametrize("obstacle", ["triton is not installed", "device cuda:0 is sm_70"])
 def test_auto_falls_back_on_a_gpu_with_a_warning_that_says_why_and_triton_raises(monkeypatch, obstacle):
     monkeypatch.setattr(module, "_obstacle", lambda device, interpreter: obstacle)
-    resolve.cache_clear()
+    _resolved.cache_clear()
     device = torch.device("cuda", 0)
     with pytest.warns(UserWarning, match=obstacle):
         assert resolve("auto", device).name == "reference"
     with pytest.raises(RuntimeError, match=f"backend='triton' cannot run here: {obstacle}"):
         resolve("triton", device)
-    resolve.cache_clear()
+    _resolved.cache_clear()
 
 
 def test_a_missing_kernel_is_an_obstacle(monkeypatch):

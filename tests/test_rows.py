@@ -303,7 +303,7 @@ def test_a_step_after_the_end_is_a_no_op(golden: fdt.MaskedDiffusionLM, cache: s
         next(generation)
     before = [tensor.clone() for tensor in (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)]
     with torch.no_grad():
-        batch.step(2, batch.slots if cache != "dual" else 8)
+        batch.step(golden.network, 2, batch.slots if cache != "dual" else 8)
     after = (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old.nan_to_num(), new.nan_to_num())

@@ -159,6 +159,9 @@ PLAIN = Config(block_m=16, block_n=32, num_warps=4, num_stages=2, swap=False, sp
 SWAPPED = replace(PLAIN, swap=True)
 SPLIT = replace(PLAIN, splits=3, chunk=32)
 SPLIT_SWAPPED = replace(SPLIT, swap=True, splits=4, chunk=24)
+#: From 128 rows on, what fills no tile has a loop of its own.
+MANY_ROWS = replace(PLAIN, block_m=128, block_n=16)
+MANY_ROWS_SPLIT = replace(MANY_ROWS, splits=3, chunk=32)
 
 
 def check_kernel(case: Case, dtype: torch.dtype, config: Config | None = None, scale: float | None = None) -> None:
@@ -178,7 +181,10 @@ def test_kernel_is_as_close_as_torch(case):
 FORM_CASES = [case for case in CASES if case.window < 31 and case.dim in (16, 80) and case.q_heads in (1, 7)]
 
 
-@pytest.mark.parametrize("config", [SWAPPED, SPLIT, SPLIT_SWAPPED], ids=["swapped", "split", "split-swapped"])
+FORMS = {"swapped": SWAPPED, "split": SPLIT, "split-swapped": SPLIT_SWAPPED, "many": MANY_ROWS, "many-split": MANY_ROWS_SPLIT}
+
+
+@pytest.mark.parametrize("config", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("case", FORM_CASES, ids=str)
 def test_kernel_in_every_form_is_as_close_as_torch(case, config):
     check_kernel(case, torch.float32, config)
@@ -232,12 +238,13 @@ def test_kernel_reads_strided_tensors_and_writes_into_out_and_nowhere_else(confi
 
 
 @given(data=strategies.data())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_kernel_attends_exactly_the_range_less_the_skip_for_any_chunks(data):
     slot = strategies.integers(0, 40)
     start, end, skip_start, skip_end = (data.draw(slot) for _ in range(4))
     chunk = data.draw(strategies.integers(1, 50))
-    config = replace(PLAIN, block_n=16, chunk=chunk, splits=-(-40 // chunk), swap=data.draw(strategies.booleans()))
+    form = data.draw(strategies.sampled_from([PLAIN, SWAPPED, MANY_ROWS]))
+    config = replace(form, block_n=16, chunk=chunk, splits=-(-40 // chunk))
     case = Case("", 1, (start,), (end,), ((skip_start, skip_end),), slots=40)
     check_kernel(case, torch.float32, config)
 

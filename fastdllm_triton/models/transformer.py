@@ -6,18 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..buffers import BufferPool
 from ..cache import KVCache
+from ..environment import GRAPHS
 from ..ops import Ops
 from .config import ModelConfig, NameMap
-
-if TYPE_CHECKING:
-    from ..batch import Batch
 
 
 @dataclass
@@ -133,21 +132,16 @@ class Transformer:
         config: the model's shape.
         weights: its parameters.
         ops: the backend that runs.
-        captures: whether steps are captured as CUDA graphs, on a GPU and with the Triton kernels.
-        kept: on a GPU, the buffers and captured steps of the last generation, for the next one of the same shape. Clear it to
-            have their memory back.
+        captures: whether forwards are captured as CUDA graphs, on a GPU and with the Triton kernels.
+        buffers: on a GPU, the buffers and captured forwards of generations that have ended, for the next ones.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self.captures = True
-        self.kept: list[Batch] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For a pickle or a copy, which makes buffers and captured steps of its own."""
-        return {**vars(self), "kept": []}
+        self.captures = GRAPHS.value == "1"
+        self.buffers = BufferPool.of(self.device)
 
     @property
     def device(self) -> torch.device:

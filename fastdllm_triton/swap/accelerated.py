@@ -122,7 +122,11 @@ class Accelerated:
     def install(self) -> None:
         """Gives the module its methods."""
         attributes = vars(self.module)
-        methods: dict[str, Callable[..., Any]] = {"generate": self.generate, "fast_forward": self.fast_forward}
+        methods: dict[str, Callable[..., Any]] = {
+            "generate": self.generate,
+            "fast_forward": self.fast_forward,
+            "release": self.release,
+        }
         if self.runtime().config.shift:
             methods["diffusion_generate"] = self.diffusion_generate
             if hasattr(type(self.module), _PREPARE):
@@ -148,6 +152,12 @@ class Accelerated:
     def generate(self, *args: Any, **kwargs: Any) -> GenerationOutput:
         """As :meth:`fastdllm_triton.MaskedDiffusionLM.generate`."""
         return self.runtime().generate(*args, **kwargs)
+
+    @wraps(MaskedDiffusionLM.release)
+    def release(self) -> None:
+        """As :meth:`fastdllm_triton.MaskedDiffusionLM.release`."""
+        if self._runtime is not None:
+            self._runtime.release()
 
     def diffusion_generate(self, *args: Any, **kwargs: Any) -> Any:
         """As :func:`fastdllm_triton.compat.diffusion_generate`, without its ``model``."""
