@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -12,6 +11,7 @@ from rich.text import Text
 from .. import machine
 from .. import verify as proof
 from .._console import clear_errors, console, errors, wide
+from ..verify.ledger import SAME, proven
 from .verify import check_writable, require_triton
 
 if TYPE_CHECKING:
@@ -29,15 +29,24 @@ def bench(
     only: Annotated[list[str] | None, typer.Option(help="A baseline to run beside ours. All if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes; all that there is without a GPU.")] = False,
     device: Annotated[str | None, typer.Option(help="'cuda' or 'cpu'; the GPU if there is one.")] = None,
-    json_folder: Annotated[Path | None, typer.Option("--json", help="Write the results into this folder, case by case.")] = None,
+    json_folder: Annotated[
+        Path | None, typer.Option("--out", "--json", help="Write the results into this folder, case by case.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the results in that folder end.")] = False,
     compare: Annotated[Path | None, typer.Option(help="An earlier folder: say what became faster or slower.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write one page with plots and tables to this file.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no case after so many minutes.")] = None,
+    verified: Annotated[
+        list[Path] | None, typer.Option(help="A file of verify --out, of this machine and commit: do not verify again.")
+    ] = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Verify nothing more, time what does not verify too, and mark its rows.")
+    ] = False,
 ) -> None:
     """Time ours and the baselines in turns, each with its fraction of what this GPU reaches at its best.
 
-    An op whose verification fails here is refused. Ends with status 1 if one was, and with 3 if --minutes left cases out.
+    An op whose verification fails here is refused. Ends with status 1 if one was, with 3 if --minutes left cases out, and with
+    4 if a kernel has failed so that this process can use the GPU no more; --resume goes on behind it.
     """
     with clear_errors():
         require_triton("bench")
@@ -48,10 +57,13 @@ def bench(
 
             check_installed()
         from ..bench._report import Report, changes, changes_table, check_folder
+        from ..bench._run import run
         from ..bench._session import benches
 
         if target.type == "cpu" and proof.needs_interpreter(target):
-            raise typer.Exit(proof.rerun_in_interpreter(_arguments(suite, op, only, quick, json_folder, resume, compare, html)))
+            arguments = _arguments(suite, op, only, quick, json_folder, resume, compare, html)
+            arguments += [part for path in verified or () for part in ("--verified", str(path))] + ["--unverified"] * unverified
+            raise typer.Exit(proof.rerun_in_interpreter(arguments))
         chosen = benches(suite, op or ())
         check_baselines(chosen, only or ())
         earlier = None if compare is None else Report.load(compare)
@@ -59,10 +71,23 @@ def bench(
             console.print("torch sees no GPU here, so nothing is measured; --quick tries the plumbing.")
             return
         report = Report(machine.describe(target))
+        records = proven(verified or (), report.machine)
         if json_folder is not None:
             check_folder(json_folder, resume)
             report = _resumed(report, json_folder) if resume else report
-        refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=json_folder, minutes=minutes)
+        with console.status("") as status:
+            outcome = run(
+                chosen,
+                report,
+                target,
+                quick=quick,
+                only=only or (),
+                folder=json_folder,
+                minutes=minutes,
+                verified=records,
+                unverified=unverified,
+                on_status=status.update,
+            )
         show(report, target)
         if earlier is not None:
             wide(150).print(changes_table(changes(earlier, report), earlier, report))
@@ -70,67 +95,14 @@ def bench(
             from ..bench._page import write_page
 
             write_page(report, html, earlier)
-        if refused:
-            errors.print(Text(f"refused, as they do not verify here: {', '.join(refused)}", style="red"))
-            raise typer.Exit(1)
-        if is_cut:
-            console.print("The time is up and cases are left; --json with --resume goes on with them.")
-            raise typer.Exit(3)
-
-
-def run(
-    chosen: list[Measurable],
-    report: Report,
-    device: torch.device,
-    *,
-    quick: bool,
-    only: list[str] | tuple[str, ...],
-    folder: Path | None,
-    minutes: float | None,
-) -> tuple[list[str], bool]:
-    """Fills a report, verification first, flushing each case.
-
-    Returns:
-        The benches that were refused, and whether the time was too short for all cases.
-    """
-    from ..bench._session import Session, label
-    from ..bench._timing import measure_ceilings, time_in_turns
-
-    session = Session(device, quick=quick, only=only, done=report.done())
-    session.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    gates = list(dict.fromkeys(name for bench in chosen for name in bench.gate))
-    with console.status("verifying") as status:
-        records = proof.verify(gates, device, quick=quick)
-        report.verification = [record.as_json() for record in records]
-        failed = {record.check for record in records if not record.ok}
-        # Checks of models have names of their own.
-        failed |= {proof.MODELS} if failed - set(gates) else set()
-        if device.type == "cuda":
-            session.timer = time_in_turns
-            session.ceilings = report.ceilings = report.ceilings or measure_ceilings(device, time_in_turns)
-            now = machine.clocks(device)  # when it has just worked; idle clocks say little
-            report.machine |= {f"loaded_{name}": now[name] for name in ("sm_clock", "memory_clock", "temperature") if name in now}
-        if folder is not None:
-            report.write_machine(folder)
-            report.write_verification(folder)
-        refused = []
-        for bench in chosen:
-            if faults := sorted(failed & set(bench.gate)):
-                missing = f"refused: verification failed: {', '.join(faults)}"
-                row: dict[str, Any] = {"bench": bench.op, "op": bench.op, "shape": {}, "axis": "", "provider": "triton"}
-                report.rows.append(row | {"missing": missing, "refused": True})
-            else:
-                with proof.quiet(device):
-                    for rows in bench.measure(session):
-                        status.update(f"{bench.op} {label(rows[0]['shape'])}")
-                        report.rows += rows
-                        if folder is not None:
-                            report.write_rows(folder, bench.op)
-            if any(row.get("refused") for row in report.rows if row["bench"] == bench.op):
-                refused.append(bench.op)
-            if folder is not None:
-                report.write_rows(folder, bench.op)
-    return refused, session.is_cut
+        if outcome.refused:
+            errors.print(Text(f"refused, as they do not verify here: {', '.join(outcome.refused)}", style="red"))
+        if outcome.is_lost:
+            errors.print(Text("a kernel has failed and left the GPU unusable for this process; --resume goes on", style="red"))
+        elif outcome.is_cut:
+            console.print("The time is up and cases are left; --out with --resume goes on with them.")
+        if outcome.status:
+            raise typer.Exit(outcome.status)
 
 
 def show(report: Report, device: torch.device) -> None:
@@ -164,7 +136,7 @@ def _resumed(new: Report, folder: Path) -> Report:
     if not (folder / "machine.json").exists():
         return new
     old = Report.load(folder)
-    for name in ("device", "commit", "torch", "triton"):
+    for name in SAME:
         if old.machine[name] != new.machine[name]:
             raise ValueError(f"--resume: {folder} was measured with {name} = {old.machine[name]}, here it is {new.machine[name]}")
     old.rows = [row for row in old.rows if not row.get("refused")]
@@ -185,6 +157,6 @@ def _arguments(
     found = ["bench", suite, "--device", "cpu"]
     for option, values in (("--op", op), ("--only", only)):
         found += [part for value in values or () for part in (option, value)]
-    for option, path in (("--json", json_folder), ("--compare", compare), ("--html", html)):
+    for option, path in (("--out", json_folder), ("--compare", compare), ("--html", html)):
         found += [option, str(path)] if path is not None else []
     return found + ["--quick"] * quick + ["--resume"] * resume
