@@ -125,7 +125,14 @@ def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
     precompile = [python, str(ROOT / "bench/precompile.py"), *small, *one_op]
     stages = [
         Stage("environment", "the GPU, its driver, installed packages", lambda _: ["bash", "-c", show, python], 10),
-        Stage("compile", "what the key shapes launch, on all cores", lambda _: precompile, 70),
+        # Each of its processes compiles in its own: torch.compile would begin as many again as there are cores.
+        Stage(
+            "compile",
+            "what the key shapes launch, on all cores",
+            lambda _: precompile,
+            70,
+            environment={"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        ),
         verify("verify", "every op at the key shapes, and whole models", proofs[0], *key, seconds=115),
         bench("step", "the step of LLaDA-8B of one row, ours and the official code's", "step", *key, seconds=110),
     ]
