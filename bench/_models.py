@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import lru_cache
 
@@ -47,9 +48,11 @@ def config_of(model: str) -> ModelConfig:
 
 
 @lru_cache(maxsize=1)
-def network_of(model: str, device: torch.device, dtype: torch.dtype, backend: str = "auto") -> Transformer:
-    """A network with random weights, drawn from one seed; the last one is kept."""
-    config = config_of(model)
+def network_of(
+    model: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", layers: int | None = None
+) -> Transformer:
+    """A network with random weights, drawn from one seed, with all layers or so many; the last one is kept."""
+    config = config_of(model) if layers is None else replace(config_of(model), layers=layers)
     weights = Weights.allocate(config, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
     norms = [weights.final_norm, *(norm for layer in weights.layers for norm in (layer.attn_norm, layer.mlp_norm))]
@@ -61,6 +64,14 @@ def network_of(model: str, device: torch.device, dtype: torch.dtype, backend: st
     for norm in norms:
         norm.fill_(1)
     return Transformer(config, weights, resolve(backend, device))
+
+
+def release(network: Transformer) -> None:
+    """Gives the memory of buffers and captured steps that generations left behind back, before something else is measured."""
+    network.buffers.clear()
+    gc.collect()
+    if network.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def prompt_of(model: str, rows: int, length: int, device: torch.device) -> torch.Tensor:

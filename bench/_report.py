@@ -90,9 +90,14 @@ class Report:
         """Writes the rows of a bench, one a line, whole or not at all."""
         write_records(folder / f"{bench}.json", [row for row in self.rows if row["bench"] == bench])
 
-    def done(self) -> set[tuple[str, str]]:
-        """The cases that need no second run: those that were timed, or cannot be here."""
-        return {(row["op"], label(row["shape"])) for row in self.rows if not row.get("refused")}
+    def done(self) -> set[tuple[str, str, str]]:
+        """The rows that need no second run: those that were timed, or cannot be here."""
+        return {_key(row) for row in self.rows if not row.get("refused")}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Takes rows over, in the place of those of the same case and provider."""
+        new = {_key(row) for row in rows}
+        self.rows = [row for row in self.rows if _key(row) not in new] + list(rows)
 
 
 def check_unmixed(folder: Path, resume: bool) -> None:
@@ -135,6 +140,12 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
     return [column for column in COLUMNS if any(row.get(column.key) for row in rows)]
 
 
+def note_of(row: Row) -> str:
+    """Why a row has no time, or why it is to be doubted."""
+    doubt = f"unverified: {row.get('wrong', 'verification failed or is missing')}" if row.get("unverified") else ""
+    return ", ".join(filter(None, (row.get("missing"), doubt)))
+
+
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows of one op, every number next to its ceiling."""
     found, shape, columns = Table(title=title), list(rows[0]["shape"]), columns_of(rows)
@@ -143,13 +154,13 @@ def table(rows: Sequence[Row], title: str) -> Table:
     found.add_column("provider")
     for column in columns:
         found.add_column(column.title, justify="right")
-    notes = any("missing" in row for row in rows)
+    notes = any(note_of(row) for row in rows)
     if notes:
         found.add_column("note")
     for row in rows:
         cells = [*(str(row["shape"].get(key, "")) for key in shape), row["provider"], *(column.text(row) for column in columns)]
-        style = "red" if row.get("refused") else "dim" if "missing" in row else None
-        found.add_row(*cells, *([Text(row.get("missing", ""))] if notes else []), style=style)
+        style = "red" if row.get("refused") or row.get("unverified") else "dim" if "missing" in row else None
+        found.add_row(*cells, *([Text(note_of(row))] if notes else []), style=style)
     return found
 
 

@@ -1,7 +1,7 @@
 """A run of benches: which there are, the gate before them, the rows they give.
 
-Nothing is timed before its verification has held on this machine in the same run, and before the kernel agrees with the
-reference on the very inputs that are timed. A row is a plain dict:
+Nothing is timed before its verification has held on this machine, and before the kernel agrees with the reference on the very
+inputs that are timed, unless a run asks for it; then the rows say so. A row is a plain dict:
 
 | key                          | meaning                                                                              |
 |------------------------------|--------------------------------------------------------------------------------------|
@@ -12,8 +12,10 @@ reference on the very inputs that are timed. A row is a plain dict:
 | gb_per_s, tflop_per_s        | what was reached                                                                     |
 | of_copy, of_matrix, of_floor | fractions of the copy bandwidth, of the matrix rate, and of the nearer of the two    |
 | times_triton                 | a baseline's time over ours: how many times faster ours is                           |
-| peak_bytes                   | allocated at the highest point of a launch, beside its inputs                        |
+| peak_bytes                   | allocated at the highest point of a launch, beside its inputs; captured ones too     |
 | parts                        | milliseconds by name, where a row is a whole step                                    |
+| unverified                   | true where something that it rests on was not verified, or did not hold              |
+| wrong                        | what did not hold on the very inputs of the row, or was not looked at yet            |
 | missing                      | why there is no time: not installed, rejected, refused, too little memory, no GPU    |
 """
 
@@ -57,11 +59,12 @@ class Session:
         device: a GPU; or the CPU, where providers run once, small, and nothing is timed.
         timer: None on a CPU.
         ceilings: of the GPU; None on a CPU.
-        quick: few shapes.
+        quick: the shapes that matter most.
         only: baselines to run; all if empty.
         deadline: ``time.monotonic()`` after which no further case is begun.
         is_cut: whether a case was not begun for that reason.
-        done: ``(op, shape as text)`` of the cases that an earlier run has measured.
+        done: ``(op, shape as text, provider)`` of the rows that an earlier run has measured.
+        unverified: also time what gives another result than the reference.
     """
 
     device: torch.device
@@ -71,16 +74,21 @@ class Session:
     only: Sequence[str] = ()
     deadline: float | None = None
     is_cut: bool = False
-    done: set[tuple[str, str]] = field(default_factory=set)
+    done: set[tuple[str, str, str]] = field(default_factory=set)
+    unverified: bool = False
 
     def is_over(self) -> bool:
         """Whether the time is up; asked before each case."""
         self.is_cut |= self.deadline is not None and time.monotonic() > self.deadline
         return self.is_cut
 
-    def skips(self, op: str, shape: Shape) -> bool:
-        """Whether a case was measured before."""
-        return (op, label(shape)) in self.done
+    def skips(self, op: str, shape: Shape, providers: Sequence[str] = ("triton",)) -> bool:
+        """Whether a case was measured before, for all of these providers."""
+        return all((op, label(shape), provider) in self.done for provider in providers)
+
+    def wants(self, provider: str) -> bool:
+        """Whether a provider is to run: all of ours that have no name in ``only`` of their own, and the baselines asked for."""
+        return provider in ("triton", "triton eos") or not self.only or provider in self.only
 
     @property
     def cache(self) -> int:
@@ -104,7 +112,7 @@ class Measurable(Protocol):
         """What must verify before anything is timed: names of :func:`fastdllm_triton.verify.names`."""
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
-        """The rows of each case, when they are there."""
+        """The rows of each case, when they are there. Later rows of the same case and provider take the place of earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ class Bench:
     Attributes:
         op: the op's name.
         shapes: what to run, each a mapping of names to numbers.
+        key: of these the ones that matter most: a step and a refresh of one row.
         quick: small shapes, which the interpreter runs too.
         axis: the name along which a plot runs.
         inputs: makes the inputs of a shape, on a device, from a seed.
@@ -139,6 +148,7 @@ class Bench:
     gpu_only: Sequence[str] = ()
     most_sets: int | None = None
     suite: str = "ops"
+    key: Sequence[Shape] = ()
 
     @property
     def gate(self) -> Sequence[str]:
@@ -158,16 +168,15 @@ class Bench:
             except torch.OutOfMemoryError as error:
                 rows = {"triton": {"missing": reason(error)}}
             except AssertionError as error:
-                first = str(error).strip().splitlines() or ["the kernel disagrees with the reference"]
-                rows = {"triton": {"missing": f"refused: wrong on these inputs: {first[0][:80]}", "refused": True}}
+                rows = {"triton": {"missing": f"refused: wrong on these inputs: {_first_line(error)}", "refused": True}}
             yield [base | {"provider": provider} | row for provider, row in rows.items()]
             gc.collect()
 
     def chosen(self, session: Session) -> Sequence[Shape]:
-        """The small shapes on a CPU; on a GPU all, or where it is to be quick four spread over them."""
+        """The small shapes on a CPU; on a GPU the key ones, and then the others if it is not to be quick."""
         if session.timer is None:
             return self.quick
-        return self.shapes[:: -(-len(self.shapes) // 4)] if session.quick else self.shapes
+        return self.key if session.quick else [*self.key, *(shape for shape in self.shapes if shape not in self.key)]
 
     def rows_of(self, shape: Shape, session: Session) -> dict[str, Row]:
         """One shape, by provider."""
@@ -176,12 +185,16 @@ class Bench:
         # The interpreter has no bfloat16.
         dtype = {} if timer else {"dtype": torch.float16}
         inputs = [self.inputs(shape, session.device, seed, **dtype) for seed in range(sets)]
-        check(self, shape, inputs[0])
-        runs = {"triton": self.ours} | {
-            name: run for name, run in self.baselines.items() if not session.only or name in session.only
-        }
+        wrong = {}
+        try:
+            check(self, shape, inputs[0])
+        except AssertionError as error:
+            if not session.unverified:
+                raise
+            wrong = {"wrong": _first_line(error)}
+        runs = {"triton": self.ours} | {name: run for name, run in self.baselines.items() if session.wants(name)}
         if timer is None or ceilings is None:
-            return {name: self._plumbing(name, run, inputs[0]) for name, run in runs.items()}
+            return {name: self._plumbing(name, run, inputs[0]) | wrong for name, run in runs.items()}
         times = timer(runs, inputs)
         ours = times["triton"]
         rows: dict[str, Row] = {}
@@ -190,7 +203,7 @@ class Bench:
                 rows[name] = {"missing": str(timing)}
                 continue
             rows[name] = timed(timing, needed, self.flops(shape), ceilings)
-            rows[name] |= {"times_triton": timing.median / ours.median, "peak_bytes": peak(runs[name], inputs[0])}
+            rows[name] |= {"times_triton": timing.median / ours.median, "peak_bytes": peak(runs[name], inputs[0])} | wrong
         return rows
 
     def _plumbing(self, name: str, run: Run, inputs: Inputs) -> Row:
@@ -202,6 +215,11 @@ class Bench:
         except Exception as error:
             return {"missing": reason(error)}
         return {"missing": "ran, untimed"}
+
+
+def _first_line(error: AssertionError) -> str:
+    lines = str(error).strip().splitlines() or ["the kernel disagrees with the reference"]
+    return lines[0][:80]
 
 
 def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:

@@ -2,9 +2,10 @@
 
 A launch of some microseconds cannot be timed by itself, and inputs that a previous launch left in the cache flatter it. So
 the launches of a provider are captured in a CUDA graph, each with the next of several sets of inputs, which together are
-larger than the cache. A GPU also changes its clock while it is measured. So the providers take turns, a graph of ours, a
-graph of each baseline, and again; all are queued ahead, so that the GPU never waits for the host. What is reported is the
-median over the turns, with the 20th and 80th percentile.
+larger than the cache. A provider that cannot be captured leaves nothing behind: each has a stream and a memory pool of its
+own. A GPU also changes its clock while it is measured. So the providers take turns, a graph of ours, a graph of each
+baseline, and again; all are queued ahead, so that the GPU never waits for the host. What is reported is the median over the
+turns, with the 20th and 80th percentile.
 """
 
 from __future__ import annotations
@@ -45,14 +46,13 @@ def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str
     found: dict[str, Timing | str] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     replays: dict[str, int] = {}
-    pool = torch.cuda.graph_pool_handle()  # one for all: they never run at once, and nobody reads what they leave
     for name, run in runs.items():
         try:
-            graphs[name] = _captured(run, inputs, pool)
-            replays[name] = _replays(graphs[name])
+            graph = _captured(run, inputs)
+            replays[name] = _replays(graph)
+            graphs[name] = graph
         except Exception as error:
             found[name] = reason(error)
-            torch.cuda.synchronize()
     turns: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
     for _ in range(TURNS):
         for name, graph in graphs.items():
@@ -69,18 +69,21 @@ def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str
     return {name: found[name] for name in runs}
 
 
-def _captured(run: Run, inputs: Sequence[Inputs], pool: Any) -> torch.cuda.CUDAGraph:
+def _captured(run: Run, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
     """A graph of one launch for each set of inputs."""
-    stream = torch.cuda.Stream()
+    stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for one in inputs[:3]:
             run(one)  # compiles, and fills caches of what is made once
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for one in inputs:
-            run(one)
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for one in inputs:
+                run(one)
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own as the current one
     return graph
 
 
@@ -93,6 +96,23 @@ def _replays(graph: torch.cuda.CUDAGraph) -> int:
     end.record()
     torch.cuda.synchronize()
     return max(1, min(MOST_REPLAYS, math.ceil(TURN_MS / max(begin.elapsed_time(end), 1e-3))))
+
+
+def pool_bytes() -> int:
+    """Bytes that the memory pools of captured graphs hold. A replay allocates nothing, so no peak shows them."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0))
+
+
+def is_lost(device: torch.device) -> bool:
+    """Whether a kernel has failed in a way after which this process can use the GPU no more."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def reason(error: Exception) -> str:

@@ -23,7 +23,6 @@ parallel decoding alone in tables 1, 3 and 4, whose forwards cost the same with 
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
+from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
 from fastdllm_triton.bench._session import Row, Session, Shape, main
 from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
@@ -62,12 +61,14 @@ def _shape(model: str, task: tuple[str, int, int, float, int], cache: str, batch
             "cache": cache, "batch": batch}  # fmt: skip
 
 
+#: The most asked for first; of these the first :data:`KEY` are the key ones.
 SHAPES = [
-    *(_shape("llada-8b", task, "dual", 1) for task in TASKS),
-    *(_shape("llada-8b", task, "dual", batch) for task in TASKS[:2] for batch in (4, 2, 8, 16)),
+    *(_shape(model, task, "dual", 1) for model in ("llada-8b", "dream-7b") for task in TASKS[:2]),
     *(_shape("llada-8b", task, "prefix", 1) for task in TASKS[:2]),
-    *(_shape("dream-7b", task, "dual", 1) for task in TASKS),
+    *(_shape("llada-8b", task, "dual", batch) for task in TASKS[:2] for batch in (4, 2, 8, 16)),
+    *(_shape(model, task, "dual", 1) for model in ("llada-8b", "dream-7b") for task in TASKS[2:]),
 ]
+KEY = 4
 QUICK = [
     _shape("tiny llada", ("a small one", 9, 3 * BLOCK, 12.0, 40), "dual", 2),
     _shape("tiny dream", ("a small one", 9, 2 * BLOCK, 8.0, 40), "dual", 1),
@@ -152,15 +153,16 @@ class GenerateBench:
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
         """Rows of each shape, ours first, then the official loop and the vanilla one."""
-        for shape in QUICK if session.timer is None else SHAPES[:2] if session.quick else SHAPES:
+        providers = [provider for provider in ("triton", "triton eos", "official", "vanilla") if session.wants(provider)]
+        for shape in QUICK if session.timer is None else SHAPES[:KEY] if session.quick else SHAPES:
+            if session.skips(self.op, shape, providers):
+                continue
             if session.is_over():
                 return
-            if not session.skips(self.op, shape):
-                gc.collect()
-                yield list(self.rows_of(shape, session))
+            yield from self.rows_of(shape, session)
 
-    def rows_of(self, shape: Shape, session: Session) -> Iterator[Row]:
-        """One shape."""
+    def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
+        """One shape: the rows so far, after each provider."""
         device, timed = session.device, session.timer is not None
         base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": "batch"}
         network = network_of(shape["model"], device, torch.bfloat16 if timed else torch.float32)
@@ -177,22 +179,24 @@ class GenerateBench:
             ("official", lambda: run_official(model, prompts, cache, counts, gen_length), counts),
             ("vanilla", lambda: self.vanilla(model, prompts, gen_length), [BLOCK] * len(counts)),
         ):
-            if session.only and not provider.startswith("triton") and provider not in session.only:
+            if not session.wants(provider):
                 continue
+            if not provider.startswith("triton"):
+                release(network)  # our buffers take no room from the official loop
             try:
                 if single and not provider.startswith("triton"):
                     raise NotImplementedError("the official loop is for one row")
-                if not timed:
+                if timed:
+                    seconds = seconds_of(run, device, repeat=3 if provider.startswith("triton") else 1)
+                    seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
+                    rows[provider] = self.row_of(shape, kept, seconds, session, provider)
+                else:
                     run()
                     rows[provider] = {"missing": "ran; not timed without a GPU"}
-                    continue
-                seconds = seconds_of(run, device, repeat=3 if provider.startswith("triton") else 1)
-                seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
-                rows[provider] = self.row_of(shape, kept, seconds, session, provider)
             except Exception as error:  # too little memory for a float64 softmax over a long context
                 rows[provider] = {"missing": reason(error)}
-        for provider, row in rows.items():
-            yield base | {"provider": provider} | row | ratios(row, rows)
+            yield [base | {"provider": name} | row | ratios(row, rows) for name, row in rows.items()]
+        release(network)
 
     def vanilla(self, model: OfficialModel, prompts: Tensor, gen_length: int) -> None:
         """Some forwards of the official loop without a cache."""

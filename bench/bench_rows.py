@@ -41,10 +41,11 @@ class RowsBench:
         model = load("tiny", device=session.device, backend="auto" if session.timer else "reference")
         for batch in BATCHES[1:3] if session.timer is None else BATCHES:
             shape = {"model": "tiny", "block_length": 8, "batch": batch}
+            if session.skips(self.op, shape):
+                continue
             if session.is_over():
                 return
-            if not session.skips(self.op, shape):
-                yield self.rows_of(shape, model, session)
+            yield self.rows_of(shape, model, session)
 
     def rows_of(self, shape: dict[str, Any], model: MaskedDiffusionLM, session: Session) -> list[Row]:
         """One batch."""
@@ -52,7 +53,7 @@ class RowsBench:
         base: Row = {"bench": self.op, "op": self.op, "shape": shape, "axis": "batch"}
         rows: list[Row] = []
         for provider, lockstep in (("triton", False), ("lockstep", True)):
-            if lockstep and session.only and provider not in session.only:
+            if not session.wants(provider):
                 continue
             config = GenerationConfig(
                 gen_length=MAX_ANSWER_TOKENS, block_length=shape["block_length"], strategy=Threshold(0.9), lockstep=lockstep

@@ -10,9 +10,13 @@ bandwidth and the matrix rate that this GPU reached in the same run. Two more pr
 ``triton serial`` launches no kernel before its predecessor has ended, ``triton fused`` takes the kernel of ``linear`` for every
 product, measured or not.
 
-Rows of ours have more entries: ``parts`` (milliseconds by op), ``launches`` a step, ``host_ms`` (what reading the flags
-after every step adds), ``selection_share`` (of the commit and the merge of statistics), ``weights_floor_ms`` (the matrices over
-the copy bandwidth), and ``of_weights_floor``.
+Ours are timed first, and their buffers freed before the official ones are made. Until the logits of both were compared, which
+is last, rows of ours say so under ``wrong``.
+
+Rows of ours have more entries: ``parts`` (milliseconds by op) and ``launches`` a step, both empty where the profiler sees no
+kernels; ``host_ms`` (what reading the flags after every step adds), ``selection_share`` (of the commit and the merge of
+statistics), ``weights_floor_ms`` (the matrices over the copy bandwidth), and ``of_weights_floor``. ``peak_bytes`` counts what a
+captured step holds in the memory pool of its graph.
 """
 
 from __future__ import annotations
@@ -20,7 +24,8 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import product
@@ -32,7 +37,7 @@ from torch import Tensor
 from fastdllm_triton.batch import Batch, Program
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import Row, Session, Shape, main, timed
-from fastdllm_triton.bench._timing import Timing, percentiles, reason
+from fastdllm_triton.bench._timing import Timing, percentiles, pool_bytes, reason
 from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
 from fastdllm_triton.bench.official_step import shift as shift_logits
 from fastdllm_triton.decoding import GenerationConfig, Threshold
@@ -54,6 +59,8 @@ SHAPES: list[dict[str, Any]] = [
         + [(batch, 32, 4096) for batch in (4, 16)]
     )
 ]
+#: Shapes that matter most.
+KEY = 1
 QUICK = [
     {"model": model, "batch": batch, "window": 8, "context": 40} for model, batch in product(("tiny llada", "tiny dream"), (1, 2))
 ]
@@ -110,6 +117,16 @@ class OurStep:
         """Another forward."""
         self.batch.step(self.network, self.rows, self.window)
 
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """``[B, N, V]``: of the masked block, over the cache of a refresh."""
+        network, batch, back = self.network, self.batch, self.batch.program.look_back
+        self.reset()
+        self.refresh()
+        block = self.sequences[:, self.start - back : self.start - back + self.window]
+        hidden = network.forward(block, batch.block_start - back, batch.cache)
+        return (network.final_norm(hidden) @ network.head.T)[:, back:]
+
 
 class OfficialStep:
     """The official code at the same block."""
@@ -148,6 +165,13 @@ class OfficialStep:
             self._select(shift_logits(logits) if self.dream else logits, first, last)
             bool((self.x[:, first:last] == self.mask_id).sum() == 0)
 
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """As :meth:`OurStep.logits`."""
+        self.reset()
+        self.refresh()
+        return self.model(self.sequences[:, self.start : self.start + self.window], self.past, self.replace)[0]
+
     def _select(self, logits: Tensor, first: int, last: int) -> None:
         x = self.x[:, first:last]
         eligible = x == self.mask_id
@@ -159,21 +183,10 @@ class OfficialStep:
             self.x[:, first:last] = torch.where(chosen, x0, x)
 
 
-def difference(ours: OurStep, theirs: OfficialStep) -> float:
-    """How far the logits of the block over the cache of a refresh are from the official ones, in parts of their size."""
-    network, batch = ours.network, ours.batch
-    back = batch.program.look_back
-    for side in (ours, theirs):
-        side.reset()
-        side.refresh()
-        side.reset()
-    with torch.no_grad():
-        block = ours.sequences[:, ours.start - back : ours.start - back + ours.window]
-        hidden = network.forward(block, batch.block_start - back, batch.cache)
-        got = (network.final_norm(hidden) @ network.head.T).double()[:, back:]
-        at = slice(ours.start, ours.start + ours.config.block_length)
-        want = theirs.model(ours.sequences[:, at], theirs.past, theirs.replace)[0].double()
-        return ((got - want).pow(2).mean() / want.pow(2).mean()).sqrt().item()
+def difference(got: Tensor, want: Tensor) -> float:
+    """How far logits are from the official ones, in parts of their size."""
+    got, want = got.double(), want.double()
+    return ((got - want).pow(2).mean() / want.pow(2).mean()).sqrt().item()
 
 
 def time_of(run: Callable[[], None], reset: Callable[[], None], repeat: int, turns: int = TURNS) -> Timing:
@@ -193,23 +206,34 @@ def time_of(run: Callable[[], None], reset: Callable[[], None], repeat: int, tur
     return percentiles(turned)
 
 
-def parts_of(run: Callable[[], None]) -> tuple[dict[str, float], int]:
-    """Milliseconds by op, and launches, of one run."""
+def parts_of(run: Callable[[], None]) -> Row:
+    """Milliseconds by op, launches, and the share of the selection; of one run, and empty where the profiler sees no kernels."""
+    parts: dict[str, float] = {}
+    launches = 0
+    try:
+        for name, spent, count in kernels_of(run):
+            parts[op_of(name)] = parts.get(op_of(name), 0.0) + spent
+            launches += count
+    except Exception as error:  # no CUPTI, or no permission to count
+        warnings.warn(f"a step is not taken apart: the profiler failed: {error}", stacklevel=2)
+    if not parts:
+        return {"parts": {}}
+    selected = sum(parts.get(name, 0.0) for name in ("merge_statistics", "commit_tokens"))
+    largest_first = dict(sorted(parts.items(), key=lambda part: -part[1]))
+    return {"parts": largest_first, "launches": launches, "selection_share": selected / sum(parts.values())}
+
+
+def kernels_of(run: Callable[[], None]) -> Iterator[tuple[str, float, int]]:
+    """Name, milliseconds and launches of each kernel of a run."""
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    parts: dict[str, float] = {}
-    launches = 0
     for event in profiler.key_averages():
-        spent = event.self_device_time_total / 1e3
-        if spent > 0:
-            op = op_of(event.key)
-            parts[op] = parts.get(op, 0.0) + spent
-            launches += event.count
-    return dict(sorted(parts.items(), key=lambda part: -part[1])), launches
+        if event.self_device_time_total > 0:
+            yield event.key, event.self_device_time_total / 1e3, event.count
 
 
 def op_of(kernel: str) -> str:
@@ -257,60 +281,63 @@ class StepBench:
     def measure(self, session: Session) -> Iterator[list[Row]]:
         """Rows of each shape: a step and a refresh, ours and the official one."""
         small = session.timer is None
-        for shape in QUICK if small else SHAPES[:4] if session.quick else SHAPES:
+        providers = [provider for provider in ("triton", *self.baselines) if session.wants(provider)]
+        for shape in QUICK if small else SHAPES[:KEY] if session.quick else SHAPES:
+            if session.skips(self.op, {"forward": "step", **shape}, providers):
+                continue
             if session.is_over():
                 return
-            if session.skips(self.op, {"forward": "step", **shape}):
-                continue
             gc.collect()
-            yield list(self.rows_of(shape, session))
+            yield from self.rows_of(shape, session)
 
-    def rows_of(self, shape: Shape, session: Session) -> Iterator[Row]:
-        """One shape."""
-        step, refresh = (
-            {"bench": self.op, "op": self.op, "shape": {"forward": forward, **shape}, "axis": "batch"}
-            for forward in ("step", "refresh")
-        )
+    def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
+        """One shape: ours, and then all."""
+        rows: dict[tuple[str, str], Row] = {}
+
+        def listed(**more: Any) -> list[Row]:
+            common = {"bench": self.op, "op": self.op, "axis": "batch"}
+            return [
+                common | {"shape": {"forward": forward, **shape}, "provider": provider} | row | more
+                for (forward, provider), row in rows.items()
+            ]
+
         dtype = torch.float32 if session.timer is None else torch.bfloat16
-        theirs: OfficialStep | str
         try:
             network = network_of(shape["model"], session.device, dtype)
             ours = OurStep(network, prompt_of(shape["model"], shape["batch"], shape["context"], session.device), shape["window"])
         except Exception as error:
-            yield step | {"provider": "triton", "missing": reason(error)}
+            rows["step", "triton"] = {"missing": reason(error)}
+            yield listed()
             return
+        for forward in ("refresh", "step"):
+            rows[forward, "triton"] = self.row_of(forward, ours, shape, session)
+        for provider in self.baselines[1:]:
+            if session.wants(provider):
+                rows["step", provider] = self.other_row(provider, ours, shape, session)
+        if not session.wants("official"):
+            yield [row | _ratio(row, rows) for row in listed()]
+            return
+        yield [row | _ratio(row, rows) for row in listed(wrong="not compared with the official logits yet")]
         try:
-            theirs = OfficialStep(network, ours.sequences, ours.start, shape["window"])
-            if not (apart := difference(ours, theirs)) <= TOLERANCE:  # NaN is none either
-                refused = f"refused: logits of the step differ from the official ones by {apart:.3f} of their size"
-                yield step | {"provider": "triton", "missing": refused, "refused": True}
+            logits, block = ours.logits(), (ours.sequences, ours.start, shape["window"])
+            del ours  # its cache takes no room from the official one
+            gc.collect()
+            theirs = OfficialStep(network, *block)
+            apart = difference(logits, theirs.logits())
+        except Exception as error:  # not one for such a shape, or too little memory
+            rows |= {(forward, "official"): {"missing": reason(error)} for forward in ("refresh", "step")}
+            yield [row | _ratio(row, rows) for row in listed()]
+            return
+        wrong = {}
+        if not apart <= TOLERANCE:  # NaN is none either
+            wrong = {"wrong": f"logits of the step differ from the official ones by {apart:.3f} of their size"}
+            if not session.unverified:
+                rows = {key: {"missing": f"refused: {wrong['wrong']}", "refused": True} for key in rows}
+                yield listed()
                 return
-        except Exception as error:
-            theirs = reason(error)
-        times: dict[tuple[str, str], Row] = {}
-        for forward, provider in product(("refresh", "step"), ("triton", "official")):
-            side = ours if provider == "triton" else theirs
-            if session.only and provider not in ("triton", *session.only):
-                continue
-            if isinstance(side, str):
-                row: Row = {"missing": side}
-            else:
-                try:
-                    row = self.row_of(forward, side, shape, session)
-                except Exception as error:  # too little memory for a float64 softmax over a long context
-                    row = {"missing": reason(error)}
-                    torch.cuda.empty_cache()
-            times[forward, provider] = row
-            mine = times[forward, "triton"]
-            if "median_ms" in row and "median_ms" in mine:
-                row["times_triton"] = row["median_ms"] / mine["median_ms"]
-            yield (step if forward == "step" else refresh) | {"provider": provider} | row
-        for provider in ("triton serial", "triton fused"):
-            if not session.only or provider in session.only:
-                row = self.other_row(provider, ours, shape, session)
-                if "median_ms" in row and "median_ms" in (mine := times["step", "triton"]):
-                    row["times_triton"] = row["median_ms"] / mine["median_ms"]
-                yield step | {"provider": provider} | row
+        for forward in ("refresh", "step"):
+            rows[forward, "official"] = self.row_of(forward, theirs, shape, session)
+        yield [row | _ratio(row, rows) for row in listed(**wrong)]
 
     def other_row(self, provider: str, ours: OurStep, shape: Shape, session: Session) -> Row:
         """A step of ours with another choice."""
@@ -319,12 +346,19 @@ class StepBench:
         network = fused(ours.network) if provider == "triton fused" else ours.network
         try:
             with serial() if provider == "triton serial" else nullcontext():
-                return self.row_of("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
+                return self.measured("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
         except Exception as error:
             return {"missing": reason(error)}
 
     def row_of(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
         """One measurement."""
+        try:
+            return self.measured(forward, side, shape, session)
+        except Exception as error:  # too little memory for a float64 softmax over a long context
+            return {"missing": reason(error)}
+
+    def measured(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
+        """A time, what it is made of, and its ceilings."""
         run = side.step if forward == "step" else side.refresh
         if session.timer is None or session.ceilings is None:
             side.reset()
@@ -333,27 +367,32 @@ class StepBench:
         if forward == "step":
             side.reset()
             side.refresh()
-        repeat = STEPS if forward == "step" else 1
+        repeat, pools = STEPS if forward == "step" else 1, pool_bytes()
         timing = time_of(run, side.reset, repeat)
+        pools = pool_bytes() - pools
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         side.reset()
         run()
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - held
+        peak = torch.cuda.max_memory_allocated() - held + pools
         window = shape["window"] if forward == "step" else shape["context"]
         model, window_rows = MODELS[shape["model"]], shape["window"]
         cost = forward_cost(model, shape["batch"], window, shape["context"], window_rows)
         row = timed(timing, int(cost.bytes), int(cost.flops), session.ceilings) | {"peak_bytes": peak}
         if isinstance(side, OurStep):
             side.reset()
-            parts, launches = parts_of(run)
-            selected = sum(parts.get(name, 0.0) for name in ("merge_statistics", "commit_tokens"))
-            row |= {"parts": parts, "launches": launches, "selection_share": selected / sum(parts.values())}
+            row |= parts_of(run)
             if forward == "step":
                 floor = 2 * model.streamed_parameters / session.ceilings.copy * 1e3
                 row |= {"weights_floor_ms": floor, "of_weights_floor": floor / timing.median, "host_ms": host_of(side, timing)}
         return row
+
+
+def _ratio(row: Row, rows: Mapping[tuple[str, str], Row]) -> Row:
+    """A row's time over ours."""
+    ours = rows.get((row["shape"]["forward"], "triton"), {}).get("median_ms")
+    return {"times_triton": row["median_ms"] / ours} if ours and "median_ms" in row else {}
 
 
 def host_of(side: OurStep, device: Timing) -> float:

@@ -2,7 +2,8 @@
 
 python bench/readme_table.py [--check]
 
-Of each GPU the newest run counts. With ``--check`` nothing is written, and the status says whether the README is up to date.
+Of each GPU the newest run counts, and of it what was verified there. With ``--check`` nothing is written, and the status says
+whether the README is up to date.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ def table(results: Path, root: Path = ROOT) -> str:
 
 
 def _line(op: str, rows: Sequence[Row]) -> str | None:
-    ours = [row for row in rows if row["op"] == op and row["provider"] == "triton" and "median_ms" in row]
+    ours = [
+        row
+        for row in rows
+        if row["op"] == op and row["provider"] == "triton" and "median_ms" in row and not row.get("unverified")
+    ]
     if not ours:
         return None
     floors = [100 * row["of_floor"] for row in ours if "of_floor" in row]

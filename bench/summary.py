@@ -46,6 +46,8 @@ def _ops(rows: list[Row]) -> list[str]:
             continue
         floors = sorted(row["of_floor"] for row in ours if "of_floor" in row)
         line = f"{op:18} {len(ours):3} shapes"
+        if doubted := sum(bool(row.get("unverified")) for row in ours):
+            line += f" ({doubted} UNVERIFIED)"
         if floors:
             line += f", of the floor {floors[0]:4.0%} .. {statistics.median(floors):4.0%} .. {floors[-1]:4.0%}"
         ratios = sorted(filter(None, (fastest_other(rows, row) for row in ours)))

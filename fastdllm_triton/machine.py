@@ -90,11 +90,16 @@ def clocks(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     # By its own id, since nvidia-smi counts all GPUs and torch only those it may see.
     which = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
-    line = _output(["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"])
+    # One field that this nvidia-smi does not know makes it refuse all.
+    found = _query(which, list(_SMI)) or {key: value for name in _SMI for key, value in _query(which, [name]).items()}
+    return {_SMI[name]: _number(value) for name, value in found.items()}
+
+
+def _query(which: str, names: list[str]) -> dict[str, str]:
+    """Fields of a GPU; nothing if nvidia-smi does not tell them."""
+    line = _output(["nvidia-smi", f"--id={which}", f"--query-gpu={','.join(names)}", "--format=csv,noheader,nounits"])
     values = [value.strip() for value in line.split(",")] if line else []
-    if len(values) != len(_SMI):
-        return {}
-    return {name: _number(value) for name, value in zip(_SMI.values(), values, strict=True)}
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
 
 
 def _number(value: str) -> float | str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastdllm_triton.bench._report import Report
-from fastdllm_triton.bench._session import Bench, Session, label
+from fastdllm_triton.bench._session import Bench, Measurable, Session, label
 from fastdllm_triton.bench._timing import Ceilings, Inputs, Run, Timing, reason
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,8 +49,12 @@ def session(**options: Any) -> Session:
     return Session(DEVICE, **{"timer": run_once, "ceilings": CEILINGS} | options)
 
 
-def rows_of(bench: Bench, session: Session) -> list[dict[str, Any]]:
-    return [row for case in bench.measure(session) for row in case]
+def rows_of(bench: Measurable, session: Session) -> list[dict[str, Any]]:
+    """What a report holds in the end."""
+    report = Report({})
+    for rows in bench.measure(session):
+        report.add(rows)
+    return report.rows
 
 
 def made_up_report(scale: float = 1.0) -> Report:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,9 @@ from fastdllm_triton.bench._report import Report, changes
 from fastdllm_triton.bench._session import label
 from fastdllm_triton.cli import app
 from fastdllm_triton.commands import bench as command
+from fastdllm_triton.verify.ledger import Ledger
+from fastdllm_triton.verify.parts import Part, parts_of
+from fastdllm_triton.verify.records import CaseRecord, Record
 
 ROOT = Path(__file__).parent.parent
 #: The two ops that the interpreter runs in no time.
@@ -90,7 +94,8 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in ("swiglu", "rms_norm"):
         bench = bench_of(op)
         module = sys.modules[f"fastdllm_triton.bench.bench_{op}"]
-        changed = {"shapes": bench.quick, "inputs": lambda s, d, seed, m=module: m.inputs(s, d, seed, dtype=torch.float16)}
+        inputs = partial(module.inputs, dtype=torch.float16)
+        changed = {"shapes": bench.quick, "key": bench.quick, "inputs": lambda s, d, seed, inputs=inputs: inputs(s, d, seed)}
         changed["baselines"] = {"torch": bench.baselines["torch"]}
         monkeypatch.setattr(module, "BENCH", type(bench)(**{**vars(bench), **changed}))
 
@@ -123,6 +128,94 @@ def test_results_are_written_after_every_case_and_a_run_goes_on_where_they_end(
     assert run("ops", *FAST, "--out", folder, "--resume").exit_code == 0
     assert measured == ["rms_norm"]
     assert sorted(row["op"] for row in Report.load(tmp_path / "out").rows) == ["rms_norm"] * 2 + ["swiglu"] * 2
+
+
+def a_ledger(path: Path, *ops: str, ok: bool = True, **machine_: Any) -> str:
+    """What ``verify --out`` would have written of these ops here."""
+    ledger = Ledger(machine.describe(torch.device("cpu")) | machine_, quick=True, path=path)
+    cases = [] if ok else [CaseRecord("a case", 1.0, 0.5, ok=False)]
+    for part in parts_of(ops):
+        ledger.add(Record(*part.key, cases))
+    return str(path)
+
+
+@pytest.fixture
+def verified_ops(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is verified from here on: ops in dtypes."""
+    seen: list[str] = []
+
+    def run(part: Part, device: torch.device, *, quick: bool) -> Record:
+        seen.append(f"{part.name} {part.what}")
+        return Record(*part.key)
+
+    monkeypatch.setattr(Part, "run", run)
+    return seen
+
+
+@pytest.mark.usefixtures("pretend_gpu")
+def test_what_was_verified_before_is_not_verified_again(tmp_path: Path, verified_ops: list[str]) -> None:
+    first, second = a_ledger(tmp_path / "v.json", "swiglu"), a_ledger(tmp_path / "w.json", "rms_norm")
+    assert run("ops", *FAST, "--out", str(tmp_path / "out"), "--verified", first).exit_code == 0
+    assert verified_ops == ["rms_norm float32", "rms_norm float16"]
+    written = json.loads((tmp_path / "out" / "verify.json").read_text())["records"]
+    assert {record["check"] for record in written} == {"swiglu", "rms_norm"}
+    verified_ops.clear()
+    assert run("ops", *FAST, "--verified", first, "--verified", second).exit_code == 0
+    assert verified_ops == []
+    other = a_ledger(tmp_path / "x.json", "swiglu", commit="another")
+    found = run("ops", *FAST, "--verified", other)
+    assert found.exit_code == 2 and "--verified" in found.stderr and "commit = another" in plain(found.stderr)
+
+
+@pytest.mark.usefixtures("pretend_gpu")
+def test_unverified_rows_are_timed_marked_and_unmarked_when_they_verify(tmp_path: Path, verified_ops: list[str]) -> None:
+    bad, good = a_ledger(tmp_path / "bad.json", "swiglu", ok=False), a_ledger(tmp_path / "good.json", "swiglu", "rms_norm")
+    folder = ["--out", str(tmp_path / "out")]
+    refused = run("ops", *FAST, "--verified", bad, "--out", str(tmp_path / "refused"))
+    assert refused.exit_code == 1 and "refused: verification failed: swiglu" in plain(refused.stdout)
+    verified_ops.clear()
+    found = run("ops", *FAST, *folder, "--verified", bad, "--unverified")
+    assert found.exit_code == 0 and verified_ops == []
+    rows = Report.load(tmp_path / "out").rows
+    assert [row["median_ms"] for row in rows] == [1.0] * 4 and all(row["unverified"] is True for row in rows)
+    assert "unverified: verification failed or is missing" in plain(found.stdout)
+    # The same rows, once what they rest on was verified; nothing is timed again.
+    assert run("ops", *FAST, *folder, "--verified", good, "--unverified", "--resume", "--minutes", "0").exit_code == 0
+    assert not any("unverified" in row for row in Report.load(tmp_path / "out").rows)
+    assert run("ops", *FAST, *folder, "--verified", bad, "--unverified", "--resume").exit_code == 0
+    assert [row["op"] for row in Report.load(tmp_path / "out").rows if row.get("unverified")] == ["rms_norm"] * 2 + ["swiglu"] * 2
+
+
+@pytest.mark.usefixtures("pretend_gpu", "verified_ops")
+def test_a_run_that_was_cut_says_so_although_an_op_was_refused(tmp_path: Path) -> None:
+    bad = a_ledger(tmp_path / "bad.json", "swiglu", ok=False)
+    found = run("ops", *FAST, "--out", str(tmp_path / "out"), "--verified", bad, "--minutes", "0")
+    assert found.exit_code == 3
+    assert "refused, as they do not verify here: swiglu" in plain(found.stderr)
+    assert "the time is up and cases are left" in plain(found.stdout).lower()
+
+
+@pytest.mark.usefixtures("pretend_gpu", "verified_ops")
+def test_a_run_that_loses_the_gpu_keeps_its_rows_and_goes_on_behind_the_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastdllm_triton.bench import _timing
+
+    monkeypatch.setattr(_timing, "is_lost", lambda device: True)
+    found = run("ops", *FAST, "--out", str(tmp_path / "out"))
+    assert found.exit_code == 4 and "left the GPU unusable" in plain(found.stderr)
+    assert {row["op"] for row in Report.load(tmp_path / "out").rows} == {"rms_norm"}
+    monkeypatch.setattr(_timing, "is_lost", lambda device: False)
+    assert run("ops", *FAST, "--out", str(tmp_path / "out"), "--resume").exit_code == 0
+    assert {row["op"] for row in Report.load(tmp_path / "out").rows} == {"rms_norm", "swiglu"}
+
+
+def test_rows_of_a_case_take_the_place_of_its_earlier_ones() -> None:
+    report = Report({})
+    row = {"bench": "swiglu", "op": "swiglu", "shape": {"rows": 1}, "provider": "triton"}
+    report.add([row | {"median_ms": 2.0}, row | {"provider": "torch", "median_ms": 4.0}])
+    report.add([row | {"median_ms": 1.0}])
+    assert [(row["provider"], row["median_ms"]) for row in report.rows] == [("torch", 4.0), ("triton", 1.0)]
 
 
 @pytest.mark.usefixtures("pretend_gpu")
@@ -168,7 +261,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     found = Report.load(tmp_path)
     assert (found.machine, found.ceilings, found.evaluation) == (report.machine, report.ceilings, report.evaluation)
     assert sorted(map(json.dumps, found.rows)) == sorted(map(json.dumps, report.rows))
-    assert found.done() == {(row["op"], label(row["shape"])) for row in report.rows}
+    assert found.done() == {(row["op"], label(row["shape"]), row["provider"]) for row in report.rows}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +271,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
         (["ops", "--op", "gemv"], "--op: got gemv, needs names among"),
         (["ops", "--op", "swiglu", "--only", "cublas"], "--only: got cublas, needs names among torch, torch.compile"),
         (["ops", *FAST, "--out", "/proc/nowhere"], "--out: /proc/nowhere cannot be written"),
+        (["ops", *FAST, "--verified", str(ROOT / "setup.py")], "setup.py holds no verification"),
         (["ops", *FAST, "--html", "/nowhere/page.html"], "--html: /nowhere/page.html cannot be written"),
         (["ops", *FAST, "--compare", "/nowhere"], "/nowhere holds no results of a bench"),
     ],
@@ -219,6 +313,18 @@ def test_clocks_are_those_that_nvidia_smi_tells_of_this_gpu(monkeypatch: pytest.
     assert found["throttle_reasons"] == "0x0000000000000004"
     monkeypatch.setattr(machine, "_output", lambda asking: None)
     assert machine.clocks(torch.device("cuda")) == {}
+
+
+def test_a_field_that_nvidia_smi_does_not_know_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smi(asking: list[str]) -> str | None:
+        fields = next(word for word in asking if word.startswith("--query-gpu=")).removeprefix("--query-gpu=").split(",")
+        return None if "clocks_throttle_reasons.active" in fields else ", ".join(str(len(field)) for field in fields)
+
+    monkeypatch.setattr(machine, "_output", smi)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())
+    found = machine.clocks(torch.device("cuda"))
+    assert found["sm_clock"] == len("clocks.sm") and found["temperature"] == len("temperature.gpu")
+    assert found.keys() == set(machine._SMI.values()) - {"throttle_reasons"}
 
 
 @pytest.mark.gpu

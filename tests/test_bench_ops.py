@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from _bench import CEILINGS, DEVICE, bench_of, half_inputs, module_of, rows_of, run_once, session
+from _cuda import PretendCuda
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdllm_triton import roofline
 from fastdllm_triton.bench import _baselines as baselines
 from fastdllm_triton.bench import _timing as timing
-from fastdllm_triton.bench._session import benches, check, sets_of_inputs, timed
+from fastdllm_triton.bench._session import benches, check, label, sets_of_inputs, timed
 
 OPS = [bench.op for bench in benches("ops")]
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def small(op: str, **options):
     """The bench of an op on its small shape, in float16, without what needs a compiler."""
     bench = bench_of(op)
     anywhere = {name: run for name, run in bench.baselines.items() if name not in bench.gpu_only}
-    return replace(bench, **{"shapes": bench.quick[:1], "inputs": half_inputs(op), "baselines": anywhere} | options)
+    return replace(bench, **{"shapes": bench.quick[:1], "key": (), "inputs": half_inputs(op), "baselines": anywhere} | options)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -123,6 +124,8 @@ def test_a_wrong_kernel_is_not_timed():
     (row,) = rows_of(wrong, session())
     assert row["refused"] and "median_ms" not in row
     assert row["missing"].startswith("refused: wrong on these inputs: swiglu {'rows': 3, 'width': 64}")
+    for row in rows_of(wrong, session(unverified=True)):
+        assert row["median_ms"] == 1.0 and row["wrong"].startswith("swiglu {'rows': 3, 'width': 64}")
 
 
 def test_a_baseline_that_rejects_a_shape_is_listed_with_its_reason():
@@ -158,17 +161,21 @@ def test_a_shape_too_large_for_the_memory_is_a_row_with_the_reason_and_the_other
 
 def test_cases_of_an_earlier_run_and_after_the_deadline_are_not_begun():
     bench = small("swiglu", shapes=[{"rows": rows, "width": 64} for rows in (3, 4)])
-    assert {row["shape"]["rows"] for row in rows_of(bench, session(done={("swiglu", "rows=3 width=64")}))} == {4}
+    assert {row["shape"]["rows"] for row in rows_of(bench, session(done={("swiglu", "rows=3 width=64", "triton")}))} == {4}
     over = session(deadline=0.0)
     assert rows_of(bench, over) == [] and over.is_cut
-    all_done = session(deadline=0.0, done={("swiglu", f"rows={rows} width=64") for rows in (3, 4)})
+    all_done = session(deadline=0.0, done={("swiglu", f"rows={rows} width=64", "triton") for rows in (3, 4)})
     assert rows_of(bench, all_done) == [] and not all_done.is_cut
 
 
-def test_quick_is_four_shapes_on_a_gpu_and_the_small_ones_without():
-    bench = bench_of("window_attention")
-    assert 3 <= len(bench.chosen(session(quick=True))) <= 4
-    assert bench.chosen(session()) == bench.shapes
+@pytest.mark.parametrize("op", OPS)
+def test_on_a_gpu_the_key_shapes_come_first_and_quick_is_they_alone(op):
+    bench = bench_of(op)
+    assert 2 <= len(bench.key) <= 8
+    assert bench.chosen(session(quick=True)) == bench.key
+    chosen = bench.chosen(session())
+    assert chosen[: len(bench.key)] == bench.key
+    assert sorted(map(label, chosen)) == sorted(map(label, bench.shapes))
     assert bench.chosen(session(timer=None)) == bench.quick
 
 
@@ -186,6 +193,34 @@ def test_inputs_outgrow_the_cache_within_the_memory():
     assert sets_of_inputs(2**20, 50 * 2**20) == 150
     assert sets_of_inputs(2**30, 50 * 2**20) == 2
     assert sets_of_inputs(2**33, 2**33) == 2
+
+
+def test_a_provider_that_cannot_be_captured_spoils_nothing_for_the_others(monkeypatch):
+    cuda = PretendCuda(monkeypatch)
+    streams = []
+
+    def reads_the_device(inputs):
+        cuda.invalidate()
+
+    found = timing.time_in_turns(
+        {"first": lambda i: None, "reads": reads_the_device, "last": lambda i: streams.append(cuda.current)}, [{}, {}]
+    )
+    assert found["reads"] == "RuntimeError: CUDA error: operation failed due to a previous error during capture"
+    assert found["first"] == found["last"] == timing.Timing(*[1.5 / 2] * 3)
+    assert cuda.current is cuda.default
+    assert cuda.default not in streams
+    assert cuda.modes == ["thread_local"] * 3
+
+
+def test_a_gpu_that_a_kernel_has_broken_is_lost(monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    assert not timing.is_lost(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert timing.is_lost(torch.device("cuda"))
+    assert not timing.is_lost(CPU)
 
 
 def test_percentiles_are_of_the_turns():
@@ -210,13 +245,37 @@ def test_ceilings_are_measured_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_a_bench_times_on_a_gpu(op):
-    bench = replace(bench_of(op), shapes=bench_of(op).quick)
+    bench = replace(bench_of(op), shapes=bench_of(op).quick, key=())
     rows = rows_of(bench, session(timer=timing.time_in_turns))
     assert "missing" not in rows[0]
     assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows if "missing" not in row)
 
 
 # --- the baselines --------------------------------------------------------------------------------------------------------
+
+
+def test_flex_is_compiled_at_every_shape(monkeypatch):
+    module = module_of("window_attention")
+    compiled = []
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=count, **options))
+    module.compiled_flex.cache_clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # of which there are more shapes
+    shapes = [{"model": "llada", "batch": 1, "window": 32, "slots": slots} for slots in (64, 80, 96)]
+    for shape in shapes:
+        i = module.inputs(shape, CPU, 0, torch.float32)
+        for _ in range(2):
+            got = module.flex(i)
+    assert len(compiled) == len(shapes)
+    torch.testing.assert_close(got.transpose(1, 2), module.reference(**i), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="one row and windows of 32 or all"):
+        module.flex(module.inputs({"model": "llada", "batch": 2, "window": 32, "slots": 64}, CPU, 0, torch.float32))
+    module.compiled_flex.cache_clear()
 
 
 @pytest.mark.parametrize("choose", [baselines.official_float64, baselines.torch_float32])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from _bench import rows_of
+from _cuda import PretendCuda
 from _support import DEVICE
 
 from fastdllm_triton import ops
 from fastdllm_triton.bench import _models, bench_generate, bench_step
-from fastdllm_triton.bench._session import Session
+from fastdllm_triton.bench._session import Session, label
 from fastdllm_triton.bench._timing import Ceilings
 from fastdllm_triton.bench.official_step import OfficialModel
 from fastdllm_triton.kernels import _pdl
@@ -44,7 +49,8 @@ def test_the_large_models_have_the_sizes_of_the_released_ones(model):
 
 @pytest.mark.parametrize(("model", "batch"), [("tiny llada", 1), ("tiny llada", 2), ("tiny dream", 1)])
 def test_a_step_of_ours_computes_the_logits_of_the_official_one(model, batch):
-    assert bench_step.difference(*sides(model, batch)) < 1e-5
+    ours, theirs = sides(model, batch)
+    assert bench_step.difference(ours.logits(), theirs.logits()) < 1e-5
 
 
 def test_both_sides_commit_the_same_tokens():
@@ -62,10 +68,16 @@ def test_both_sides_commit_the_same_tokens():
 
 def test_a_step_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(OfficialModel, "_angles", lambda self, length, device: torch.zeros(length, self.config.head_dim))
-    rows = list(bench_step.BENCH.rows_of(bench_step.QUICK[0], Session(CPU)))
-    assert len(rows) == 1
-    assert rows[0]["refused"]
-    assert "differ from the official ones" in rows[0]["missing"]
+    before, after = bench_step.BENCH.rows_of(bench_step.QUICK[0], Session(CPU))
+    # What was written before the comparison is doubted, and replaced.
+    assert all(row["wrong"] == "not compared with the official logits yet" for row in before)
+    assert {(row["shape"]["forward"], row["provider"]) for row in before} == {
+        (row["shape"]["forward"], row["provider"]) for row in after
+    }
+    for row in after:
+        assert row["refused"] and "differ from the official ones" in row["missing"]
+    *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], Session(CPU, unverified=True))
+    assert len(rows) == 6 and all("differ from the official ones" in row["wrong"] for row in rows)
 
 
 def test_every_kernel_has_a_part_and_every_part_a_kernel():
@@ -83,13 +95,11 @@ def test_every_kernel_has_a_part_and_every_part_a_kernel():
 
 def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
     rows = rows_of(bench_step.BENCH, Session(CPU))
-    assert [(row["shape"]["forward"], row["provider"]) for row in rows[:4]] == [
-        ("refresh", "triton"), ("refresh", "official"), ("step", "triton"), ("step", "official")
+    assert [(row["shape"]["forward"], row["provider"]) for row in rows[:6]] == [
+        ("refresh", "triton"), ("step", "triton"), ("step", "triton serial"), ("step", "triton fused"),
+        ("refresh", "official"), ("step", "official"),
     ]  # fmt: skip
-    assert [(row["shape"]["forward"], row["provider"]) for row in rows[4:6]] == [
-        ("step", "triton serial"),
-        ("step", "triton fused"),
-    ]
+    assert not any("wrong" in row for row in rows)
     assert len(rows) == 6 * len(bench_step.QUICK)
     reasons = {row["missing"] for row in rows}
     assert reasons == {"ran; not timed without a GPU", "NotImplementedError: the official loop is for one row", "needs a GPU"}
@@ -179,25 +189,143 @@ def test_ratios_are_to_ours_and_to_vanilla():
 def test_rows_of_a_generation_without_a_gpu_say_that_nothing_was_timed():
     rows = rows_of(bench_generate.BENCH, Session(CPU))
     assert [row["provider"] for row in rows[:4]] == ["triton", "triton eos", "official", "vanilla"]
+    assert len(rows) == 4 * len(bench_generate.QUICK)
     assert {row["missing"] for row in rows} == {"ran; not timed without a GPU"}
     json.dumps(rows)
+
+
+@pytest.fixture
+def timed_session(monkeypatch):
+    """A session that times, without a GPU, and its pretended CUDA."""
+    cuda = PretendCuda(monkeypatch)
+    # Networks stay where they can be.
+    session = Session(CPU, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
+    small = functools.partial(_models.network_of, "tiny llada", CPU, torch.float32)
+    for module in (bench_step, bench_generate):
+        monkeypatch.setattr(module, "network_of", lambda model, device, dtype: small())
+    return session, cuda
+
+
+def no_cupti(run):
+    raise AssertionError("Legacy CUDA profiling requires use_cpu=True")
+    yield
+
+
+@pytest.mark.parametrize("kernels", [no_cupti, lambda run: iter(())], ids=["raises", "sees nothing"])
+@pytest.mark.filterwarnings("ignore:a step is not taken apart")
+def test_a_profiler_that_sees_no_kernels_loses_no_time(kernels, timed_session, monkeypatch):
+    monkeypatch.setattr(bench_step, "kernels_of", kernels)
+    *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], timed_session[0])
+    times = {(row["shape"]["forward"], row["provider"]): row.get("median_ms") for row in rows}
+    assert times == {
+        ("refresh", "triton"): 1.5, ("step", "triton"): 0.375, ("refresh", "official"): 1.5, ("step", "official"): 0.375,
+        ("step", "triton serial"): None, ("step", "triton fused"): None,  # these need the kernels
+    }  # fmt: skip
+    assert [row["parts"] for row in rows if "parts" in row] == [{}, {}]
+
+
+def test_parts_of_a_step_are_those_that_the_profiler_sees(monkeypatch):
+    seen = [("nvjet_tst", 3.0, 4), ("_commit_tokens_kernel", 0.5, 1), ("merge_statistics_kernel", 0.5, 1), ("nvjet_x", 1.0, 1)]
+    monkeypatch.setattr(bench_step, "kernels_of", lambda run: iter(seen))
+    found = bench_step.parts_of(lambda: None)
+    assert found == {
+        "parts": {"cuBLAS": 4.0, "commit_tokens": 0.5, "merge_statistics": 0.5}, "launches": 7, "selection_share": 0.2,
+    }  # fmt: skip
+
+
+def test_the_peak_of_a_captured_step_counts_the_memory_of_its_graph(timed_session, monkeypatch):
+    monkeypatch.setattr(bench_step, "kernels_of", lambda run: iter(()))
+    session, _ = timed_session
+    pools = [{"segment_pool_id": (0, 0), "total_size": 7}, {"segment_pool_id": [0, 3], "total_size": 100}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pools)
+    step = bench_step.OurStep.step
+
+    def captured(self):
+        if len(pools) == 2:  # the capture takes memory, and a replay allocates nothing
+            pools.append({"segment_pool_id": (0, 4), "total_size": 5000})
+        step(self)
+
+    monkeypatch.setattr(bench_step.OurStep, "step", captured)
+    *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], session)
+    peaks = {(row["shape"]["forward"], row["provider"]): row.get("peak_bytes") for row in rows}
+    assert peaks["step", "triton"] == 5000
+    assert peaks["refresh", "triton"] == peaks["step", "official"] == 0
+
+
+def test_our_buffers_are_gone_before_the_official_step_is_made(monkeypatch):
+    alive = []
+    our_step, official_step = bench_step.OurStep, bench_step.OfficialStep
+
+    def watched(*args):
+        side = our_step(*args)
+        alive.append(weakref.ref(side.batch.cache.k))
+        return side
+
+    def official(*args):
+        assert [cache() for cache in alive] == [None]
+        return official_step(*args)
+
+    monkeypatch.setattr(bench_step, "OurStep", watched)
+    monkeypatch.setattr(bench_step, "OfficialStep", official)
+    *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], Session(CPU))
+    assert len(rows) == 6
+
+
+def test_what_generations_keep_is_given_back_before_the_official_loop_runs(monkeypatch):
+    log = []
+    for name in ("run_ours", "run_official", "release"):
+        monkeypatch.setattr(bench_generate, name, lambda *args, name=name: log.append(name))
+    monkeypatch.setattr(bench_generate.GenerateBench, "vanilla", lambda *args: log.append("vanilla"))
+    list(bench_generate.BENCH.rows_of(bench_generate.QUICK[0], Session(CPU)))
+    assert log == ["run_ours", "run_ours", "release", "run_official", "release", "vanilla", "release"]
+    network = _models.network_of("tiny llada", CPU, torch.float32)
+    network.buffers.limit = 1
+    network.buffers.give(SimpleNamespace(nbytes=1, release=lambda: log.append("freed")))
+    _models.release(network)
+    assert log[-1] == "freed" and len(network.buffers) == 0
+
+
+def test_a_generation_is_written_provider_by_provider(monkeypatch):
+    counts = [len(rows) for rows in bench_generate.BENCH.rows_of(bench_generate.QUICK[0], Session(CPU))]
+    assert counts == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("bench", "key"), [(bench_step, 1), (bench_generate, 4)])
+def test_the_key_shapes_come_first_and_are_of_one_row(bench, key, monkeypatch):
+    assert key == bench.KEY
+    assert all(shape["batch"] == 1 for shape in bench.SHAPES[:key])
+    assert bench.SHAPES[0]["model"] == "llada-8b"
+    ran = []
+    monkeypatch.setattr(type(bench.BENCH), "rows_of", lambda self, shape, session: iter([[ran.append(shape)]]))
+    quick = Session(CPU, timer=lambda runs, inputs: {}, quick=True)
+    list(bench.BENCH.measure(quick))
+    assert ran == bench.SHAPES[:key]
+    # A case that was cut before its last provider is measured again.
+    forward = {"forward": "step"} if bench is bench_step else {}
+    providers = ["triton", *bench.BENCH.baselines] + (["triton eos"] if bench is bench_generate else [])
+    done = [(bench.BENCH.op, label(forward | bench.SHAPES[0]), provider) for provider in providers]
+    for count in (len(done) - 1, len(done)):
+        ran.clear()
+        list(bench.BENCH.measure(replace(quick, done=set(done[:count]))))
+        assert (bench.SHAPES[0] in ran) == (count < len(done))
 
 
 @pytest.mark.gpu
 def test_steps_are_timed_in_parts_on_a_gpu():
     session = Session(DEVICE, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
-    rows = list(bench_step.BENCH.rows_of(bench_step.QUICK[0], session))
+    *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], session)
     step = next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "triton"))
     assert step["median_ms"] > 0
     assert step["launches"] > 10
     assert 0 < step["selection_share"] < 1
     assert {"cuBLAS", "window_attention", "commit_tokens"} <= step["parts"].keys()
+    assert step["peak_bytes"] > 0
     assert next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "official"))["times_triton"] > 0
 
 
 @pytest.mark.gpu
 def test_generations_are_timed_on_a_gpu():
     session = Session(DEVICE, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
-    rows = list(bench_generate.BENCH.rows_of(bench_generate.QUICK[0], session))
+    *_, rows = bench_generate.BENCH.rows_of(bench_generate.QUICK[0], session)
     assert [row["provider"] for row in rows] == ["triton", "triton eos", "official", "vanilla"]
     assert all(row["median_ms"] > 0 and row["times_triton"] > 0 for row in rows)

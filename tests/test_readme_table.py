@@ -44,6 +44,17 @@ def test_the_newest_run_of_each_gpu_counts(tmp_path: Path) -> None:
     assert "| `swiglu` | 10 |" in text and "| 2.00 (2.00 to 2.00) |" in text and "| 4.00 (4.00 to 4.00) |" in text
 
 
+def test_unverified_rows_are_left_out(tmp_path: Path) -> None:
+    report = made_up_report()
+    for row in report.rows:
+        if row["op"] == "swiglu" or row["shape"].get("rows") == 1:
+            row["unverified"] = True
+    put(tmp_path, "made-up-gpu", "2026-11-21-0123456789", report)
+    text = readme_table.table(tmp_path, tmp_path)
+    assert "`swiglu`" not in text and "| `window_attention` |" in text
+    assert "| `head_statistics` | 18 |" in text  # of 20, two with one row
+
+
 def test_only_what_is_between_the_markers_changes() -> None:
     text = f"before\n{readme_table.BEGIN}\nold\n{readme_table.END}\nafter\n"
     assert readme_table.rewritten(text, "new") == f"before\n{readme_table.BEGIN}\nnew\n{readme_table.END}\nafter\n"

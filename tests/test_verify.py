@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,16 +23,20 @@ import fastdllm_triton.kernels.swiglu
 from fastdllm_triton import ops
 from fastdllm_triton.cli import app
 from fastdllm_triton.files import write_json
-from fastdllm_triton.verify import models
+from fastdllm_triton.verify import models, processes
 from fastdllm_triton.verify.grids import GRIDS, Random
-from fastdllm_triton.verify.ops import try_case, verify_op
+from fastdllm_triton.verify.ledger import Ledger, proven
+from fastdllm_triton.verify.ops import try_case, verify_op, wanted
+from fastdllm_triton.verify.parts import Part, parts_of, unproven
+from fastdllm_triton.verify.records import CaseRecord, Record
 from fastdllm_triton.verify.tolerance import Judgement, as_close_as_torch, bitwise, identical
 
 ROOT = Path(__file__).parent.parent
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["verify", *arguments])
+    """In this process, so that a kernel can be put in another's place."""
+    return CliRunner().invoke(app, ["verify", "--jobs", "1", *arguments])
 
 
 def test_every_op_has_a_grid() -> None:
@@ -40,7 +47,7 @@ def test_every_op_has_a_grid() -> None:
 def test_grids_name_their_cases_and_are_quick_in_part(op: str) -> None:
     cases = GRIDS[op].cases
     assert len({case.why for case in cases}) == len(cases)
-    assert {case.where for case in cases} == {"quick", "full", "gpu"}
+    assert {case.where for case in cases} >= {"quick", "full", "key"}
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "window_attention", "swiglu", "token_statistics", "commit_tokens"])
@@ -50,7 +57,7 @@ def test_the_kernels_hold_on_the_quick_grid(op: str) -> None:
     assert [record.dtype for record in records] == [dtype for dtype in dtypes if DEVICE.type == "cuda" or dtype != "bfloat16"]
     for record in records:
         assert record.ok, record
-        assert record.tried == sum(case.where == "quick" for case in GRIDS[op].cases)
+        assert record.tried == len(wanted(GRIDS[op], DEVICE, quick=True))
 
 
 @pytest.mark.gpu
@@ -142,6 +149,8 @@ def test_a_case_too_large_for_the_memory_is_skipped_with_its_reason(monkeypatch:
         (["--op", "softmax"], "--op: got softmax, needs names among rms_norm"),
         (["--device", "tpu"], "--device: got 'tpu', needs cpu or cuda"),
         (["--out", "/nowhere/at/all.json"], "--out: /nowhere/at/all.json cannot be written"),
+        (["--resume"], "--resume: needs --out FILE"),
+        (["--jobs", "0"], "--jobs"),
         pytest.param(
             ["--device", "cuda"], "torch sees no GPU here", marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="there is one")
         ),
@@ -162,6 +171,123 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
     write_json(file, {"a": 1})
     assert json.loads(file.read_text()) == {"a": 1}
+
+
+# --- in steps, and in several processes -------------------------------------------------------------------------------------
+
+MACHINE = {"device": "cpu", "commit": "0123", "torch": torch.__version__, "triton": "3.6.0"}
+
+
+def test_every_record_is_on_disk_when_it_is_there_and_a_run_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, seen = tmp_path / "v.json", []
+    add = Ledger.add
+
+    def spy(ledger: Ledger, record: Record) -> None:
+        add(ledger, record)
+        seen.append([(found["check"], found["dtype"]) for found in json.loads(file.read_text())["records"]])
+        if len(seen) == 1:
+            raise KeyboardInterrupt  # as where the time is up
+
+    monkeypatch.setattr(Ledger, "add", spy)
+    arguments = ["--op", "swiglu", "--op", "rms_norm", "--quick", "--out", str(file)]
+    assert run(*arguments).exit_code != 0
+    assert seen == [[("rms_norm", "float32")]]
+    again = run(*arguments, "--resume")
+    assert again.exit_code == 0, again.stderr
+    expected = [(op, dtype) for op in ("rms_norm", "swiglu") for dtype in ("float32", "float16")]
+    assert seen[1:] == [expected[: count + 1] for count in range(1, len(expected))]
+    assert "yes" in again.stdout and again.stdout.count("swiglu") == 2
+
+
+def test_a_full_run_takes_nothing_over_from_a_quick_one_nor_from_another_machine(tmp_path: Path) -> None:
+    file = tmp_path / "v.json"
+    earlier = Ledger(MACHINE, quick=True, path=file)
+    earlier.add(Record("swiglu", "float32"))
+    for quick, count in ((True, 1), (False, 0)):
+        ledger = Ledger(MACHINE, quick, file)
+        ledger.resume()
+        assert len(ledger.records) == count
+    with pytest.raises(ValueError, match=r"--resume: .*v\.json was made with commit = 0123, here it is 4567"):
+        Ledger(MACHINE | {"commit": "4567"}, True, file).resume()
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="holds no verification"):
+        Ledger(MACHINE, True, file).resume()
+
+
+def test_of_several_files_the_last_word_counts(tmp_path: Path) -> None:
+    failed = CaseRecord("a case", 1.0, 0.5, ok=False)
+    for name, cases in (("quick.json", []), ("all.json", [failed])):
+        Ledger(MACHINE, quick=True, path=tmp_path / name).add(Record("swiglu", "float32", cases))
+    (record,) = proven([tmp_path / "quick.json", tmp_path / "all.json"], MACHINE)
+    assert not record.ok
+
+
+def test_what_was_not_tried_is_not_proven() -> None:
+    held = [Record(*part.key) for part in parts_of(["swiglu", "models"])]
+    assert unproven(["swiglu", "models"], held) == []
+    assert unproven(["swiglu", "rms_norm"], held) == ["rms_norm"]
+    assert unproven(["swiglu", "models"], held[1:]) == ["swiglu"]
+    failed = replace(held[-1], cases=[CaseRecord("a case", 1.0, 0.5, ok=False)])
+    assert unproven(["swiglu", "models"], [*held[:-1], failed]) == ["models"]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_verify.py runs in the interpreter")
+def test_processes_give_the_records_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    parts = [Part("swiglu", "float16")]
+    (record,) = processes.in_processes(parts, DEVICE, quick=True, jobs=2)
+    again = parts[0].run(DEVICE, quick=True)
+    assert (record.check, record.dtype, record.cases) == (again.check, again.dtype, again.cases)
+
+
+@pytest.mark.parametrize(
+    ("program", "note"),
+    [
+        (
+            "import os, sys; print('a kernel wrote where it must not', file=sys.stderr); os.abort()",
+            "ended with status -6: a kernel wrote",
+        ),
+        ("import time; time.sleep(60)", "no end after 1 s"),
+    ],
+)
+def test_a_part_that_dies_or_never_ends_takes_no_other_with_it(
+    program: str, note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.dumps(Record("rms_norm", "float32").as_json())
+    python = tmp_path / "python"  # in the interpreter's place
+    python.write_text(
+        f"#!/bin/sh\ncase $3 in swiglu) exec {sys.executable} -c {shlex.quote(program)};; esac\necho {shlex.quote(record)}\n"
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(processes, "MOST_SECONDS", 1)
+    parts = [Part("swiglu", "float32"), Part("rms_norm", "float32")]
+    records = {found.check: found for found in processes.in_processes(parts, DEVICE, quick=True, jobs=2)}
+    assert records["rms_norm"].ok
+    (case,) = records["swiglu"].cases
+    assert not case.ok and note in case.note
+
+
+def test_processes_fit_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    for gibibytes, count in ((140, 14), (24, 2), (8, 1), (500, 16)):
+        memory = gibibytes * 2**30
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device, memory=memory: SimpleNamespace(total_memory=memory)
+        )
+        assert processes.jobs_for(torch.device("cuda")) == count
+    assert processes.jobs_for(torch.device("cpu")) == 1
+
+
+def test_on_a_gpu_a_quick_run_tries_the_key_sizes_and_a_full_one_everything() -> None:
+    gpu = torch.device("cuda")
+    for grid in GRIDS.values():
+        quick = {case.where for case in wanted(grid, gpu, quick=True)}
+        assert quick == {"quick", "key"}
+        assert wanted(grid, gpu, quick=False) == list(grid.cases)
+        assert {case.where for case in wanted(grid, torch.device("cpu"), quick=False)} == {"quick", "full"}
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------------

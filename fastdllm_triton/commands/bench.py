@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
@@ -44,6 +43,12 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes; all that there is without a GPU.")] = False,
     device: cli.DeviceOption = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no case after so many minutes.")] = None,
+    verified: Annotated[
+        list[Path] | None, typer.Option(help="A file of verify --out, of this machine and commit: do not verify again.")
+    ] = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Verify nothing more, time what does not verify too, and mark its rows.")
+    ] = False,
     compare: Annotated[Path | None, typer.Option(help="An earlier folder: say what became faster or slower.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the results into this folder, case by case.", rich_help_panel=cli.OUTPUT)
@@ -58,7 +63,8 @@ def bench(
 ) -> None:
     """Time ours and the baselines in turns, each with its fraction of what this GPU reaches at its best.
 
-    An op whose verification fails here is refused. Ends with status 1 if one was, and with 3 if --minutes left cases out.
+    An op whose verification fails here is refused. Ends with status 1 if one was, with 3 if --minutes left cases out, and with
+    4 if a kernel has failed so that this process can use the GPU no more; --resume goes on behind it.
     """
     require_triton("bench")
     check_writable("--html", html)
@@ -69,11 +75,15 @@ def bench(
     from .. import machine
     from .. import verify as proof
     from ..bench._report import Report, changes, changes_table, check_unmixed
+    from ..bench._run import run
     from ..bench._session import benches
+    from ..verify.ledger import proven
 
     target = proof.check_device(device)
     if target.type == "cpu" and proof.needs_interpreter(target):
-        raise typer.Exit(proof.rerun_in_interpreter(_arguments(suite, op, only, quick, out, resume, compare, html, as_json)))
+        arguments = _arguments(suite, op, only, quick, out, resume, compare, html, as_json)
+        arguments += [word for path in verified or () for word in ("--verified", str(path))] + ["--unverified"] * unverified
+        raise typer.Exit(proof.rerun_in_interpreter(arguments))
     chosen = benches(suite.value, op or ())
     check_baselines(chosen, only or ())
     earlier = None if compare is None else _earlier(compare)
@@ -81,13 +91,25 @@ def bench(
         say(errors if as_json else console, "torch sees no GPU here, so nothing is measured; --quick tries the plumbing.")
         return
     report = Report(machine.describe(target))
+    records = proven(verified or (), report.machine)
     if out is not None:
         check_folder("--out", out)
         check_unmixed(out, resume)
-    with nullcontext() if out is None else locked(out, "--out"):
+    with nullcontext() if out is None else locked(out, "--out"), status("measuring") as line:
         if out is not None and resume:
             report = _resumed(report, out)
-        refused, is_cut = run(chosen, report, target, quick=quick, only=only or (), folder=out, minutes=minutes)
+        outcome = run(
+            chosen,
+            report,
+            target,
+            quick=quick,
+            only=only or (),
+            folder=out,
+            minutes=minutes,
+            verified=records,
+            unverified=unverified,
+            on_status=lambda text: line.update(Text(text)),
+        )
     if as_json:
         told = {"machine": report.machine, "verification": report.verification, "rows": report.rows}
         typer.echo(json.dumps(told | {"changes": [asdict(change) for change in changes(earlier, report)]} if earlier else told))
@@ -100,69 +122,14 @@ def bench(
 
         with naming("--html", html):
             write_page(report, html, earlier)
-    if refused:
-        say(errors, f"refused, as they do not verify here: {', '.join(refused)}", style="red")
-        raise typer.Exit(1)
-    if is_cut:
+    if outcome.refused:
+        say(errors, f"refused, as they do not verify here: {', '.join(outcome.refused)}", style="red")
+    if outcome.is_lost:
+        say(errors, "a kernel has failed and left the GPU unusable for this process; --resume goes on", style="red")
+    elif outcome.is_cut:
         say(errors, "The time is up and cases are left; --out with --resume goes on with them.")
-        raise typer.Exit(3)
-
-
-def run(
-    chosen: list[Measurable],
-    report: Report,
-    device: torch.device,
-    *,
-    quick: bool,
-    only: list[str] | tuple[str, ...],
-    folder: Path | None,
-    minutes: float | None,
-) -> tuple[list[str], bool]:
-    """Fills a report, verification first, flushing each case.
-
-    Returns:
-        The benches that were refused, and whether the time was too short for all cases.
-    """
-    from .. import machine
-    from .. import verify as proof
-    from ..bench._session import Session, label
-    from ..bench._timing import measure_ceilings, time_in_turns
-
-    session = Session(device, quick=quick, only=only, done=report.done())
-    session.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    gates = list(dict.fromkeys(name for bench in chosen for name in bench.gate))
-    with status("verifying") as line:
-        records = proof.verify(gates, device, quick=quick)
-        report.verification = [record.as_json() for record in records]
-        failed = {record.check for record in records if not record.ok}
-        # Checks of models have names of their own.
-        failed |= {proof.MODELS} if failed - set(gates) else set()
-        if device.type == "cuda":
-            session.timer = time_in_turns
-            session.ceilings = report.ceilings = report.ceilings or measure_ceilings(device, time_in_turns)
-            now = machine.clocks(device)  # when it has just worked; idle clocks say little
-            report.machine |= {f"loaded_{name}": now[name] for name in ("sm_clock", "memory_clock", "temperature") if name in now}
-        if folder is not None:
-            report.write_machine(folder)
-            report.write_verification(folder)
-        refused = []
-        for bench in chosen:
-            if faults := sorted(failed & set(bench.gate)):
-                missing = f"refused: verification failed: {', '.join(faults)}"
-                row: dict[str, Any] = {"bench": bench.op, "op": bench.op, "shape": {}, "axis": "", "provider": "triton"}
-                report.rows.append(row | {"missing": missing, "refused": True})
-            else:
-                with proof.quiet(device):
-                    for rows in bench.measure(session):
-                        line.update(Text(f"{bench.op} {label(rows[0]['shape'])}"))
-                        report.rows += rows
-                        if folder is not None:
-                            report.write_rows(folder, bench.op)
-            if any(row.get("refused") for row in report.rows if row["bench"] == bench.op):
-                refused.append(bench.op)
-            if folder is not None:
-                report.write_rows(folder, bench.op)
-    return refused, session.is_cut
+    if outcome.status:
+        raise typer.Exit(outcome.status)
 
 
 def show_report(report: Report, device: torch.device) -> None:
@@ -205,11 +172,12 @@ def check_baselines(chosen: list[Measurable], only: list[str] | tuple[str, ...])
 def _resumed(new: Report, folder: Path) -> Report:
     """The results of the folder, to go on with; those of another machine or commit are not mixed with new ones."""
     from ..bench._report import Report
+    from ..verify.ledger import SAME
 
     if not (folder / "machine.json").exists():
         return new
     old = Report.load(folder)
-    for name in ("device", "commit", "torch", "triton"):
+    for name in SAME:
         if old.machine[name] != new.machine[name]:
             raise ValueError(f"--resume: {folder} was measured with {name} = {old.machine[name]}, here it is {new.machine[name]}")
     old.rows = [row for row in old.rows if not row.get("refused")]

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from .. import cli_options as cli
 from .._console import console, errors, say, show, status
-from ..files import check_writable, naming, write_json
+from ..files import check_writable, naming
 from ._shared import require_triton
+
+if TYPE_CHECKING:
+    from ..verify import Record
 
 
 def verify(
     op: Annotated[list[str] | None, typer.Option(help="An op, such as swiglu, or 'models'. All if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A part: seconds on a GPU, a minute or two on a CPU.")] = False,
     device: cli.DeviceOption = None,
-    out: Annotated[Path | None, typer.Option(help="Write all that was found to this file.", rich_help_panel=cli.OUTPUT)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; on a GPU as many as there is room for.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write all that is found to this file, as it comes.", rich_help_panel=cli.OUTPUT)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where that file ends.", rich_help_panel=cli.OUTPUT)] = False,
     as_json: cli.JsonOption = False,
 ) -> None:
     """Try every kernel against the reference and float64, then whole models, on this machine.
@@ -28,27 +35,38 @@ def verify(
     """
     require_triton("verify")
     check_writable("--out", out)
+    if resume and out is None:
+        raise ValueError("--resume: needs --out FILE, which says what to go on with")
     from .. import machine
     from .. import verify as proof
+    from ..verify.ledger import Ledger
 
     names = proof.check_names(op)
     target = proof.check_device(device)
     if proof.needs_interpreter(target):
         arguments = ["verify", "--device", "cpu", *(part for name in names for part in ("--op", name))]
-        arguments += ["--quick"] * quick + ["--json"] * as_json
-        arguments += ["--out", str(out)] if out else []
+        arguments += ["--quick"] * quick + ["--json"] * as_json + ["--resume"] * resume
+        arguments += (["--out", str(out)] if out else []) + (["--jobs", str(jobs)] if jobs else [])
         raise typer.Exit(proof.rerun_in_interpreter(arguments))
     where = machine.device_name(target)
+    ledger = Ledger(machine.describe(target), quick, out)
+    if resume:
+        ledger.resume()
     with status(f"verifying on {where}") as line:
+
+        def on_record(record: Record) -> None:
+            with naming("--out", out or Path()):
+                ledger.add(record)
+            line.update(Text(f"verified {record.check} {record.dtype}"))
+
         records = proof.verify(
-            names, target, quick=quick, on_record=lambda record: line.update(Text(f"verified {record.check} {record.dtype}"))
+            names, target, quick=quick, jobs=jobs or proof.jobs_for(target), known=ledger.records, on_record=on_record
         )
-    summary = proof.summary(records, machine.describe(target))
-    if out is not None:
-        with naming("--out", out):
-            write_json(out, summary)
+        ledger.records = records  # in order
+        with naming("--out", out or Path()):
+            ledger.write()
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(json.dumps(ledger.as_json()))
     else:
         show(proof.render(records, f"Verified on {where}"))
         if target.type == "cpu":

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -20,15 +19,12 @@ from .records import CaseRecord, Record, render
 
 __all__ = ["CaseRecord", "Record", "quiet", "render", "rerun_in_interpreter", "verify"]
 
-#: Besides the ops, what ``--op`` takes.
-MODELS = "models"
-
 
 def names() -> list[str]:
     """What can be verified: the ops in the order of a forward, and ``models``."""
-    from .grids import GRIDS
+    from .parts import names
 
-    return [*GRIDS, MODELS]
+    return names()
 
 
 def verify(
@@ -36,6 +32,8 @@ def verify(
     device: str | torch.device | None = None,
     *,
     quick: bool = False,
+    jobs: int = 1,
+    known: Iterable[Record] = (),
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
     """Tries kernels and models on this machine.
@@ -44,30 +42,44 @@ def verify(
         ops: names of :func:`names`; all if not given.
         device: the GPU if there is one.
         quick: a part that takes a minute or two on a CPU and seconds on a GPU.
-        on_record: told of each record when it is there.
+        jobs: processes at once; with one everything happens in this process.
+        known: records of an earlier run, which are not made again.
+        on_record: told of each new record when it is there.
 
     Returns:
         A record for each op and dtype, and for each check of models.
 
     Raises:
-        ValueError: an unknown name, or a device that is not there.
+        ValueError: an unknown name, no jobs, or a device that is not there.
         RuntimeError: the kernels cannot run on the device, in this process.
     """
     chosen = check_names(ops)
     target = check_device(device)
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}, needs 1 or more")
     from ..ops import resolve
-    from .models import verify_models
-    from .ops import verify_op
+    from .parts import parts_of
+    from .processes import in_processes
 
     resolve("triton", target)  # raises where the kernels cannot run
-    found: list[Record] = []
+    records = {(record.check, record.dtype): record for record in known}
+    parts = parts_of(chosen)
+    todo = [part for part in parts if part.key not in records]
     with quiet(target):
-        for name in chosen:
-            for record in verify_models(target, quick=quick) if name == MODELS else verify_op(name, target, quick=quick):
-                found.append(record)
-                if on_record is not None:
-                    on_record(record)
-    return found
+        for record in (
+            in_processes(todo, target, quick=quick, jobs=jobs) if jobs > 1 else (part.run(target, quick=quick) for part in todo)
+        ):
+            records[record.check, record.dtype] = record
+            if on_record is not None:
+                on_record(record)
+    return [records[part.key] for part in parts]
+
+
+def jobs_for(device: torch.device) -> int:
+    """Processes that the machine has room for."""
+    from .processes import jobs_for
+
+    return jobs_for(device)
 
 
 @contextmanager
@@ -112,13 +124,3 @@ def rerun_in_interpreter(arguments: Sequence[str]) -> int:
     """Runs ``fastdllm-triton`` with these arguments in a process where Triton interprets, and gives back its status."""
     command = [sys.executable, "-m", __package__.split(".")[0], *arguments]
     return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
-
-
-def summary(records: Iterable[Record], machine: dict[str, Any]) -> dict[str, Any]:
-    """All that is known, as JSON."""
-    records = list(records)
-    return {
-        "ok": all(record.ok for record in records),
-        "machine": machine,
-        "records": [record.as_json() for record in records],
-    }

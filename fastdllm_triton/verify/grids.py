@@ -1,7 +1,8 @@
 """What each kernel is tried on: shapes as data, with the reason why each is there.
 
 ``quick`` cases are small and cover what breaks kernels: tails, empty ranges, ties, head ratios. ``full`` adds more of these.
-``gpu`` cases have the sizes of LLaDA-8B and Dream-7B, too large for Triton's interpreter.
+``key`` and ``gpu`` cases have the sizes of LLaDA-8B and Dream-7B, too large for Triton's interpreter: ``key`` those of a step and
+of a refresh of one row, ``gpu`` the others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ..types import PolicyState, TokenStatistics
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
 Function = Callable[..., Any]
-Where = Literal["quick", "full", "gpu"]
+Where = Literal["quick", "full", "key", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Case:
     Attributes:
         why: the reason, which is also its name.
         sizes: what the maker of the inputs takes.
-        where: in which runs: every one, those that are not quick, those on a GPU.
+        where: in which runs: every one; those that are not quick; those on a GPU; those on a GPU that are not quick.
     """
 
     why: str
@@ -100,8 +101,8 @@ RMS_NORM = Grid(
         Case("the built-in model", {"rows": 5, "width": 128, "residual": True}, "quick"),
         Case("Dream's width, no power of two", {"rows": 2, "width": 3584, "residual": True}),
         Case("LLaDA's width", {"rows": 4, "width": 4096, "residual": False}),
-        Case("a step of LLaDA", {"rows": 32, "width": 4096, "residual": True}, "gpu"),
-        Case("a refresh of Dream", {"rows": 4096, "width": 3584, "residual": True}, "gpu"),
+        Case("a step of LLaDA", {"rows": 32, "width": 4096, "residual": True}, "key"),
+        Case("a refresh of Dream", {"rows": 4096, "width": 3584, "residual": True}, "key"),
     ],
     _rms_norm_inputs,
     _rms_norm_outputs,
@@ -118,8 +119,8 @@ SWIGLU = Grid(
         Case("a tail", {"rows": 6, "width": 130}, "quick"),
         Case("LLaDA's width", {"rows": 2, "width": 12_288}),
         Case("Dream's width", {"rows": 2, "width": 18_944}),
-        Case("a step of LLaDA", {"rows": 32, "width": 12_288}, "gpu"),
-        Case("a refresh of Dream", {"rows": 4096, "width": 18_944}, "gpu"),
+        Case("a step of LLaDA", {"rows": 32, "width": 12_288}, "key"),
+        Case("a refresh of Dream", {"rows": 4096, "width": 18_944}, "key"),
     ],
     lambda random, rows, width: {"gate_up": random(rows, 2 * width, scale=4)},
     lambda function, inputs: {"y": function(**inputs)},
@@ -157,10 +158,10 @@ LINEAR = Grid(
         Case("tails of rows, outputs and columns", {"rows": 19, "n": 74, "k": 88, "residual": True}, "quick"),
         Case("a norm and a gated unit", {"rows": 5, "n": 70, "k": 130, **_FUSED, "residual": True}, "quick"),
         Case("split columns", {"rows": 3, "n": 64, "k": 2048, **_FUSED}),
-        Case("LLaDA's qkv", {"rows": 32, "n": 12_288, "k": 4096, "norm": True}, "gpu"),
-        Case("LLaDA's gate and up", {"rows": 64, "n": 24_576, "k": 4096, **_FUSED}, "gpu"),
-        Case("LLaDA's down", {"rows": 128, "n": 4096, "k": 12_288, "residual": True}, "gpu"),
-        Case("Dream's gate and up", {"rows": 32, "n": 37_888, "k": 3584, **_FUSED}, "gpu"),
+        Case("LLaDA's qkv", {"rows": 32, "n": 12_288, "k": 4096, "norm": True}, "key"),
+        Case("LLaDA's gate and up", {"rows": 64, "n": 24_576, "k": 4096, **_FUSED}, "key"),
+        Case("LLaDA's down", {"rows": 128, "n": 4096, "k": 12_288, "residual": True}, "key"),
+        Case("Dream's gate and up", {"rows": 32, "n": 37_888, "k": 3584, **_FUSED}, "key"),
         Case("Dream's down", {"rows": 512, "n": 3584, "k": 18_944, "residual": True}, "gpu"),
     ],
     _linear_inputs,
@@ -222,8 +223,8 @@ ROPE_KV_WRITE = Grid(
         Case("a window of padding", {"window": 8, "window_start": (0, 2), "kv_start": (8, 9)}),
         Case("head dim 80", {"window": 5, "window_start": (4, 8), "kv_start": (0, 1), "dim": 80}),
         Case("head dim 128", {"window": 5, "window_start": (4,), "kv_start": (3,), "dim": 128}),
-        Case("a step of LLaDA", {**_LLADA, "window": 32, "window_start": (960, 960), "kv_start": (0, 70), "slots": 1024}, "gpu"),
-        Case("a refresh of Dream", {**_DREAM, "window": 4096, "window_start": (0,), "kv_start": (9,), "slots": 4096}, "gpu"),
+        Case("a step of LLaDA", {**_LLADA, "window": 32, "window_start": (960, 960), "kv_start": (0, 70), "slots": 1024}, "key"),
+        Case("a refresh of Dream", {**_DREAM, "window": 4096, "window_start": (0,), "kv_start": (9,), "slots": 4096}, "key"),
     ],
     _rope_inputs,
     _rope_outputs,
@@ -288,6 +289,12 @@ def _attention_case(why: str, where: Where, model: Mapping[str, Any], batch: int
     return Case(why, {**heads, "window": window, "start": start, "end": [slots] * batch, "slots": slots}, where)
 
 
+#: Batch, window and slots at the true sizes.
+_ATTENTION_SIZES: list[tuple[Where, int, int, int]] = [
+    ("key", 1, 32, 1024), ("gpu", 1, 16, 1029), ("gpu", 3, 32, 2048), ("gpu", 4, 64, 1024), ("gpu", 2, 128, 4096),
+    ("gpu", 1, 32, 16_384), ("key", 1, 1024, 1024),
+]  # fmt: skip
+
 WINDOW_ATTENTION = Grid(
     "window_attention",
     [
@@ -308,11 +315,9 @@ WINDOW_ATTENTION = Grid(
         Case("a skip of everything", {"window": 4, "start": (0, 4), "end": (80, 60), "skip": ((0, 80), (4, 60))}),
         Case("several chunks", {"window": 4, "start": (3,), "end": (600,), "slots": 600}),
         *(
-            _attention_case(f"{name}, batch {batch}, window {window}, context {slots}", "gpu", model, batch, window, slots)
+            _attention_case(f"{name}, batch {batch}, window {window}, context {slots}", where, model, batch, window, slots)
             for name, model in (("LLaDA", _LLADA), ("Dream", _DREAM))
-            for batch, window, slots in (
-                (1, 32, 1024), (1, 16, 1029), (3, 32, 2048), (4, 64, 1024), (2, 128, 4096), (1, 32, 16_384), (1, 1024, 1024),
-            )
+            for where, batch, window, slots in _ATTENTION_SIZES
         ),
     ],
     _attention_inputs,
@@ -360,7 +365,7 @@ TOKEN_STATISTICS = Grid(
         Case("the built-in model", {"rows": 130, "vocabulary": 137}),
         Case("an odd vocabulary", {"rows": 2, "vocabulary": 50_257}),
         Case("LLaDA's vocabulary", {"rows": 1, "vocabulary": 126_464}),
-        Case("a block of LLaDA", {"rows": 32, "vocabulary": 126_464}, "gpu"),
+        Case("a block of LLaDA", {"rows": 32, "vocabulary": 126_464}, "key"),
         Case("samples of a block of LLaDA", {"rows": 32, "vocabulary": 126_464, "temperature": 0.7}, "gpu"),
         Case("many rows of Dream", {"rows": 512, "vocabulary": 152_064}, "gpu"),
     ],
@@ -398,7 +403,9 @@ HEAD_STATISTICS = Grid(
         Case("many rows", {"rows": 66, "vocabulary": 640, "width": 64}),
         Case("a wide one", {"rows": 17, "vocabulary": 4096, "width": 96}),
         *(
-            Case(f"{rows} rows of {name}", {"rows": rows, "vocabulary": vocabulary, "width": width}, "gpu")
+            Case(
+                f"{rows} rows of {name}", {"rows": rows, "vocabulary": vocabulary, "width": width}, "key" if rows == 32 else "gpu"
+            )
             for name, vocabulary, width in (("LLaDA", 126_464, 4096), ("Dream", 152_064, 3584))
             for rows in (1, 32, 64, 200)
         ),
@@ -464,7 +471,7 @@ COMMIT_TOKENS = Grid(
         Case("factor by margin", {"batch": 2, "block": 33, "score": "margin", "rule": "factor", "value": 0.8}),
         Case("quota by entropy", {"batch": 2, "block": 32, "score": "neg_entropy", "rule": "quota", "steps": 7}),
         Case("a block of one", {"batch": 2, "block": 1, "score": "confidence", "rule": "threshold", "value": 0.9}),
-        Case("a batch", {"batch": 64, "block": 32, "score": "confidence", "rule": "factor", "value": 1.0}, "gpu"),
+        Case("a batch", {"batch": 64, "block": 32, "score": "confidence", "rule": "factor", "value": 1.0}, "key"),
         Case("the largest block", {"batch": 16, "block": 1024, "score": "confidence", "rule": "threshold", "value": 0.7}, "gpu"),
     ],
     _commit_inputs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,25 +17,34 @@ from .records import CaseRecord, Record
 from .tolerance import Judgement, as_close_as_torch, bitwise, identical
 
 
-def verify_op(op: str, device: torch.device, *, quick: bool = False) -> Iterator[Record]:
-    """A record for each dtype that the device takes.
+def dtypes_of(op: str) -> list[str]:
+    """The dtypes that an op is tried in here."""
+    # The interpreter's numpy computes with the bits of a bfloat16.
+    dtypes = [dtype for dtype in GRIDS[op].dtypes if not (_check.INTERPRETED and dtype == torch.bfloat16)]
+    return [str(dtype).removeprefix("torch.") for dtype in dtypes]
+
+
+def verify_op(op: str, device: torch.device, *, quick: bool = False, dtypes: Sequence[str] = ()) -> Iterator[Record]:
+    """A record for each dtype.
 
     Args:
         op: a name in :data:`GRIDS`.
         device: a GPU, or the CPU where Triton's interpreter runs.
-        quick: only the quick cases.
+        quick: only the quick cases, and on a GPU the key ones.
+        dtypes: of :func:`dtypes_of`; all if not given.
     """
     grid = GRIDS[op]
-    for dtype in grid.dtypes:
-        if _check.INTERPRETED and dtype == torch.bfloat16:  # its numpy computes with the bits
-            continue
+    for dtype in dtypes or dtypes_of(op):
         began = time.perf_counter()
-        cases = [_case_record(grid, case, device, dtype) for case in _wanted(grid, device, quick)]
-        yield Record(op, str(dtype).removeprefix("torch."), cases, time.perf_counter() - began)
+        cases = [_case_record(grid, case, device, getattr(torch, dtype)) for case in wanted(grid, device, quick)]
+        yield Record(op, dtype, cases, time.perf_counter() - began)
 
 
-def _wanted(grid: Grid, device: torch.device, quick: bool) -> list[Case]:
-    where = {"quick"} if quick else {"quick", "full", "gpu"} if device.type == "cuda" else {"quick", "full"}
+def wanted(grid: Grid, device: torch.device, quick: bool) -> list[Case]:
+    """The cases of a run."""
+    where = {"quick"} if quick else {"quick", "full"}
+    if device.type == "cuda":
+        where |= {"key"} if quick else {"key", "gpu"}
     return [case for case in grid.cases if case.where in where]
 
 

@@ -1,0 +1,386 @@
+"""Everything that a GPU can show, on a bare machine without network, what matters most first and within a time limit.
+
+    bench/gpu_all.sh OUT [MINUTES] [--dry-run]
+
+OUT        where results go, case by case; run again with the same OUT to go on where the last run ended
+MINUTES    nothing runs longer, but for the summary (default 120)
+--dry-run  the same path on a CPU: the quick part of one op in Triton's interpreter, no speed
+
+Nine minutes are enough for the stages that have a number of seconds in :func:`plan`: a verification of every op at the sizes
+that matter, the step of LLaDA-8B of one row, and the five ops that it spends its time in. The status is 0 when everything is
+done, 3 when something is left for another run, 1 when nothing is left and something failed, and 2 where nothing can be run.
+
+OUT/<gpu>/<date>-<commit>/ is what belongs into bench/results, OUT/tuned/ into kernels/tuned. A stage that has ended is not run
+again, one that was cut goes on; delete its line in OUT/status.tsv to repeat it. OUT may be moved to another machine of the same
+kind. FASTDLLM_COMMIT names the commit where the copy has no repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "einops", "numpy", "typer", "rich")
+#: In the order of the time that a step spends in them.
+MAIN_OPS = ("window_attention", "linear", "head_statistics", "rope_kv_write", "rms_norm")
+OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens")
+OPS = (*MAIN_OPS, *OTHER_OPS)
+#: A run for which the numbers of seconds are meant; in a longer one they grow with it.
+SECONDS = 540
+#: Not worth beginning anything with.
+LEAST_SECONDS = 5
+#: Exit statuses of commands: not possible here; cut by its own time limit; the GPU has to be opened anew.
+SKIPPED, CUT, LOST = 75, 3, 4
+#: Times that a stage is begun again at once after it has lost the GPU.
+RETRIES = 3
+#: States after which a stage is not run again.
+ENDED = ("ok", "failed", "skipped")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command and how long it may take.
+
+    Attributes:
+        name: in the status file.
+        about: for people.
+        command: made when the stage begins, from the minutes that it should take.
+        seconds: at most, of a run of :data:`SECONDS`.
+        share: at most, of the time that is left; for what has no number of seconds.
+        needs: programs and Python modules without which it is skipped.
+        environment: variables of its own.
+    """
+
+    name: str
+    about: str
+    command: Callable[[float], Sequence[str]]
+    seconds: float | None = None
+    share: float = 0.5
+    needs: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
+    """The stages, what matters most first.
+
+    Args:
+        out: the folder of the run.
+        results: where in it rows go.
+        dry: a small part, on a CPU.
+    """
+    python = sys.executable
+    cli = [python, "-m", "fastdllm_triton"]
+    small = ["--device", "cpu", "--quick"] if dry else []
+    key = small or ["--quick"]
+    one_op = ["--op", "rms_norm"] if dry else []
+    proofs = (out / "verify.json", out / "verify-all.json")
+
+    def bench(name: str, about: str, *what: str, seconds: float | None = None, share: float = 0.5) -> Stage:
+        def command(minutes: float) -> list[str]:
+            verified = [part for path in proofs if path.exists() for part in ("--verified", str(path))]
+            limits = ["--resume", "--minutes", f"{minutes:.2f}", "--unverified"]
+            return [*cli, "bench", *what, "--out", str(results), *verified, *limits]
+
+        return Stage(name, about, command, seconds, share)
+
+    def tune(name: str, about: str, *ops: str, share: float) -> Stage:
+        chosen = [part for op in ops for part in ("--op", op)]
+        command = [python, str(ROOT / "bench/tune.py"), *chosen, "--out", str(out / "tuned")]
+        return Stage(name, about, lambda minutes: [*command, "--minutes", f"{minutes:.2f}"], share=share)
+
+    def verify(name: str, about: str, path: Path, *options: str, seconds: float | None = None) -> Stage:
+        return Stage(name, about, lambda _: [*cli, "verify", *options, *one_op, "--out", str(path), "--resume"], seconds)
+
+    def sanitize(tool: str, op: str) -> Stage:
+        checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+        return Stage(
+            f"{tool} {op}",
+            f"small cases of {op} under compute-sanitizer",
+            lambda _: [*checked, *cli, "verify", "--quick", "--op", op, "--jobs", "1"],
+            needs=["compute-sanitizer"],
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+
+    show = '''nvidia-smi || echo "no nvidia-smi"; "$0" -m pip list || echo "no pip"'''
+    collect = ["--collect-only", "tests/test_swiglu.py"] if dry else []
+    tests = Stage(
+        "tests",
+        "all tests that need a GPU",
+        lambda _: [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *collect],
+        needs=["pytest", "hypothesis"],
+    )
+    precompile = [python, str(ROOT / "bench/precompile.py"), *small, *one_op]
+    stages = [
+        Stage("environment", "the GPU, its driver, installed packages", lambda _: ["bash", "-c", show, python], 10),
+        # Each of its processes compiles in its own: torch.compile would begin as many again as there are cores.
+        Stage(
+            "compile",
+            "what the key shapes launch, on all cores",
+            lambda _: precompile,
+            70,
+            environment={"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"},
+        ),
+        verify("verify", "every op at the key shapes, and whole models", proofs[0], *key, seconds=115),
+        bench("step", "the step of LLaDA-8B of one row, ours and the official code's", "step", *key, seconds=110),
+    ]
+    if dry:
+        return [
+            *stages,
+            bench("ops rms_norm", "one op", "ops", *key, *one_op, seconds=60),
+            tune("tune", "nothing, without a GPU", share=0.5),
+            bench("generate", "generations of tiny models", "generate", "--op", "generate", *key),
+            tests,
+        ]
+    return [
+        *stages,
+        *(bench(f"ops {op}", f"{op} at the key shapes", "ops", "--op", op, *key, seconds=44) for op in MAIN_OPS),
+        tune("tune", "linear and window_attention", "linear", "window_attention", share=0.4),
+        bench("generate", "generations of one row", "generate", "--op", "generate", *key, share=0.5),
+        *(bench(f"ops {op}", f"{op} at the key shapes", "ops", "--op", op, *key, share=0.15) for op in OTHER_OPS),
+        verify("verify all", "every op and model on the whole grid", proofs[1]),
+        bench("step all", "steps and refreshes of all sizes", "step", share=0.4),
+        *(bench(f"ops {op} all", f"{op} at all shapes", "ops", "--op", op, share=0.25) for op in OPS),
+        bench("generate all", "generations of all sizes, and batches of the built-in model", "generate", share=0.5),
+        tests,
+        tune("tune all", "the other ops", share=0.6),
+        *(sanitize(tool, op) for tool in ("memcheck", "racecheck") for op in OPS),
+    ]  # fmt: skip
+
+
+def execute(stage: Stage, command: Sequence[str], limit: float, log: Path) -> int:
+    """Runs a command in a process group of its own, for at most ``limit`` seconds; 124 if that was too short."""
+    environment = os.environ | stage.environment
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=ROOT, env=environment, start_new_session=True
+        )
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return 124
+        finally:  # also of what it has begun, and when this run is told to end
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+        except (ProcessLookupError, PermissionError):
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+class Runner:
+    """Runs stages within a time limit and keeps a record of how each ended.
+
+    Args:
+        out: the folder of the run.
+        minutes: the limit.
+        clock: seconds that pass.
+        execute: runs a command of a stage for at most so many seconds and gives back its status.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        minutes: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        execute: Callable[[Stage, Sequence[str], float, Path], int] = execute,
+    ) -> None:
+        self.out, self.seconds = out, minutes * 60
+        self._clock, self._execute = clock, execute
+        self._end = clock() + self.seconds
+        self._status = out / "status.tsv"
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self._end - self._clock()
+
+    def states(self) -> dict[str, tuple[str, int]]:
+        """State and seconds of each stage that was begun."""
+        lines = self._status.read_text().splitlines() if self._status.exists() else []
+        return {name: (state, int(seconds)) for name, state, seconds in (line.split("\t") for line in lines)}
+
+    def run(self, stages: Sequence[Stage]) -> int:
+        """Runs what has not ended yet, and returns the exit status."""
+        for number, stage in enumerate(stages, start=1):
+            head = f"[{number}/{len(stages)}] {stage.name}"
+            if (state := self.states().get(stage.name, ("", 0))[0]) in ENDED:
+                print(f"{head}: done before, {state}", flush=True)
+            elif self.limit(stage) < LEAST_SECONDS:
+                print(f"{head}: no time left", flush=True)
+                self._note(stage, "no time", 0)
+            else:
+                print(f"{head}: {stage.about}; at most {_time(self.limit(stage))} of {_time(self.left)}", flush=True)
+                began = self._clock()
+                state = self._run(stage)
+                took = self._clock() - began
+                self._note(stage, state, took)
+                print(f"    {state} after {_time(took)}", flush=True)
+                if state not in ("ok", "skipped"):
+                    self._show_end_of(stage)
+        states = [self.states()[stage.name][0] for stage in stages]
+        return CUT if any(state not in ENDED for state in states) else int("failed" in states)
+
+    def limit(self, stage: Stage) -> float:
+        """Seconds that a stage may take."""
+        if stage.seconds is None:
+            return self.left * stage.share
+        return min(self.left, stage.seconds * max(1.0, self.seconds / SECONDS))
+
+    def log(self, stage: Stage) -> Path:
+        """What a stage prints."""
+        return self.out / "logs" / f"{stage.name.replace(' ', '-')}.log"
+
+    def _run(self, stage: Stage) -> str:
+        """The state in which a stage ends."""
+        missing = [name for name in stage.needs if not (shutil.which(name) or importlib.util.find_spec(name.replace("-", "_")))]
+        if missing:
+            self.log(stage).write_text(f"{', '.join(missing)} not installed\n")
+            return "skipped"
+        self._note(stage, "cut", 0)  # as it is where this run ends meanwhile
+        end = self._clock() + self.limit(stage)
+        for _ in range(1 + RETRIES):
+            left = end - self._clock()
+            if left < LEAST_SECONDS:
+                return "cut"
+            # A case that has begun within its minutes should end within the limit.
+            status = self._execute(stage, stage.command(0.7 * left / 60), left, self.log(stage))
+            if status != LOST:
+                return {0: "ok", SKIPPED: "skipped", CUT: "cut", 124: "cut"}.get(status, "failed")
+        return "failed"
+
+    def _note(self, stage: Stage, state: str, seconds: float) -> None:
+        states = self.states()
+        states[stage.name] = (state, states.get(stage.name, ("", 0))[1] + math.ceil(seconds))
+        part = self._status.with_suffix(".part")
+        part.write_text("".join(f"{name}\t{state}\t{total}\n" for name, (state, total) in states.items()))
+        part.replace(self._status)
+
+    def _show_end_of(self, stage: Stage) -> None:
+        log = self.log(stage)
+        for line in log.read_text(errors="replace").splitlines()[-3:] if log.exists() else ():
+            print(f"    {line[:160]}", flush=True)
+
+
+def _time(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
+#: Says, in a process of its own, since this one is to leave the GPU alone, whether there is one and what its results are called.
+PROBE = """
+import json, torch
+from fastdllm_triton import machine
+gpu = torch.cuda.is_available()
+print(json.dumps([gpu, machine.folder_name(machine.describe(torch.device("cuda" if gpu else "cpu")))]))
+"""
+
+
+def prepare(out: Path, dry: bool) -> Path:
+    """Makes the folders and looks at the machine.
+
+    Returns:
+        Where rows go.
+
+    Raises:
+        ValueError: nothing can be run here; it says why.
+    """
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{sys.executable} lacks {', '.join(missing)}, and nothing is fetched here")
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out} cannot be made: {error.strerror}") from None
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    os.environ |= {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        raise ValueError(f"the package cannot be imported: {(probe.stderr.strip().splitlines() or ['no message'])[-1]}")
+    has_gpu, name = json.loads(probe.stdout.splitlines()[-1])
+    if not has_gpu and not dry:
+        raise ValueError("torch sees no GPU here; --dry-run tries the path without one")
+    folder = out / "folder"
+    if not folder.exists():
+        folder.write_text(name + "\n")
+    earlier = folder.read_text().strip()
+    if _without_date(earlier) != _without_date(name):
+        raise ValueError(f"{out} was begun as {earlier}, and here it would be {name}: give another folder")
+    results = out / earlier
+    results.mkdir(parents=True, exist_ok=True)
+    return results
+
+
+def _without_date(folder: str) -> tuple[str, str]:
+    """GPU and commit of a name of :func:`fastdllm_triton.machine.folder_name`."""
+    gpu, run = folder.split("/")
+    return gpu, run[len("2026-11-21-") :]
+
+
+def minutes(text: str) -> float:
+    """A positive number of minutes."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs what there is time for, and sums up."""
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu_all.sh", usage="%(prog)s OUT [MINUTES] [--dry-run]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("out", metavar="OUT", type=Path, help="where results go")
+    parser.add_argument("minutes", metavar="MINUTES", type=minutes, nargs="?", default=120.0, help="default 120")
+    parser.add_argument("--dry-run", action="store_true", help="the path on a CPU")
+    chosen = parser.parse_args(arguments)
+    # Told to end by somebody else's time limit: what runs is ended, and its line says that it was cut.
+    signal.signal(signal.SIGTERM, _interrupt)
+    out = chosen.out.absolute()
+    runner = Runner(out, chosen.minutes)
+    try:
+        results = prepare(out, chosen.dry_run)
+    except ValueError as error:
+        print(f"gpu_all: {error}", file=sys.stderr)
+        return 2
+    try:
+        return runner.run(plan(out, results, dry=chosen.dry_run))
+    except KeyboardInterrupt:
+        print("ended from outside; the next run with this OUT goes on", flush=True)
+        return CUT
+    finally:
+        command = [sys.executable, str(ROOT / "bench/summary.py"), str(out)]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        (out / "summary.txt").write_text(found.stdout)
+        print(found.stdout or found.stderr, flush=True)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

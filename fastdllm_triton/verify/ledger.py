@@ -1,0 +1,100 @@
+"""What has been verified on a machine: a file that holds each record as soon as it is there, to go on with and to rely on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json
+from .records import Record
+
+#: What must be the same where records are to hold for another run.
+SAME = ("device", "commit", "torch", "triton")
+
+
+class Ledger:
+    """Records of one machine and commit.
+
+    Args:
+        machine: see :func:`fastdllm_triton.machine.describe`.
+        quick: whether only a part is tried.
+        path: where they are kept, if anywhere.
+    """
+
+    def __init__(self, machine: Mapping[str, Any], quick: bool, path: Path | None = None) -> None:
+        self.machine, self.quick, self.path = dict(machine), quick, path
+        self.records: list[Record] = []
+
+    @classmethod
+    def load(cls, path: Path) -> Ledger:
+        """Reads a file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it holds something else.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            ledger = cls(found["machine"], found["quick"], path)
+            ledger.records = [Record.from_json(record) for record in found["records"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no verification: {type(error).__name__}: {error}") from None
+        return ledger
+
+    def check_same(self, machine: Mapping[str, Any], option: str) -> None:
+        """Raises where the records are of another machine, commit or version.
+
+        Raises:
+            ValueError: it names the option and the difference.
+        """
+        for name in SAME:
+            if self.machine.get(name) != machine[name]:
+                there = f"{self.path} was made with {name} = {self.machine.get(name)}"
+                raise ValueError(f"{option}: {there}, here it is {machine[name]}")
+
+    def resume(self) -> None:
+        """Takes over what the file holds, if it is there; of a quick run nothing where this one is not.
+
+        Raises:
+            ValueError: the file is damaged, or of another machine.
+        """
+        assert self.path is not None
+        if self.path.exists():
+            earlier = Ledger.load(self.path)
+            earlier.check_same(self.machine, "--resume")
+            self.records = earlier.records if self.quick or not earlier.quick else []
+
+    def add(self, record: Record) -> None:
+        """Keeps a record, and writes the file."""
+        self.records.append(record)
+        self.write()
+
+    def write(self) -> None:
+        """Writes the file, if there is to be one."""
+        if self.path is not None:
+            write_json(self.path, self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
+        """All that is known, as JSON."""
+        return {
+            "ok": all(record.ok for record in self.records),
+            "machine": self.machine,
+            "quick": self.quick,
+            "records": [record.as_json() for record in self.records],
+        }
+
+
+def proven(paths: Sequence[Path], machine: Mapping[str, Any]) -> list[Record]:
+    """The records of files of this machine; of a check that several hold, that of the last.
+
+    Raises:
+        OSError, ValueError: as :meth:`Ledger.load` and :meth:`Ledger.check_same`.
+    """
+    records: dict[tuple[str, str], Record] = {}
+    for path in paths:
+        ledger = Ledger.load(path)
+        ledger.check_same(machine, "--verified")
+        records |= {(record.check, record.dtype): record for record in ledger.records}
+    return list(records.values())
