@@ -192,7 +192,7 @@ def test_a_run_that_was_cut_says_so_although_an_op_was_refused(tmp_path: Path) -
     found = run("ops", *FAST, "--out", str(tmp_path / "out"), "--verified", bad, "--minutes", "0")
     assert found.exit_code == 3
     assert "refused, as they do not verify here: swiglu" in plain(found.stderr)
-    assert "the time is up and cases are left" in plain(found.stdout).lower()
+    assert "the time is up and cases are left" in plain(found.stderr).lower()
 
 
 @pytest.mark.usefixtures("pretend_gpu", "verified_ops")
