@@ -156,7 +156,7 @@ def _head(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterato
 def _attention(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
     heads = window_attention.MODELS[shape["model"]]
     sizes = (shape["batch"], shape["window"], *heads, shape["slots"], dtype.itemsize)
-    rule = window_attention.select_config(arch, arch.sms, *sizes)
+    rule = window_attention.select_config(arch, *sizes)
     rows = shape["window"] * heads[0] // heads[1]
     tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)]
     orders = (False, True) if arch.name == "sm_90" else (False,)
@@ -252,7 +252,10 @@ SWEEPS = {
                 for vocabulary in (126_464, 152_064)
                 for rows in (32, 128, 512)
             ],
-            lambda shape, dtype: {"rows": shape["rows"], "vocabulary": shape["vocabulary"], "element_size": dtype.itemsize},
+            lambda shape, dtype: {
+                "rows": shape["rows"], "vocabulary": shape["vocabulary"], "element_size": dtype.itemsize,
+                "sample": shape["temperature"] > 0,
+            },
             _token,
         ),
     )
@@ -270,7 +273,7 @@ def tune(
     (bench,) = benches("ops", [sweep.op])
     assert isinstance(bench, Bench)
     sets = [bench.inputs(shape, device, seed, dtype=dtype) for seed in range(sets_of_inputs(bench.bytes(shape), cache))]
-    arch, runs, configs = replace(arch_of(device), sms=window_attention.sms_of(device)), {}, {}
+    arch, runs, configs = arch_of(device), {}, {}
     for candidate in sweep.candidates(arch, shape, bench, dtype):
         name = json.dumps(candidate.config)
         try:

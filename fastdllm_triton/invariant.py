@@ -33,7 +33,7 @@ def invariant(ops: Ops) -> Ops:
     from .kernels._arch import arch_of
     from .kernels.head_statistics import FUSED_ROWS
     from .kernels.linear import invariant_config
-    from .kernels.window_attention import select_config, sms_of
+    from .kernels.window_attention import select_config
 
     def linear(x: Tensor, weight: Tensor, **around: Any) -> Tensor:
         (n, k), activation = weight.shape, around.get("activation")
@@ -44,7 +44,7 @@ def invariant(ops: Ops) -> Ops:
     def window_attention(q: Tensor, k_cache: Tensor, *args: Any, **options: Any) -> Any:
         heads, (kv_heads, slots, dim) = q.shape[2], k_cache.shape[1:]
         window = max(TILE_ROWS * kv_heads // heads, 1)
-        tile = select_config(arch_of(q.device), sms_of(q.device), 1, window, heads, kv_heads, dim, CHUNK, q.element_size())
+        tile = select_config(arch_of(q.device), 1, window, heads, kv_heads, dim, CHUNK, q.element_size())
         config = replace(tile, splits=-(-slots // CHUNK), chunk=CHUNK)
         return ops.window_attention(q, k_cache, *args, config=config, **options)
 

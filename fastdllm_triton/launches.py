@@ -184,14 +184,14 @@ class _Counting:
 
         (batch, window, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1:3]
         sizes = (batch, window, heads, kv_heads, dim, slots)
-        self.counts["window_attention"] += launches(self.arch, self.arch.sms, *sizes, q.element_size(), self.gpu)
+        self.counts["window_attention"] += launches(self.arch, *sizes, q.element_size(), self.gpu)
         return torch.empty_like(q)
 
     def head_statistics(self, hidden: Tensor, weight: Tensor, *, rows: Tensor, **options: Any) -> TokenStatistics:
         from .kernels.head_statistics import launches
 
         (vocabulary, width), sample = weight.shape, options["temperature"] > 0
-        count = launches(self.arch, len(rows), vocabulary, width, hidden.element_size(), sample, self.gpu, gathered=True)
+        count = launches(self.arch, len(rows), vocabulary, width, hidden.element_size(), sample, self.gpu)
         self.counts["head_statistics"] += count
         token, entry = (hidden.new_empty(len(rows), dtype=dtype) for dtype in (torch.int64, torch.float32))
         return TokenStatistics(token, entry, entry, entry, entry, entry)

@@ -97,7 +97,13 @@ def _ordered(cost):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
 
 
-@triton.jit
+#: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
+SLICED = [
+    "window_start_ptr", "kv_start_ptr", "seed_ptr", "step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=SLICED)
 def _commit_tokens_kernel(
     x_ptr,
     token_ptr,
@@ -382,7 +388,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
         "confidence_ptr": "*fp32",
     }
     signature |= dict.fromkeys(("slots", "block", "mask_id", "stride_x"), "i32")
-    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*") and name not in SLICED)
     common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
     pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}
     cases = []

@@ -352,7 +352,7 @@ def test_few_rows_are_split_and_many_are_not():
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 9])
 def test_no_split_changes_a_choice(splits, monkeypatch):
-    def config(arch, rows, vocabulary, element_size, gpu):
+    def config(arch, rows, vocabulary, element_size, sample, gpu):
         chunk = -(-vocabulary // splits // 1024) * 1024
         return TokenStatisticsConfig(256, 4, chunk, -(-vocabulary // chunk))
 

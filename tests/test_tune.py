@@ -61,7 +61,7 @@ def chosen(op: str, shape: dict[str, Any], gpu: str | None) -> dict[str, Any]:
         return {} if found is None else asdict(found)
     if op == "window_attention":
         sizes = (shape["batch"], shape["window"], *window_attention.MODELS[shape["model"]], shape["slots"], 2)
-        return asdict(window_attention.select_config(ARCH, ARCH.sms, *sizes, gpu))
+        return asdict(window_attention.select_config(ARCH, *sizes, gpu))
     if op == "head_statistics":
         found = head_statistics.head_statistics_config(ARCH, shape["rows"], shape["vocabulary"], shape["width"], 2, False, gpu)
         return asdict(found)

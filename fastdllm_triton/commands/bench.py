@@ -24,7 +24,7 @@ NO_GPU = "No GPU: every provider ran once on small shapes. This checks correctne
 
 
 def bench(
-    suite: Annotated[str, typer.Argument(help="ops, step, generate or all.")] = "all",
+    suite: Annotated[str, typer.Argument(help="ops, step, generate or all; or host.")] = "all",
     op: Annotated[list[str] | None, typer.Option(help="A bench of the suite. All if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A baseline to run beside ours. All if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few shapes; all that there is without a GPU.")] = False,
@@ -37,10 +37,17 @@ def bench(
 ) -> None:
     """Time ours and the baselines in turns, each with its fraction of what this GPU reaches at its best.
 
+    'host' times the launchers of a forward with every launch replaced by nothing, which needs no GPU.
+
     An op whose verification fails here is refused. Ends with status 1 if one was, and with 3 if --minutes left cases out.
     """
     with clear_errors():
         require_triton("bench")
+        if suite == "host":
+            from ..bench.host import table as host_time
+
+            wide(110).print(host_time())
+            return
         target = proof.check_device(device)
         check_writable(html, "--html")
         if html is not None:
