@@ -18,6 +18,9 @@ from .graphs import Graphs
 from .models.transformer import Transformer
 from .types import PolicyState
 
+#: Predictions up to which a head takes as long as reading its weight: fewer are not worth a capture of their own.
+LEAST_PREDICTIONS = 64
+
 
 class Batch:
     """Buffers for ``R`` rows of ``L`` slots, decoded in blocks of ``N``.
@@ -55,7 +58,6 @@ class Batch:
             slots=slots,
         )
         self._forbidden = torch.tensor(ids.forbidden, device=device)
-        self._slots = torch.arange(max(slots, rows * config.block_length), device=device)
         self._first = torch.zeros((), dtype=torch.int32, device=device)
 
         # The host writes and reads through pinned memory: a copy that it need not wait for.
@@ -64,8 +66,9 @@ class Batch:
         self._flags = torch.zeros((3, rows), dtype=torch.int32, pin_memory=cuda)
         self._looked = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self._captures = network.captures
-        captured = cuda and network.ops.name == "triton" and network.captures
-        self._run_step = Graphs(self._step, fall_back=not network.ops.required) if captured else self._step
+        self._left = rows * config.block_length  # masked slots left in the blocks of all rows, or more
+        self._captured = cuda and network.ops.name == "triton" and network.captures
+        self._run_step = Graphs(self._step, fall_back=not network.ops.required) if self._captured else self._step
 
     @property
     def slots(self) -> int:
@@ -79,7 +82,7 @@ class Batch:
 
     def fill(self, sequences: Sequence[Sequence[int]], kv_start: Sequence[int], seeds: Sequence[int]) -> None:
         """Begins anew with sequences of ``L`` ids each; the rows after them stay empty."""
-        given, state = len(sequences), self.state
+        given, state, self._left = len(sequences), self.state, 0
         for counter in (state.step, state.masked, state.remaining, state.invalid, state.ended, state.forward, self.forwards):
             counter.zero_()
         state.step_map.fill_(-1)
@@ -107,6 +110,7 @@ class Batch:
         self.forwards[first:last] += self.state.step[first:last]
         self.state.step[first:last].zero_()
         self.state.remaining[first:last].fill_(self.config.block_length)
+        self._left += (last - first) * self.config.block_length
 
     def swap(self, i: int, j: int) -> None:
         """Exchanges two rows."""
@@ -128,16 +132,30 @@ class Batch:
         """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits."""
         start, length = self._window_start[first:last].fill_(window_start), self.config.block_length
         if self.config.refresh_commits == "rule" or length == 1:
-            self._advance(first, last, self.state.rows(first, last), start, window, length)
+            state = self.state.rows(first, last)
+            self._advance(first, last, state, start, 0, window, length, self._predictions(last - first, length))
             return
         # A block of one token to the commit, whose end is not the row's.
         state = replace(self.state.rows(first, last), eos_ids=self.state.eos_ids[:0])
-        self._advance(first, last, state, start, window, 1)
+        self._advance(first, last, state, start, 0, window, 1, last - first)
         state.remaining.fill_(length - 1)
 
     def step(self, rows: int, window: int) -> None:
         """Recomputes the step windows of the first ``rows`` rows, and commits. Captured where there is a GPU."""
-        self._run_step(rows, window)
+        self._run_step(rows, window, self._predictions(rows, self.config.block_length))
+
+    def _predictions(self, rows: int, length: int) -> int:
+        """How many slots a forward of so many rows predicts at most, as far as the host knows: what its head is as tall as.
+
+        Exactly, where nothing is captured; else all of them, halved while they fit and the head is not fused with its statistics
+        anyway, so that few captures serve.
+        """
+        most = rows * length
+        if not self._captured:
+            return max(min(self._left, most), 1)
+        while most // 2 >= max(self._left, LEAST_PREDICTIONS):
+            most //= 2
+        return most
 
     def look(self, rows: int) -> tuple[list[int], list[int], list[int]]:
         """What the host must know of the first rows: masked slots left, whether ended, whether invalid.
@@ -153,38 +171,43 @@ class Batch:
             self._looked.synchronize()
             flags = self._flags[:, :rows]
         remaining, ended, invalid = flags.tolist()
+        self._left = sum(remaining)
         return remaining, ended, invalid
 
-    def _step(self, rows: int, window: int) -> None:
-        start = self._first if self.config.cache == "none" else (self.block_start[:rows] - self.look_back).clamp(min=0)
+    def _step(self, rows: int, window: int, predictions: int) -> None:
         # A done row's window lies behind the cache: nothing of it is written.
-        start = torch.where(self.state.done[:rows], self.slots, start)
-        self._advance(0, rows, self.state.rows(0, rows), start, window, self.config.block_length)
+        base, back = (self._first, 0) if self.config.cache == "none" else (self.block_start[:rows], self.look_back)
+        self._advance(0, rows, self.state.rows(0, rows), base, back, window, self.config.block_length, predictions)
 
-    def _advance(self, first: int, last: int, state: PolicyState, window_start: Tensor, window: int, length: int) -> None:
+    def _advance(
+        self, first: int, last: int, state: PolicyState, base: Tensor, back: int, window: int, length: int, predictions: int
+    ) -> None:
         """Recomputes a window of some rows, takes the statistics of the first masked slots of their blocks, and commits."""
-        network, ops, rows = self.network, self.network.ops, last - first
+        network, ops, config = self.network, self.network.ops, self.config
         x, block_start = self.x[first:last], self.block_start[first:last]
-        slots = window_start[:, None] + self._slots[:window]  # [R, W]
-        ids = x.gather(1, slots.clamp(0, self.slots - 1))
-        hidden = network.forward(ids, window_start, self.cache.rows(first, last))  # [R, W, E]
-
-        # Only the rows that predict the block pass the final norm, only those of its masked slots the head.
-        block = block_start[:, None] + self._slots[:length]  # [R, N]
-        at = block - window_start[:, None] - int(network.config.shift)
-        hidden = hidden.gather(1, at.clamp(0, window - 1)[..., None].expand(-1, -1, hidden.shape[2]))
-        masked = x.gather(1, block) == state.mask_id
-        noise = {}
-        if self.config.temperature > 0:
-            keys = (state.seed[:, None], block - state.kv_start[:, None], state.step[:, None])
-            noise = dict(zip(("seed", "position", "step"), (key.expand(rows, length).flatten() for key in keys), strict=True))
-        statistics = ops.head_statistics(
-            network.final_norm(hidden).flatten(0, 1),
-            network.head,
-            rows=torch.where(masked.flatten(), self._slots[: rows * length], -1),
-            temperature=self.config.temperature,
-            forbidden=self._forbidden,
-            logits_dtype=self.config.logits_dtype,
+        noise = {"kv_start": state.kv_start, "seed": state.seed, "step": state.step} if config.temperature > 0 else {}
+        inputs = ops.window_inputs(
+            x,
+            base,
+            block_start,
+            state.remaining,
+            back=back,
+            window=window,
+            block=length,
+            predicted=predictions,
+            shift=network.config.shift,
+            mask_id=state.mask_id,
             **noise,
         )
-        ops.commit_tokens(x, statistics.view(-1, length), block_start, state)
+        # Only the rows that predict a masked slot pass the final norm and the head.
+        hidden = network.forward(inputs.ids, inputs.start, self.cache.rows(first, last), inputs.rows)  # [P, E]
+        keys = dict(zip(("seed", "position", "step"), inputs.keys, strict=True)) if noise else {}
+        statistics = ops.head_statistics(
+            hidden,
+            network.head,
+            temperature=config.temperature,
+            forbidden=self._forbidden,
+            logits_dtype=config.logits_dtype,
+            **keys,
+        )
+        ops.commit_tokens(x, statistics, block_start, state, place=inputs.place)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .reference.token_statistics import statistics_merge
-from .types import Activation, PolicyState, RopeRounding, TokenStatistics
+from .types import Activation, PolicyState, RopeRounding, TokenStatistics, WindowInputs
 
 __all__ = [
     "Ops",
@@ -33,6 +33,7 @@ __all__ = [
     "swiglu",
     "token_statistics",
     "window_attention",
+    "window_inputs",
 ]
 
 Backend = Literal["auto", "triton", "reference"]
@@ -61,6 +62,7 @@ class Ops:
     swiglu: Callable[..., Any]
     token_statistics: Callable[..., Any]
     window_attention: Callable[..., Any]
+    window_inputs: Callable[..., Any]
 
 
 NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required", "fuses_residual"))
@@ -69,7 +71,7 @@ NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", 
 PARTS = {
     "attention": ("rope_kv_write", "window_attention"),
     "norms": ("rms_norm", "swiglu", "linear"),
-    "head": ("head_statistics", "token_statistics", "commit_tokens"),
+    "head": ("window_inputs", "head_statistics", "token_statistics", "commit_tokens"),
 }
 
 
@@ -219,14 +221,20 @@ _rms_norm_op = _register(
 _add_rms_norm_op = _register(
     "add_rms_norm",
     "rms_norm",
-    "(Tensor x, Tensor weight, float eps, Tensor residual) -> (Tensor, Tensor)",
-    lambda f, x, weight, eps, residual: f(x, weight, eps, residual=residual),
-    lambda x, weight, eps, residual: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    "(Tensor x, Tensor weight, float eps, Tensor? residual, Tensor? rows) -> (Tensor, Tensor)",
+    lambda f, x, weight, eps, residual, rows: f(x, weight, eps, residual=residual, rows=rows),
+    lambda x, weight, eps, residual, rows: _two(x, x.shape if rows is None else (*rows.shape, x.shape[-1])),
 )
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
-    return _rms_norm_op(x, weight, eps) if residual is None else _add_rms_norm_op(x, weight, eps, residual)
+def _two(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return like.new_empty(shape), like.new_empty(shape)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, rows: Tensor | None = None) -> Any:
+    if residual is None and rows is None:
+        return _rms_norm_op(x, weight, eps)
+    return _add_rms_norm_op(x, weight, eps, residual, rows)
 
 
 _swiglu_op = _register(
@@ -430,16 +438,16 @@ def _head_statistics(
 
 
 def _run_commit(f: Callable[..., Any], x: Tensor, *args: Any) -> None:
-    entries, window_start, state = args[:6], args[6], args[7:]
-    f(x, TokenStatistics(*entries), window_start, PolicyState(*state))
+    entries, window_start, place, state = args[:6], args[6], args[7], args[8:]
+    f(x, TokenStatistics(*entries), window_start, PolicyState(*state), place=place)
 
 
 _commit_tokens_op = _register(
     "commit_tokens",
     "commit_tokens",
     "(Tensor(a!) x, Tensor token, Tensor logit, Tensor second_logit, Tensor logsumexp, Tensor rest, Tensor entropy, "
-    "Tensor window_start, str score, str rule, Tensor value, Tensor steps, int mask_id, Tensor eos_ids, Tensor kv_start, "
-    "Tensor seed, "
+    "Tensor window_start, Tensor? place, str score, str rule, Tensor value, Tensor steps, int mask_id, "
+    "Tensor eos_ids, Tensor kv_start, Tensor seed, "
     "Tensor(b!) step, Tensor(c!) masked, Tensor(d!) remaining, Tensor(f!) invalid, Tensor(k!) ended, "
     "Tensor(g!) forward, Tensor(i!) step_map, Tensor(j!) confidence) -> ()",
     _run_commit,
@@ -447,8 +455,47 @@ _commit_tokens_op = _register(
 )
 
 
-def _commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
-    _commit_tokens_op(x, *_entries(statistics), window_start, *(getattr(state, name) for name in _STATE))
+def _commit_tokens(
+    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+) -> None:
+    _commit_tokens_op(x, *_entries(statistics), window_start, place, *(getattr(state, name) for name in _STATE))
+
+
+_WINDOW = ("back", "window", "block", "predicted", "shift", "mask_id", "kv_start", "seed", "step")
+_window_inputs_op = _register(
+    "window_inputs",
+    "window_inputs",
+    "(Tensor x, Tensor base, Tensor block_start, Tensor remaining, int back, int window, int block, int predicted, bool shift, "
+    "int mask_id, Tensor? kv_start, Tensor? seed, Tensor? step) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda f, *args: tuple(vars(f(*args[:4], **dict(zip(_WINDOW, args[4:], strict=True)))).values()),
+    lambda x, base, block_start, remaining, back, window, block, predicted, shift, mask_id, kv_start, seed, step: (
+        x.new_empty((len(x), window)),
+        x.new_empty(len(x), dtype=torch.int32),
+        x.new_empty(predicted),
+        x.new_empty((len(x), block), dtype=torch.int32),
+        x.new_empty((3, 0 if seed is None else predicted)),
+    ),
+)
+
+
+def _window_inputs(
+    x: Tensor,
+    base: Tensor,
+    block_start: Tensor,
+    remaining: Tensor,
+    *,
+    back: int = 0,
+    window: int,
+    block: int,
+    predicted: int,
+    shift: bool = False,
+    mask_id: int,
+    kv_start: Tensor | None = None,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+) -> WindowInputs:
+    sizes = (back, window, block, predicted, shift, mask_id)
+    return WindowInputs(*_window_inputs_op(x, base, block_start, remaining, *sizes, kv_start, seed, step))
 
 
 _REGISTERED: dict[str, Callable[..., Any]] = {
@@ -460,6 +507,7 @@ _REGISTERED: dict[str, Callable[..., Any]] = {
     "swiglu": _swiglu,
     "token_statistics": _token_statistics,
     "window_attention": _window_attention,
+    "window_inputs": _window_inputs,
 }
 
 
@@ -483,3 +531,4 @@ rope_kv_write = _dispatched("rope_kv_write")
 swiglu = _dispatched("swiglu")
 token_statistics = _dispatched("token_statistics")
 window_attention = _dispatched("window_attention")
+window_inputs = _dispatched("window_inputs")

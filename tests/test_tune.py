@@ -68,7 +68,7 @@ def chosen(op: str, shape: dict[str, Any], gpu: str | None) -> dict[str, Any]:
     if op == "rope_kv_write":
         return asdict(rope_kv_write.select_config(ARCH, 4, 128, gpu))
     if op == "token_statistics":
-        return asdict(token_statistics.token_statistics_config(ARCH, shape["rows"], shape["vocabulary"], 2, gpu))
+        return asdict(token_statistics.token_statistics_config(ARCH, shape["rows"], shape["vocabulary"], 2, False, gpu))
     return asdict({"rms_norm": rms_norm, "swiglu": swiglu}[op].select_config(ARCH, shape["width"], gpu))
 
 
