@@ -128,16 +128,19 @@ class Batch:
         caches = (self.cache.k.transpose(0, 1), self.cache.v.transpose(0, 1), self.cache.kv_end)
         return [self.x, self.block_start, self.forwards, *caches, *self.state.by_row.values()]
 
-    def refresh(self, first: int, last: int, window_start: int, window: int) -> None:
-        """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits."""
+    def refresh(self, first: int, last: int, window_start: int, window: int, span: tuple[int, int] | None = None) -> None:
+        """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits.
+
+        ``span`` is what all of these rows attend, if it is the same.
+        """
         start, length = self._window_start[first:last].fill_(window_start), self.config.block_length
         if self.config.refresh_commits == "rule" or length == 1:
             state = self.state.rows(first, last)
-            self._advance(first, last, state, start, 0, window, length, self._predictions(last - first, length))
+            self._advance(first, last, state, start, 0, window, length, self._predictions(last - first, length), span)
             return
         # A block of one token to the commit, whose end is not the row's.
         state = replace(self.state.rows(first, last), eos_ids=self.state.eos_ids[:0])
-        self._advance(first, last, state, start, 0, window, 1, last - first)
+        self._advance(first, last, state, start, 0, window, 1, last - first, span)
         state.remaining.fill_(length - 1)
 
     def step(self, rows: int, window: int) -> None:
@@ -180,8 +183,9 @@ class Batch:
         self._advance(0, rows, self.state.rows(0, rows), base, back, window, self.config.block_length, predictions)
 
     def _advance(
-        self, first: int, last: int, state: PolicyState, base: Tensor, back: int, window: int, length: int, predictions: int
-    ) -> None:
+        self, first: int, last: int, state: PolicyState, base: Tensor, back: int, window: int, length: int, predictions: int,
+        span: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         """Recomputes a window of some rows, takes the statistics of the first masked slots of their blocks, and commits."""
         network, ops, config = self.network, self.network.ops, self.config
         x, block_start = self.x[first:last], self.block_start[first:last]
@@ -200,7 +204,7 @@ class Batch:
             **noise,
         )
         # Only the rows that predict a masked slot pass the final norm and the head.
-        hidden = network.forward(inputs.ids, inputs.start, self.cache.rows(first, last), inputs.rows)  # [P, E]
+        hidden = network.forward(inputs.ids, inputs.start, self.cache.rows(first, last, span), inputs.rows)  # [P, E]
         keys = dict(zip(("seed", "position", "step"), inputs.keys, strict=True)) if noise else {}
         statistics = ops.head_statistics(
             hidden,

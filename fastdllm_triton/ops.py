@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, wraps
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -39,6 +39,26 @@ __all__ = [
 Backend = Literal["auto", "triton", "reference"]
 
 
+class Prefetching(Protocol):
+    """Asks for weights in the cache ahead of the kernels that read them."""
+
+    def __call__(self, weight: Tensor) -> None:
+        """Asks for the first bytes of a weight."""
+
+    def join(self) -> None:
+        """Ends the requests of a forward."""
+
+
+class NoPrefetch:
+    """Asks for nothing."""
+
+    def __call__(self, weight: Tensor) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Ops:
     """The ops of one backend, with the signatures of :mod:`fastdllm_triton.reference`.
@@ -48,6 +68,7 @@ class Ops:
         reason: why it was chosen, in words.
         required: whether it was asked for by name, so that nothing may fall back to anything slower.
         fuses_residual: of ``(x, weight)``: whether ``linear`` adds a residual without a launch of its own.
+        prefetch: of a device: what asks for weights ahead during a forward; nothing does outside of captures.
     """
 
     name: str
@@ -63,9 +84,11 @@ class Ops:
     token_statistics: Callable[..., Any]
     window_attention: Callable[..., Any]
     window_inputs: Callable[..., Any]
+    prefetch: Callable[[torch.device], Prefetching] = lambda device: NoPrefetch()
 
 
-NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required", "fuses_residual"))
+_NO_OPS = ("name", "reason", "required", "fuses_residual", "prefetch")
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in _NO_OPS)
 
 #: The ops by the part of a model that they belong to.
 PARTS = {
@@ -154,7 +177,15 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
     functions = {op: _function(name, op) for op in NAMES}
     if same:
         functions = {op: _compilable(op, f) for op, f in functions.items()}
-    return Ops(name, reason, required, _fuses_residual(name), **functions)
+    return Ops(name, reason, required, _fuses_residual(name), **functions, **_prefetch(name))
+
+
+def _prefetch(name: str) -> dict[str, Callable[[torch.device], Prefetching]]:
+    if name == "reference":
+        return {}
+    from .kernels.prefetch import Prefetch
+
+    return {"prefetch": Prefetch}
 
 
 def _fuses_residual(name: str) -> Callable[[Tensor, Tensor], bool]:
@@ -171,11 +202,11 @@ def _function(backend: str, op: str) -> Callable[..., Any]:
 
 
 def _compilable(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in eager mode, the registered op when compiled. Calls with an ``out`` are never replaced."""
+    """The function in eager mode, the registered op when compiled. Calls with an ``out`` or a hint are never replaced."""
     registered = _REGISTERED[op]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() and not kwargs.keys() & {"out", "residual_out", "workspace", "config"}:
+        if torch.compiler.is_compiling() and not kwargs.keys() & {"out", "residual_out", "workspace", "config", "span"}:
             return registered(*args, **kwargs)
         return function(*args, **kwargs)
 

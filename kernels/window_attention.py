@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -40,6 +41,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, check_workspace, once, require
@@ -405,6 +408,7 @@ def window_attention(
     skip_end: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    span: tuple[int, int] | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     config: Config | None = None,
@@ -424,6 +428,8 @@ def window_attention(
         skip_end: ``[B]`` int32, end of the slots left out.
         scale: ``1 / sqrt(D)`` if not given.
         return_lse: also return the log-sum-exp of the scaled scores.
+        span: the slots that every sequence attends, where the host knows them to be the same, without a skip. Then cuDNN's
+            attention can do it, and does where it was measured to be faster (:func:`cudnn_wins`).
         out: receives the output, ``[B, W, Hq, D]``.
         workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
         config: launch parameters; :func:`select_config` chooses if not given.
@@ -436,6 +442,12 @@ def window_attention(
     batch, window, q_heads, kv_heads, dim, slots, _ = layout
     if q.device.type == "cpu" and batch and (last := int(kv_end.max())) > slots:
         raise ValueError(f"kv_end: got {last}, needs at most the {slots} slots of k_cache")
+
+    if span is not None and span[0] < span[1] and not return_lse and skip_start is None and config is None:
+        sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
+        if cudnn_wins(gpu_name(q.device), *sizes):
+            y = by_cudnn(q, k_cache, v_cache, span, scale)
+            return y if out is None else out.copy_(y)
 
     out = torch.empty((batch, window, q_heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((batch, q_heads, window), dtype=torch.float32, device=q.device) if return_lse else None
@@ -455,6 +467,26 @@ def window_attention(
                 1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace,
             )  # fmt: skip
     return out if lse is None else (out, lse)
+
+
+@cache
+def cudnn_wins(
+    gpu: str | None, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
+) -> bool:
+    """Whether cuDNN's attention was measured to beat the kernel on this GPU, for sizes within a factor of two."""
+    sizes, heads = {"batch": batch, "window": window, "slots": slots}, {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim}
+    return nearest(gpu, "cudnn_attention", sizes, **heads, itemsize=itemsize) is not None
+
+
+def by_cudnn(q: Tensor, k_cache: Tensor, v_cache: Tensor, span: tuple[int, int], scale: float | None = None) -> Tensor:
+    """``[B, W, Hq, D]``: attention over the slots ``span[0] <= j < span[1]`` of every sequence, by cuDNN.
+
+    PyTorch would rather take FlashAttention 2, which is slower on sm_90 and newer. On a CPU, its own.
+    """
+    k, v = (cache_[:, :, span[0] : span[1]] for cache_ in (k_cache, v_cache))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if q.is_cuda else nullcontext():
+        grouped = q.shape[2] != k.shape[1]
+        return scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def _launch(

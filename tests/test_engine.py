@@ -292,3 +292,15 @@ def test_a_model_serves_many_shapes_in_a_row(llada: fdt.MaskedDiffusionLM) -> No
     first = llada.generate([[1, 2, 3]], gen_length=16, block_length=8).sequences.tolist()
     llada.generate([[4] * 9, [5]], gen_length=8, block_length=4)
     assert llada.generate([[1, 2, 3]], gen_length=16, block_length=8).sequences.tolist() == first
+
+
+@pytest.mark.parametrize(("prompts", "known"), [([[1, 2], [3, 4]], True), ([[1, 2], [3]], False)])
+def test_a_refresh_tells_the_attention_what_all_its_rows_attend_where_that_is_the_same(
+    llada: fdt.MaskedDiffusionLM, prompts: list[list[int]], known: bool
+) -> None:
+    spy = Spy(llada.network.ops.window_attention)
+    llada.network.ops = replace(llada.network.ops, window_attention=spy)
+    llada.generate(prompts, gen_length=8, block_length=8, stop_at_eos=False)
+    spans = [kwargs.get("span") for args, kwargs in spy.calls if args[0].shape[1] > 8]
+    assert spans == [(0, 10) if known else None] * llada.config.layers
+    assert all("span" not in kwargs for args, kwargs in spy.calls if args[0].shape[1] == 8)

@@ -391,3 +391,35 @@ def test_the_rows_of_a_batch_that_a_launch_takes_do_not_compile_it_again(op):
     sliced |= {"step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr"}
     assert set(options["do_not_specialize_on_alignment"]) == sliced & set(kernel.arg_names)
     assert set(options["do_not_specialize"] or ()) >= {"W", "L"} & set(kernel.arg_names)
+
+
+def test_cudnn_runs_where_it_was_measured_and_all_rows_attend_the_same_slots(monkeypatch):
+    asked = []
+    case = Case("", 5, (8, 8), (70, 70), q_heads=6, kv_heads=2)
+    args = inputs(case, torch.float32, DEVICE)
+    want = kernel(**args)
+    measured = {"batch": 2, "window": 5, "slots": 80}
+    monkeypatch.setattr(module, "gpu_name", lambda device: "NVIDIA Test 7")
+
+    def nearest(gpu, op, sizes, **shape):
+        asked.append(op)
+        return {"library": "cudnn"} if op == "cudnn_attention" and sizes == measured else None
+
+    monkeypatch.setattr(module, "nearest", nearest)
+    module.cudnn_wins.cache_clear()
+    torch.testing.assert_close(kernel(**args, span=(8, 70)), want)
+    assert asked == ["cudnn_attention"]  # the kernel has not been asked for its config
+    out = torch.empty_like(want)
+    assert kernel(**args, span=(8, 70), out=out) is out
+    torch.testing.assert_close(out, want)
+    asked.clear()
+    module.select_config.cache_clear()
+    _, lse = kernel(**args, span=(8, 70), return_lse=True)  # which cuDNN does not give
+    assert lse.isfinite().all() and asked == ["window_attention"]
+    module.select_config.cache_clear()
+    module.cudnn_wins.cache_clear()
+
+
+def test_without_a_measurement_a_span_changes_nothing():
+    args = inputs(Case("", 5, (8, 8), (70, 70)), torch.float32, DEVICE)
+    assert torch.equal(kernel(**args, span=(8, 70)), kernel(**args))

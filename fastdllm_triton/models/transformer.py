@@ -152,22 +152,27 @@ class Transformer:
         # The first norm gathers the embeddings.
         h, x = ops.rms_norm(weights.embedding, weights.layers[0].attn_norm, c.eps, rows=ids)
         delta: Tensor | None = None
+        ahead, span = ops.prefetch(self.device), {} if cache.span is None else {"span": cache.span}
         for i, (layer, k, v) in enumerate(zip(weights.layers, cache.k, cache.v, strict=True)):
             if i == 0:
                 qkv = layer.qkv(ops, h)
             else:
+                ahead(layer.qkv.weight)
                 qkv, x = self._norm_and_project(x, delta, layer.attn_norm, layer.qkv)
+            ahead(layer.attn_out.weight)
             q = ops.rope_kv_write(
                 qkv, k, v, window_start, cache.kv_start, c.rope_theta, bias=layer.qkv_bias, rounding=c.rope_rounding
             )
-            attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end).flatten(2)
+            attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end, **span).flatten(2)
             x, delta = self._project_and_add(x, attended, layer.attn_out)
+            ahead(layer.gate_up.weight)
             h, x = self._norm_and_project(x, delta, layer.mlp_norm, layer.gate_up, activation="swiglu")
             x, delta = self._project_and_add(x, h, layer.down)
         if rows is not None:
             x, _ = ops.rms_norm(x, weights.final_norm, c.eps, residual=delta, rows=rows)
         elif delta is not None:
             x = x + delta
+        ahead.join()  # Ahead of a kernel that waits for all before it, as the head does, and not of one that is launched early.
         return cast("Tensor", x)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
