@@ -31,7 +31,7 @@ def invariant(ops: Ops) -> Ops:
     if ops.name != "triton":
         raise ValueError(f"deterministic: needs the Triton kernels, and the backend is {ops.name}: {ops.reason}")
     from .kernels._arch import arch_of
-    from .kernels.head_statistics import FUSED_ROWS
+    from .kernels.head_statistics import FUSED_ROWS, head_statistics_config
     from .kernels.linear import invariant_config
     from .kernels.window_attention import select_config
 
@@ -49,7 +49,9 @@ def invariant(ops: Ops) -> Ops:
         return ops.window_attention(q, k_cache, *args, config=config, **options)
 
     def head_statistics(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **options: Any) -> TokenStatistics:
-        most = min(FUSED_ROWS[arch_of(hidden.device).name])
+        arch = arch_of(hidden.device)
+        most, sample = min(FUSED_ROWS[arch.name]), options.get("temperature", 0) > 0
+        config = head_statistics_config(arch, most, len(weight), weight.shape[1], hidden.element_size(), sample)
         rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
         count = len(rows)
         # Always as many rows as the fused kernel takes, for a config of its own; those made up ask for nothing.
@@ -59,7 +61,12 @@ def invariant(ops: Ops) -> Ops:
         rows = torch.nn.functional.pad(rows, (0, surplus), value=-1)
         found = [
             ops.head_statistics(
-                hidden, weight, rows=rows[i : i + most], **{name: key[i : i + most] for name, key in padded.items()}, **options
+                hidden,
+                weight,
+                rows=rows[i : i + most],
+                config=config,
+                **{name: key[i : i + most] for name, key in padded.items()},
+                **options,
             )
             for i in range(0, len(rows), most)
         ]

@@ -68,6 +68,10 @@ FUSED_ROWS = {
 }
 
 
+#: What a measurement says where cuBLAS and a separate pass were faster than the fused kernel.
+BY_LIBRARY = {"library": True}
+
+
 @triton.jit
 def _head_statistics_kernel(
     hidden_ptr,
@@ -216,16 +220,17 @@ def head_statistics_config(
     As many programs as are resident at once share the vocabulary equally: a whole number of tiles each would leave a
     quarter of the last wave idle.
     """
-    if rows > FUSED_ROWS[arch.name][sample]:
-        return None
     block_rows = max(16, triton.next_power_of_2(rows))
+    shape = {"block_rows": block_rows, "vocabulary": vocabulary, "width": width, "element_size": element_size, "sample": sample}
+    found = tuned(gpu, "head_statistics", **shape)
+    if found == BY_LIBRARY if found else rows > FUSED_ROWS[arch.name][sample]:
+        return None
     block_vocabulary, num_warps, resident = _tile(arch, block_rows, element_size, sample)
     block_width = 128 // element_size
     stage = (block_vocabulary + block_rows) * block_width * element_size
     num_stages = 2 if arch.backend == "hip" else min(6, (arch.shared_bytes_per_sm // resident - 1024) // stage)
     parts = resident * arch.sms
-    shape = {"block_rows": block_rows, "vocabulary": vocabulary, "width": width, "element_size": element_size, "sample": sample}
-    if found := tuned(gpu, "head_statistics", **shape):
+    if found:
         block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
         num_warps, num_stages = found["num_warps"], found["num_stages"]
     part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
@@ -258,6 +263,7 @@ def head_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     logits_dtype: torch.dtype | None = None,
     out: TokenStatistics | None = None,
+    config: HeadStatisticsConfig | None = None,
 ) -> TokenStatistics:
     """Statistics of ``hidden[rows] @ weight.T``: :func:`fastdllm_triton.reference.head_statistics`, which states the contract.
 
@@ -266,6 +272,7 @@ def head_statistics(
         weight: ``[V, E]``, same dtype, last stride 1.
         rows: ``[R]`` int64 on the device; indices are not checked, they are not known on the host.
         bias, temperature, seed, position, step, forbidden, logits_dtype, out: as there.
+        config: run the fused kernel so; :func:`head_statistics_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -280,7 +287,8 @@ def head_statistics(
     if count == 0:
         return out
     sizes = (count, vocabulary, width, hidden.element_size(), sample)
-    config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
+    if config is None:
+        config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
     if config is None:
         logits = _logits(hidden, weight, rows, bias, logits_dtype)
         keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}

@@ -266,7 +266,9 @@ def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activati
 def candidates(
     arch: Arch, rows: int, n: int, k: int, itemsize: int, activation: Activation | None = None
 ) -> list[Config]:  # fmt: skip
-    """What a tuner should time: the choice of :func:`select_config`, and around it other tiles, orders and splits."""
+    """What a tuner should time, best guesses first: the choice of :func:`select_config`, then what differs from it in one
+    respect, in two, and so on, of tiles, orders and splits.
+    """
     first, gated = select_config(arch, rows, n, k, itemsize, activation), activation == "swiglu"
     found = [first]
     outputs, tiles_m = n // (2 if gated else 1), triton.cdiv(rows, first.block_m)
@@ -284,7 +286,12 @@ def candidates(
         if num_stages >= 2:
             num_warps = 8 if sums > 4096 else 4
             found.append(Config(first.block_m, block_n, block_k, swap, splits, num_warps, num_stages))
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda c: sum(a != b for a, b in zip(_choices(c), _choices(first), strict=True)))
+
+
+def _choices(config: Config) -> tuple[object, ...]:
+    """What a config chooses; the rest follows from it."""
+    return config.block_n, config.block_k, config.swap, config.splits
 
 
 def invariant_config(arch: Arch, n: int, k: int, itemsize: int, activation: Activation | None = None) -> Config:
