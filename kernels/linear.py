@@ -397,7 +397,9 @@ def linear(
     """``residual + activation(rms_norm(x) @ weight.T)``, each part optional.
 
     The library (cuBLAS) multiplies, between kernels for the other parts, except where a committed measurement says that this
-    kernel wins (:func:`measured_config`), or a ``config`` asks for it.
+    kernel wins (:func:`measured_config`), or a ``config`` asks for it. This kernel adds up in float32 to the end. Where the
+    library splits the columns, it may add the parts in bfloat16: PyTorch allows it, as for the official modules, unless
+    ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` is False.
 
     Args:
         x: ``[..., K]``.
