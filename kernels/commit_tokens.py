@@ -276,7 +276,7 @@ def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfi
     The compile report chose the numbers.
     """
     padded = triton.next_power_of_2(block)
-    num_warps, a_thread = (1, 4) if padded <= 32 else (4, 2) if padded <= 128 else (8, 4)
+    num_warps, a_thread = (1, 2 if arch.name == "sm_120" else 4) if padded <= 32 else (4, 2) if padded <= 128 else (8, 4)
     if arch.backend == "hip":  # which keeps the outcome of every comparison in scalar registers
         a_thread = 2
     tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
