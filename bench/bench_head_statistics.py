@@ -20,12 +20,14 @@ from fastdllm_triton.kernels.token_statistics import token_statistics
 from fastdllm_triton.reference.head_statistics import head_statistics as reference
 from fastdllm_triton.types import TokenStatistics
 
-#: Rows on both sides of where the fused kernel hands over to cuBLAS.
+#: Rows on both sides of where the fused kernel hands over to cuBLAS, and noise where the engine samples.
 SHAPES = [
-    {"rows": rows, "vocabulary": vocabulary, "width": width}
+    {"rows": rows, "vocabulary": vocabulary, "width": width, "temperature": temperature}
     for vocabulary, width in ((126_464, 4096), (152_064, 3584))
-    for rows in (1, 8, 16, 32, 48, 64, 96, 128, 256, 512)
-]
+    for rows, temperature in (
+        *((rows, 0.0) for rows in (1, 8, 16, 32, 48, 64, 96, 128, 256, 512)), *((rows, 1.0) for rows in (32, 64, 128)),
+    )
+]  # fmt: skip
 
 
 def inputs(shape: Mapping[str, Any], device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
@@ -36,8 +38,8 @@ def inputs(shape: Mapping[str, Any], device: torch.device, seed: int, dtype: tor
     return {
         "hidden": torch.randn((rows, width), generator=generator, device=device, dtype=dtype),
         "weight": weight.mul_(3 / math.sqrt(width)),
-        "rows": torch.arange(rows, device=device),
-        "logits_dtype": dtype,
+        "temperature": shape.get("temperature", 0.0),
+        "seed": 1 if shape.get("temperature") else None,
     }
 
 

@@ -79,7 +79,9 @@ OPS = {
     "swiglu": r"_swiglu_kernel",
     "head_statistics": r"_head_statistics_kernel|_token_statistics_kernel",
     "merge_statistics": r"merge_statistics_kernel",
+    "window_inputs": r"_window_inputs_kernel",
     "commit_tokens": r"_commit_tokens_kernel",
+    "prefetch": r"_prefetch_kernel",
     "cuBLAS": r"gemm|gemv|cutlass|nvjet|splitK|cublas",
     "copies": r"^Mem(cpy|set)",
 }

@@ -18,16 +18,19 @@ from fastdllm_triton.kernels.token_statistics import token_statistics as kernel
 from fastdllm_triton.reference.token_statistics import token_statistics as reference
 from fastdllm_triton.types import TokenStatistics
 
-#: A block of one sequence, of a batch, and the rows of a refresh; noise where the engine samples.
+#: A block of one sequence, of a batch, and the rows of a refresh; noise where the engine samples. Logits are float32 by default.
 SHAPES = [
-    {"rows": rows, "vocabulary": vocabulary, "temperature": temperature}
+    {"rows": rows, "vocabulary": vocabulary, "temperature": temperature, "bits": bits}
     for vocabulary in (126_464, 152_064)
-    for rows, temperature in ((1, 0.0), (32, 0.0), (32, 1.0), (128, 0.0), (512, 0.0), (2048, 0.0))
+    for rows, temperature in ((1, 0.0), (32, 0.0), (32, 1.0), (128, 0.0), (128, 1.0), (512, 0.0), (2048, 0.0))
+    for bits in (32, 16)
+    if rows < 2048 or bits == 16
 ]
 
 
 def inputs(shape: Mapping[str, Any], device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
-    """Normal logits, ten wide."""
+    """Normal logits, ten wide; of 32 bits where the shape says so."""
+    dtype = torch.float32 if shape.get("bits") == 32 else dtype
     generator = torch.Generator(device).manual_seed(seed)
     logits = torch.randn((shape["rows"], shape["vocabulary"]), generator=generator, device=device, dtype=dtype)
     return {"logits": logits.mul_(3), "temperature": shape["temperature"], "seed": 1 if shape["temperature"] else None}
@@ -39,8 +42,8 @@ def compared(found: TokenStatistics) -> list[Tensor]:
 
 
 def bytes_moved(shape: Mapping[str, Any]) -> int:
-    """Two bytes a logit in; what comes out, 28 bytes a row, is nothing beside it."""
-    return 2 * shape["rows"] * shape["vocabulary"] + 28 * shape["rows"]
+    """The logits in; what comes out, 28 bytes a row, is nothing beside them."""
+    return shape.get("bits", 16) // 8 * shape["rows"] * shape["vocabulary"] + 28 * shape["rows"]
 
 
 BENCH = Bench(

@@ -109,7 +109,7 @@ def in_order(swap: bool) -> Run:
         (batch, window, q_heads, dim), (kv_heads, slots) = i["q"].shape, i["k_cache"].shape[1:3]
         device = i["q"].device
         sizes = (batch, window, q_heads, kv_heads, dim, slots, i["q"].element_size())
-        config = module.select_config(arch_of(device), module.sms_of(device), *sizes)
+        config = module.select_config(arch_of(device), *sizes)
         if config.swap == swap:
             raise ValueError("the chosen config has this order")
         return module.window_attention(**i, config=replace(config, swap=swap))

@@ -3,9 +3,11 @@
     python bench/tune.py [--op NAME]... [--minutes N] [--quick] [--out FOLDER]
 
 Offline and deterministic but for the clock: every candidate is first checked against the reference, then all take turns with
-what runs without the file. A candidate is written only if it is faster than that by more than two runs of the same thing
-differ, and of those within a hundredth of the best the first in the list is taken. The file is rewritten after every shape,
-whole or not at all; a shape that it holds already is not measured again, unless it is another version of torch or Triton.
+what runs without the file. An op has at most 600 candidates over all its shapes, best guesses first: those nearest to what the
+config functions choose, and tiles that are known to serve. A candidate is written only if it is faster than what runs without
+the file by more than two runs of the same thing differ, and of those within a hundredth of the best the first in the list is
+taken. The file is rewritten after every shape, whole or not at all; a shape that it holds already is not measured again, unless
+it is another version of torch or Triton.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 import triton
 import typer
 
-from fastdllm_triton.bench import bench_linear
+from fastdllm_triton.bench import bench_linear, bench_window_attention
 from fastdllm_triton.bench._session import Bench, Shape, benches, check, label
 from fastdllm_triton.bench._timing import Inputs, Run, Timer, Timing, sets_of_inputs, time_in_turns
 from fastdllm_triton.files import write_atomically
@@ -40,11 +42,14 @@ from fastdllm_triton.kernels import (
     window_attention,
 )
 from fastdllm_triton.kernels._arch import Arch, arch_of
+from fastdllm_triton.kernels.prefetch import Prefetch
 
 #: A candidate must take less than this share of the time without it.
 MARGIN = 0.97
 #: Candidates within this share of the best are as good as it.
 TIE = 1.01
+#: Candidates of an op, all shapes together: some minutes of compiling, and as many of timing.
+MOST_CANDIDATES = 600
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,32 @@ class Sweep:
         op: its name.
         shapes: what is tried, shapes of the op's bench.
         key: of a shape and the inputs' element size, the entry's ``shape`` in the words of the config function.
-        candidates: what to try on a shape.
+        candidates: what to try on a shape, best guesses first.
+        bench: what is timed; the op's own bench if not given.
+        baseline: the baseline of the bench to beat; what runs without the file if not given.
     """
 
     op: str
     shapes: Sequence[Shape]
     key: Callable[[Shape, torch.dtype], dict[str, Any]]
     candidates: Callable[[Arch, Shape, Bench, torch.dtype], Iterator[Candidate]]
+    bench: Bench | None = None
+    baseline: str | None = None
+
+    def tried(self, arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+        """The candidates that there is time for."""
+        return itertools.islice(self.candidates(arch, shape, bench, dtype), max(MOST_CANDIDATES // len(self.shapes), 1))
+
+
+def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
+    """Configs that differ from a rule's: in one choice, in two, and so on."""
+
+    def distance(values: tuple[Any, ...]) -> int:
+        return sum(getattr(rule, name) != value for name, value in zip(choices, values, strict=True))
+
+    for values in sorted(itertools.product(*choices.values()), key=distance):
+        if distance(values):
+            yield replace(rule, **dict(zip(choices, values, strict=True)))
 
 
 @contextmanager
@@ -123,57 +147,125 @@ def _rope(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterato
 
 
 def _token(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
-    rows, vocabulary = shape["rows"], shape["vocabulary"]
-    seen = {token_statistics.token_statistics_config(arch, rows, vocabulary, dtype.itemsize)}
-    for num_warps, a_sm in itertools.product((2, 4, 8), (1, 2, 4, 8)):
-        lanes, width = 2 * num_warps * arch.warp_size, 16 // dtype.itemsize
-        splits = max(1, min(triton.cdiv(a_sm * arch.sms, rows), vocabulary // (4 * lanes * width)))
-        chunk = triton.cdiv(triton.cdiv(vocabulary, splits), lanes * width) * lanes * width
-        config = token_statistics.TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps)
+    rows, vocabulary, sample = shape["rows"], shape["vocabulary"], shape["temperature"] > 0
+    itemsize = _itemsize(shape, dtype)
+    rule = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
+    seen = {rule}
+    # Splits follow from programs an SM, and tiles from warps.
+    wanted = replace(rule, splits=4)
+    for guess in nearest_first(wanted, splits=(4, 8, 2, 1), num_stages=(4, 3, 2, 1), num_warps=(4, 8, 2)):
+        found = {"num_warps": guess.num_warps, "num_stages": guess.num_stages}
+        found["splits"] = max(triton.cdiv(guess.splits * arch.sms, rows), 1)
+        with instead(token_statistics, "nearest", found):
+            config = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
         if config not in seen:
             seen.add(config)
-            run = _with(token_statistics, "token_statistics_config", config, bench.ours)
-            yield Candidate({"num_warps": num_warps, "splits": splits}, run)
+            yield Candidate(found, _with(token_statistics, "token_statistics_config", config, bench.ours))
 
 
 def _head(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
-    rule = head_statistics.head_statistics_config(arch, shape["rows"], shape["vocabulary"], shape["width"], dtype.itemsize, False)
-    if rule is None:  # cuBLAS and a separate pass
-        return
-    for block, width, num_warps, resident in itertools.product((64, 128), (64, 128), (4, 8), (1, 2, 3)):
-        stage = (block + rule.block_rows) * width * dtype.itemsize
-        for num_stages in (3, 4, 5, 6):
-            if num_stages * stage > arch.shared_bytes_per_sm // resident - 1024:
+    rows, vocabulary, width, sample = shape["rows"], shape["vocabulary"], shape["width"], shape["temperature"] > 0
+    rule = head_statistics.head_statistics_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
+    if rule is not None:
+        yield Candidate(head_statistics.BY_LIBRARY, _with(head_statistics, "head_statistics_config", None, bench.ours))
+    else:  # beyond what is sure not to spill
+        block_rows = max(16, triton.next_power_of_2(rows))
+        part = triton.cdiv(triton.cdiv(vocabulary, arch.sms), 16) * 16
+        rule = head_statistics.HeadStatisticsConfig(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
+    choices = {"block_vocabulary": (64, 128), "num_warps": (8, 4), "num_stages": (4, 3, 5, 6), "block_width": (64, 128)}
+    for resident in (1, 2, 3):
+        part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
+        near = replace(rule, part=part, parts=triton.cdiv(vocabulary, part))
+        for config in (near, *nearest_first(near, **choices)):
+            stage = (config.block_vocabulary + config.block_rows) * config.block_width * dtype.itemsize
+            if config == rule or not config.block_vocabulary:
                 continue
-            found = {"block_vocabulary": block, "block_width": width, "num_warps": num_warps, "num_stages": num_stages}
-            part = triton.cdiv(triton.cdiv(shape["vocabulary"], resident * arch.sms), 16) * 16
-            config = replace(rule, **found, part=part, parts=triton.cdiv(shape["vocabulary"], part))
-            if config != rule:
-                run = _with(head_statistics, "head_statistics_config", config, bench.ours)
-                yield Candidate(found | {"parts": resident * arch.sms}, run)
+            if config.num_stages * stage <= min(arch.shared_bytes_per_sm // resident - 1024, arch.shared_bytes):
+                found = {name: getattr(config, name) for name in choices} | {"parts": resident * arch.sms}
+                yield Candidate(found, _with(head_statistics, "head_statistics_config", config, bench.ours))
 
 
 def _attention(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
-    heads = window_attention.MODELS[shape["model"]]
-    sizes = (shape["batch"], shape["window"], *heads, shape["slots"], dtype.itemsize)
-    rule = window_attention.select_config(arch, arch.sms, *sizes)
+    heads, slots = window_attention.MODELS[shape["model"]], shape["slots"]
+    rule = window_attention.select_config(arch, shape["batch"], shape["window"], *heads, slots, dtype.itemsize)
     rows = shape["window"] * heads[0] // heads[1]
-    tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)]
-    orders = (False, True) if arch.name == "sm_90" else (False,)
-    splits = sorted({max(rule.splits // 2, 1), rule.splits, 2 * rule.splits})
-    for block_m, block_n, warps, stages, swap, split in itertools.product(
-        tiles[-2:], (32, 64, 128), (4, 8), (2, 3, 4), orders, splits
-    ):
-        chunk = max(triton.cdiv(triton.cdiv(shape["slots"], split), 128) * 128, window_attention.MIN_CHUNK)
-        config = window_attention.Config(block_m, block_n, warps, stages, swap, triton.cdiv(shape["slots"], chunk), chunk)
+    tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)][-2:]
+    splits = sorted({max(rule.splits // 2, 1), rule.splits, rule.splits + 1, rule.splits + 2, 2 * rule.splits})
+    # The usual tile of a large product on Hopper, and Ampere's with longer tiles of keys.
+    large = [replace(rule, block_m=128, block_n=128, num_warps=8, num_stages=2, swap=False)] if tiles[-1] == 128 else []
+    large += [replace(rule, block_m=128, block_n=64, num_warps=8, num_stages=4, swap=False)] if tiles[-1] == 128 else []
+    choices = {"splits": splits, "block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8), "block_m": tiles}
+    choices |= {"swap": (False, True)} if arch.name == "sm_90" else {}
+    seen = {rule}
+    for guess in (*large, *nearest_first(rule, **choices)):
+        config = guess.split(slots, guess.splits)
         fits = window_attention.shared_bytes(arch, config, heads[2], dtype.itemsize) <= arch.shared_bytes
-        if config != rule and fits and config.splits == split and block_m * block_n <= 8192:
-            found = {name: value for name, value in asdict(config).items() if name != "chunk"}
-            yield Candidate(found, partial(_attend, config=config))
+        if config in seen or not fits or config.block_m * config.block_n > 128 * 128:
+            continue
+        seen.add(config)
+        found = {name: value for name, value in asdict(config).items() if name != "chunk"}
+        yield Candidate(found, partial(_attend, config=config))
 
 
 def _attend(inputs: Inputs, config: window_attention.Config) -> Any:
     return window_attention.window_attention(**inputs, config=config)
+
+
+def _cudnn(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    yield Candidate({"library": "cudnn"}, _attend_by_cudnn)
+
+
+def _attend_by_cudnn(inputs: Inputs) -> Any:
+    q, k, v = (inputs[name] for name in ("q", "k_cache", "v_cache"))
+    return window_attention.by_cudnn(q, k, v, (0, k.shape[2]))
+
+
+def _prefetch(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    for megabytes in (8, 16, 4, 32, 2, 48):
+        size = megabytes * 2**20
+        if size <= dtype.itemsize * shape["n"] * shape["k"]:
+            yield Candidate({"bytes": size}, partial(_ahead_of_a_product, size=size))
+
+
+def _ahead_inputs(shape: Shape, device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+    attention = {"model": shape["model"], "batch": 1, "window": 32, "slots": shape["slots"]}
+    i = dict(bench_window_attention.inputs(attention, device, seed, dtype=dtype))
+    generator = torch.Generator(device).manual_seed(seed)
+    weight = torch.randn((shape["n"], shape["k"]), generator=generator, device=device, dtype=dtype)
+    x = torch.randn((32, shape["k"]), generator=generator, device=device, dtype=dtype)
+    return i | {"weight": weight.mul_(shape["k"] ** -0.5), "x": x, "norm": torch.ones_like(x[0]), "before": shape["before"]}
+
+
+def _ahead_of_a_product(i: Inputs, size: int = 0) -> Any:
+    """What stands in front of a product in a layer, and the product, with its weight asked for meanwhile."""
+    ahead = Prefetch(i["x"].device, size)
+    ahead(i["weight"])
+    if i["before"] == "attention":
+        names = ("q", "k_cache", "v_cache", "kv_start", "kv_end")
+        x = window_attention.window_attention(*(i[name] for name in names)).view(32, -1)  # type: ignore[union-attr]
+    else:
+        x = rms_norm.rms_norm(i["x"], i["norm"], 1e-5)
+    y = linear.linear(x, i["weight"])
+    ahead.join()
+    return y
+
+
+AHEAD = Bench(
+    op="prefetch",
+    shapes=[
+        {"model": model, "slots": 1024, "before": before, "n": n, "k": k}
+        for model in window_attention.MODELS
+        for before, part in (("attention", "out"), ("norm", "gate_up"), ("norm", "qkv"))
+        for n, k in (linear.PROJECTIONS[f"{model} {part}"][:2],)
+    ],
+    quick=[],
+    axis="n",
+    inputs=_ahead_inputs,
+    ours=_ahead_of_a_product,
+    oracle=_ahead_of_a_product,
+    baselines={},
+    bytes=lambda shape: 2 * shape["n"] * shape["k"],
+)
 
 
 def _linear(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
@@ -197,32 +289,66 @@ def _head_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     rows = max(16, triton.next_power_of_2(shape["rows"]))
     return {
         "block_rows": rows, "vocabulary": shape["vocabulary"], "width": shape["width"], "element_size": dtype.itemsize,
-        "sample": False,
+        "sample": shape["temperature"] > 0,
     }  # fmt: skip
+
+
+def _token_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    sizes = {"rows": shape["rows"], "vocabulary": shape["vocabulary"]}
+    return sizes | {"element_size": _itemsize(shape, dtype), "sample": shape["temperature"] > 0}
+
+
+def _itemsize(shape: Shape, dtype: torch.dtype) -> int:
+    return 4 if shape["bits"] == 32 else dtype.itemsize
 
 
 #: Where a whole step spends its time first. Ops whose entries hold for any rows are tried on those of a step.
 SWEEPS = {
     sweep.op: sweep
     for sweep in (
-        Sweep("linear", bench_linear.SHAPES, _linear_key, _linear),
+        Sweep(
+            "linear",
+            [shape for shape in bench_linear.SHAPES if shape["rows"] in (16, 32, 64, 128)],
+            _linear_key,
+            _linear,
+            baseline="library",
+        ),
         Sweep(
             "window_attention",
             [
                 {"model": model, "batch": batch, "window": window, "slots": slots}
                 for model in window_attention.MODELS
-                for slots in (1024, 2048, 4096)
+                for slots in (1024, 320, 2048, 4096)
                 for batch, window in ((1, 32), (4, 32), (16, 32), (1, 64), (1, slots))
             ],
             _attention_key,
             _attention,
         ),
         Sweep(
+            "cudnn_attention",
+            [
+                {"model": model, "batch": batch, "window": slots, "slots": slots}
+                for model in window_attention.MODELS
+                for slots in (512, 1024, 2048, 4096)
+                for batch in (1, 4)
+            ],
+            _attention_key,
+            _cudnn,
+            bench=bench_window_attention.BENCH,
+        ),
+        Sweep(
+            "prefetch",
+            AHEAD.shapes,
+            lambda shape, dtype: {"n": shape["n"], "k": shape["k"], "itemsize": dtype.itemsize},
+            _prefetch,
+            bench=AHEAD,
+        ),
+        Sweep(
             "head_statistics",
             [
-                {"rows": rows, "vocabulary": vocabulary, "width": width}
+                {"rows": rows, "vocabulary": vocabulary, "width": width, "temperature": temperature}
                 for vocabulary, width in ((126_464, 4096), (152_064, 3584))
-                for rows in (16, 32, 64)
+                for rows, temperature in ((32, 0.0), (64, 0.0), (32, 1.0), (64, 1.0), (16, 0.0), (128, 0.0), (128, 1.0))
             ],
             _head_key,
             _head,
@@ -248,15 +374,25 @@ SWEEPS = {
         Sweep(
             "token_statistics",
             [
-                {"rows": rows, "vocabulary": vocabulary, "temperature": 0.0}
+                {"rows": rows, "vocabulary": vocabulary, "temperature": temperature, "bits": bits}
+                for bits, temperature in ((32, 0.0), (32, 1.0), (16, 0.0))
                 for vocabulary in (126_464, 152_064)
-                for rows in (32, 128, 512)
+                for rows in (128, 512, 32)
             ],
-            lambda shape, dtype: {"rows": shape["rows"], "vocabulary": shape["vocabulary"], "element_size": dtype.itemsize},
+            _token_key,
             _token,
         ),
     )
 }  # fmt: skip
+
+
+def bench_of(sweep: Sweep) -> Bench:
+    """What a sweep times."""
+    if sweep.bench is not None:
+        return sweep.bench
+    (bench,) = benches("ops", [sweep.op])
+    assert isinstance(bench, Bench)
+    return bench
 
 
 def tune(
@@ -267,11 +403,10 @@ def tune(
     Returns:
         The entry: ``config`` is None where nothing beat what runs without the file, which for linear is the library.
     """
-    (bench,) = benches("ops", [sweep.op])
-    assert isinstance(bench, Bench)
+    bench = bench_of(sweep)
     sets = [bench.inputs(shape, device, seed, dtype=dtype) for seed in range(sets_of_inputs(bench.bytes(shape), cache))]
-    arch, runs, configs = replace(arch_of(device), sms=window_attention.sms_of(device)), {}, {}
-    for candidate in sweep.candidates(arch, shape, bench, dtype):
+    arch, runs, configs = arch_of(device), {}, {}
+    for candidate in sweep.tried(arch, shape, bench, dtype):
         name = json.dumps(candidate.config)
         try:
             check(replace(bench, ours=candidate.run), shape, sets[0])
@@ -280,7 +415,7 @@ def tune(
                 print(f"wrong: {sweep.op} {label(shape)} {name}", file=sys.stderr)
             continue
         runs[name], configs[name] = candidate.run, dict(candidate.config)
-    rule = bench.baselines["library"] if sweep.op == "linear" else bench.ours
+    rule = bench.ours if sweep.baseline is None else bench.baselines[sweep.baseline]
     found = timer({"rule": rule} | runs, sets)
     times = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
     before = times.pop("rule")

@@ -34,8 +34,12 @@ def contractions(assembly: str, backend: str) -> int:
         backend: ``"cuda"`` or ``"hip"``.
     """
     if backend == "hip":
-        # The mixed forms take 16-bit operands into a float32 product, and round the sum alone.
-        return len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)\w*_b?f16(?:_\w+)?\b|\bv_(?:fma|mad)_mix\w*", assembly))
+        narrow = re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_b?f16(?:_\w+)?\b", assembly)
+        # The mixed forms take 16-bit operands into a float32 product, and round the sum alone. Not counted are products, whose
+        # sum is with 0, squares, which kernels sum up in float32 and nowhere round, and products with a scalar, as in exp.
+        mixed = re.findall(r"\bv_(?:fma|mad)_mix\w*\s+\w+, ([^,]+), ([^,]+), (\w+)", assembly)
+        lossy: list[bool] = [a != b and addend != "0" and "s" not in (a[0], b[0]) for a, b, addend in mixed]
+        return len(narrow) + sum(lossy)
     written = {operands[0]: (opcode, operands[1:]) for opcode, operands in _instructions(assembly)}
     fused = [ops for opcode, ops in _instructions(assembly) if opcode.startswith("fma.") and _HALF.search(opcode)]
     sums = [ops for opcode, ops in _instructions(assembly) if re.match(r"(?:add|sub)\.(?:bf16|f16)", opcode)]
@@ -84,7 +88,10 @@ def serialised(ptx: str, arch: Arch) -> bool:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
         options = ["-v", f"--gpu-name={arch.name}a", str(source), "-o", str(Path(folder, "kernel.cubin"))]
-        said = subprocess.run([_TOOLS / "ptxas", *options], capture_output=True, text=True, check=False)
+        # There are several, and which one takes a kernel's PTX is Triton's business.
+        from triton.backends.nvidia.compiler import get_ptxas
+
+        said = subprocess.run([get_ptxas(int(arch.capability)).path, *options], capture_output=True, text=True, check=False)
     if said.returncode:
         raise RuntimeError(f"ptxas: {said.stderr.strip()}")
     return "serialized" in said.stderr

@@ -7,7 +7,7 @@ window. Which rows do what and when is the engine's business (:mod:`fastdllm_tri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,7 +19,7 @@ from .decoding import GenerationConfig, Resolved
 from .graphs import Graphs
 from .models.transformer import Transformer
 from .shapes import window_bucket
-from .types import PolicyState, RuleName, ScoreName, TokenStatistics
+from .types import PolicyState, RuleName, ScoreName, TokenStatistics, WindowInputs
 
 #: Tokens up to which a refresh is captured. Larger ones are bound by arithmetic, and hide the host's time.
 MAX_CAPTURED_TOKENS = 8192
@@ -87,6 +87,10 @@ def can_capture(network: Transformer) -> bool:
     return network.device.type == "cuda" and network.ops.name == "triton"
 
 
+#: Predictions up to which a head takes as long as reading its weight: fewer are not worth a capture of their own.
+LEAST_PREDICTIONS = 64
+
+
 class Batch:
     """Buffers for ``R`` rows of ``L`` slots, decoded in blocks of ``N``.
 
@@ -130,6 +134,7 @@ class Batch:
         longest = max(window_bucket(device)(slots), rows * program.block_length)
         self._slots = torch.arange(longest, device=device)
         self._first = torch.zeros((), dtype=torch.int32, device=device)
+        self._left = rows * program.block_length  # masked slots left in the blocks of all rows, or more
 
         # The host writes and reads through pinned memory: a copy that it need not wait for.
         cuda = device.type == "cuda"
@@ -171,7 +176,7 @@ class Batch:
             config: says what of a strategy is data.
             filler: a token for slots that hold nothing.
         """
-        rows, state, device = len(sequences), self.state, self.x.device
+        rows, state, device, self._left = len(sequences), self.state, self.x.device, 0
         for counter in (state.step, state.masked, state.remaining, state.invalid, state.ended, state.forward, self.forwards):
             counter.zero_()
         state.value.fill_(config.strategy.value)
@@ -205,6 +210,7 @@ class Batch:
         self.forwards[first:last] += self.state.step[first:last]
         self.state.step[first:last].zero_()
         self.state.remaining[first:last].fill_(self.program.block_length)
+        self._left += (last - first) * self.program.block_length
 
     def swap(self, i: int, j: int) -> None:
         """Exchanges two rows."""
@@ -229,20 +235,46 @@ class Batch:
         """``[C R, ...]`` of the network's rows as ``[R, C, ...]``."""
         return tensor.view(-1, self._copies, *tensor.shape[1:])
 
-    def refresh(self, network: Transformer, first: int, last: int, window_start: int, window: int) -> None:
-        """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits."""
+    def refresh(
+        self,
+        network: Transformer,
+        first: int,
+        last: int,
+        window_start: int,
+        window: int,
+        span: tuple[int, int] | None = None,
+    ) -> None:
+        """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits.
+
+        ``span`` is what all of these rows attend, if it is the same.
+        """
         self._window_start[first:last].fill_(window_start)
-        function = partial(self._refresh, network, first, last, window)
+        predicted = last - first if self.program.first_alone else self._predictions(last - first)
+        function = partial(self._refresh, network, first, last, window, predicted, span)
         if (last - first) * window <= MAX_CAPTURED_TOKENS:
-            self._run(("refresh", first, last, window), function)
+            self._run(("refresh", first, last, window, predicted, span), function)
         else:
             function()
 
     def step(self, network: Transformer, rows: int, window: int) -> None:
         """Recomputes the step windows of the first ``rows`` rows, and commits."""
-        self._run(("step", rows, window), partial(self._step, network, rows, window))
+        predicted = self._predictions(rows)
+        self._run(("step", rows, window, predicted), partial(self._step, network, rows, window, predicted))
 
-    def _run(self, key: tuple[str | int, ...], function: Callable[[], None]) -> None:
+    def _predictions(self, rows: int) -> int:
+        """How many slots a forward of so many rows predicts at most, as far as the host knows: what its head is as tall as.
+
+        Exactly, where nothing is captured; else all of them, halved while they fit and the head is not fused with its statistics
+        anyway, so that few captures serve.
+        """
+        most = rows * self.program.block_length
+        if self._graphs is None:
+            return max(min(self._left, most), 1)
+        while most // 2 >= max(self._left, LEAST_PREDICTIONS):
+            most //= 2
+        return most
+
+    def _run(self, key: Hashable, function: Callable[[], None]) -> None:
         """Runs a forward, captured where there is a GPU."""
         if self._graphs is None:
             function()
@@ -263,26 +295,28 @@ class Batch:
             self._looked.synchronize()
             flags = self._flags[:rows]
         remaining, ended, invalid = flags.T.tolist()
+        self._left = sum(remaining)
         return remaining, ended, invalid
 
-    def _refresh(self, network: Transformer, first: int, last: int, window: int) -> None:
-        start, length = self._window_start[first:last], self.program.block_length
-        state = self.state.rows(first, last)
+    def _refresh(
+        self, network: Transformer, first: int, last: int, window: int, predicted: int, span: tuple[int, int] | None
+    ) -> None:
+        start, length, state = self._window_start[first:last], self.program.block_length, self.state.rows(first, last)
         if not self.program.first_alone:
-            self._advance(network, first, last, state, start, window, length)
+            self._advance(network, first, last, state, start, 0, window, length, predicted, span)
             return
         # A block of one token to the commit, whose end is not the row's, unless all others were fixed.
-        self._advance(network, first, last, replace(state, eos_ids=state.eos_ids[:0]), start, window, 1)
+        alone = replace(state, eos_ids=state.eos_ids[:0])
+        self._advance(network, first, last, alone, start, 0, window, 1, predicted, span)
         block = self.x[first:last].gather(1, self.block_start[first:last, None] + self._slots[:length])
         state.remaining.copy_((block == state.mask_id).sum(1))
         state.ended |= state.done & torch.isin(block, state.eos_ids).any(1)
 
-    def _step(self, network: Transformer, rows: int, window: int) -> None:
-        look_back = min(self.program.look_back, self.slots)
-        start = self._first if self.program.whole else (self.block_start[:rows] - look_back).clamp(min=0)
+    def _step(self, network: Transformer, rows: int, window: int, predicted: int) -> None:
         # A done row's window lies behind the cache: nothing of it is written.
-        start = torch.where(self.state.done[:rows], self.slots, start)
-        self._advance(network, 0, rows, self.state.rows(0, rows), start, window, self.program.block_length)
+        base, back = (self._first, 0) if self.program.whole else (self.block_start[:rows], self.program.look_back)
+        state, length = self.state.rows(0, rows), self.program.block_length
+        self._advance(network, 0, rows, state, base, min(back, self.slots), window, length, predicted)
 
     def _advance(
         self,
@@ -290,44 +324,55 @@ class Batch:
         first: int,
         last: int,
         state: PolicyState,
-        window_start: Tensor,
+        base: Tensor,
+        back: int,
         window: int,
         length: int,
+        predicted: int,
+        span: tuple[int, int] | None = None,
     ) -> None:
         """Recomputes a window of some rows, takes the statistics of the first masked slots of their blocks, and commits."""
-        rows, copies = last - first, self._copies
-        x, block_start = self.x[first:last], self.block_start[first:last]
-        slots = (window_start[:, None] + self._slots[:window]).clamp(0, self.slots - 1)  # [R, W]
-        ids, starts = x.gather(1, slots), window_start
-        if self._known is not None:
-            copy = ids.masked_fill(self._known[first:last].gather(1, slots), state.mask_id)
-            ids, starts = torch.stack((ids, copy), dim=1).flatten(0, 1), starts.repeat_interleave(copies)
-        hidden = network.forward(ids, starts, self.cache.rows(copies * first, copies * last))  # [C R, W, E]
+        x, block_start, copies = self.x[first:last], self.block_start[first:last], self._copies
+        keys = {"seed": state.seed, "step": state.step} if self.program.temperature > 0 else {}
+        inputs = network.ops.window_inputs(
+            x,
+            base,
+            block_start,
+            state.remaining,
+            state.kv_start,
+            back=back,
+            window=window,
+            block=length,
+            predicted=predicted,
+            shift=network.config.shift,
+            mask_id=state.mask_id,
+            **keys,
+        )
+        noise = dict(zip(("seed", "position", "step"), inputs.keys, strict=True)) if keys else {}
+        ids, start, rows = (inputs.ids, inputs.start, inputs.rows) if self._known is None else self._with_copies(first, inputs)
+        # Only the rows that predict a masked slot pass the final norm and the head.
+        hidden = network.forward(ids, start, self.cache.rows(copies * first, copies * last, span), rows)  # [C P, E]
+        statistics = self._statistics(network, hidden, noise)
+        network.ops.commit_tokens(x, statistics, block_start, state, place=inputs.place)
 
-        # Only the rows that predict the block pass the final norm, only those of its masked slots the head.
-        block = block_start[:, None] + self._slots[:length]  # [R, N]
-        source = torch.maximum(block - 1, state.kv_start[:, None]) if network.config.shift else block
-        at = (source - window_start[:, None]).clamp(0, window - 1)
-        at = at[:, None].expand(-1, copies, -1).flatten(0, 1)
-        hidden = network.final_norm(hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2])))
-        masked = x.gather(1, block) == state.mask_id
-        noise = {}
-        if self.program.temperature > 0:
-            keys = (state.seed[:, None], block - state.kv_start[:, None], state.step[:, None])
-            noise = dict(zip(("seed", "position", "step"), (key.expand(rows, length).flatten() for key in keys), strict=True))
-        statistics = self._statistics(network, hidden, masked.flatten(), noise)
-        network.ops.commit_tokens(x, statistics.view(-1, length), block_start, state)
+    def _with_copies(self, first: int, inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, starts and predicting rows of sequences, each with its copy that does not see what was given behind it."""
+        (rows, window), at = inputs.ids.shape, inputs.rows
+        slots = (inputs.start[:, None] + self._slots[:window]).clamp(0, self.slots - 1)
+        known = self._known[first : first + rows].gather(1, slots)  # type: ignore[index]
+        ids = torch.stack((inputs.ids, inputs.ids.masked_fill(known, self.program.mask_id)), dim=1).flatten(0, 1)
+        of_copies = [torch.where(at < 0, at, (at // window * 2 + copy) * window + at % window) for copy in range(2)]
+        return ids, inputs.start.repeat_interleave(2), torch.cat(of_copies)
 
-    def _statistics(self, network: Transformer, hidden: Tensor, masked: Tensor, noise: dict[str, Tensor]) -> TokenStatistics:
-        """Statistics ``[R N]`` of the predictions for the masked slots of a block, from normed hidden states ``[C R, N, E]``."""
+    def _statistics(self, network: Transformer, hidden: Tensor, noise: dict[str, Tensor]) -> TokenStatistics:
+        """Statistics ``[P]`` of the predictions, from normed hidden states ``[C P, E]``."""
         program, ops = self.program, network.ops
-        asked = torch.where(masked, self._slots[: len(masked)], -1)
         logits = self._guided_logits(network, hidden) if program.cfg_scale else None
 
         def without(forbidden: Tensor) -> TokenStatistics:
             options = {"temperature": program.temperature, "forbidden": forbidden, **noise}
             statistics: TokenStatistics = (
-                ops.head_statistics(hidden.flatten(0, 1), network.head, rows=asked, logits_dtype=program.logits_dtype, **options)
+                ops.head_statistics(hidden, network.head, logits_dtype=program.logits_dtype, **options)
                 if logits is None
                 else ops.token_statistics(logits, **options)
             )
@@ -341,9 +386,9 @@ class Batch:
         return replace(others, token=chosen.token, rest=torch.where(last, torch.inf, others.rest))
 
     def _guided_logits(self, network: Transformer, hidden: Tensor) -> Tensor:
-        """``[R N, V]``: logits moved away from those of the copies that do not see what was given."""
+        """``[P, V]``: logits moved away from those of the copies that do not see what was given."""
         logits = F.linear(hidden, network.head)
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # Rounded where the official code rounds: every result is of the logits' dtype.
-        logits, unguided = self._each(logits.to(self.program.logits_dtype or exact)).unbind(1)
-        return (unguided + (self.program.cfg_scale + 1) * (logits - unguided)).flatten(0, 1)
+        logits, unguided = logits.to(self.program.logits_dtype or exact).chunk(2)
+        return unguided + (self.program.cfg_scale + 1) * (logits - unguided)

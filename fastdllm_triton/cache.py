@@ -19,12 +19,14 @@ class KVCache:
         k, v: ``[layers, B, Hkv, L, D]``.
         kv_start: ``[B]`` int32, first slot of each sequence: the slots before it are left padding.
         kv_end: ``[B]`` int32, end of the slots that are attended.
+        span: where the host knows that all sequences attend the same slots, the first of them and their end.
     """
 
     k: Tensor
     v: Tensor
     kv_start: Tensor
     kv_end: Tensor
+    span: tuple[int, int] | None = None
 
     @classmethod
     def allocate(cls, layers: int, kv_heads: int, head_dim: int, slots: int, kv_start: Tensor, dtype: torch.dtype) -> KVCache:
@@ -33,6 +35,6 @@ class KVCache:
         k, v = (torch.empty(shape, dtype=dtype, device=kv_start.device) for _ in range(2))
         return cls(k, v, kv_start, torch.full_like(kv_start, slots))
 
-    def rows(self, first: int, last: int) -> KVCache:
-        """The sequences ``[first, last)``, sharing memory."""
-        return KVCache(self.k[:, first:last], self.v[:, first:last], self.kv_start[first:last], self.kv_end[first:last])
+    def rows(self, first: int, last: int, span: tuple[int, int] | None = None) -> KVCache:
+        """The sequences ``[first, last)``, sharing memory; ``span`` if all of them attend the same slots."""
+        return KVCache(self.k[:, first:last], self.v[:, first:last], self.kv_start[first:last], self.kv_end[first:last], span)

@@ -40,7 +40,7 @@ _PARAMETERS = {
 #: Options that may be given as nothing: no system message is not the same as an empty one.
 _MAY_BE_EMPTY = {"--system"}
 #: Words that a command takes by themselves, so that none of them is the value of a flag before it.
-_POSITIONAL = {"bench": ("ops", "step", "generate", "all")}
+_POSITIONAL = {"bench": ("ops", "step", "generate", "host", "all")}
 #: Options whose value may be given twice.
 _MAY_REPEAT = {"--prompt"}
 

@@ -377,7 +377,9 @@ class _Run:
     def refresh(self, first: int, last: int, start: int) -> Forward:
         """Recomputes everything from ``start`` on for the rows ``[first, last)``."""
         rows = self.rows[first:last]
-        self.batch.refresh(self.network, first, last, start, max(map(self.end_of, rows)) - start)
+        spans = {(self.kv_start[row.origin], self.end_of(row)) for row in rows}
+        span = spans.pop() if len(spans) == 1 else None
+        self.batch.refresh(self.network, first, last, start, max(map(self.end_of, rows)) - start, span)
         return self.forward(True, rows, [(start, self.end_of(row)) for row in rows])
 
     def step(self, refresh: bool = False) -> Forward:

@@ -35,17 +35,17 @@ def invariant(ops: Ops) -> Ops:
     if ops.name != "triton":
         raise ValueError(f"deterministic: needs the Triton kernels, and the backend is {ops.name}: {ops.reason}")
     from .kernels._arch import arch_of
-    from .kernels.head_statistics import FUSED_ROWS
+    from .kernels.head_statistics import FUSED_ROWS, head_statistics_config
     from .kernels.linear import invariant_config
-    from .kernels.window_attention import select_config, sms_of
+    from .kernels.window_attention import select_config
 
     return replace(
         ops,
         reason=f"{ops.reason}, batch-invariant",
         fuses_residual=_always,
         linear=partial(_linear, ops.linear, arch_of, invariant_config),
-        window_attention=partial(_window_attention, ops.window_attention, arch_of, sms_of, select_config),
-        head_statistics=partial(_head_statistics, ops.head_statistics, arch_of, FUSED_ROWS),
+        window_attention=partial(_window_attention, ops.window_attention, arch_of, select_config),
+        head_statistics=partial(_head_statistics, ops.head_statistics, arch_of, head_statistics_config, FUSED_ROWS),
     )
 
 
@@ -64,11 +64,11 @@ def _linear(op: _Op, arch_of: _Op, invariant_config: _Op, /, x: Tensor, weight: 
 
 
 def _window_attention(
-    op: _Op, arch_of: _Op, sms_of: _Op, select_config: _Op, /, q: Tensor, k_cache: Tensor, *args: Any, **options: Any
+    op: _Op, arch_of: _Op, select_config: _Op, /, q: Tensor, k_cache: Tensor, *args: Any, **options: Any
 ) -> Any:
     heads, (kv_heads, slots, dim) = q.shape[2], k_cache.shape[1:]
     window = max(TILE_ROWS * kv_heads // heads, 1)
-    tile = select_config(arch_of(q.device), sms_of(q.device), 1, window, heads, kv_heads, dim, CHUNK, q.element_size())
+    tile = select_config(arch_of(q.device), 1, window, heads, kv_heads, dim, CHUNK, q.element_size())
     config = replace(tile, splits=-(-slots // CHUNK), chunk=CHUNK)
     return op(q, k_cache, *args, config=config, **options)
 
@@ -76,6 +76,7 @@ def _window_attention(
 def _head_statistics(
     op: _Op,
     arch_of: _Op,
+    select_config: _Op,
     fused_rows: Mapping[str, tuple[int, ...]],
     /,
     hidden: Tensor,
@@ -84,7 +85,9 @@ def _head_statistics(
     rows: Tensor | None = None,
     **options: Any,
 ) -> TokenStatistics:
-    most = min(fused_rows[arch_of(hidden.device).name])
+    arch = arch_of(hidden.device)
+    most, sample = min(fused_rows[arch.name]), options.get("temperature", 0) > 0
+    config = select_config(arch, most, len(weight), weight.shape[1], hidden.element_size(), sample)
     rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
     count = len(rows)
     # Always as many rows as the fused kernel takes, for a config of its own; those made up ask for nothing.
@@ -93,7 +96,14 @@ def _head_statistics(
     padded = {name: torch.nn.functional.pad(key, (0, surplus)) for name, key in keys.items()}
     rows = torch.nn.functional.pad(rows, (0, surplus), value=-1)
     found = [
-        op(hidden, weight, rows=rows[i : i + most], **{name: key[i : i + most] for name, key in padded.items()}, **options)
+        op(
+            hidden,
+            weight,
+            rows=rows[i : i + most],
+            config=config,
+            **{name: key[i : i + most] for name, key in padded.items()},
+            **options,
+        )
         for i in range(0, len(rows), most)
     ]
     entries = zip(*(vars(part).values() for part in found), strict=True)

@@ -19,11 +19,11 @@ from .decoding import GenerationConfig
 from .models.config import ModelConfig
 from .models.transformer import Transformer, Weights
 from .ops import Ops
-from .types import Activation, PolicyState, TokenStatistics
+from .types import Activation, PolicyState, TokenStatistics, WindowInputs
 
 #: Calls that return memory or a view of it and launch nothing.
 _FREE = frozenset(
-    "empty empty_like new_empty view unsafe_view alias expand slice select split unbind unsqueeze scalar_tensor".split()  # noqa: SIM905
+    "empty empty_like new_empty view unsafe_view alias expand slice select split unbind unsqueeze".split()  # noqa: SIM905
 )
 
 
@@ -33,7 +33,7 @@ class Launches:
 
     Attributes:
         layer: of one layer.
-        around: of a step outside the layers: token ids, embedding, statistics, commit.
+        around: of a step outside the layers: its inputs, the last norm, statistics, commit.
         layers: number of layers.
     """
 
@@ -130,7 +130,9 @@ class _Counting:
         def never(*args: Any, **options: Any) -> Any:
             raise AssertionError("a step does not call this op")
 
-        names = ("commit_tokens", "head_statistics", "linear", "rms_norm", "rope_kv_write", "window_attention")
+        names = (
+            "commit_tokens", "head_statistics", "linear", "rms_norm", "rope_kv_write", "window_attention", "window_inputs",
+        )  # fmt: skip
         return Ops(
             name="counting",
             reason="no data",
@@ -141,11 +143,14 @@ class _Counting:
             **{name: getattr(self, name) for name in names},
         )
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, rows: Tensor | None = None
+    ) -> Any:
         from .kernels.rms_norm import launches
 
         self.counts["rms_norm"] += launches(self.arch, x.shape[-1])
-        return torch.empty_like(x) if residual is None else (torch.empty_like(x), torch.empty_like(x))
+        y = x.new_empty(x.shape if rows is None else (*rows.shape, x.shape[-1]))
+        return y if residual is None and rows is None else (y, torch.empty_like(y))
 
     def linear(
         self,
@@ -185,22 +190,31 @@ class _Counting:
 
         (batch, window, heads, dim), (kv_heads, slots) = q.shape, k_cache.shape[1:3]
         sizes = (batch, window, heads, kv_heads, dim, slots)
-        self.counts["window_attention"] += launches(self.arch, self.arch.sms, *sizes, q.element_size(), self.gpu)
+        self.counts["window_attention"] += launches(self.arch, *sizes, q.element_size(), self.gpu)
         return torch.empty_like(q)
 
-    def head_statistics(self, hidden: Tensor, weight: Tensor, *, rows: Tensor, **options: Any) -> TokenStatistics:
+    def window_inputs(self, x: Tensor, *tensors: Tensor, window: int, block: int, predicted: int, **options: Any) -> WindowInputs:
+        from .kernels.window_inputs import launches
+
+        self.counts["window_inputs"] += launches(self.arch)
+        ids, rows, keys = x.new_empty((len(x), window)), x.new_empty(predicted), x.new_empty((3, predicted))
+        return WindowInputs(ids, x.new_empty(len(x)), rows, x.new_empty((len(x), block)), keys)
+
+    def head_statistics(self, hidden: Tensor, weight: Tensor, **options: Any) -> TokenStatistics:
         from .kernels.head_statistics import launches
 
-        (vocabulary, width), sample = weight.shape, options["temperature"] > 0
-        count = launches(self.arch, len(rows), vocabulary, width, hidden.element_size(), sample, self.gpu, gathered=True)
+        (rows, (vocabulary, width)), sample = (len(hidden), weight.shape), options["temperature"] > 0
+        count = launches(self.arch, rows, vocabulary, width, hidden.element_size(), sample, self.gpu)
         self.counts["head_statistics"] += count
-        token, entry = (hidden.new_empty(len(rows), dtype=dtype) for dtype in (torch.int64, torch.float32))
+        token, entry = (hidden.new_empty(rows, dtype=dtype) for dtype in (torch.int64, torch.float32))
         return TokenStatistics(token, entry, entry, entry, entry, entry)
 
-    def commit_tokens(self, x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
+    def commit_tokens(
+        self, x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor
+    ) -> None:
         from .kernels.commit_tokens import launches
 
-        self.counts["commit_tokens"] += launches(self.arch, state.rule, statistics.token.shape[1])
+        self.counts["commit_tokens"] += launches(self.arch, state.rule, place.shape[1])
 
 
 def _name(tensor: Tensor) -> str:

@@ -7,6 +7,7 @@ The engine does not come through here: what it passes is right by construction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -66,17 +67,24 @@ def head_statistics(
     return hidden.device
 
 
-def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> torch.device:
+def commit_tokens(
+    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+) -> torch.device:
     """Of :func:`fastdllm_triton.ops.commit_tokens`."""
     shapes = _Shapes()
     rows, slots = shapes.integers("x", x, "B", "L")
     require("x", x.dtype, "torch.int64", x.dtype == torch.int64)
     _check_type("statistics", statistics, TokenStatistics)
-    _, block = shapes.integers("statistics.token", statistics.token, rows, "N")
+    if place is None:
+        _, block = of_statistics = shapes.integers("statistics.token", statistics.token, rows, "N")
+    else:
+        _, block = shapes.integers("place", place, rows, "N")
+        of_statistics = shapes.integers("statistics.token", statistics.token, "P")
+        _check_values("place", place, -1, of_statistics[0] - 1)
     for name, entries in vars(statistics).items():
-        shapes(f"statistics.{name}", entries, rows, block)
+        shapes(f"statistics.{name}", entries, *of_statistics)
     if not 1 <= block <= slots:
-        raise ValueError(f"statistics must be of 1 to {slots} slots a row, got {block}")
+        raise ValueError(f"{'statistics' if place is None else 'place'} must be of 1 to {slots} slots a row, got {block}")
     shapes.integers("window_start", window_start, rows)
     _check_values("window_start", window_start, 0, slots - block)
     _check_type("state", state, PolicyState)
@@ -107,19 +115,24 @@ def rms_norm(
     eps: float,
     *,
     residual: Tensor | None = None,
+    rows: Tensor | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
 ) -> torch.device:
     """Of :func:`fastdllm_triton.ops.rms_norm`."""
     shapes = _Shapes()
-    *_, width = shapes.floats("x", x, ..., "E")
+    *before, width = shapes.floats("x", x, ..., "E")
     shapes.floats("weight", weight, width, dtype=x.dtype)
     require("eps", eps, "a number of 0 or more", is_number(eps) and eps >= 0)
-    for name, tensor in (("residual", residual), ("out", out), ("residual_out", residual_out)):
+    result = tuple(x.shape)
+    if rows is not None:
+        result = (*shapes.integers("rows", rows, ...), width)
+        _check_values("rows", rows, None, math.prod(before) - 1)
+    for name, tensor, shape in (("residual", residual, x.shape), ("out", out, result), ("residual_out", residual_out, result)):
         if tensor is not None:
-            shapes.floats(name, tensor, *x.shape, dtype=x.dtype)
-    if residual is None and residual_out is not None:
-        raise ValueError("residual_out needs a residual that is added")
+            shapes.floats(name, tensor, *shape, dtype=x.dtype)
+    if residual is None and rows is None and residual_out is not None:
+        raise ValueError("residual_out needs a residual that is added, or rows that are gathered")
     return x.device
 
 
@@ -206,6 +219,7 @@ def window_attention(
     skip_end: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    span: tuple[int, int] | None = None,
     out: Tensor | None = None,
 ) -> torch.device:
     """Of :func:`fastdllm_triton.ops.window_attention`."""
@@ -228,6 +242,44 @@ def window_attention(
     if out is not None:
         shapes.floats("out", out, *q.shape, dtype=q.dtype)
     return q.device
+
+
+def window_inputs(
+    x: Tensor,
+    base: Tensor,
+    block_start: Tensor,
+    remaining: Tensor,
+    kv_start: Tensor,
+    *,
+    back: int = 0,
+    window: int,
+    block: int,
+    predicted: int,
+    shift: bool = False,
+    mask_id: int,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+) -> torch.device:
+    """Of :func:`fastdllm_triton.ops.window_inputs`."""
+    shapes = _Shapes()
+    rows, slots = shapes.integers("x", x, "B", "L")
+    require("x", x.dtype, "torch.int64", x.dtype == torch.int64)
+    _at_least_one("x", "L", slots)
+    shapes.integers("base", base, *([] if getattr(base, "ndim", None) == 0 else [rows]))
+    for name, tensor in (("block_start", block_start), ("remaining", remaining), ("kv_start", kv_start)):
+        shapes.integers(name, tensor, rows)
+    if (seed is None) != (step is None):
+        raise ValueError("seed and step must be given together")
+    for name, key in (("seed", seed), ("step", step)):
+        if key is not None:
+            shapes.integers(name, key, rows)
+    for name, size in (("window", window), ("block", block), ("predicted", predicted)):
+        require(name, size, "an integer of 1 or more", is_int(size) and size >= 1)
+    require("back", back, "an integer of 0 or more", is_int(back) and back >= 0)
+    require("block", block, f"at most the window's {window} slots", block <= window)
+    require("mask_id", mask_id, "an integer", is_int(mask_id))
+    _check_values("block_start", block_start, 0, slots)
+    return x.device
 
 
 class _Shapes:

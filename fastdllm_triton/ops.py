@@ -13,14 +13,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial, update_wrapper, wraps
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 
 from . import environment, op_arguments
 from .reference.token_statistics import statistics_merge as reference_merge
-from .types import Activation, PolicyState, RopeRounding, TokenStatistics
+from .types import Activation, PolicyState, RopeRounding, TokenStatistics, WindowInputs
 
 __all__ = [
     "Ops",
@@ -34,9 +34,33 @@ __all__ = [
     "swiglu",
     "token_statistics",
     "window_attention",
+    "window_inputs",
 ]
 
 Backend = Literal["auto", "triton", "reference"]
+
+
+class Prefetching(Protocol):
+    """Asks for weights in the cache ahead of the kernels that read them."""
+
+    def __call__(self, weight: Tensor) -> None:
+        """Asks for the first bytes of a weight."""
+
+    def join(self) -> None:
+        """Ends the requests of a forward."""
+
+
+class NoPrefetch:
+    """Asks for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def __call__(self, weight: Tensor) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,7 @@ class Ops:
         reason: why it was chosen, in words.
         required: whether it was asked for by name, so that nothing may fall back to anything slower.
         fuses_residual: of ``(x, weight)``: whether ``linear`` adds a residual without a launch of its own.
+        prefetch: of a device: what asks for weights ahead during a forward; nothing does outside of captures.
     """
 
     name: str
@@ -64,15 +89,18 @@ class Ops:
     swiglu: Callable[..., Any]
     token_statistics: Callable[..., Any]
     window_attention: Callable[..., Any]
+    window_inputs: Callable[..., Any]
+    prefetch: Callable[[torch.device], Prefetching] = NoPrefetch
 
 
-NAMES = tuple(field.name for field in fields(Ops) if field.name not in ("name", "reason", "required", "fuses_residual"))
+_NO_OPS = ("name", "reason", "required", "fuses_residual", "prefetch")
+NAMES = tuple(field.name for field in fields(Ops) if field.name not in _NO_OPS)
 
 #: The ops by the part of a model that they belong to.
 PARTS = {
     "attention": ("rope_kv_write", "window_attention"),
     "norms": ("rms_norm", "swiglu", "linear"),
-    "head": ("head_statistics", "token_statistics", "commit_tokens"),
+    "head": ("window_inputs", "head_statistics", "token_statistics", "commit_tokens"),
 }
 
 
@@ -161,7 +189,15 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
     functions = {op: _function(name, op) for op in NAMES}
     if same:
         functions = {op: _compilable(op, f) for op, f in functions.items()}
-    return Ops(name, reason, required, _fuses_residual(name), **functions)
+    return Ops(name, reason, required, _fuses_residual(name), **functions, **_prefetch(name))
+
+
+def _prefetch(name: str) -> dict[str, Callable[[torch.device], Prefetching]]:
+    if name == "reference":
+        return {}
+    from .kernels.prefetch import Prefetch
+
+    return {"prefetch": Prefetch}
 
 
 def _fuses_residual(name: str) -> Callable[[Tensor, Tensor], bool]:
@@ -182,12 +218,12 @@ def _function(backend: str, op: str) -> Callable[..., Any]:
 
 
 def _compilable(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in eager mode, the registered op when compiled. Calls with an ``out`` are never replaced."""
+    """The function in eager mode, the registered op when compiled. Calls with an ``out`` or a hint are never replaced."""
     return update_wrapper(partial(_call, op, function), function)
 
 
 def _call(op: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() and not kwargs.keys() & {"out", "residual_out", "workspace", "config"}:
+    if torch.compiler.is_compiling() and not kwargs.keys() & {"out", "residual_out", "workspace", "config", "span"}:
         return _REGISTERED[op](*args, **kwargs)
     return function(*args, **kwargs)
 
@@ -229,14 +265,20 @@ _rms_norm_op = _register(
 _add_rms_norm_op = _register(
     "add_rms_norm",
     "rms_norm",
-    "(Tensor x, Tensor weight, float eps, Tensor residual) -> (Tensor, Tensor)",
-    lambda f, x, weight, eps, residual: f(x, weight, eps, residual=residual),
-    lambda x, weight, eps, residual: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    "(Tensor x, Tensor weight, float eps, Tensor? residual, Tensor? rows) -> (Tensor, Tensor)",
+    lambda f, x, weight, eps, residual, rows: f(x, weight, eps, residual=residual, rows=rows),
+    lambda x, weight, eps, residual, rows: _two(x, x.shape if rows is None else (*rows.shape, x.shape[-1])),
 )
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None) -> Any:
-    return _rms_norm_op(x, weight, eps) if residual is None else _add_rms_norm_op(x, weight, eps, residual)
+def _two(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    return like.new_empty(shape), like.new_empty(shape)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor | None = None, rows: Tensor | None = None) -> Any:
+    if residual is None and rows is None:
+        return _rms_norm_op(x, weight, eps)
+    return _add_rms_norm_op(x, weight, eps, residual, rows)
 
 
 _swiglu_op = _register(
@@ -440,16 +482,16 @@ def _head_statistics(
 
 
 def _run_commit(f: Callable[..., Any], x: Tensor, *args: Any) -> None:
-    entries, window_start, state = args[:6], args[6], args[7:]
-    f(x, TokenStatistics(*entries), window_start, PolicyState(*state))
+    entries, window_start, place, state = args[:6], args[6], args[7], args[8:]
+    f(x, TokenStatistics(*entries), window_start, PolicyState(*state), place=place)
 
 
 _commit_tokens_op = _register(
     "commit_tokens",
     "commit_tokens",
     "(Tensor(a!) x, Tensor token, Tensor logit, Tensor second_logit, Tensor logsumexp, Tensor rest, Tensor entropy, "
-    "Tensor window_start, str score, str rule, Tensor value, Tensor steps, int mask_id, Tensor eos_ids, Tensor kv_start, "
-    "Tensor seed, "
+    "Tensor window_start, Tensor? place, str score, str rule, Tensor value, Tensor steps, int mask_id, "
+    "Tensor eos_ids, Tensor kv_start, Tensor seed, "
     "Tensor(b!) step, Tensor(c!) masked, Tensor(d!) remaining, Tensor(f!) invalid, Tensor(k!) ended, "
     "Tensor(g!) forward, Tensor(i!) step_map, Tensor(j!) confidence) -> ()",
     _run_commit,
@@ -457,8 +499,47 @@ _commit_tokens_op = _register(
 )
 
 
-def _commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
-    _commit_tokens_op(x, *_entries(statistics), window_start, *(getattr(state, name) for name in _STATE))
+def _commit_tokens(
+    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+) -> None:
+    _commit_tokens_op(x, *_entries(statistics), window_start, place, *(getattr(state, name) for name in _STATE))
+
+
+_WINDOW = ("back", "window", "block", "predicted", "shift", "mask_id", "seed", "step")
+_window_inputs_op = _register(
+    "window_inputs",
+    "window_inputs",
+    "(Tensor x, Tensor base, Tensor block_start, Tensor remaining, Tensor kv_start, int back, int window, int block, "
+    "int predicted, bool shift, int mask_id, Tensor? seed, Tensor? step) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda f, *args: tuple(vars(f(*args[:5], **dict(zip(_WINDOW, args[5:], strict=True)))).values()),
+    lambda x, base, block_start, remaining, kv_start, back, window, block, predicted, shift, mask_id, seed, step: (
+        x.new_empty((len(x), window)),
+        x.new_empty(len(x), dtype=torch.int32),
+        x.new_empty(predicted),
+        x.new_empty((len(x), block), dtype=torch.int32),
+        x.new_empty((3, 0 if seed is None else predicted)),
+    ),
+)
+
+
+def _window_inputs(
+    x: Tensor,
+    base: Tensor,
+    block_start: Tensor,
+    remaining: Tensor,
+    kv_start: Tensor,
+    *,
+    back: int = 0,
+    window: int,
+    block: int,
+    predicted: int,
+    shift: bool = False,
+    mask_id: int,
+    seed: Tensor | None = None,
+    step: Tensor | None = None,
+) -> WindowInputs:
+    sizes = (back, window, block, predicted, shift, mask_id)
+    return WindowInputs(*_window_inputs_op(x, base, block_start, remaining, kv_start, *sizes, seed, step))
 
 
 _REGISTERED: dict[str, Callable[..., Any]] = {
@@ -470,6 +551,7 @@ _REGISTERED: dict[str, Callable[..., Any]] = {
     "swiglu": _swiglu,
     "token_statistics": _token_statistics,
     "window_attention": _window_attention,
+    "window_inputs": _window_inputs,
 }
 
 
@@ -505,3 +587,4 @@ rope_kv_write = _dispatched("rope_kv_write")
 swiglu = _dispatched("swiglu")
 token_statistics = _dispatched("token_statistics")
 window_attention = _dispatched("window_attention")
+window_inputs = _dispatched("window_inputs")

@@ -143,7 +143,7 @@ def _rope(c: ShapeClass, arch: Arch) -> _Found:
 def _attention(c: ShapeClass, arch: Arch) -> _Found:
     shape = SHAPES[c.model]
     heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    config = window_attention.select_config(arch, arch.sms, c.batch, c.window, *heads, c.slots, 2)
+    config = window_attention.select_config(arch, c.batch, c.window, *heads, c.slots, 2)
     cases: dict[str, CompileCase] = {}
     window_attention.add_cases(cases, arch, c.model.split("-")[0], *heads, config, "bf16")
     rows, pairs = c.window * shape.heads // shape.kv_heads, c.batch * shape.kv_heads

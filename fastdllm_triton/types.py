@@ -73,6 +73,25 @@ class TokenStatistics:
         return self
 
 
+@dataclass(frozen=True)
+class WindowInputs:
+    """What :func:`window_inputs` tells a forward. ``B`` rows, windows of ``W`` slots, blocks of ``N``, ``P`` predictions.
+
+    Attributes:
+        ids: ``[B, W]`` int64, the window's tokens.
+        start: ``[B]`` int32, its first slot in each row.
+        rows: ``[P]`` int64, the hidden state behind each prediction, a row of ``[B W, E]``; -1 is none.
+        place: ``[B, N]`` int32, which prediction is that of a slot; -1 is none.
+        keys: ``[3, P]`` int64, seed, position and step of each prediction's noise; ``[3, 0]`` where none was asked for.
+    """
+
+    ids: Tensor
+    start: Tensor
+    rows: Tensor
+    place: Tensor
+    keys: Tensor
+
+
 @dataclass
 class PolicyState:
     """What :func:`commit_tokens` decides with and what it records; lives on the device for a whole generation.

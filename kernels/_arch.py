@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -18,7 +18,7 @@ class Arch:
         warp_size: threads a warp.
         shared_bytes: shared memory one program may use.
         shared_bytes_per_sm: shared memory of one SM.
-        sms: SMs of the architecture's usual data-centre or desktop part; the real count is read on the device.
+        sms: SMs; of :data:`ARCHS` those of the architecture's usual data-centre or desktop part, of :func:`arch_of` the device's.
     """
 
     name: str
@@ -50,7 +50,7 @@ ARCHS = {
 
 @cache
 def arch_of(device: torch.device) -> Arch:
-    """The architecture of a device; of the interpreter, which runs on a CPU, sm_80's.
+    """The architecture of a device, with the SMs that this device has; of the interpreter, which runs on a CPU, sm_80's.
 
     Raises:
         ValueError: the GPU is older than any architecture the kernels are built for.
@@ -60,10 +60,12 @@ def arch_of(device: torch.device) -> Arch:
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
-        return ARCHS.get(name, ARCHS["gfx942"])
-    capability = properties.major * 10 + properties.minor
-    if capability < 80:
-        raise ValueError(f"device {device} is sm_{capability}; the Triton kernels need sm_80 or newer")
-    # A capability between two known ones runs with the limits of the one below it (8.6 has those of 8.9).
-    nearest = {86: 89, 87: 80}.get(capability, max(c for c in (80, 89, 90, 100, 120) if c <= capability))
-    return ARCHS[f"sm_{nearest}"]
+        arch = ARCHS.get(name, ARCHS["gfx942"])
+    else:
+        capability = properties.major * 10 + properties.minor
+        if capability < 80:
+            raise ValueError(f"device {device} is sm_{capability}; the Triton kernels need sm_80 or newer")
+        # A capability between two known ones runs with the limits of the one below it (8.6 has those of 8.9).
+        nearest = {86: 89, 87: 80}.get(capability, max(c for c in (80, 89, 90, 100, 120) if c <= capability))
+        arch = ARCHS[f"sm_{nearest}"]
+    return replace(arch, sms=properties.multi_processor_count)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 import torch
 import triton
 from torch import Tensor
@@ -10,6 +14,36 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 #: Whether kernels are run by Triton's interpreter, on CPU tensors. Fixed when the first kernel is imported.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+#: Layouts that a check remembers before it forgets them all: a model has a handful, windows that shrink have many.
+MOST_LAYOUTS = 4096
+
+Answer = TypeVar("Answer")
+
+
+def once(check: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Remembers the answers of a function of layouts: for the same shapes, strides, dtypes and devices it is not called again.
+
+    A forward calls a launcher once a layer, with other tensors of one layout. Arguments that are not tensors count as they
+    are. What the function raises is not remembered. It must not look at data, nor keep a tensor.
+    """
+    answers: dict[tuple[Any, ...], Answer] = {}
+
+    @wraps(check)
+    def call(*arguments: Any) -> Answer:
+        key = tuple([(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, Tensor) else a for a in arguments])
+        try:
+            return answers[key]
+        except KeyError:
+            pass
+        except TypeError:  # an argument that cannot be hashed, which the check will name
+            return check(*arguments)
+        if len(answers) >= MOST_LAYOUTS:
+            answers.clear()
+        answer = answers[key] = check(*arguments)
+        return answer
+
+    return call
 
 
 def require(ok: bool, argument: str, given: object, allowed: str) -> None:
@@ -60,9 +94,33 @@ def check_slots(batch: int, device: torch.device, **tensors: Tensor | None) -> N
             require(batch <= 1 or tensor.stride(0) == 1, name, f"strides {tensor.stride()}", "a contiguous tensor")
 
 
-def as_rows(name: str, tensor: Tensor) -> Tensor:
-    """``[..., E]`` as ``[rows, E]``, sharing memory."""
+def row_stride(tensor: Tensor) -> int | None:
+    """From one row of ``[..., E]`` to the next, in elements; None where the leading dimensions do not collapse into one."""
     try:
-        return tensor.view(-1, tensor.shape[-1])
+        return tensor.view(-1, tensor.shape[-1]).stride(0)
     except RuntimeError:
-        raise ValueError(f"{name}: got strides {tensor.stride()}, needs leading dimensions that collapse into one") from None
+        return None
+
+
+def row_stride_of(name: str, tensor: Tensor) -> int:
+    """The same of a tensor that must have one.
+
+    Raises:
+        ValueError: the leading dimensions do not collapse.
+    """
+    stride = row_stride(tensor)
+    require(stride is not None, name, f"strides {tensor.stride()}", "leading dimensions that collapse into one")
+    return stride  # type: ignore[return-value]
+
+
+def collapsed(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where its leading dimensions do not collapse into one."""
+    return tensor if row_stride(tensor) is not None else tensor.contiguous()
+
+
+@once
+def check_workspace(workspace: Tensor, needed: int, device: torch.device) -> None:
+    """The tensor is float32 scratch of enough elements."""
+    is_scratch = workspace.dtype == torch.float32 and workspace.device == device and workspace.is_contiguous()
+    require(is_scratch, "workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {device}")
+    require(workspace.numel() >= needed, "workspace", f"{workspace.numel()} elements", f"at least {needed}")

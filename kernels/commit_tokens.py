@@ -13,7 +13,7 @@ The rules and their sources are in ``reference/commit_tokens.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import get_args
 
@@ -24,15 +24,16 @@ from torch import Tensor
 
 from ..types import PolicyState, RuleName, ScoreName, TokenStatistics
 from ._arch import Arch, arch_of
-from ._check import check_device
+from ._check import check_device, once
 from ._compile import CompileCase
 from ._limits import MAX_BLOCK, MAX_EOS, MAX_ROWS
 from ._statistics import outputs
 
 # Pointers                        shape     dtype    owned by
 # x_ptr                           [B, L]    int64    caller, read and written; stride_x between rows
-# token_ptr                       [B, N]    int64    statistics, read, as are the five below in fp32
-# logit_ptr … entropy_ptr         [B, N]    fp32     what the score does not need is not read
+# place_ptr                       [B, N] or None  int32  caller, read: a slot's entry of the statistics; None: [B, N] in order
+# token_ptr                       [P]       int64    statistics, read, as are the five below in fp32
+# logit_ptr … entropy_ptr         [P]       fp32     what the score does not need is not read
 # window_start_ptr, kv_start_ptr  [B]       int32    caller, read
 # seed_ptr                        [B]       int64    state, read
 # value_ptr, steps_ptr            []        fp64, int32  state, read
@@ -49,8 +50,18 @@ ARRIVED = tl.constexpr(1 << 20)
 
 
 @triton.jit
+def _entry(place_ptr, row, block, o, mask):
+    """Where the statistics of the slots ``o`` of a row's block are, below ``MAX_ROWS * MAX_BLOCK``; -1 is nowhere."""
+    at = row.to(tl.int32) * block + o
+    if place_ptr is not None:
+        at = tl.load(place_ptr + at, mask=mask, other=-1)
+    return at
+
+
+@triton.jit
 def _candidates(
     x_ptr,
+    place_ptr,
     token_ptr,
     logit_ptr,
     second_ptr,
@@ -58,6 +69,7 @@ def _candidates(
     rest_ptr,
     entropy_ptr,
     o,
+    row,
     start,
     slots,
     block,
@@ -67,22 +79,24 @@ def _candidates(
     step,
     SCORE: tl.constexpr,
 ):
-    """Of the slots ``o [N]`` of a block: whether each is masked, whether it may be committed, and its cost."""
+    """Of the slots ``o [N]`` of a row's block: whether each is masked, whether it may be committed, and its cost."""
     inside = (o < block) & (start + o >= 0) & (start + o < slots)
     masked = inside & (tl.load(x_ptr + start + o, mask=inside, other=0) == mask_id)
-    eligible = masked & (tl.load(token_ptr + o, mask=masked, other=-1) >= 0)
+    at = _entry(place_ptr, row, block, o, masked)
+    known = masked & (at >= 0)
+    eligible = known & (tl.load(token_ptr + at, mask=known, other=-1) >= 0)
     if SCORE == "confidence":
-        cost = tl.load(rest_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+        cost = tl.load(rest_ptr + at, mask=eligible, other=0.0).to(tl.float64)
     elif SCORE == "margin":
-        logit = tl.load(logit_ptr + o, mask=eligible, other=0.0).to(tl.float64)
-        second = tl.load(second_ptr + o, mask=eligible, other=0.0).to(tl.float64)
-        lse = tl.load(lse_ptr + o, mask=eligible, other=0.0).to(tl.float64)
-        p = 1 / (1 + tl.load(rest_ptr + o, mask=eligible, other=0.0).to(tl.float64))
+        logit = tl.load(logit_ptr + at, mask=eligible, other=0.0).to(tl.float64)
+        second = tl.load(second_ptr + at, mask=eligible, other=0.0).to(tl.float64)
+        lse = tl.load(lse_ptr + at, mask=eligible, other=0.0).to(tl.float64)
+        p = 1 / (1 + tl.load(rest_ptr + at, mask=eligible, other=0.0).to(tl.float64))
         sampled = second > logit  # a sample need not be the best token
         gap = (1 - tl.exp(-tl.abs(second - logit))) * tl.where(sampled, tl.exp(second - lse), p)
         cost = tl.where(sampled, gap, -gap)
     elif SCORE == "neg_entropy":
-        cost = tl.load(entropy_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+        cost = tl.load(entropy_ptr + at, mask=eligible, other=0.0).to(tl.float64)
     else:
         zero = (o * 0).to(tl.uint32)
         word, _, _, _ = tl.philox(seed, zero, (position + o).to(tl.uint32), step.to(tl.uint32), STREAM_SCORE)
@@ -97,9 +111,16 @@ def _ordered(cost):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
 
 
-@triton.jit
+#: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
+SLICED = [
+    "window_start_ptr", "kv_start_ptr", "seed_ptr", "step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=SLICED)
 def _commit_tokens_kernel(
     x_ptr,
+    place_ptr,
     token_ptr,
     logit_ptr,
     second_ptr,
@@ -132,12 +153,6 @@ def _commit_tokens_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_x
-    token_ptr += row * block
-    logit_ptr += row * block
-    second_ptr += row * block
-    lse_ptr += row * block
-    rest_ptr += row * block
-    entropy_ptr += row * block
     start = tl.load(window_start_ptr + row)
     position = start - tl.load(kv_start_ptr + row)
     seed = tl.load(seed_ptr + row)
@@ -146,8 +161,8 @@ def _commit_tokens_kernel(
 
     o = tl.arange(0, BLOCK)
     masked, eligible, cost = _candidates(
-        x_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
-        o, start, slots, block, mask_id, position, seed, step, SCORE,
+        x_ptr, place_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
+        o, row, start, slots, block, mask_id, position, seed, step, SCORE,
     )  # fmt: skip
     key = _ordered(cost)  # [BLOCK]
     masked_now = tl.sum(masked.to(tl.int32), 0)
@@ -169,15 +184,16 @@ def _commit_tokens_kernel(
     for begin in range(0, block, CHUNK):
         j = begin + tl.arange(0, CHUNK)
         _, eligible_j, cost_j = _candidates(
-            x_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
-            j, start, slots, block, mask_id, position, seed, step, SCORE,
+            x_ptr, place_ptr, token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr,
+            j, row, start, slots, block, mask_id, position, seed, step, SCORE,
         )  # fmt: skip
         key_j = _ordered(cost_j)[:, None]  # the chunk along the first axis, which a thread holds whole
         before = (key_j < key[None, :]) | ((key_j == key[None, :]) & (j[:, None] < o[None, :]))  # [CHUNK, BLOCK]
         before = before & eligible_j[:, None]
         rank += tl.sum(before.to(tl.int32), 0)
         if RULE == "entropy_budget":
-            entropy_j = tl.load(entropy_ptr + j, mask=eligible_j, other=0.0).to(tl.float64)[:, None]
+            at_j = _entry(place_ptr, row, block, j, eligible_j)
+            entropy_j = tl.load(entropy_ptr + at_j, mask=eligible_j, other=0.0).to(tl.float64)[:, None]
             entropies += tl.sum(tl.where(before, entropy_j, 0.0), 0)
             largest = tl.maximum(largest, tl.max(tl.where(before, entropy_j, float("-inf")), 0))
 
@@ -191,7 +207,8 @@ def _commit_tokens_kernel(
                 fits = bound * (1 + cost) <= value
             fits = fits | (rank == 0)
         else:
-            entropy = tl.load(entropy_ptr + o, mask=eligible, other=0.0).to(tl.float64)
+            at = _entry(place_ptr, row, block, o, eligible)
+            entropy = tl.load(entropy_ptr + at, mask=eligible, other=0.0).to(tl.float64)
             fits = entropies + entropy - tl.maximum(largest, entropy) <= value
         count = tl.min(tl.where(eligible & (fits == 0), rank, total), 0)
         if RULE == "factor":
@@ -207,9 +224,10 @@ def _commit_tokens_kernel(
     if arrivals // ARRIVED == tl.num_programs(0) - 1:
         tl.atomic_add(forward_ptr, 1 - tl.num_programs(0) * ARRIVED, sem="relaxed")
 
-    token = tl.load(token_ptr + o, mask=chosen, other=0)
+    at = _entry(place_ptr, row, block, o, chosen)
+    token = tl.load(token_ptr + at, mask=chosen, other=0)
     tl.debug_barrier()  # no warp writes before all have read
-    odds = tl.load(rest_ptr + o, mask=chosen, other=0.0)
+    odds = tl.load(rest_ptr + at, mask=chosen, other=0.0)
     tl.store(x_ptr + start + o, token, mask=chosen)
     tl.store(step_map_ptr + row * slots + start + o, tl.zeros((BLOCK,), tl.int32) + forward, mask=chosen)
     tl.store(confidence_ptr + row * slots + start + o, 1 / (1 + odds), mask=chosen)
@@ -258,7 +276,7 @@ def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfi
     The compile report chose the numbers.
     """
     padded = triton.next_power_of_2(block)
-    num_warps, a_thread = (1, 4) if padded <= 32 else (4, 2 if arch.name == "sm_120" else 4) if padded <= 128 else (8, 4)
+    num_warps, a_thread = (1, 2 if arch.name == "sm_120" else 4) if padded <= 32 else (4, 2) if padded <= 128 else (8, 4)
     if arch.backend == "hip":  # which keeps the outcome of every comparison in scalar registers
         a_thread = 2
     tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
@@ -270,40 +288,35 @@ def launches(arch: Arch, rule: str, block: int) -> int:
     return 1
 
 
-def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
-    """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
-
-    Unlike there, slots outside ``[0, L)`` are left alone instead of an error: where a block lies is known on the device only.
-    The forward counter must stay below 2^20.
-
-    Args:
-        x: ``[B, L]`` int64, last stride 1.
-        statistics: entries ``[B, N]``, contiguous, N up to 1,024.
-        window_start: ``[B]`` int32.
-        state: updated in place.
-
-    Raises:
-        ValueError: an argument's rank, dtype, shape, device or range.
-    """
+@once
+def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, rule: str, *tensors: Tensor) -> int:
+    """Checks the arguments of :func:`commit_tokens`, ``tensors`` being its statistics and those of its state; a block's slots."""
+    statistics = dict(zip(_ENTRIES, tensors, strict=False))
+    state = dict(zip(_STATE, tensors[len(_ENTRIES) :], strict=True))
     if x.dim() != 2 or x.dtype != torch.int64 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [B, L] torch.int64 of last stride 1, got {x.dtype} {list(x.shape)} of strides {x.stride()}")
     (rows, slots), device = x.shape, x.device
     check_device("x", x)
-    block = statistics.token.shape[-1] if statistics.token.dim() else 0
+    name, listed = ("statistics", statistics["token"]) if place is None else ("place", place)
+    block = listed.shape[-1] if listed.dim() else 0
     if not 1 <= block <= min(MAX_BLOCK, slots):
-        raise ValueError(f"statistics must hold 1 to {min(MAX_BLOCK, slots)} slots a row, got {list(statistics.token.shape)}")
+        raise ValueError(f"{name} must hold 1 to {min(MAX_BLOCK, slots)} slots a row, got {list(listed.shape)}")
     if rows > MAX_ROWS:
         raise ValueError(f"x must have at most {MAX_ROWS} rows, got {rows}")
-    for name, allowed in (("score", get_args(ScoreName)), ("rule", get_args(RuleName))):
-        if getattr(state, name) not in allowed:
-            raise ValueError(f"state.{name} must be one of {', '.join(allowed)}, got {getattr(state, name)!r}")
-    _check("window_start", window_start, torch.int32, (rows,), device)
-    for name, field in vars(statistics).items():
-        _check(f"statistics.{name}", field, torch.int64 if name == "token" else torch.float32, (rows, block), device)
+    for name, given, allowed in (("score", score, get_args(ScoreName)), ("rule", rule, get_args(RuleName))):
+        if given not in allowed:
+            raise ValueError(f"state.{name} must be one of {', '.join(allowed)}, got {given!r}")
+    _check_tensor("window_start", window_start, torch.int32, (rows,), device)
+    shape: tuple[int, ...] = (rows, block)
+    if place is not None:
+        _check_tensor("place", place, torch.int32, shape, device)
+        shape = (statistics["token"].numel(),)
+    for name, field in statistics.items():
+        _check_tensor(f"statistics.{name}", field, torch.int64 if name == "token" else torch.float32, shape, device)
     for names, dtype, shape in (
         (("kv_start", "step", "masked", "remaining"), torch.int32, (rows,)),
         (("invalid", "ended"), torch.bool, (rows,)),
-        (("eos_ids",), torch.int64, (len(state.eos_ids),)),
+        (("eos_ids",), torch.int64, (len(state["eos_ids"]),)),
         (("seed",), torch.int64, (rows,)),
         (("steps", "forward"), torch.int32, ()),
         (("value",), torch.float64, ()),
@@ -311,9 +324,38 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
         (("confidence",), torch.float32, (rows, slots)),
     ):
         for name in names:
-            _check(f"state.{name}", getattr(state, name), dtype, shape, device)
-    if len(state.eos_ids) > MAX_EOS:
-        raise ValueError(f"state.eos_ids must hold at most {MAX_EOS} tokens, got {len(state.eos_ids)}")
+            _check_tensor(f"state.{name}", state[name], dtype, shape, device)
+    if len(state["eos_ids"]) > MAX_EOS:
+        raise ValueError(f"state.eos_ids must hold at most {MAX_EOS} tokens, got {len(state['eos_ids'])}")
+    return block
+
+
+#: Names of the statistics, and of the tensors of a state.
+_ENTRIES = tuple(field.name for field in fields(TokenStatistics))
+_STATE = tuple(field.name for field in fields(PolicyState) if field.name not in ("score", "rule", "mask_id"))
+
+
+def commit_tokens(
+    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+) -> None:
+    """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
+
+    Unlike there, slots outside ``[0, L)`` are left alone instead of an error: where a block lies is known on the device only.
+    The forward counter must stay below 2^20.
+
+    Args:
+        x: ``[B, L]`` int64, last stride 1.
+        statistics: entries ``[B, N]``, contiguous, N up to 1,024; with ``place`` ``[P]``.
+        window_start: ``[B]`` int32.
+        state: updated in place.
+        place: ``[B, N]`` int32, contiguous.
+
+    Raises:
+        ValueError: an argument's rank, dtype, shape, device or range.
+    """
+    entries = outputs(statistics)
+    block = _check(x, window_start, place, state.score, state.rule, *entries, *(getattr(state, name) for name in _STATE))
+    (rows, slots), device = x.shape, x.device
     if rows == 0:
         state.forward.add_(1)
         return
@@ -322,7 +364,8 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
     with torch.cuda.device_of(x):
         _commit_tokens_kernel[(rows,)](
             x,
-            *outputs(statistics),
+            place,
+            *entries,
             window_start,
             state.kv_start,
             state.seed,
@@ -350,7 +393,7 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
         )
 
 
-def _check(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_tensor(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises unless a tensor is contiguous and what it must be."""
     if given.dtype != dtype or tuple(given.shape) != shape or given.device != device or not given.is_contiguous():
         found = f"{given.dtype} {list(given.shape)} of strides {given.stride()} on {given.device}"
@@ -363,7 +406,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     Not listed: margins in blocks of 1,024, whose exponentials spill some registers on sm_90, sm_100 and gfx942. They
     are right there as anywhere, and such blocks are far from where a launch's time matters.
     """
-    signature = {"x_ptr": "*i64", "token_ptr": "*i64"}
+    signature = {"x_ptr": "*i64", "place_ptr": "*i32", "token_ptr": "*i64"}
     signature |= dict.fromkeys(("logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr"), "*fp32")
     signature |= {
         "window_start_ptr": "*i32",
@@ -382,7 +425,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
         "confidence_ptr": "*fp32",
     }
     signature |= dict.fromkeys(("slots", "block", "mask_id", "stride_x"), "i32")
-    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
+    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*") and name not in SLICED)
     common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
     pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}
     cases = []

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..types import TokenStatistics
 from ._arch import Arch, arch_of
-from ._check import INTERPRETED, check_device
+from ._check import INTERPRETED, check_device, once
 from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
@@ -66,6 +66,10 @@ FUSED_ROWS = {
     "sm_120": (64, 64),
     "gfx942": (64, 16),
 }
+
+
+#: What a measurement says where cuBLAS and a separate pass were faster than the fused kernel.
+BY_LIBRARY = {"library": True}
 
 
 @triton.jit
@@ -187,6 +191,27 @@ class HeadStatisticsConfig:
     num_stages: int
 
 
+def _tile(arch: Arch, block_rows: int, element_size: int, sample: bool) -> tuple[int, int, int]:
+    """Tokens of a tile, warps, and programs that share an SM: two where there is room, since the statistics of one then overlap
+    the other's stream.
+
+    The statistics hold several tiles of logits in registers at once, the noise and float32 products a few more, and on sm_100
+    a thread has whole rows of tensor memory. The compile report shows that these choices spill nowhere.
+    """
+    room = arch.shared_bytes > 2**17
+    load = block_rows * (2 if sample else 1) * (element_size // 2) * (2 if arch.name == "sm_100" and element_size == 2 else 1)
+    block = 128 if load <= 32 else 64
+    if arch.backend == "hip":
+        return block, 4, 1
+    if element_size == 4 or not room:
+        return block, 4 if block_rows == 64 and not sample else 8, 2 if room and (not sample or block_rows == 16) else 1
+    if arch.name == "sm_90" and load == 64 and not sample:
+        return 128, 8, 1  # 64 rows beside tiles of 64 tokens: as much to read from the L2 cache as from memory, again
+    if load > 64:
+        return block, 8, 1
+    return block, 8 if load <= 32 and not sample and arch.name != "sm_100" else 4, 2
+
+
 def head_statistics_config(
     arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None
 ) -> HeadStatisticsConfig | None:
@@ -195,20 +220,17 @@ def head_statistics_config(
     As many programs as are resident at once share the vocabulary equally: a whole number of tiles each would leave a
     quarter of the last wave idle.
     """
-    if rows > FUSED_ROWS[arch.name][sample]:
-        return None
     block_rows = max(16, triton.next_power_of_2(rows))
-    # The statistics hold several tiles of logits in registers at once, the noise and float32 products a few more; these
-    # choices spill nowhere. Two programs an SM, so that one's statistics overlap the other's stream.
-    block_vocabulary = 64 if block_rows * (2 if sample else 1) * (element_size // 2) > 32 else 128
-    num_warps = 4 if arch.backend == "hip" or (block_rows == 64 and not sample) else 8
+    shape = {"block_rows": block_rows, "vocabulary": vocabulary, "width": width, "element_size": element_size, "sample": sample}
+    found = tuned(gpu, "head_statistics", **shape)
+    if found == BY_LIBRARY if found else rows > FUSED_ROWS[arch.name][sample]:
+        return None
+    block_vocabulary, num_warps, resident = _tile(arch, block_rows, element_size, sample)
     block_width = 128 // element_size
-    resident = 2 if arch.shared_bytes > 2**17 else 1
     stage = (block_vocabulary + block_rows) * block_width * element_size
     num_stages = 2 if arch.backend == "hip" else min(6, (arch.shared_bytes_per_sm // resident - 1024) // stage)
     parts = resident * arch.sms
-    shape = {"block_rows": block_rows, "vocabulary": vocabulary, "width": width, "element_size": element_size, "sample": sample}
-    if found := tuned(gpu, "head_statistics", **shape):
+    if found:
         block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
         num_warps, num_stages = found["num_warps"], found["num_stages"]
     part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
@@ -217,21 +239,15 @@ def head_statistics_config(
     )
 
 
-def launches(
-    arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None, *,
-    gathered: bool = False,
-) -> int:  # fmt: skip
-    """Launches of a call with keys on the device and no bias: the fused kernel and its merge, or cuBLAS and a pass.
+def launches(arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None) -> int:
+    """Launches of a call with keys on the device, no bias and no ``rows``: the fused kernel and its merge, or cuBLAS and a pass.
 
-    Args:
-        arch, rows, vocabulary, width, element_size, sample, gpu: as of :func:`head_statistics_config`.
-        gathered: whether ``rows`` is given. The fused kernel gathers by itself; before cuBLAS it takes two launches, and after
-            it seven to overwrite the rows that asked for nothing.
+    The fused kernel gathers ``rows`` by itself; in front of cuBLAS it takes two launches.
     """
     if head_statistics_config(arch, rows, vocabulary, width, element_size, sample, gpu) is not None:
         return 2
     # The logits are of float32, unless they are rounded to the dtype of the operands.
-    return 1 + launches_of_statistics(arch, rows, vocabulary, 4, gpu) + (9 if gathered else 0)
+    return 1 + launches_of_statistics(arch, rows, vocabulary, 4, sample, gpu)
 
 
 def head_statistics(
@@ -247,6 +263,7 @@ def head_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     logits_dtype: torch.dtype | None = None,
     out: TokenStatistics | None = None,
+    config: HeadStatisticsConfig | None = None,
 ) -> TokenStatistics:
     """Statistics of ``hidden[rows] @ weight.T``: :func:`fastdllm_triton.reference.head_statistics`, which states the contract.
 
@@ -255,31 +272,14 @@ def head_statistics(
         weight: ``[V, E]``, same dtype, last stride 1.
         rows: ``[R]`` int64 on the device; indices are not checked, they are not known on the host.
         bias, temperature, seed, position, step, forbidden, logits_dtype, out: as there.
+        config: run the fused kernel so; :func:`head_statistics_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
     """
-    if hidden.dim() != 2 or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"hidden must be [N, E] float32, float16 or bfloat16, got {hidden.dtype} {list(hidden.shape)}")
-    device, (vocabulary, width) = hidden.device, (weight.shape[0], hidden.shape[1])
-    check_device("hidden", hidden)
-    if INTERPRETED and hidden.dtype == torch.bfloat16:
-        raise ValueError("hidden must be float32 or float16 in Triton's interpreter, which multiplies the bits of bfloat16")
-    _check("weight", weight, (weight.shape[0], width), hidden.dtype, device)
-    if not 0 < vocabulary <= 2**30:
-        raise ValueError(f"weight must have 1 to 2^30 tokens, got {vocabulary}")
-    for name, matrix in (("hidden", hidden), ("weight", weight)):
-        if width > 1 and matrix.stride(1) != 1:
-            raise ValueError(f"{name} must have last stride 1, got strides {matrix.stride()}")
-    if bias is not None:
-        _check("bias", bias, (vocabulary,), bias.dtype, device)
-        if not bias.is_floating_point() or not bias.is_contiguous():
-            raise ValueError(f"bias must be contiguous and floating point, got {bias.dtype} of strides {bias.stride()}")
-    if rows is not None:
-        _check("rows", rows, (rows.numel(),), torch.int64, device)
-        rows = rows.contiguous()
-    if logits_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"logits_dtype must be float32, float16, bfloat16 or None, got {logits_dtype}")
+    _check(hidden, weight, rows, bias, logits_dtype)
+    device, (vocabulary, width) = hidden.device, weight.shape
+    rows = None if rows is None else rows.contiguous()
     check_sampling(temperature, seed)
     count, sample = hidden.shape[0] if rows is None else len(rows), temperature > 0
     ids = forbidden_ids(forbidden, vocabulary, device)
@@ -287,12 +287,12 @@ def head_statistics(
     if count == 0:
         return out
     sizes = (count, vocabulary, width, hidden.element_size(), sample)
-    config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
+    if config is None:
+        config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
     if config is None:
         logits = _logits(hidden, weight, rows, bias, logits_dtype)
         keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
-        token_statistics(logits, forbidden=ids, out=out, **keys)  # type: ignore[arg-type]
-        return out if rows is None else _forget(out, rows < 0)
+        return token_statistics(logits, forbidden=ids, out=out, rows=rows, **keys)  # type: ignore[arg-type]
 
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
     partial = torch.empty(PARTIAL_FIELDS, count, config.parts, device=device)
@@ -337,7 +337,32 @@ def head_statistics(
 _ROUNDED: dict[torch.dtype | None, tl.dtype] = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def _check(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+@once
+def _check(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | None, logits_dtype: torch.dtype | None) -> None:
+    """Checks the layouts of :func:`head_statistics`."""
+    if hidden.dim() != 2 or hidden.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"hidden must be [N, E] float32, float16 or bfloat16, got {hidden.dtype} {list(hidden.shape)}")
+    device, (vocabulary, width) = hidden.device, (weight.shape[0], hidden.shape[1])
+    check_device("hidden", hidden)
+    if INTERPRETED and hidden.dtype == torch.bfloat16:
+        raise ValueError("hidden must be float32 or float16 in Triton's interpreter, which multiplies the bits of bfloat16")
+    _check_tensor("weight", weight, (weight.shape[0], width), hidden.dtype, device)
+    if not 0 < vocabulary <= 2**30:
+        raise ValueError(f"weight must have 1 to 2^30 tokens, got {vocabulary}")
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        if width > 1 and matrix.stride(1) != 1:
+            raise ValueError(f"{name} must have last stride 1, got strides {matrix.stride()}")
+    if bias is not None:
+        _check_tensor("bias", bias, (vocabulary,), bias.dtype, device)
+        if not bias.is_floating_point() or not bias.is_contiguous():
+            raise ValueError(f"bias must be contiguous and floating point, got {bias.dtype} of strides {bias.stride()}")
+    if rows is not None:
+        _check_tensor("rows", rows, (rows.numel(),), torch.int64, device)
+    if logits_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"logits_dtype must be float32, float16, bfloat16 or None, got {logits_dtype}")
+
+
+def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raises unless a tensor is what it must be."""
     if tuple(given.shape) != shape or given.dtype != dtype or given.device != device:
         found = f"{given.dtype} {list(given.shape)} on {given.device}"
@@ -360,15 +385,6 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | 
     if bias is not None:
         logits += bias
     return logits.to(wanted)
-
-
-def _forget(out: TokenStatistics, missing: Tensor) -> TokenStatistics:
-    """Overwrites the entries of rows that asked for nothing."""
-    out.token.masked_fill_(missing, -1)
-    out.rest.masked_fill_(missing, torch.inf)
-    for field in (out.logit, out.second_logit, out.logsumexp, out.entropy):
-        field.masked_fill_(missing, torch.nan)
-    return out
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:

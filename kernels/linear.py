@@ -33,6 +33,7 @@ P is 2 with SWIGLU (gate, then up), otherwise 1. ``residual_ptr`` may be ``out_p
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -44,7 +45,7 @@ from torch import Tensor
 
 from ..types import Activation
 from ._arch import Arch, arch_of
-from ._check import INTERPRETED, as_rows, check_floats, check_shape, require
+from ._check import INTERPRETED, check_floats, check_shape, check_workspace, collapsed, once, require, row_stride_of
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, prefetch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
@@ -265,7 +266,9 @@ def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activati
 def candidates(
     arch: Arch, rows: int, n: int, k: int, itemsize: int, activation: Activation | None = None
 ) -> list[Config]:  # fmt: skip
-    """What a tuner should time: the choice of :func:`select_config`, and around it other tiles, orders and splits."""
+    """What a tuner should time, best guesses first: the choice of :func:`select_config`, then what differs from it in one
+    respect, in two, and so on, of tiles, orders and splits.
+    """
     first, gated = select_config(arch, rows, n, k, itemsize, activation), activation == "swiglu"
     found = [first]
     outputs, tiles_m = n // (2 if gated else 1), triton.cdiv(rows, first.block_m)
@@ -283,7 +286,12 @@ def candidates(
         if num_stages >= 2:
             num_warps = 8 if sums > 4096 else 4
             found.append(Config(first.block_m, block_n, block_k, swap, splits, num_warps, num_stages))
-    return list(dict.fromkeys(found))
+    return sorted(dict.fromkeys(found), key=lambda c: sum(a != b for a, b in zip(_choices(c), _choices(first), strict=True)))
+
+
+def _choices(config: Config) -> tuple[object, ...]:
+    """What a config chooses; the rest follows from it."""
+    return config.block_n, config.block_k, config.swap, config.splits
 
 
 def invariant_config(arch: Arch, n: int, k: int, itemsize: int, activation: Activation | None = None) -> Config:
@@ -325,8 +333,13 @@ def launches(
 
 def fuses_residual(x: Tensor, weight: Tensor) -> bool:
     """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
-    rows, (n, k), dtype = x.shape[:-1].numel(), weight.shape, str(x.dtype).removeprefix("torch.")
-    return measured_config(gpu_name(x.device), rows, n, k, dtype, False, None, True) is not None
+    return measured_config(gpu_name(x.device), *_product(x, weight), False, None, True) is not None
+
+
+@once
+def _product(x: Tensor, weight: Tensor) -> tuple[int, int, int, str]:
+    """Rows of x, N, K and the dtype's name."""
+    return x.shape[:-1].numel(), *weight.shape, str(x.dtype).removeprefix("torch.")
 
 
 #: Bytes of its weight that a program asks for before it waits or reads its rows.
@@ -347,6 +360,28 @@ def _precision(arch: Arch) -> str:
     return "tf32x3" if arch.backend == "cuda" else "ieee"
 
 
+@once
+def _layout(
+    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None,
+    activation: Activation | None, out: Tensor | None,
+) -> tuple[int, ...]:  # fmt: skip
+    """Checks the arguments of :func:`linear`; the shape of the result."""
+    check_floats(x=x, weight=weight, norm_weight=norm_weight, residual=residual, out=out)
+    require(x.ndim > 0, "x", "no dimension", "[..., K]")
+    require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "two dimensions, [N, K]")
+    (n, k), gated = weight.shape, activation == "swiglu"
+    require(k > 0 and x.shape[-1] == k, "x", f"a last dimension of {x.shape[-1]}", f"that of weight, {k}, at least 1")
+    require(activation in (None, "swiglu"), "activation", repr(activation), "'swiglu' or None")
+    require(not gated or n % 2 == 0, "weight", f"{n} rows", "an even number: gate, then up")
+    check_shape("norm_weight", norm_weight, k)
+    given = "nothing" if eps is None else eps
+    require((eps is None) == (norm_weight is None), "eps", given, "a number with norm_weight, and nothing without")
+    shape = (*x.shape[:-1], n // 2 if gated else n)
+    check_shape("residual", residual, *shape)
+    check_shape("out", out, *shape)
+    return shape
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -362,7 +397,9 @@ def linear(
     """``residual + activation(rms_norm(x) @ weight.T)``, each part optional.
 
     The library (cuBLAS) multiplies, between kernels for the other parts, except where a committed measurement says that this
-    kernel wins (:func:`measured_config`), or a ``config`` asks for it.
+    kernel wins (:func:`measured_config`), or a ``config`` asks for it. This kernel adds up in float32 to the end. Where the
+    library splits the columns, it may add the parts in bfloat16: PyTorch allows it, as for the official modules, unless
+    ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` is False.
 
     Args:
         x: ``[..., K]``.
@@ -381,34 +418,21 @@ def linear(
     Raises:
         ValueError: an argument's dtype, shape, strides or device.
     """
-    check_floats(x=x, weight=weight, norm_weight=norm_weight, residual=residual, out=out)
-    require(x.ndim > 0, "x", "no dimension", "[..., K]")
-    require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "two dimensions, [N, K]")
-    (n, k), gated = weight.shape, activation == "swiglu"
-    require(k > 0 and x.shape[-1] == k, "x", f"a last dimension of {x.shape[-1]}", f"that of weight, {k}, at least 1")
-    require(activation in (None, "swiglu"), "activation", repr(activation), "'swiglu' or None")
-    require(not gated or n % 2 == 0, "weight", f"{n} rows", "an even number: gate, then up")
-    check_shape("norm_weight", norm_weight, k)
-    given = "nothing" if eps is None else eps
-    require((eps is None) == (norm_weight is None), "eps", given, "a number with norm_weight, and nothing without")
-    shape = (*x.shape[:-1], n // 2 if gated else n)
-    check_shape("residual", residual, *shape)
-    check_shape("out", out, *shape)
-    rows = x.shape[:-1].numel()
+    shape = _layout(x, weight, norm_weight, eps, residual, activation, out)
+    gated = activation == "swiglu"
     if config is None:
-        gpu, dtype = gpu_name(x.device), str(x.dtype).removeprefix("torch.")
-        config = measured_config(gpu, rows, n, k, dtype, norm_weight is not None, activation, residual is not None)
+        around = (norm_weight is not None, activation, residual is not None)
+        config = measured_config(gpu_name(x.device), *_product(x, weight), *around)
     if config is None:
         return _by_library(x, weight, norm_weight, eps, residual, gated, out)
 
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.numel():
-        needed = config.workspace_elements(rows, n)
+        needed = config.workspace_elements(math.prod(shape[:-1]), weight.shape[0])
         if workspace is None:
-            workspace = torch.empty(needed, dtype=torch.float32, device=x.device)
-        is_scratch = workspace.dtype == torch.float32 and workspace.device == x.device and workspace.is_contiguous()
-        require(is_scratch, "workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {x.device}")
-        require(workspace.numel() >= needed, "workspace", f"{workspace.numel()} elements", f"at least {needed}")
+            workspace = torch.empty(needed, dtype=torch.float32, device=x.device) if needed else None
+        else:
+            check_workspace(workspace, needed, x.device)
         with torch.cuda.device_of(x):
             _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace)
     return out
@@ -433,25 +457,26 @@ def _by_library(
 
 def _launch(
     config: Config, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None,
-    gated: bool, out: Tensor, workspace: Tensor,
+    gated: bool, out: Tensor, workspace: Tensor | None,
 ) -> None:  # fmt: skip
     """One launch, and the sum of the splits if there are several."""
     arch, k, outputs = arch_of(x.device), x.shape[-1], out.shape[-1]
-    rows, y = x.reshape(-1, k), as_rows("out", out)
-    r = y if residual is None else residual.reshape(-1, outputs)
-    count, split = rows.shape[0], config.splits > 1
+    x, residual = collapsed(x), None if residual is None else collapsed(residual)
+    count, split = out.shape[:-1].numel(), config.splits > 1
+    stride_x, stride_o = row_stride_of("x", x), row_stride_of("out", out)
+    stride_r = 0 if residual is None else row_stride_of("residual", residual)
     launch = dependent_launch(arch)
     epilogue = {"SWIGLU": gated, "RESIDUAL": residual is not None, "enable_fp_fusion": True, **launch}
     tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outputs, config.block_n)
     _linear_kernel[(tiles, config.splits)](
-        rows, weight, weight if norm_weight is None else norm_weight, r, y, workspace,
-        rows.stride(0), weight.stride(0), r.stride(0), y.stride(0), count, outputs, config.part(k), eps or 0.0,
+        x, weight, norm_weight, residual, None if split else out, workspace,
+        stride_x, weight.stride(0), stride_r, stride_o, count, outputs, config.part(k), eps or 0.0,
         **_constexprs(arch, config, k, norm_weight is not None, gated, launch["PDL"]), **epilogue,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if split:
         _finish_kernel[(count, triton.cdiv(outputs, FINISH_COLUMNS))](
-            workspace, r, y, r.stride(0), y.stride(0), count, outputs, config.splits,
+            workspace, residual, out, stride_r, stride_o, count, outputs, config.splits,
             BLOCK_N=FINISH_COLUMNS, num_warps=4, **epilogue,
         )  # fmt: skip
 
@@ -513,16 +538,19 @@ def _add_cases(
     types = dict.fromkeys(("x_ptr", "weight_ptr", "norm_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
     types |= {"partial_ptr": "*fp32", **dict.fromkeys(numbers, "i32"), "eps": "fp32"}
     epilogue: dict[str, object] = {"SWIGLU": gated, "RESIDUAL": residual, "PDL": pdl}
-    main = _constexprs(arch, config, k, norm, gated, pdl) | epilogue
+    no_residual: dict[str, object] = {} if residual else {"residual_ptr": None}
+    main = _constexprs(arch, config, k, norm, gated, pdl) | epilogue | no_residual
+    main |= {} if norm else {"norm_ptr": None}
+    main["out_ptr" if split else "partial_ptr"] = None
     parts = [dtype, f"K={k}", f"{config.block_m}x{config.block_n}x{config.block_k}"]
     extras = {"norm": norm, "swiglu": gated, "residual": residual}
     words = [word for word, on in extras.items() if on]
     label = " ".join(parts + [word for word, on in {"swapped": config.swap, "split": split}.items() if on] + words)
     kernels = [(_linear_kernel, f"{label} stages={config.num_stages}", main, config.num_warps, config.num_stages)]
     if split:
-        constexprs = {**epilogue, "BLOCK_N": FINISH_COLUMNS}
+        constexprs = {**epilogue, "BLOCK_N": FINISH_COLUMNS, **no_residual}
         kernels.append((_finish_kernel, " ".join([dtype, "finish", *words[norm:]]), constexprs, 4, 2))
     for kernel, label, constexprs, num_warps, num_stages in kernels:
-        signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
+        signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constexprs}
         divisible = tuple(argument for argument in signature if argument not in ("eps", "M", "splits"))
         cases.setdefault(label, CompileCase("linear", kernel, label, signature, constexprs, divisible, num_warps, num_stages))

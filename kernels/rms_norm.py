@@ -1,6 +1,9 @@
-"""Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467), with an optional residual add in front.
+"""Root-mean-square normalisation (Zhang & Sennrich, arXiv 1910.07467), with an optional residual add in front, and an optional
+gather before both.
 
-    s = x + residual        y = s / sqrt(mean(s^2) + eps) * weight
+    s = (x + residual)[rows]        y = s / sqrt(mean(s^2) + eps) * weight
+
+The gather makes one launch of an embedding and the norm behind it, and of the rows that predict and the norm before the head.
 
 One program a row: the row is read once, kept in registers, and written once. The sum of squares is float32. The rounding
 points are those of the LLaDA and Dream modules: s, the normalised row and the product with the weight are each rounded to
@@ -8,17 +11,23 @@ the tensors' dtype.
 
 | pointer          | shape       | strides        | written |
 |------------------|-------------|----------------|---------|
-| x_ptr            | [rows, E]   | (stride_x, 1)  |         |
-| residual_ptr     | [rows, E]   | (stride_r, 1)  |         |
+| x_ptr            | [N, E]      | (stride_x, 1)  |         |
+| residual_ptr     | [N, E]      | (stride_r, 1)  |         |
+| rows_ptr         | [R] int64   | contiguous     |         |
 | weight_ptr       | [E]         | (1,)           |         |
-| out_ptr          | [rows, E]   | (stride_o, 1)  | y       |
-| residual_out_ptr | [rows, E]   | (stride_ro, 1) | s       |
+| out_ptr          | [R, E]      | (stride_o, 1)  | y       |
+| residual_out_ptr | [R, E]      | (stride_ro, 1) | s       |
+
+Without ``rows_ptr`` (None) R is N.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arch import Arch, arch_of
-from ._check import as_rows, check_floats, check_shape, require
+from ._check import check_floats, check_shape, collapsed, once, require, row_stride, row_stride_of
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
@@ -38,6 +47,7 @@ MAX_WIDTH = 32_768
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
+    rows_ptr,
     weight_ptr,
     out_ptr,
     residual_out_ptr,
@@ -58,12 +68,16 @@ def _rms_norm_kernel(
     wait_for_predecessor(PDL)
 
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_E]
-    x = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_E]
+    source, loaded = row, mask
+    if rows_ptr is not None:
+        source = tl.load(rows_ptr + row)
+        loaded = mask & (source >= 0)
+    x = tl.load(x_ptr + source * stride_x + column, mask=loaded, other=0.0).to(tl.float32)  # [BLOCK_E]
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * stride_r + column, mask=mask, other=0.0).to(tl.float32)
-        total = (x + residual).to(dtype)
-        tl.store(residual_out_ptr + row * stride_ro + column, total, mask=mask)
-        x = total.to(tl.float32)
+        residual = tl.load(residual_ptr + source * stride_r + column, mask=loaded, other=0.0).to(tl.float32)
+        x = (x + residual).to(dtype).to(tl.float32)
+    if HAS_RESIDUAL or rows_ptr is not None:
+        tl.store(residual_out_ptr + row * stride_ro + column, x.to(dtype), mask=mask)
 
     # Compilers that pass Python floats as float64 would drag everything after into float64.
     inverse_rms = tl.rsqrt(tl.sum(x * x, axis=0) / E + tl.cast(eps, tl.float32))
@@ -88,8 +102,50 @@ def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
 
 
 def launches(arch: Arch, width: int) -> int:
-    """Launches of a call, a residual included."""
+    """Launches of a call, a residual and a gather included."""
     return 1
+
+
+class _Layout(NamedTuple):
+    """What a launch needs of its tensors' layouts; a stride is None where rows must be copied first."""
+
+    shape: tuple[int, ...]
+    rows: int
+    stride_x: int | None
+    stride_r: int | None
+    stride_o: int
+    stride_ro: int
+
+
+@once
+def _layout(
+    x: Tensor, weight: Tensor, residual: Tensor | None, rows: Tensor | None, out: Tensor | None, residual_out: Tensor | None
+) -> _Layout:
+    """Checks the arguments of :func:`rms_norm`."""
+    check_floats(x=x, weight=weight, residual=residual, out=out, residual_out=residual_out)
+    width, shape = x.shape[-1], tuple(x.shape)
+    require(0 < width <= MAX_WIDTH, "x", f"a last dimension of {width}", f"1 to {MAX_WIDTH}")
+    check_shape("weight", weight, width)
+    check_shape("residual", residual, *shape)
+    if rows is not None:
+        is_list = rows.dtype == torch.int64 and rows.device == x.device and rows.is_contiguous()
+        require(is_list, "rows", f"{rows.dtype} of strides {rows.stride()} on {rows.device}", f"contiguous int64 on {x.device}")
+        shape = (*rows.shape, width)
+    check_shape("out", out, *shape)
+    check_shape("residual_out", residual_out, *shape)
+    added = residual is not None or rows is not None
+    require(residual_out is None or added, "residual_out", "a tensor", "a residual to add, or rows to gather")
+    if not (x.numel() and math.prod(shape)):
+        require(x.numel() > 0 or math.prod(shape) == 0, "x", f"shape {list(x.shape)}", "a row to gather")
+        return _Layout(shape, 0, 0, 0, 0, 0)
+    return _Layout(
+        shape,
+        math.prod(shape[:-1]),
+        row_stride(x),
+        0 if residual is None else row_stride(residual),
+        width if out is None else row_stride_of("out", out),
+        width if residual_out is None else row_stride_of("residual_out", residual_out),
+    )
 
 
 def rms_norm(
@@ -98,52 +154,52 @@ def rms_norm(
     eps: float,
     *,
     residual: Tensor | None = None,
+    rows: Tensor | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
+    """``s / sqrt(mean(s^2) + eps) * weight`` over the last dimension, with ``s = (x + residual)[rows]``.
 
     Args:
         x: ``[..., E]``.
         weight: ``[E]``, dtype of ``x``.
         eps: added to the mean square.
         residual: ``[..., E]``, added to ``x`` first.
-        out: receives the result, ``[..., E]``.
-        residual_out: receives ``x + residual``, ``[..., E]``; may be ``residual`` itself.
+        rows: int64 of any shape ``[...']``, indices into the rows of ``x``, as if it were ``[N, E]``; a negative one gives a row
+            of zeros. They are not checked against N, which a GPU would have to be waited for. All rows in order if not given.
+        out: receives the result, ``[..., E]`` (``[...', E]``).
+        residual_out: receives s, of the same shape; without ``rows`` it may be ``residual`` itself.
 
     Returns:
-        ``y [..., E]``; with ``residual`` the pair ``(y, x + residual)``.
-    """
-    check_floats(x=x, weight=weight, residual=residual, out=out, residual_out=residual_out)
-    width = x.shape[-1]
-    require(width <= MAX_WIDTH, "x", f"a last dimension of {width}", f"at most {MAX_WIDTH}")
-    check_shape("weight", weight, width)
-    for name, tensor in (("residual", residual), ("out", out), ("residual_out", residual_out)):
-        check_shape(name, tensor, *x.shape)
-    require(residual_out is None or residual is not None, "residual_out", "a tensor", "a residual to add")
+        ``y``; with ``residual`` or ``rows`` the pair ``(y, s)``.
 
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    y, rows = as_rows("out", out), x.reshape(-1, width)
-    r = total = rows  # not touched without a residual
-    if residual is not None:
-        residual_out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if residual_out is None else residual_out
-        r, total = residual.reshape(-1, width), as_rows("residual_out", residual_out)
-    if x.numel():
+    Raises:
+        ValueError: an argument's dtype, shape, strides or device.
+    """
+    layout = _layout(x, weight, residual, rows, out, residual_out)
+    out = torch.empty(layout.shape, dtype=x.dtype, device=x.device) if out is None else out
+    if residual_out is None and (residual is not None or rows is not None):
+        residual_out = torch.empty(layout.shape, dtype=x.dtype, device=x.device)
+    if layout.rows:
+        if layout.stride_x is None or layout.stride_r is None:
+            x, residual = collapsed(x), None if residual is None else collapsed(residual)
+            layout = _layout(x, weight, residual, rows, out, residual_out)
         arch = arch_of(x.device)
-        config = select_config(arch, width, gpu_name(x.device))
+        config = select_config(arch, layout.shape[-1], gpu_name(x.device))
         with torch.cuda.device_of(x):
-            _rms_norm_kernel[(rows.shape[0],)](
+            _rms_norm_kernel[(layout.rows,)](
+                x,
+                x if residual is None else residual,  # not touched
                 rows,
-                r,
                 weight,
-                y,
-                total,
-                rows.stride(0),
-                r.stride(0),
-                y.stride(0),
-                total.stride(0),
+                out,
+                out if residual_out is None else residual_out,  # not touched
+                layout.stride_x,
+                layout.stride_r,
+                layout.stride_o,
+                layout.stride_ro,
                 eps,
-                E=width,
+                E=layout.shape[-1],
                 HAS_RESIDUAL=residual is not None,
                 BLOCK_E=config.block_e,
                 num_warps=config.num_warps,
@@ -154,24 +210,28 @@ def rms_norm(
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The widths of Dream and LLaDA, with and without a residual."""
+    """The widths of Dream and LLaDA, with and without a residual; gathers of embeddings, and of sums."""
     pointers = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "residual_out_ptr")
     strides = ("stride_x", "stride_r", "stride_o", "stride_ro")
-    return [
-        CompileCase(
-            op="rms_norm",
-            kernel=_rms_norm_kernel,
-            config=f"bf16 E={width}{' residual' if residual else ''}",
-            signature={**dict.fromkeys(pointers, "*bf16"), **dict.fromkeys(strides, "i32"), "eps": "fp32"},
-            constexprs={
-                "E": width,
-                "HAS_RESIDUAL": residual,
-                "BLOCK_E": select_config(arch, width).block_e,
-                "PDL": has_dependent_launch(arch),
-            },
-            divisible=pointers + strides,
-            num_warps=select_config(arch, width).num_warps,
+    cases = []
+    for width, residual, gather in itertools.product((3584, 4096), (False, True), (False, True)):
+        config = select_config(arch, width)
+        gathered = {"rows_ptr": "*i64"} if gather else {}
+        cases.append(
+            CompileCase(
+                op="rms_norm",
+                kernel=_rms_norm_kernel,
+                config=f"bf16 E={width}{' residual' if residual else ''}{' rows' if gather else ''}",
+                signature={**dict.fromkeys(pointers, "*bf16"), **gathered, **dict.fromkeys(strides, "i32"), "eps": "fp32"},
+                constexprs={
+                    "E": width,
+                    "HAS_RESIDUAL": residual,
+                    "BLOCK_E": config.block_e,
+                    "PDL": has_dependent_launch(arch),
+                    **({} if gather else {"rows_ptr": None}),
+                },
+                divisible=(*pointers, *gathered, *strides),
+                num_warps=config.num_warps,
+            )
         )
-        for width in (3584, 4096)
-        for residual in (False, True)
-    ]
+    return cases

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,7 +34,7 @@ from torch import Tensor
 
 from ..types import RopeRounding
 from ._arch import Arch, arch_of
-from ._check import check_floats, check_shape, check_slots, require
+from ._check import check_floats, check_shape, check_slots, once, require
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
@@ -74,7 +75,11 @@ def _rotate(first, second, cos, sin, dtype: tl.constexpr, DREAM: tl.constexpr):
         return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
-@triton.jit
+#: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
+SLICED = ["window_start_ptr", "kv_start_ptr"]
+
+
+@triton.jit(do_not_specialize=["W", "L"], do_not_specialize_on_alignment=SLICED)
 def _rope_kv_write_kernel(
     qkv_ptr,
     bias_ptr,
@@ -194,6 +199,42 @@ def launches(arch: Arch, kv_heads: int, dim: int) -> int:
     return 1
 
 
+class _Layout(NamedTuple):
+    """What a launch needs of its tensors' layouts: the shape of q, the caches' heads and slots, the strides in kernel order."""
+
+    shape: tuple[int, int, int, int]
+    kv_heads: int
+    slots: int
+    strides: tuple[int, ...]
+
+
+@once
+def _layout(
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, window_start: Tensor, kv_start: Tensor, bias: Tensor | None, rounding: str,
+    out: Tensor | None,
+) -> _Layout:  # fmt: skip
+    """Checks the arguments of :func:`rope_kv_write`."""
+    check_floats(qkv=qkv, k_cache=k_cache, v_cache=v_cache, bias=bias, out=out)
+    require(qkv.ndim == 3, "qkv", f"shape {list(qkv.shape)}", "three dimensions, [B, W, (Hq + 2 Hkv) D]")
+    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
+    batch, window, columns = qkv.shape
+    kv_heads, slots, dim = k_cache.shape[1:]
+    require(dim % 2 == 0 and dim > 0, "k_cache", f"a head dimension of {dim}", "an even one")
+    q_heads = columns // dim - 2 * kv_heads
+    require(columns % dim == 0 and q_heads > 0, "qkv", f"{columns} columns", f"(Hq + 2 * {kv_heads}) * {dim} of them")
+    require(q_heads % kv_heads == 0, "qkv", f"{q_heads} q heads", f"a multiple of the {kv_heads} heads of k_cache")
+    check_shape("k_cache", k_cache, batch, kv_heads, slots, dim)
+    check_shape("v_cache", v_cache, batch, kv_heads, slots, dim)
+    check_shape("bias", bias, columns)
+    check_shape("out", out, batch, window, q_heads, dim)
+    check_slots(batch, qkv.device, window_start=window_start, kv_start=kv_start)
+    require(rounding in ("llada", "dream"), "rounding", repr(rounding), "'llada' or 'dream'")
+
+    strides_q = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
+    strides = (*qkv.stride()[:2], *strides_q, *k_cache.stride()[:3], *v_cache.stride()[:3])
+    return _Layout((batch, window, q_heads, dim), kv_heads, slots, strides)
+
+
 def rope_kv_write(
     qkv: Tensor,
     k_cache: Tensor,
@@ -227,28 +268,14 @@ def rope_kv_write(
     Returns:
         Rotated ``q [B, W, Hq, D]``.
     """
-    check_floats(qkv=qkv, k_cache=k_cache, v_cache=v_cache, bias=bias, out=out)
-    require(qkv.ndim == 3, "qkv", f"shape {list(qkv.shape)}", "three dimensions, [B, W, (Hq + 2 Hkv) D]")
-    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
-    batch, window, columns = qkv.shape
-    kv_heads, slots, dim = k_cache.shape[1:]
-    require(dim % 2 == 0 and dim > 0, "k_cache", f"a head dimension of {dim}", "an even one")
-    q_heads = columns // dim - 2 * kv_heads
-    require(columns % dim == 0 and q_heads > 0, "qkv", f"{columns} columns", f"(Hq + 2 * {kv_heads}) * {dim} of them")
-    require(q_heads % kv_heads == 0, "qkv", f"{q_heads} q heads", f"a multiple of the {kv_heads} heads of k_cache")
-    check_shape("k_cache", k_cache, batch, kv_heads, slots, dim)
-    check_shape("v_cache", v_cache, batch, kv_heads, slots, dim)
-    check_shape("bias", bias, columns)
-    check_shape("out", out, batch, window, q_heads, dim)
-    check_slots(batch, qkv.device, window_start=window_start, kv_start=kv_start)
-    require(rounding in ("llada", "dream"), "rounding", repr(rounding), "'llada' or 'dream'")
-
-    out = torch.empty((batch, window, q_heads, dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
-    if out.numel():
+    layout = _layout(qkv, k_cache, v_cache, window_start, kv_start, bias, rounding, out)
+    out = torch.empty(layout.shape, dtype=qkv.dtype, device=qkv.device) if out is None else out
+    batch, window, q_heads, dim = layout.shape
+    if batch and window:
         arch = arch_of(qkv.device)
-        config = select_config(arch, kv_heads, dim, gpu_name(qkv.device))
+        config = select_config(arch, layout.kv_heads, dim, gpu_name(qkv.device))
         with torch.cuda.device_of(qkv):
-            _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, kv_heads))](
+            _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, layout.kv_heads))](
                 qkv,
                 qkv if bias is None else bias,
                 rotary_frequencies(theta, dim, qkv.device),
@@ -257,14 +284,11 @@ def rope_kv_write(
                 out,
                 k_cache,
                 v_cache,
-                *qkv.stride()[:2],
-                *out.stride()[:3],
-                *k_cache.stride()[:3],
-                *v_cache.stride()[:3],
+                *layout.strides,
                 window,
-                slots,
+                layout.slots,
                 HQ=q_heads,
-                HKV=kv_heads,
+                HKV=layout.kv_heads,
                 D=dim,
                 HAS_BIAS=bias is not None,
                 DREAM=rounding == "dream",
@@ -280,7 +304,6 @@ def rope_kv_write(
 def compile_cases(arch: Arch) -> list[CompileCase]:
     """LLaDA's heads with its rounding, Dream's with bias and its own, in both 16-bit dtypes since roundings are at stake."""
     pointers = ("qkv_ptr", "bias_ptr", "q_ptr", "k_ptr", "v_ptr")
-    slots = ("window_start_ptr", "kv_start_ptr")
     strides = tuple(f"stride_{name}" for name in ("xb", "xw", "qb", "qw", "qh", "kb", "kh", "kl", "vb", "vh", "vl"))
     cases = []
     for model, dtype, q_heads, kv_heads in (("llada", "bf16", 32, 32), ("dream", "bf16", 28, 4), ("dream", "fp16", 28, 4)):
@@ -293,7 +316,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                 signature={
                     **dict.fromkeys(pointers, f"*{dtype}"),
                     "frequency_ptr": "*fp32",
-                    **dict.fromkeys(slots, "*i32"),
+                    **dict.fromkeys(SLICED, "*i32"),
                     **dict.fromkeys((*strides, "W", "L"), "i32"),
                 },
                 constexprs={
@@ -306,7 +329,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                     "BLOCK_HALF": 64,
                     "PDL": has_dependent_launch(arch),
                 },
-                divisible=(*pointers, "frequency_ptr", *slots, *strides),
+                divisible=(*pointers, "frequency_ptr", *strides),
                 num_warps=config.num_warps,
                 fp_fusion=_fuses(model),
             )

@@ -13,6 +13,7 @@ silu(gate) is rounded to the tensors' dtype before the product.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._arch import Arch, arch_of
-from ._check import as_rows, check_floats, check_shape, require
+from ._check import check_floats, check_shape, once, require, row_stride, row_stride_of
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
@@ -75,29 +76,38 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Returns:
         ``[..., F]``.
     """
-    check_floats(gate_up=gate_up, out=out)
-    require(gate_up.shape[-1] % 2 == 0, "gate_up", f"a last dimension of {gate_up.shape[-1]}", "an even one")
-    width = gate_up.shape[-1] // 2
-    shape = (*gate_up.shape[:-1], width)
-    check_shape("out", out, *shape)
+    shape, stride_g, stride_o = _layout(gate_up, out)
     out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     if out.numel():
-        rows, y = gate_up.reshape(-1, 2 * width), as_rows("out", out)
+        if stride_g is None:
+            gate_up, stride_g = gate_up.contiguous(), 2 * shape[-1]
         arch = arch_of(gate_up.device)
-        config = select_config(arch, width, gpu_name(gate_up.device))
+        config = select_config(arch, shape[-1], gpu_name(gate_up.device))
         with torch.cuda.device_of(gate_up):
-            _swiglu_kernel[(rows.shape[0], triton.cdiv(width, config.block_f))](
-                rows,
-                y,
-                rows.stride(0),
-                y.stride(0),
-                width,
+            _swiglu_kernel[(math.prod(shape[:-1]), triton.cdiv(shape[-1], config.block_f))](
+                gate_up,
+                out,
+                stride_g,
+                stride_o,
+                shape[-1],
                 BLOCK_F=config.block_f,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
                 **dependent_launch(arch),
             )
     return out
+
+
+@once
+def _layout(gate_up: Tensor, out: Tensor | None) -> tuple[tuple[int, ...], int | None, int]:
+    """Checks the arguments; the result's shape, and how far rows are apart, None where ``gate_up`` must be copied first."""
+    check_floats(gate_up=gate_up, out=out)
+    require(gate_up.shape[-1] % 2 == 0, "gate_up", f"a last dimension of {gate_up.shape[-1]}", "an even one")
+    shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    check_shape("out", out, *shape)
+    if not math.prod(shape):
+        return shape, 0, 0
+    return shape, row_stride(gate_up), shape[-1] if out is None else row_stride_of("out", out)
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:

@@ -2,7 +2,8 @@
 
 The states and their merge are those of ``_statistics``. A program takes a row, or a chunk of it where rows are few; each of
 its lanes sums up ``WIDTH`` neighbouring tokens a step, the lanes merge at the end, and the chunks in a second, small kernel.
-Work per token is what limits this pass beside memory: inside a lane's tokens the maximum is found first, so that a token
+Tiles are in flight ahead of the one that is summed up, since a program waits for nothing else. Work per token is what limits
+this pass beside memory: inside a lane's tokens the maximum is found first, so that a token
 costs one exponential and the running sums are rescaled once a step.
 
 Sampling is Gumbel-max in the same pass: ``argmax(logits + temperature * noise)`` follows softmax(logits / temperature). The
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ..types import TokenStatistics
 from ._arch import Arch, arch_of
-from ._check import check_device
+from ._check import check_device, once
 from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
@@ -48,6 +50,7 @@ from ._tuned import gpu_name, nearest
 
 # Pointers                shape                  dtype             owned by
 # logits_ptr              [R, V]                 fp32/fp16/bf16    caller, read; any strides
+# rows_ptr                [R] or None            int64             caller, read; negative asks for nothing
 # forbidden_ptr           [F]                    int64             launcher, read
 # seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
 # position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
@@ -60,6 +63,7 @@ from ._tuned import gpu_name, nearest
 @triton.jit
 def _token_statistics_kernel(
     logits_ptr,
+    rows_ptr,
     forbidden_ptr,
     seed_ptr,
     position_ptr,
@@ -86,11 +90,16 @@ def _token_statistics_kernel(
     SPLIT: tl.constexpr,
     LANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     begin = part * chunk
     end = tl.minimum(begin + chunk, vocabulary)
+    asked = row >= 0
+    if rows_ptr is not None:
+        asked = tl.load(rows_ptr + row) >= 0
+        end = tl.where(asked, end, begin)
     logits_ptr += row * stride_row
     temperature = tl.full((), temperature, tl.float32)  # whatever type the caller gave the number
     if SAMPLE:
@@ -111,13 +120,11 @@ def _token_statistics_kernel(
     u = tl.zeros((LANES,), tl.float32)
     i = tl.full((LANES,), NO_ID, tl.int32)
 
-    for start in range(begin, end, TILE):
+    # A chunk is whole tiles, so only the end of the vocabulary needs a mask.
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
         ids = start + o
         p = logits_ptr + tl.cast(start, tl.int64) * stride_token + o * stride_token
-        if start + TILE <= end:  # noqa: SIM108 (a branch, so that only a chunk's last step pays for masks)
-            x = tl.load(p).to(tl.float32)
-        else:
-            x = tl.load(p, mask=ids < end, other=float("-inf")).to(tl.float32)
+        x = tl.load(p, mask=ids < vocabulary, other=float("-inf")).to(tl.float32)
         x = forbid(x, ids, start, start + TILE, forbidden_ptr, FORBIDDEN)  # [LANES, WIDTH]
 
         m_x, t_x, r_x, u_x, first = tile_distribution(x, ids)
@@ -142,9 +149,7 @@ def _token_statistics_kernel(
         offset = row * tl.num_programs(1) + part
         store_partial(partial_ptr, partial_id_ptr, offset, stride_field, None, m, t, r, u, g, i, c)
     else:
-        store_statistics(
-            token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr, row, row >= 0, m, t, r, u, i, c, SAMPLE
-        )
+        store_statistics(token_ptr, logit_ptr, second_ptr, lse_ptr, rest_ptr, entropy_ptr, row, asked, m, t, r, u, i, c, SAMPLE)
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ class TokenStatisticsConfig:
         chunk: tokens of a program, a multiple of ``lanes * width``.
         splits: programs a row.
         num_warps: warps of a program.
+        num_stages: tiles in flight, and the one at work.
     """
 
     lanes: int
@@ -164,25 +170,30 @@ class TokenStatisticsConfig:
     chunk: int
     splits: int
     num_warps: int = 4
+    num_stages: int = 4
 
 
 def token_statistics_config(
-    arch: Arch, rows: int, vocabulary: int, element_size: int, gpu: str | None = None
+    arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None
 ) -> TokenStatisticsConfig:
-    """Splits rows until there are about four programs an SM, in chunks of at least four steps."""
-    found = nearest(gpu, "token_statistics", {"rows": rows}, vocabulary=vocabulary, element_size=element_size) or {}
-    num_warps = found.get("num_warps", 4)
+    """Splits rows until there are about four programs an SM, in chunks of at least four steps.
+
+    On NVIDIA each has three tiles of 4 KB in flight: 48 KB an SM, where some 30 KB keep the memory of an H200 busy.
+    """
+    shape = {"vocabulary": vocabulary, "element_size": element_size, "sample": sample}
+    found = nearest(gpu, "token_statistics", {"rows": rows}, **shape) or {}
+    num_warps, num_stages = found.get("num_warps", 4), found.get("num_stages", 1 if arch.backend == "hip" else 4)
     lanes, width = 2 * num_warps * arch.warp_size, 16 // element_size
     tile = lanes * width
     wanted = found.get("splits") or triton.cdiv(4 * arch.sms, rows)
     splits = max(1, min(wanted, vocabulary // (4 * tile)))
     chunk = triton.cdiv(triton.cdiv(vocabulary, splits), tile) * tile
-    return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps)
+    return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps, num_stages)
 
 
-def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, gpu: str | None = None) -> int:
+def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None) -> int:
     """Launches of a call with keys on the device: the kernel, and the merge where rows are split."""
-    return 1 if token_statistics_config(arch, rows, vocabulary, element_size, gpu).splits == 1 else 2
+    return 1 if token_statistics_config(arch, rows, vocabulary, element_size, sample, gpu).splits == 1 else 2
 
 
 def token_statistics(
@@ -194,41 +205,39 @@ def token_statistics(
     step: int | Tensor = 0,
     forbidden: Tensor | Sequence[int] | None = None,
     out: TokenStatistics | None = None,
+    rows: Tensor | None = None,
 ) -> TokenStatistics:
     """Statistics of each row of logits: :func:`fastdllm_triton.reference.token_statistics`, which states the contract.
 
     Args:
         logits: ``[R, V]`` float32, float16 or bfloat16, any strides.
         temperature, seed, position, step, forbidden, out: as there.
+        rows: ``[R]`` int64 on the device: a row with a negative entry asks for nothing, its logits are not read and its
+            statistics are those of a row that was not asked for.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
     """
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be [R, V], got shape {list(logits.shape)}")
-    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
-    (rows, vocabulary), device = logits.shape, logits.device
-    if not 0 < vocabulary <= 2**30:
-        raise ValueError(f"logits must have 1 to 2^30 tokens, got {vocabulary}")
-    check_device("logits", logits)
+    _check(logits, rows)
+    (count, vocabulary), device = logits.shape, logits.device
     check_sampling(temperature, seed)
     ids = forbidden_ids(forbidden, vocabulary, device)
-    out = output_of(out, rows, device)
-    if rows == 0:
+    out = output_of(out, count, device)
+    if count == 0:
         return out
     sample = temperature > 0
-    seeds, positions, steps = noise_keys(seed if sample else None, position, step, rows, device)
+    seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
 
-    config = token_statistics_config(arch_of(device), rows, vocabulary, logits.element_size(), gpu_name(device))
+    config = token_statistics_config(arch_of(device), count, vocabulary, logits.element_size(), sample, gpu_name(device))
     split = config.splits > 1
     partial, partial_id = None, None
     if split:
-        partial = torch.empty(PARTIAL_FIELDS, rows, config.splits, device=device)
-        partial_id = torch.empty(rows, config.splits, dtype=torch.int32, device=device)
+        partial = torch.empty(PARTIAL_FIELDS, count, config.splits, device=device)
+        partial_id = torch.empty(count, config.splits, dtype=torch.int32, device=device)
     with torch.cuda.device_of(logits):
-        _token_statistics_kernel[(rows, config.splits)](
+        _token_statistics_kernel[(count, config.splits)](
             logits,
+            rows,
             ids,
             seeds,
             positions,
@@ -242,18 +251,37 @@ def token_statistics(
             0 if seeds is None else seeds.stride(0),
             0 if positions is None else positions.stride(0),
             0 if steps is None else steps.stride(0),
-            rows * config.splits,
+            count * config.splits,
             float(temperature),
             FORBIDDEN=0 if ids is None else len(ids),
             SAMPLE=sample,
             SPLIT=split,
             LANES=config.lanes,
             WIDTH=config.width,
+            STAGES=config.num_stages,
             num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
         if partial is not None and partial_id is not None:
-            launch_merge(partial, partial_id, None, out, sample)
+            launch_merge(partial, partial_id, rows, out, sample)
     return out
+
+
+@once
+def _check(logits: Tensor, rows: Tensor | None) -> None:
+    """Checks the layouts of :func:`token_statistics`."""
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [R, V], got shape {list(logits.shape)}")
+    if logits.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"logits must be float32, float16 or bfloat16, got {logits.dtype}")
+    if not 0 < logits.shape[1] <= 2**30:
+        raise ValueError(f"logits must have 1 to 2^30 tokens, got {logits.shape[1]}")
+    check_device("logits", logits)
+    if rows is not None:
+        wanted = rows.shape == logits.shape[:1] and rows.dtype == torch.int64 and rows.device == logits.device
+        if not (wanted and rows.is_contiguous()):
+            given = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+            raise ValueError(f"rows must be contiguous int64 [{logits.shape[0]}] on {logits.device}, got {given}")
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:
@@ -266,9 +294,9 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for vocabulary in (126_464, 152_064):
             for rows in (1, 16, 32, 64, 128, 512, 1024):
-                config = token_statistics_config(arch, rows, vocabulary, size)
-                split = config.splits > 1
                 for sample in (False, True):
+                    config = token_statistics_config(arch, rows, vocabulary, size, sample)
+                    split = config.splits > 1
                     label = f"{dtype}{' split' if split else ''}{' sample' if sample else ''}"
                     signature = {
                         "logits_ptr": f"*{dtype}",
@@ -280,8 +308,9 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                     signature |= {"stride_position": "i32", "stride_seed": "i32", "stride_step": "i32", "temperature": "fp32"}
                     absent = [] if sample else ["seed_ptr", "position_ptr", "step_ptr"]
                     absent += [] if split else partials
-                    constexprs = dict.fromkeys(absent) | {"stride_token": 1, "FORBIDDEN": 1, "SAMPLE": sample, "SPLIT": split}
-                    constexprs |= {"LANES": config.lanes, "WIDTH": config.width}
+                    constexprs: dict[str, Any] = dict.fromkeys(["rows_ptr", *absent])
+                    constexprs |= {"stride_token": 1, "FORBIDDEN": 1, "SAMPLE": sample, "SPLIT": split}
+                    constexprs |= {"LANES": config.lanes, "WIDTH": config.width, "STAGES": config.num_stages}
                     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
                     pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
                     cases[label] = CompileCase(
@@ -292,6 +321,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                         constexprs=constexprs,
                         divisible=pointers + numbers[:3],
                         num_warps=config.num_warps,
+                        num_stages=config.num_stages,
                     )
     for block in (16, 512):
         for sample in (False, True):

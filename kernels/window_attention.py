@@ -32,22 +32,31 @@ from __future__ import annotations
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from ._arch import Arch, arch_of
-from ._check import check_floats, check_shape, check_slots, require
+from ._check import check_floats, check_shape, check_slots, check_workspace, once, require
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, nearest
 
-#: A chunk of keys this long still costs more to read than its partial result to write and merge.
-MIN_CHUNK = 256
+#: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
+SLICED = ["start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr"]
+#: Keys of a chunk at least.
+MIN_CHUNK = 128
+#: What the number of chunks is chosen by, estimates in microseconds: a tile of keys that a program waits for, the launch of a
+#: merge, and a megabyte of partial sums on its way to the L2 cache and back.
+TILE_US, MERGE_US, PARTIAL_US = 0.8, 2.5, 0.4
 
 
 @triton.jit
@@ -100,7 +109,7 @@ def _attend(
     return new_peak, total, acc
 
 
-@triton.jit(do_not_specialize=["W", "L", "chunk"])
+@triton.jit(do_not_specialize=["W", "L", "chunk"], do_not_specialize_on_alignment=SLICED)
 def _window_attention_kernel(
     q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, skip_start_ptr, skip_end_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     stride_qb, stride_qw, stride_qh, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
@@ -186,8 +195,8 @@ def _window_attention_kernel(
 @triton.jit(do_not_specialize=["W", "splits"])
 def _merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_ow, stride_oh, W, splits,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RETURN_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-    PDL: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RETURN_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_predecessor(PDL)
     pair = tl.program_id(1).to(tl.int64)
@@ -199,20 +208,25 @@ def _merge_kernel(
     at = pair * M + row  # of the first split
     step = tl.num_programs(1).to(tl.int64) * M
 
+    # All chunks at once, up to BLOCK_S of them, so that nothing waits for more than two loads.
+    o = tl.arange(0, BLOCK_S).to(tl.int64)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in range(splits):
-        top = tl.maximum(top, tl.load(partial_lse_ptr + split * step + at, mask=row < M, other=float("-inf")))
-    pivot = tl.where(top == float("-inf"), 0.0, top)
-
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(splits):
-        lse = tl.load(partial_lse_ptr + split * step + at, mask=row < M, other=float("-inf"))
-        weight = tl.exp2(lse - pivot)  # [BLOCK_M], 0 for an empty chunk
-        mask = (lse > float("-inf"))[:, None] & (d < D)[None, :]
-        y = tl.load(partial_ptr + (split * step + at)[:, None] * D + d[None, :], mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-        total += weight
-        acc += weight[:, None] * y
+    for first in range(0, splits, BLOCK_S):
+        lies = (first + o) * step  # [BLOCK_S]
+        present = (first + o < splits)[:, None] & (row < M)[None, :]
+        lse = tl.load(partial_lse_ptr + lies[:, None] + at[None, :], mask=present, other=float("-inf"))  # [BLOCK_S, BLOCK_M]
+        new_top = tl.maximum(top, tl.max(lse, axis=0))
+        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - pivot[None, :])  # 0 for an empty chunk
+        fade = tl.exp2(top - pivot)
+        mask = (lse > float("-inf"))[:, :, None] & (d < D)[None, None, :]
+        y_ptr = partial_ptr + (lies[:, None] + at[None, :])[:, :, None] * D + d[None, None, :]
+        y = tl.load(y_ptr, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_M, BLOCK_D]
+        total = total * fade + tl.sum(weight, axis=0)
+        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * y, axis=0)
+        top = new_top
 
     total = tl.where(total == 0, 1.0, total)
     out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
@@ -241,6 +255,11 @@ class Config:
     splits: int
     chunk: int
 
+    def split(self, slots: int, splits: int) -> Config:
+        """The same with the keys cut into that many chunks of whole tiles, or fewer where chunks would be too short."""
+        chunk = max(triton.cdiv(triton.cdiv(slots, splits), self.block_n) * self.block_n, MIN_CHUNK)
+        return replace(self, splits=max(triton.cdiv(slots, chunk), 1), chunk=chunk)
+
     def workspace_elements(self, batch: int, window: int, q_heads: int, dim: int) -> int:
         """float32 elements of scratch: nothing for one chunk."""
         return 0 if self.splits == 1 else self.splits * batch * window * q_heads * (dim + 1)
@@ -263,7 +282,6 @@ def shared_bytes(arch: Arch, config: Config, dim: int, itemsize: int) -> int:
 @cache
 def select_config(
     arch: Arch,
-    sms: int,
     batch: int,
     window: int,
     q_heads: int,
@@ -273,11 +291,11 @@ def select_config(
     itemsize: int,
     gpu: str | None = None,
 ) -> Config:
-    """Tiles by the number of rows, chunks by the number of programs.
+    """Tiles by the number of rows, chunks by what they save and cost.
 
     The tiles are those that compile without spills: mma.sync has less room for 64 and 128 rows than wgmma and tcgen05. Two
-    resident programs an SM hide each other's latency in small tiles. Splitting stops when the SMs are full: every chunk more
-    is another partial result to write and to merge. So the chunks depend on the batch, and with them the last bits.
+    resident programs an SM hide each other's latency in small tiles. Chunks shorten the chain of tiles until the SMs are full;
+    each is another partial result to write and to merge. So the chunks depend on the batch, and with them the last bits.
     """
     rows = window * (q_heads // kv_heads)
     if itemsize == 4:
@@ -300,15 +318,22 @@ def select_config(
         block_m, block_n, swap = found["block_m"], found["block_n"], found["swap"]
         num_warps, num_stages = found["num_warps"], found["num_stages"]
     programs = batch * kv_heads * triton.cdiv(rows, block_m)
-    wanted = (1 if block_m == 128 else 2) * sms // programs
-    splits = found["splits"] if found else max(min(wanted, triton.cdiv(slots, MIN_CHUNK)), 1)
-    chunk = max(triton.cdiv(triton.cdiv(slots, splits), 128) * 128, MIN_CHUNK)
-    return Config(block_m, block_n, num_warps, num_stages, swap, triton.cdiv(slots, chunk), chunk)
+    config = Config(block_m, block_n, num_warps, num_stages, swap, 1, slots)
+    if found:
+        return config.split(slots, found["splits"])
+    resident = (1 if block_m == 128 else 2) * arch.sms
+
+    def microseconds(config: Config) -> float:
+        tiles = triton.cdiv(config.chunk, block_n) * max(programs * config.splits / resident, 1)
+        partial = 4e-6 * config.workspace_elements(batch, window, q_heads, dim)
+        return TILE_US * tiles + (MERGE_US + PARTIAL_US * partial if config.splits > 1 else 0)
+
+    most = max(min(resident // max(programs, 1), triton.cdiv(slots, MIN_CHUNK)), 1)
+    return min((config.split(slots, splits) for splits in range(1, most + 1)), key=microseconds)
 
 
 def launches(
     arch: Arch,
-    sms: int,
     batch: int,
     window: int,
     q_heads: int,
@@ -319,23 +344,57 @@ def launches(
     gpu: str | None = None,
 ) -> int:
     """Launches of a call: the kernel, and the merge where the keys are split."""
-    config = select_config(arch, sms, batch, window, q_heads, kv_heads, dim, slots, itemsize, gpu)
+    config = select_config(arch, batch, window, q_heads, kv_heads, dim, slots, itemsize, gpu)
     return 1 if config.splits == 1 else 2
 
 
-#: Rows of a program of the merge kernel.
-MERGE_ROWS = 8
-
-
-@cache
-def sms_of(device: torch.device) -> int:
-    """SMs of a device; of the interpreter, those of the architecture it stands for."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else arch_of(device).sms
+#: Rows of a program of the merge kernel, and chunks that it holds at a time.
+MERGE_ROWS, MERGE_SPLITS = 4, 16
 
 
 def _precision(arch: Arch) -> str:
     """How float32 operands are multiplied so that the product is one of float32; 16-bit operands are not affected."""
     return "tf32x3" if arch.backend == "cuda" else "ieee"
+
+
+class _Layout(NamedTuple):
+    """What a launch needs of its tensors' layouts: sizes, and the strides of q, both caches and the output in kernel order."""
+
+    batch: int
+    window: int
+    q_heads: int
+    kv_heads: int
+    dim: int
+    slots: int
+    strides: tuple[int, ...]
+
+
+@once
+def _layout(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor, skip_start: Tensor | None,
+    skip_end: Tensor | None, out: Tensor | None,
+) -> _Layout:  # fmt: skip
+    """Checks the arguments of :func:`window_attention`."""
+    check_floats(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
+    require(q.ndim == 4, "q", f"shape {list(q.shape)}", "four dimensions, [B, W, Hq, D]")
+    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
+    batch, window, q_heads, dim = q.shape
+    kv_heads, slots = k_cache.shape[1:3]
+    require(batch * kv_heads < 2**16, "k_cache", f"{batch} x {kv_heads} pairs of sequence and head", "less than 65536")
+    require(0 < dim <= 128, "q", f"a head dimension of {dim}", "1 to 128")
+    divides = kv_heads > 0 and q_heads % kv_heads == 0
+    require(divides, "q", f"{q_heads} heads", f"a multiple of the {kv_heads} heads of k_cache")
+    for name, cache_ in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_shape(name, cache_, batch, kv_heads, slots, dim)
+        require(cache_.stride(2) < 2**24, name, f"slots {cache_.stride(2)} elements apart", "less than 2^24")
+    check_shape("out", out, *q.shape)
+    check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, skip_start=skip_start, skip_end=skip_end)
+    for name, given, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
+        require(given is not None or other is None, name, "nothing", "a tensor, as the other end of the skip is given")
+
+    strides_o = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
+    strides = (*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *strides_o)
+    return _Layout(batch, window, q_heads, kv_heads, dim, slots, strides)
 
 
 def window_attention(
@@ -349,6 +408,7 @@ def window_attention(
     skip_end: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    span: tuple[int, int] | None = None,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     config: Config | None = None,
@@ -368,6 +428,8 @@ def window_attention(
         skip_end: ``[B]`` int32, end of the slots left out.
         scale: ``1 / sqrt(D)`` if not given.
         return_lse: also return the log-sum-exp of the scaled scores.
+        span: the slots that every sequence attends, where the host knows them to be the same, without a skip. Then cuDNN's
+            attention can do it, and does where it was measured to be faster (:func:`cudnn_wins`).
         out: receives the output, ``[B, W, Hq, D]``.
         workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
         config: launch parameters; :func:`select_config` chooses if not given.
@@ -376,58 +438,68 @@ def window_attention(
         ``[B, W, Hq, D]`` in the dtype of ``q``; with ``return_lse`` the pair of it and the base-2 log-sum-exp
         ``[B, Hq, W]`` in float32.
     """
-    check_floats(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
-    require(q.ndim == 4, "q", f"shape {list(q.shape)}", "four dimensions, [B, W, Hq, D]")
-    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
-    batch, window, q_heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1:3]
-    require(batch * kv_heads < 2**16, "k_cache", f"{batch} x {kv_heads} pairs of sequence and head", "less than 65536")
-    require(0 < dim <= 128, "q", f"a head dimension of {dim}", "1 to 128")
-    divides = kv_heads > 0 and q_heads % kv_heads == 0
-    require(divides, "q", f"{q_heads} heads", f"a multiple of the {kv_heads} heads of k_cache")
-    for name, cache_ in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_shape(name, cache_, batch, kv_heads, slots, dim)
-        require(cache_.stride(2) < 2**24, name, f"slots {cache_.stride(2)} elements apart", "less than 2^24")
-    check_shape("out", out, *q.shape)
-    check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, skip_start=skip_start, skip_end=skip_end)
-    for name, given, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
-        require(given is not None or other is None, name, "nothing", "a tensor, as the other end of the skip is given")
-    if not q.is_cuda and batch:
-        last = int(kv_end.max())
-        require(last <= slots, "kv_end", last, f"at most the {slots} slots of k_cache")
+    layout = _layout(q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end, out)
+    batch, window, q_heads, kv_heads, dim, slots, _ = layout
+    if q.device.type == "cpu" and batch and (last := int(kv_end.max())) > slots:
+        raise ValueError(f"kv_end: got {last}, needs at most the {slots} slots of k_cache")
 
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    if span is not None and span[0] < span[1] and not return_lse and skip_start is None and config is None:
+        sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
+        if cudnn_wins(gpu_name(q.device), *sizes):
+            y = by_cudnn(q, k_cache, v_cache, span, scale)
+            return y if out is None else out.copy_(y)
+
+    out = torch.empty((batch, window, q_heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((batch, q_heads, window), dtype=torch.float32, device=q.device) if return_lse else None
-    if out.numel():
+    if batch and window:
         arch = arch_of(q.device)
         if config is None:
-            sizes = (batch, window, q_heads, kv_heads, dim, slots)
-            config = select_config(arch, sms_of(q.device), *sizes, q.element_size(), gpu_name(q.device))
+            sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
+            config = select_config(arch, *sizes, gpu_name(q.device))
         needed = config.workspace_elements(batch, window, q_heads, dim)
         if workspace is None:
-            workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
-        is_scratch = workspace.dtype == torch.float32 and workspace.device == q.device and workspace.is_contiguous()
-        require(is_scratch, "workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {q.device}")
-        require(workspace.numel() >= needed, "workspace", f"{workspace.numel()} elements", f"at least {needed}")
+            workspace = torch.empty(needed, dtype=torch.float32, device=q.device) if needed else None
+        else:
+            check_workspace(workspace, needed, q.device)
         with torch.cuda.device_of(q):
             _launch(
-                arch, config, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
+                arch, config, layout, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
                 1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace,
             )  # fmt: skip
     return out if lse is None else (out, lse)
 
 
+@cache
+def cudnn_wins(
+    gpu: str | None, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
+) -> bool:
+    """Whether cuDNN's attention was measured to beat the kernel on this GPU, for sizes within a factor of two."""
+    sizes, heads = {"batch": batch, "window": window, "slots": slots}, {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim}
+    return nearest(gpu, "cudnn_attention", sizes, **heads, itemsize=itemsize) is not None
+
+
+def by_cudnn(q: Tensor, k_cache: Tensor, v_cache: Tensor, span: tuple[int, int], scale: float | None = None) -> Tensor:
+    """``[B, W, Hq, D]``: attention over the slots ``span[0] <= j < span[1]`` of every sequence, by cuDNN.
+
+    PyTorch would rather take FlashAttention 2, which is slower on sm_90 and newer. On a CPU, its own.
+    """
+    k, v = (cache_[:, :, span[0] : span[1]] for cache_ in (k_cache, v_cache))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if q.is_cuda else nullcontext():
+        grouped = q.shape[2] != k.shape[1]
+        return scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
 def _launch(
-    arch: Arch, config: Config, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor,
-    skip_start: Tensor | None, skip_end: Tensor | None, scale: float, out: Tensor, lse: Tensor | None, workspace: Tensor,
+    arch: Arch, config: Config, layout: _Layout, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor,
+    skip_start: Tensor | None, skip_end: Tensor | None, scale: float, out: Tensor, lse: Tensor | None, workspace: Tensor | None,
 ) -> None:  # fmt: skip
     """One launch, and the merge if there are several chunks."""
-    batch, window, q_heads, dim = q.shape
-    kv_heads, slots = k_cache.shape[1:3]
+    batch, window, q_heads, kv_heads, dim, slots, strides = layout
     group, pairs = q_heads // kv_heads, batch * kv_heads
-    rows = window * group
-    # Partial sums in front, their log-sum-exps behind them. No skip is one that begins and ends where the keys do.
-    sums, sums_lse = workspace, workspace[config.splits * pairs * rows * dim :] if config.splits > 1 else workspace
+    rows, split = window * group, config.splits > 1
+    # What a kernel does not touch is None. Partial sums stand in front of the workspace, their log-sum-exps behind them. No
+    # skip is one that begins and ends where the keys do.
+    sums_lse = workspace[config.splits * pairs * rows * dim :] if split and workspace is not None else None
     shared = {
         "HKV": kv_heads,
         "G": group,
@@ -437,20 +509,18 @@ def _launch(
         "enable_fp_fusion": True,
         **dependent_launch(arch),
     }
-    lse_or_any = workspace if lse is None else lse
     _window_attention_kernel[(triton.cdiv(rows, config.block_m), config.splits, pairs)](
         q, k_cache, v_cache, kv_start, kv_end,
         kv_end if skip_start is None else skip_start, kv_end if skip_end is None else skip_end,
-        out, lse_or_any, sums, sums_lse,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *out.stride()[:3],
+        None if split else out, None if split else lse, workspace if split else None, sums_lse, *strides,
         window, slots, config.chunk, scale,
-        SPLIT=config.splits > 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SWAP=config.swap, STAGES=config.num_stages,
+        SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SWAP=config.swap, STAGES=config.num_stages,
         PRECISION=_precision(arch), num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
-    if config.splits > 1:
+    if split:
         _merge_kernel[(triton.cdiv(rows, MERGE_ROWS), pairs)](
-            sums, sums_lse, out, lse_or_any, *out.stride()[:3], window, config.splits,
-            BLOCK_M=MERGE_ROWS, num_warps=4, **shared,
+            workspace, sums_lse, out, lse, *strides[9:], window, config.splits,
+            BLOCK_M=MERGE_ROWS, BLOCK_S=MERGE_SPLITS, num_warps=4, **shared,
         )  # fmt: skip
 
 
@@ -469,12 +539,12 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     for model, heads in MODELS.items():
         for batch, slots in itertools.product(BATCHES, SLOTS):
             for window in (*WINDOWS, slots):
-                config = select_config(arch, arch.sms, batch, window, *heads, slots, 2)
+                config = select_config(arch, batch, window, *heads, slots, 2)
                 add_cases(cases, arch, model, *heads, config, "bf16")
                 if config.swap:
                     add_cases(cases, arch, model, *heads, replace(config, swap=False), "bf16")
     for dim, dtype in ((16, "bf16"), (32, "bf16"), (64, "bf16"), (80, "bf16"), (96, "bf16"), (128, "fp32")):
-        config = select_config(arch, arch.sms, 1, 32, 32, 32, dim, 4096, 4 if dtype == "fp32" else 2)
+        config = select_config(arch, 1, 32, 32, 32, dim, 4096, 4 if dtype == "fp32" else 2)
         add_cases(cases, arch, "llada", 32, 32, dim, config, dtype)
     return list(cases.values())
 
@@ -499,8 +569,10 @@ def add_cases(
         "RETURN_LSE": False,
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
         "PDL": has_dependent_launch(arch),
+        "lse_ptr": None,
     }
     tile = {
+        **(dict.fromkeys(("out_ptr",) if split else ("partial_ptr", "partial_lse_ptr"))),
         "SPLIT": split,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -512,9 +584,9 @@ def add_cases(
     name = f"{label} {config.block_m}x{config.block_n}{' swapped' if config.swap else ''}{' split' if split else ''}"
     kernels = [(_window_attention_kernel, name, shared | tile, config.num_warps, config.num_stages)]
     if split:
-        kernels.append((_merge_kernel, f"{label} merge", shared | {"BLOCK_M": MERGE_ROWS}, 4, 2))
+        kernels.append((_merge_kernel, f"{label} merge", shared | {"BLOCK_M": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}, 4, 2))
     for kernel, name, constexprs, num_warps, num_stages in kernels:
-        signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
-        divisible = tuple(argument for argument in signature if argument.endswith("_ptr") or argument in strides)
+        signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constexprs}
+        divisible = tuple(name for name in signature if name in strides or (name.endswith("_ptr") and name not in SLICED))
         case = CompileCase("window_attention", kernel, name, signature, constexprs, divisible, num_warps, num_stages)
         cases.setdefault(name, case)

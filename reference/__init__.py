@@ -12,6 +12,7 @@ from .rope_kv_write import rope_kv_write
 from .swiglu import swiglu
 from .token_statistics import statistics_merge, token_statistics
 from .window_attention import window_attention
+from .window_inputs import window_inputs
 
 __all__ = [
     "commit_tokens",
@@ -23,4 +24,5 @@ __all__ = [
     "swiglu",
     "token_statistics",
     "window_attention",
+    "window_inputs",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from ..types import PolicyState, TokenStatistics
 from ._random import slot_uniform
 
 
-def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState) -> None:
+def commit_tokens(
+    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+) -> None:
     """Scores the masked slots of each row's block, applies the rule, and writes the chosen tokens into ``x``.
 
     Masked slots are ranked by the score, ties by position. Of those, in that order, are committed (at least one, at most
@@ -34,10 +36,13 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
 
     Args:
         x: ``[B, L]`` int64, written in place.
-        statistics: entries ``[B, N]`` for the ``N`` slots of each row's block.
+        statistics: entries ``[B, N]`` for the ``N`` slots of each row's block; with ``place`` in any order, ``[P]``.
         window_start: ``[B]`` int32, first slot of each row's block; the block lies inside ``[0, L)``.
         state: what to decide with; its counters and records are updated in place.
+        place: ``[B, N]`` int32, which of the ``P`` entries is a slot's; a masked slot with -1 has no token.
     """
+    if place is not None:
+        statistics = _spread(statistics, place)
     block = statistics.token.shape[1]
     slot = window_start[:, None].long() + torch.arange(block, device=x.device)  # [B, N]
     current = x.gather(1, slot)
@@ -72,6 +77,12 @@ def commit_tokens(x: Tensor, statistics: TokenStatistics, window_start: Tensor, 
 
     state.step += unfinished
     state.forward += 1
+
+
+def _spread(statistics: TokenStatistics, place: Tensor) -> TokenStatistics:
+    """Entries ``[B, N]`` out of ``[P]``."""
+    found = TokenStatistics(*(getattr(statistics, field.name)[place.clamp(min=0).long()] for field in fields(statistics)))
+    return replace(found, token=torch.where(place < 0, -1, found.token))
 
 
 def _cost(statistics: TokenStatistics, slot: Tensor, state: PolicyState) -> Tensor:

@@ -23,6 +23,7 @@ def window_attention(
     skip_end: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    span: tuple[int, int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T) v`` over the slots ``kv_start[b] <= j < kv_end[b]``, less ``skip_start[b] <= j < skip_end[b]``.
@@ -41,6 +42,7 @@ def window_attention(
         skip_end: ``[B]`` int32, end of the slots left out.
         scale: ``1 / sqrt(D)`` if not given.
         return_lse: also return the log-sum-exp of the scaled scores.
+        span: the slots that every sequence attends, where the host knows them to be the same; it changes nothing here.
         out: receives the output, ``[B, W, Hq, D]``.
 
     Returns:

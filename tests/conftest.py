@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import _order
 import pytest
 import torch
 from hypothesis import settings
@@ -27,7 +29,16 @@ GOLDEN_MODELS = ("llada-mha", "llada-gqa")
 GOLDEN_DREAM = "dream-gqa"
 
 
+def _ordered(order: str) -> Callable[[], None]:
+    """All tests run the programs of launches in this order, until what is returned is called."""
+    stack = ExitStack()
+    stack.enter_context(_order.programs_in_order(order))
+    return stack.close
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if order := os.environ.get(_order.VARIABLE):
+        config.add_cleanup(_ordered(order))
     # Triton's interpreter converts loop bounds the old way.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
     # It computes with numpy, which warns of what a kernel computes and then selects away.

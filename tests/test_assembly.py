@@ -42,6 +42,8 @@ def test_a_lost_rounding_of_ptx_is_counted(ptx, count):
         ("v_fma_f16 v1, v2, v3, v4", 1),
         ("v_pk_fma_f16 v1, v2, v3, v4\nv_fmac_f16_e32 v1, v2, v3", 2),
         ("v_fma_mixlo_f16 v1, v2, v3, v4", 1),
+        ("v_fma_mix_f32 v1, v2, v3, v4 op_sel_hi:[1,1,0]", 1),
+        ("v_fma_mixlo_f16 v1, v2, v3, 0\nv_fma_mix_f32 v1, v2, v2, v4\nv_fma_mix_f32 v1, -v2, s8, v4", 0),
         ("v_fma_f32 v1, v2, v3, v4\nv_pk_mul_f16 v1, v2, v3\nv_mfma_f32_32x32x8_bf16 a[0:15], v1, v2, a[0:15]", 0),
     ],
 )

@@ -105,7 +105,7 @@ def test_prompts_of_other_lengths_neither_allocate_nor_capture_again(monkeypatch
     for prompt, plain in zip(prompts, expected, strict=True):
         assert _same(model.generate(prompt, **OPTIONS), plain)
     assert model.network.buffers._batches == [batch]
-    assert {key[1:] for key in _steps(batch)} == {(2, 8), (1, 8)}
+    assert {key[1:] for key in _steps(batch)} == {(2, 8, 16), (1, 8, 8)}
 
 
 def test_the_prefix_cache_captures_a_bounded_number_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_the_prefix_cache_captures_a_bounded_number_of_windows(monkeypatch: pyte
     plain = _plain(model, [[5, 6, 7]], **options)
     assert _same(model.generate([[5, 6, 7]], **options), plain)
     (batch,) = model.network.buffers._batches
-    windows = {window for _, _, window in _steps(batch)}
+    windows = {window for _, _, window, _ in _steps(batch)}
     assert {window for window in windows if window > 128} <= {144, 160, 176, 192, 208, 224, 240, 256}
     assert len(windows) <= 24 < 256 // 8
 

@@ -16,6 +16,7 @@ from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
 from fastdllm_triton.kernels.commit_tokens import commit_tokens_config
 from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
+from fastdllm_triton.reference.token_statistics import token_statistics
 from fastdllm_triton.types import PolicyState, TokenStatistics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -526,3 +527,42 @@ def test_too_many_end_tokens_are_refused():
     state.eos_ids = torch.arange(17, device=DEVICE)
     with pytest.raises(ValueError, match=r"state.eos_ids must hold at most 16 tokens, got 17"):
         kernel(torch.zeros(1, 8, dtype=torch.int64, device=DEVICE), statistics_of([by_rest([1.0] * 8)]), int32(0), state)
+
+
+# --- statistics in another order ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("rule", RULES)
+def test_entries_in_any_order_commit_what_those_of_the_block_do(op, score, rule):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn((6, 40), generator=generator) * 3
+    statistics = token_statistics(logits.to(DEVICE), forbidden=[MASK])
+    order = torch.randperm(6, generator=generator).to(DEVICE)
+    x = torch.full((2, 8), MASK, device=DEVICE)
+    x[:, :2], x[0, 3], x[1, 4] = 1, 2, 2  # three of each block's four slots are masked
+    place = torch.full((2, 4), -1, dtype=torch.int32, device=DEVICE)
+    masked = x[:, 2:6] == MASK
+    place[masked] = order.int()
+    entries = TokenStatistics(*(torch.full((2, 4), -7, dtype=f.dtype, device=DEVICE) for f in vars(statistics).values()))
+    for name, field in vars(statistics).items():
+        getattr(entries, name)[masked] = field[order]
+    start = torch.full((2,), 2, dtype=torch.int32, device=DEVICE)
+    found, want = ((x.clone(), state_of(score, rule, 0.5, 2, rows=2)) for _ in range(2))
+    op(found[0], statistics, start, found[1], place=place)
+    op(want[0], entries, start, want[1])
+    assert torch.equal(found[0], want[0])
+    assert (found[0] != x).any()
+    for name in ("step_map", "remaining", "invalid", "masked", "step"):
+        assert torch.equal(getattr(found[1], name), getattr(want[1], name))
+    torch.testing.assert_close(found[1].confidence, want[1].confidence, equal_nan=True)
+
+
+def test_a_masked_slot_without_an_entry_is_invalid_and_stays_masked(op):
+    statistics = token_statistics(torch.randn(2, 40, device=DEVICE), forbidden=[MASK])
+    x, state = torch.full((1, 4), MASK, device=DEVICE), state_of("confidence", "threshold", 0.0, slots=4)
+    place = torch.tensor([[1, -1, 0, -1]], dtype=torch.int32, device=DEVICE)
+    op(x, statistics, torch.zeros(1, dtype=torch.int32, device=DEVICE), state, place=place)
+    assert x[0, [0, 2]].tolist() == statistics.token[[1, 0]].tolist()
+    assert x[0, [1, 3]].tolist() == [MASK, MASK]
+    assert state.invalid.tolist() == [True]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 import fastdllm_triton as fdt
+from fastdllm_triton.batch import Batch, Program
+from fastdllm_triton.graphs import Graphs
 from fastdllm_triton.tiny.problems import problems
 
 CACHES = ("none", "prefix", "dual")
@@ -107,10 +109,10 @@ def test_a_step_recomputes_its_window_and_nothing_else(llada: fdt.MaskedDiffusio
     windows: list[tuple[int, int]] = []
     forward, new_cache = network.forward, network.new_cache
 
-    def spied(ids: Tensor, window_start: Tensor, kv: Any) -> Tensor:
+    def spied(ids: Tensor, window_start: Tensor, kv: Any, rows: Tensor) -> Tensor:
         first = int(window_start[0])
         before = kv.k.clone()
-        hidden = forward(ids, window_start, kv)
+        hidden = forward(ids, window_start, kv, rows)
         windows.append((first, first + ids.shape[1]))
         if len(windows) > 1:  # Before the first forward the buffers hold anything.
             torch.testing.assert_close(kv.k[..., :first, :], before[..., :first, :], rtol=0, atol=0)
@@ -132,9 +134,21 @@ def test_only_masked_rows_of_the_block_go_through_the_head(llada: fdt.MaskedDiff
     spy = Spy(network.ops.head_statistics)
     network.ops = replace(network.ops, head_statistics=spy)
     llada.generate([[1, 2, 3], [4, 5]], gen_length=16, block_length=8, strategy=fdt.FixedSteps(8), stop_at_eos=False)
-    asked = [int((kwargs["rows"] >= 0).sum()) for _, kwargs in spy.calls]
-    assert asked == [16, 12, 8, 4] * 2
-    assert all(len(args[0]) == 16 for args, _ in spy.calls)
+    assert [len(args[0]) for args, _ in spy.calls] == [16, 12, 8, 4] * 2
+
+
+def test_where_steps_are_captured_few_numbers_of_predictions_serve(llada: fdt.MaskedDiffusionLM) -> None:
+    config = fdt.GenerationConfig(gen_length=32, block_length=32)
+    batch = Batch(llada.network, 8, 40, Program.of(llada.network, config, config.resolve(llada.config, 8)))
+
+    def predictions(left: int) -> int:
+        batch._left = left
+        return batch._predictions(8)
+
+    assert (predictions(256), predictions(100), predictions(0)) == (256, 100, 1)
+    batch._graphs = Graphs(torch.device("cpu"), fall_back=False)
+    assert [predictions(left) for left in (256, 129, 128, 65, 64, 1, 0)] == [256, 256, 128, 128, 64, 64, 64]
+    assert [batch._predictions(rows) for rows in (1, 2, 3)] == [32, 64, 96]
 
 
 @pytest.mark.parametrize("cache", CACHES)
@@ -277,3 +291,15 @@ def test_a_model_serves_many_shapes_in_a_row(llada: fdt.MaskedDiffusionLM) -> No
     first = llada.generate([[1, 2, 3]], gen_length=16, block_length=8).sequences.tolist()
     llada.generate([[4] * 9, [5]], gen_length=8, block_length=4)
     assert llada.generate([[1, 2, 3]], gen_length=16, block_length=8).sequences.tolist() == first
+
+
+@pytest.mark.parametrize(("prompts", "known"), [([[1, 2], [3, 4]], True), ([[1, 2], [3]], False)])
+def test_a_refresh_tells_the_attention_what_all_its_rows_attend_where_that_is_the_same(
+    llada: fdt.MaskedDiffusionLM, prompts: list[list[int]], known: bool
+) -> None:
+    spy = Spy(llada.network.ops.window_attention)
+    llada.network.ops = replace(llada.network.ops, window_attention=spy)
+    llada.generate(prompts, gen_length=8, block_length=8, stop_at_eos=False)
+    spans = [kwargs.get("span") for args, kwargs in spy.calls if args[0].shape[1] > 8]
+    assert spans == [(0, 10) if known else None] * llada.config.layers
+    assert all("span" not in kwargs for args, kwargs in spy.calls if args[0].shape[1] == 8)

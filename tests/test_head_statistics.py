@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
 
+from fastdllm_triton.compile_report import read_json
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.head_statistics import FUSED_ROWS, head_statistics_config
 from fastdllm_triton.kernels.head_statistics import head_statistics as kernel
@@ -15,6 +18,7 @@ from fastdllm_triton.reference.head_statistics import head_statistics as referen
 from fastdllm_triton.reference.token_statistics import token_statistics
 from fastdllm_triton.types import TokenStatistics
 
+COMMITTED = Path(__file__).parent.parent / "bench" / "compile_report.json"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = {"reference": reference, "triton": kernel}
 
@@ -200,6 +204,16 @@ def test_the_parts_cover_the_vocabulary_in_one_wave(arch, vocabulary, width):
                 assert tiles * config.num_stages <= arch.shared_bytes
                 # What the fused path adds to memory: six floats and an id for each row of each part.
                 assert 28 * rows * config.parts < 4e6
+
+
+def test_no_more_programs_share_an_sm_than_the_compiled_kernels_have_registers_for():
+    records = [record for record in read_json(COMMITTED) if record["op"] == "head_statistics"]
+    assert len(records) > 80
+    for record in records:
+        dtype, width, rows = re.match(r"(\w+) E=(\d+) rows=(\d+)", record["config"]).groups()
+        arch, sizes = ARCHS[record["arch"]], (int(rows), 126_464, int(width), 4 if dtype == "fp32" else 2)
+        config = head_statistics_config(arch, *sizes, record["config"].endswith("sample"))
+        assert -(-config.parts // arch.sms) <= record["ctas_per_sm"], record
 
 
 def test_many_rows_are_left_to_the_matmul(monkeypatch):

@@ -118,10 +118,11 @@ def registered_calls() -> dict[str, tuple]:
     attention = (q, *caches(), start, start + 9)
     policy = state("threshold")
     held = tuple(getattr(policy, field.name) for field in fields(policy))
-    tokens = torch.full((2, 12), 10)
+    tokens, place = torch.full((2, 12), 10), torch.arange(8, dtype=torch.int32).view(2, 4)
     return {
         "rms_norm": (x, weight, 1e-5),
-        "add_rms_norm": (x, weight, 1e-5, x),
+        "add_rms_norm": (x, weight, 1e-5, x, None),
+        "add_rms_norm rows": (x, weight, 1e-5, None, torch.tensor([[5, -1], [0, 5]])),
         "swiglu": (x,),
         "linear": (x, randn(6, 8, dtype=torch.float32), None, None, None, None),
         "linear fused": (x, randn(6, 8, dtype=torch.float32), weight, 1e-5, x[..., :3].contiguous(), "swiglu"),
@@ -138,7 +139,10 @@ def registered_calls() -> dict[str, tuple]:
         "head_statistics rows": (
             randn(5, 8), randn(11, 8), torch.tensor([4, 0]), randn(11), 0.0, None, None, step, None, torch.bfloat16
         ),
-        "commit_tokens": (tokens, *module._entries(statistics(2, 4)), start + 4, *held),
+        "commit_tokens": (tokens, *module._entries(statistics(2, 4)), start + 4, None, *held),
+        "commit_tokens place": (tokens, *module._entries(statistics(2, 4).view(8)), start + 4, place, *held),
+        "window_inputs": (tokens, start, start + 4, start + 3, start, 1, 6, 4, 7, True, 10, None, None),
+        "window_inputs sampled": (tokens, start, start + 4, start + 3, start, 0, 6, 4, 7, False, 10, torch.tensor([1, 2]), start),
     }  # fmt: skip
 
 

@@ -153,3 +153,34 @@ def test_configs_hold_a_row_in_registers(arch):
         assert config.block_e >= width
         assert config.num_warps * arch.warp_size <= 1024
         assert config.block_e // (config.num_warps * arch.warp_size) <= 64
+
+
+ROWS = [[4, -1, 0], [2, 2, -1]]
+
+
+@pytest.mark.parametrize("function", [reference, kernel])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rows_are_gathered_first_and_a_negative_one_is_zeros(function, residual):
+    x, weight, added = (tensor.to(DEVICE) for tensor in case((5, 24), torch.float32))
+    options = {"residual": added} if residual else {}
+    rows = torch.tensor(ROWS, device=DEVICE)
+    y, total = function(x, weight, EPS, rows=rows, **options)
+    want = x + added if residual else x
+    for i, row in enumerate(rows.flatten().tolist()):
+        expected = torch.zeros(24, device=DEVICE) if row < 0 else want[row]
+        torch.testing.assert_close(total.view(-1, 24)[i], expected, rtol=0, atol=0)
+        torch.testing.assert_close(y.view(-1, 24)[i].cpu(), formula(expected.cpu(), weight.cpu()).float())
+    assert y.shape == total.shape == (2, 3, 24)
+
+
+def test_a_gather_of_strided_rows_reads_the_right_ones():
+    x, weight, _ = (tensor.to(DEVICE) for tensor in case((3, 4, 16), torch.float32))
+    strided = x.transpose(0, 1)  # leading dimensions that do not collapse
+    y, _ = kernel(strided, weight, EPS, rows=torch.tensor([5], device=DEVICE))
+    torch.testing.assert_close(y[0], kernel(strided.contiguous().view(-1, 16)[5], weight, EPS))
+
+
+def test_rows_that_are_no_int64_are_named():
+    x, weight, _ = (tensor.to(DEVICE) for tensor in case((5, 24), torch.float32))
+    with pytest.raises(ValueError, match=r"rows: got torch.int32 .*, needs contiguous int64"):
+        kernel(x, weight, EPS, rows=torch.zeros(2, dtype=torch.int32, device=DEVICE))

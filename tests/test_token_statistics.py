@@ -350,9 +350,23 @@ def test_few_rows_are_split_and_many_are_not():
     assert token_statistics_config(arch, 1024, 126_464, 2).splits == 1
 
 
+@pytest.mark.parametrize("vocabulary", [300, 9000])  # one program a row, several
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_asks_for_nothing_is_not_read_and_says_so(vocabulary, temperature):
+    logits = normal(4, vocabulary).to(DEVICE)
+    logits[[1, 3]] = math.nan
+    found = kernel(logits, temperature=temperature, seed=1, rows=torch.tensor([0, -1, 7, -5], device=DEVICE))
+    want = kernel(logits[[0, 2]], temperature=temperature, seed=1, position=torch.tensor([0, 2], device=DEVICE))
+    for name, field in vars(found).items():
+        assert torch.equal(field[[0, 2]], getattr(want, name))
+    assert found.token[[1, 3]].tolist() == [-1, -1]
+    assert found.rest[[1, 3]].tolist() == [INF, INF]
+    assert found.entropy[[1, 3]].isnan().all() and found.logit[[1, 3]].isnan().all()
+
+
 @pytest.mark.parametrize("splits", [1, 2, 5, 9])
 def test_no_split_changes_a_choice(splits, monkeypatch):
-    def config(arch, rows, vocabulary, element_size, gpu):
+    def config(arch, rows, vocabulary, element_size, sample, gpu):
         chunk = -(-vocabulary // splits // 1024) * 1024
         return TokenStatisticsConfig(256, 4, chunk, -(-vocabulary // chunk))
 

@@ -6,11 +6,12 @@ import itertools
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from _bench import DEVICE, bench_of
+from _bench import DEVICE
 from typer.testing import CliRunner
 
 from fastdllm_triton.bench import tune as module
@@ -20,6 +21,7 @@ from fastdllm_triton.kernels import (
     _tuned,
     head_statistics,
     linear,
+    prefetch,
     rms_norm,
     rope_kv_write,
     swiglu,
@@ -34,11 +36,13 @@ ARCH = ARCHS["sm_90"]
 SMALL: dict[str, dict[str, Any]] = {
     "linear": {"name": "small", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False},
     "window_attention": {"model": "dream", "batch": 1, "window": 3, "slots": 300},
-    "head_statistics": {"rows": 3, "vocabulary": 300, "width": 64},
+    "cudnn_attention": {"model": "dream", "batch": 1, "window": 3, "slots": 70},
+    "prefetch": {"model": "dream", "slots": 64, "before": "norm", "n": 1024, "k": 2048},
+    "head_statistics": {"rows": 3, "vocabulary": 300, "width": 64, "temperature": 0.0},
     "rope_kv_write": {"model": "dream", "batch": 1, "window": 2, "slots": 4},
     "rms_norm": {"rows": 3, "width": 64, "residual": True},
     "swiglu": {"rows": 3, "width": 700},
-    "token_statistics": {"rows": 2, "vocabulary": 30_000, "temperature": 0.0},
+    "token_statistics": {"rows": 2, "vocabulary": 30_000, "temperature": 0.0, "bits": 16},
 }
 
 
@@ -46,7 +50,13 @@ SMALL: dict[str, dict[str, Any]] = {
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in the place of the package's."""
     monkeypatch.setattr(_tuned, "FOLDER", tmp_path)
-    caches = (_tuned._entries, window_attention.select_config, rms_norm.select_config, swiglu.select_config)
+    caches = (
+        _tuned._entries,
+        window_attention.select_config,
+        window_attention.cudnn_wins,
+        rms_norm.select_config,
+        swiglu.select_config,
+    )
     for function in (*caches, rope_kv_write.select_config, linear.measured_config):
         function.cache_clear()
     return tmp_path
@@ -61,20 +71,25 @@ def chosen(op: str, shape: dict[str, Any], gpu: str | None) -> dict[str, Any]:
         return {} if found is None else asdict(found)
     if op == "window_attention":
         sizes = (shape["batch"], shape["window"], *window_attention.MODELS[shape["model"]], shape["slots"], 2)
-        return asdict(window_attention.select_config(ARCH, ARCH.sms, *sizes, gpu))
+        return asdict(window_attention.select_config(ARCH, *sizes, gpu))
+    if op == "cudnn_attention":
+        sizes = (shape["batch"], shape["window"], *window_attention.MODELS[shape["model"]], shape["slots"], 2)
+        return {"library": "cudnn"} if window_attention.cudnn_wins(gpu, *sizes) else {}
+    if op == "prefetch":
+        return {"bytes": prefetch.prefetched_bytes(gpu, shape["n"], shape["k"], 2)}
     if op == "head_statistics":
         found = head_statistics.head_statistics_config(ARCH, shape["rows"], shape["vocabulary"], shape["width"], 2, False, gpu)
-        return asdict(found)
+        return head_statistics.BY_LIBRARY if found is None else asdict(found)
     if op == "rope_kv_write":
         return asdict(rope_kv_write.select_config(ARCH, 4, 128, gpu))
     if op == "token_statistics":
-        return asdict(token_statistics.token_statistics_config(ARCH, shape["rows"], shape["vocabulary"], 2, gpu))
+        return asdict(token_statistics.token_statistics_config(ARCH, shape["rows"], shape["vocabulary"], 2, False, gpu))
     return asdict({"rms_norm": rms_norm, "swiglu": swiglu}[op].select_config(ARCH, shape["width"], gpu))
 
 
 @pytest.mark.parametrize("op", module.SWEEPS)
 def test_candidates_compute_the_right_thing(op: str) -> None:
-    bench = bench_of(op)
+    bench = module.bench_of(module.SWEEPS[op])
     inputs = bench.inputs(SMALL[op], DEVICE, 0, dtype=torch.float16)
     candidates = list(module.SWEEPS[op].candidates(module.arch_of(DEVICE), SMALL[op], bench, torch.float16))
     assert len({json.dumps(candidate.config) for candidate in candidates}) == len(candidates) >= 1
@@ -88,7 +103,7 @@ def test_what_is_written_is_what_is_chosen_there_and_nowhere_else(op: str, folde
     before = chosen(op, shape, None)
     candidate = next(
         c
-        for c in itertools.islice(sweep.candidates(ARCH, shape, bench_of(op), torch.float16), 200)
+        for c in itertools.islice(sweep.candidates(ARCH, shape, module.bench_of(sweep), torch.float16), 200)
         if any(before.get(key) != value for key, value in c.config.items())
     )
     key = sweep.key(shape, torch.float16) | ({"rows": 16} if op == "linear" else {})
@@ -105,10 +120,76 @@ def test_what_is_written_is_what_is_chosen_there_and_nowhere_else(op: str, folde
 
 def test_sweeps_try_shapes_that_the_benches_have_and_keys_are_all_different() -> None:
     for sweep in module.SWEEPS.values():
-        assert all(set(shape) == set(bench_of(sweep.op).shapes[0]) for shape in sweep.shapes)
+        assert all(set(shape) == set(module.bench_of(sweep).shapes[0]) for shape in sweep.shapes)
         keys = [json.dumps(sweep.key(shape, torch.bfloat16)) for shape in sweep.shapes]
         # Two projections of different names may be one product.
         assert len(set(keys)) == len(keys) or sweep.op == "linear"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_an_op_has_at_most_600_candidates_the_best_guesses_first(arch: str) -> None:
+    for sweep in module.SWEEPS.values():
+        bench = module.bench_of(sweep)
+        tried = [list(sweep.tried(ARCHS[arch], shape, bench, torch.bfloat16)) for shape in sweep.shapes]
+        assert sum(map(len, tried)) <= module.MOST_CANDIDATES
+        assert all(tried), sweep.op
+
+
+def tried(op: str, **shape: Any) -> list[dict[str, Any]]:
+    sweep = module.SWEEPS[op]
+    return [dict(c.config) for c in sweep.tried(ARCH, shape, module.bench_of(sweep), torch.bfloat16)]
+
+
+def test_what_is_tried_reaches_large_tiles_and_short_chunks() -> None:
+    refresh = tried("window_attention", model="llada", batch=1, window=1024, slots=1024)
+    assert {"block_m": 128, "block_n": 128, "num_stages": 2}.items() <= refresh[0].items()
+    step = tried("window_attention", model="llada", batch=1, window=32, slots=320)
+    assert {2, 3} <= {config["splits"] for config in step}  # chunks of 192 and 128 slots
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_head_meets_the_library_at_every_number_of_rows(temperature: float) -> None:
+    sizes = {"vocabulary": 126_464, "width": 4096, "temperature": temperature}
+    for rows in (16, 32, 64):
+        assert tried("head_statistics", rows=rows, **sizes)[0] == head_statistics.BY_LIBRARY
+    assert all(config["block_vocabulary"] for config in tried("head_statistics", rows=128, **sizes))  # the rule is the library
+
+
+def test_samples_and_float32_logits_are_tuned() -> None:
+    shapes = module.SWEEPS["token_statistics"].shapes
+    assert {(shape["bits"], shape["temperature"]) for shape in shapes} >= {(32, 0.0), (32, 1.0), (16, 0.0)}
+    assert {shape["temperature"] for shape in module.SWEEPS["head_statistics"].shapes} == {0.0, 1.0}
+
+
+def test_a_dry_run_writes_what_it_has_after_every_shape_and_goes_on_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A GPU of 132 SMs on which everything takes a millisecond but candidates with four warps, and the clock.
+    gpu = SimpleNamespace(name=GPU, L2_cache_size=1, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(module, "arch_of", lambda device: ARCH)
+    monkeypatch.setattr(module, "check", lambda bench, shape, inputs: None)
+    monkeypatch.setattr(
+        module, "time_in_turns",
+        lambda runs, sets: {name: Timing(0.5 if '"num_warps": 4' in name else 1.0, 0, 0) for name in runs},
+    )  # fmt: skip
+    for name, sweep in module.SWEEPS.items():
+        bench = replace(module.bench_of(sweep), inputs=lambda shape, device, seed, dtype: {})
+        monkeypatch.setitem(module.SWEEPS, name, replace(sweep, bench=bench))
+    clock = itertools.count()
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    app = module.typer.Typer()
+    app.command()(module.main)
+    lengths = []
+    while CliRunner().invoke(app, ["--minutes", "0.5", "--out", str(folder)]).exit_code == 3:
+        lengths.append(len(json.loads(_tuned.path_of(GPU).read_text())["entries"]))
+    assert lengths == sorted(set(lengths)) and len(lengths) > 2
+    entries = json.loads(_tuned.path_of(GPU).read_text())["entries"]
+    keys = {json.dumps([entry["op"], entry["shape"]]) for entry in entries}
+    every = {json.dumps([op, sweep.key(shape, torch.bfloat16)]) for op, sweep in module.SWEEPS.items() for shape in sweep.shapes}
+    assert keys == every
+    assert {entry["op"] for entry in entries if entry["config"]} >= {"window_attention", "head_statistics", "token_statistics"}
 
 
 def test_the_nearest_entry_within_a_factor_of_two_counts(folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from fastdllm_triton.kernels import window_attention as module
-from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.kernels._arch import ARCHS, arch_of
+from fastdllm_triton.kernels.head_statistics import head_statistics_config
+from fastdllm_triton.kernels.token_statistics import token_statistics_config
 from fastdllm_triton.kernels.window_attention import Config, select_config
 from fastdllm_triton.kernels.window_attention import window_attention as kernel
 from fastdllm_triton.reference.window_attention import window_attention as reference
@@ -266,8 +270,8 @@ def test_kernel_cuts_ranges_at_the_cache():
     args["kv_start"] -= 9
     torch.testing.assert_close(kernel(**args, config=PLAIN), want)
     args["kv_end"] += 9
-    out, scratch = torch.empty_like(want), torch.empty(0, device=DEVICE)
-    module._launch(module.arch_of(DEVICE), PLAIN, *args.values(), None, None, 0.25, out, None, scratch)
+    out, layout = torch.empty_like(want), module._layout(*args.values(), None, None, None)
+    module._launch(module.arch_of(DEVICE), PLAIN, layout, *args.values(), None, None, 0.25, out, None, None)
     torch.testing.assert_close(out, want)
 
 
@@ -342,17 +346,80 @@ def test_configs_fit_shared_memory_and_cover_the_cache(arch):
     heads = [*module.MODELS.values(), (2, 2, 16), (4, 2, 64), (32, 32, 80), (32, 32, 96)]
     for (q_heads, kv_heads, dim), batch, slots in itertools.product(heads, module.BATCHES, module.SLOTS):
         for window, itemsize in itertools.product((1, *module.WINDOWS, slots), (2, 4)):
-            config = select_config(arch, arch.sms, batch, window, q_heads, kv_heads, dim, slots, itemsize)
+            config = select_config(arch, batch, window, q_heads, kv_heads, dim, slots, itemsize)
             assert module.shared_bytes(arch, config, dim, itemsize) <= arch.shared_bytes
             assert config.splits * config.chunk >= slots > (config.splits - 1) * config.chunk
             assert config.splits == 1 or config.chunk >= module.MIN_CHUNK
             assert config.chunk % config.block_n == 0
 
 
-def test_keys_are_split_when_few_programs_would_run_and_only_then():
+def test_keys_are_split_where_shorter_chains_of_tiles_save_more_than_the_merge_costs():
     arch = ARCHS["sm_90"]
     # LLaDA, one sequence, 32 heads: 8 chunks put two programs on each of 132 SMs.
-    assert select_config(arch, 132, 1, 32, 32, 32, 128, 4096, 2).splits == 8
-    assert select_config(arch, 132, 1, 32, 32, 32, 128, 512, 2).splits == 2  # never shorter than the minimum
-    assert select_config(arch, 132, 16, 32, 32, 32, 128, 4096, 2).splits == 1
-    assert select_config(arch, 132, 1, 4096, 32, 32, 128, 4096, 2).splits == 1
+    assert select_config(arch, 1, 32, 32, 32, 128, 4096, 2).splits == 8
+    assert select_config(arch, 1, 32, 32, 32, 128, 512, 2).chunk == module.MIN_CHUNK
+    assert select_config(arch, 1, 32, 32, 32, 128, 320, 2).splits == 1  # five tiles take less time than a second launch
+    assert select_config(arch, 16, 32, 32, 32, 128, 4096, 2).splits == 1
+    assert select_config(arch, 1, 4096, 32, 32, 128, 4096, 2).splits == 1
+    # Dream: 224 rows a KV head. At eight sequences twice the chunks would be twice the partial sums, for no shorter chain.
+    programs = [batch * 4 * 4 * select_config(arch, batch, 32, 28, 4, 128, 1024, 2).splits for batch in (1, 2, 4, 8, 16)]
+    assert all(count <= 2 * arch.sms for count in programs)
+
+
+def test_chunks_are_whole_tiles_and_equally_long_but_for_the_last():
+    config = select_config(ARCHS["sm_90"], 1, 32, 32, 32, 128, 1280, 2)
+    assert config.chunk % config.block_n == 0
+    assert config.chunk % 128 != 0 or config.splits * config.chunk == 1280
+
+
+@pytest.mark.parametrize("sms", [78, 114])
+def test_the_sms_of_the_device_decide_not_those_of_its_architecture(sms, monkeypatch):
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=sms)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    arch = arch_of.__wrapped__(torch.device("cuda"))
+    assert arch == replace(ARCHS["sm_90"], sms=sms)
+    assert head_statistics_config(arch, 32, 126_464, 4096, 2, False).parts <= 2 * sms
+    assert token_statistics_config(arch, 1, 126_464, 2).splits <= 4 * sms
+
+
+@pytest.mark.parametrize("op", ["window_attention", "rope_kv_write", "commit_tokens"])
+def test_the_rows_of_a_batch_that_a_launch_takes_do_not_compile_it_again(op):
+    # They are slices of int32 and bool tensors from any row on, which need not be aligned.
+    kernel = getattr(importlib.import_module(f"fastdllm_triton.kernels.{op}"), f"_{op}_kernel")
+    options = kernel.kwargs if hasattr(kernel, "kwargs") else vars(kernel)  # of the interpreter, of the compiler
+    sliced = {"start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr", "window_start_ptr", "kv_start_ptr", "seed_ptr"}
+    sliced |= {"step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr"}
+    assert set(options["do_not_specialize_on_alignment"]) == sliced & set(kernel.arg_names)
+    assert set(options["do_not_specialize"] or ()) >= {"W", "L"} & set(kernel.arg_names)
+
+
+def test_cudnn_runs_where_it_was_measured_and_all_rows_attend_the_same_slots(monkeypatch):
+    asked = []
+    case = Case("", 5, (8, 8), (70, 70), q_heads=6, kv_heads=2)
+    args = inputs(case, torch.float32, DEVICE)
+    want = kernel(**args)
+    measured = {"batch": 2, "window": 5, "slots": 80}
+    monkeypatch.setattr(module, "gpu_name", lambda device: "NVIDIA Test 7")
+
+    def nearest(gpu, op, sizes, **shape):
+        asked.append(op)
+        return {"library": "cudnn"} if op == "cudnn_attention" and sizes == measured else None
+
+    monkeypatch.setattr(module, "nearest", nearest)
+    module.cudnn_wins.cache_clear()
+    torch.testing.assert_close(kernel(**args, span=(8, 70)), want)
+    assert asked == ["cudnn_attention"]  # the kernel has not been asked for its config
+    out = torch.empty_like(want)
+    assert kernel(**args, span=(8, 70), out=out) is out
+    torch.testing.assert_close(out, want)
+    asked.clear()
+    module.select_config.cache_clear()
+    _, lse = kernel(**args, span=(8, 70), return_lse=True)  # which cuDNN does not give
+    assert lse.isfinite().all() and asked == ["window_attention"]
+    module.select_config.cache_clear()
+    module.cudnn_wins.cache_clear()
+
+
+def test_without_a_measurement_a_span_changes_nothing():
+    args = inputs(Case("", 5, (8, 8), (70, 70)), torch.float32, DEVICE)
+    assert torch.equal(kernel(**args, span=(8, 70)), kernel(**args))

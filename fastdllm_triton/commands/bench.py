@@ -30,6 +30,7 @@ class SuiteChoice(StrEnum):
     ops = "ops"
     step = "step"
     generate = "generate"
+    host = "host"
     all = "all"
 
 
@@ -63,10 +64,17 @@ def bench(
 ) -> None:
     """Time ours and the baselines in turns, each with its fraction of what this GPU reaches at its best.
 
+    'host' times the launchers of a forward with every launch replaced by nothing, which needs no GPU.
+
     An op whose verification fails here is refused. Ends with status 1 if one was, with 3 if --minutes left cases out, and with
     4 if a kernel has failed so that this process can use the GPU no more; --resume goes on behind it.
     """
     require_triton("bench")
+    if suite == SuiteChoice.host:
+        from ..bench.host import table as host_time
+
+        show(host_time())
+        return
     check_writable("--html", html)
     if html is not None:
         from ..bench._page import check_installed

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -163,29 +163,44 @@ class Transformer:
         c = self.config
         return KVCache.allocate(c.layers, c.kv_heads, c.head_dim, slots, kv_start, self.dtype)
 
-    def forward(self, ids: Tensor, window_start: Tensor, cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, window_start: Tensor, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """Recomputes a window in place.
 
         Args:
             ids: ``[B, W]``, the window's tokens.
             window_start: ``[B]`` int32, its first slot in each sequence.
             cache: read over ``[kv_start, kv_end)``, written over the window.
+            rows: ``[P]`` int64, rows of the hidden states as if they were ``[B W, E]``; a negative one is none.
 
         Returns:
-            ``[B, W, E]``: hidden states before the final norm.
+            ``[B, W, E]``: hidden states before the final norm; with ``rows`` ``[P, E]``: those rows behind it, zeros for none.
         """
-        c, ops = self.config, self.ops
-        x, delta = F.embedding(ids, self.weights.embedding), None
-        for layer, k, v in zip(self.weights.layers, cache.k, cache.v, strict=True):
-            qkv, x = self._norm_and_project(x, delta, layer.attn_norm, layer.qkv)
+        c, ops, weights = self.config, self.ops, self.weights
+        # The first norm gathers the embeddings.
+        h, x = ops.rms_norm(weights.embedding, weights.layers[0].attn_norm, c.eps, rows=ids)
+        delta: Tensor | None = None
+        ahead, span = ops.prefetch(self.device), {} if cache.span is None else {"span": cache.span}
+        for i, (layer, k, v) in enumerate(zip(weights.layers, cache.k, cache.v, strict=True)):
+            if i == 0:
+                qkv = layer.qkv(ops, h)
+            else:
+                ahead(layer.qkv.weight)
+                qkv, x = self._norm_and_project(x, delta, layer.attn_norm, layer.qkv)
+            ahead(layer.attn_out.weight)
             q = ops.rope_kv_write(
                 qkv, k, v, window_start, cache.kv_start, c.rope_theta, bias=layer.qkv_bias, rounding=c.rope_rounding
             )
-            attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end).flatten(2)
+            attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end, **span).flatten(2)
             x, delta = self._project_and_add(x, attended, layer.attn_out)
+            ahead(layer.gate_up.weight)
             h, x = self._norm_and_project(x, delta, layer.mlp_norm, layer.gate_up, activation="swiglu")
             x, delta = self._project_and_add(x, h, layer.down)
-        return x if delta is None else x + delta
+        if rows is not None:
+            x, _ = ops.rms_norm(x, weights.final_norm, c.eps, residual=delta, rows=rows)
+        elif delta is not None:
+            x = x + delta
+        ahead.join()  # Ahead of a kernel that waits for all before it, as the head does, and not of one that is launched early.
+        return cast("Tensor", x)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """The norm in front of the head, over ``[..., E]``."""

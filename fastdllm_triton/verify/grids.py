@@ -83,8 +83,9 @@ class Random:
 # --- rms_norm -------------------------------------------------------------------------------------------------------------
 
 
-def _rms_norm_inputs(random: Random, rows: int, width: int, residual: bool) -> Inputs:
+def _rms_norm_inputs(random: Random, rows: int, width: int, residual: bool, gather: Sequence[int] | None = None) -> Inputs:
     found: Inputs = {"x": random(rows, width), "weight": random(width), "eps": 1e-5}
+    found |= {} if gather is None else {"rows": torch.tensor(gather, device=random.device)}
     return found | ({"residual": random(rows, width)} if residual else {})
 
 
@@ -99,6 +100,7 @@ RMS_NORM = Grid(
         Case("one element", {"rows": 1, "width": 1, "residual": False}, "quick"),
         Case("an odd width", {"rows": 3, "width": 7, "residual": True}, "quick"),
         Case("the built-in model", {"rows": 5, "width": 128, "residual": True}, "quick"),
+        Case("gathered rows, some of them none", {"rows": 4, "width": 24, "residual": True, "gather": (3, -1, 0)}, "quick"),
         Case("Dream's width, no power of two", {"rows": 2, "width": 3584, "residual": True}),
         Case("LLaDA's width", {"rows": 4, "width": 4096, "residual": False}),
         Case("a step of LLaDA", {"rows": 32, "width": 4096, "residual": True}, "key"),
@@ -415,9 +417,47 @@ HEAD_STATISTICS = Grid(
 )
 
 
+# --- window_inputs --------------------------------------------------------------------------------------------------------
+
+_MASK = 9
+
+
+def _window_inputs(
+    random: Random, batch: int, block: int, window: int, share: float, back: int = 0, shift: bool = False, sample: bool = False
+) -> Inputs:
+    slots, device = 3 * block + window, random.device
+    x = (torch.rand((batch, slots), generator=random.generator, device=device) < share).long() * _MASK
+    start = torch.arange(batch, dtype=torch.int32, device=device) % (2 * block) + back
+    # Some rows have fewer masks left than places, one has none.
+    left = torch.full_like(start, block)
+    left[batch // 2] = 0
+    keys = {"kv_start": start // 2, "seed": start.long() * 7, "step": start} if sample else {}
+    sizes = {"back": back, "window": window, "block": block, "predicted": batch * block, "shift": shift, "mask_id": _MASK}
+    return {"x": x, "base": start, "block_start": start, "remaining": left, **sizes, **keys}
+
+
+WINDOW_INPUTS = Grid(
+    "window_inputs",
+    [
+        Case("some masks left", {"batch": 3, "block": 4, "window": 4, "share": 0.5}, "quick"),
+        Case("a shifted model that samples", {
+            "batch": 5, "block": 7, "window": 8, "share": 0.7, "back": 1, "shift": True, "sample": True,
+        }, "quick"),
+        Case("one row, nothing masked", {"batch": 1, "block": 1, "window": 3, "share": 0.0}),
+        Case("a window of several programs", {"batch": 2, "block": 32, "window": 600, "share": 0.9}),
+        Case("more rows than a warp has threads", {"batch": 130, "block": 8, "window": 8, "share": 0.5, "sample": True}, "gpu"),
+        Case("a large batch", {"batch": 1024, "block": 32, "window": 32, "share": 0.5}, "gpu"),
+    ],
+    _window_inputs,
+    lambda function, inputs: dict(vars(function(**inputs))),
+    dtypes=(torch.float32,),
+    float64=False,
+)  # fmt: skip
+
+
 # --- commit_tokens --------------------------------------------------------------------------------------------------------
 
-_MASK, _VOCABULARY = 9, 40
+_VOCABULARY = 40
 
 
 def _commit_inputs(
@@ -483,5 +523,15 @@ COMMIT_TOKENS = Grid(
 #: In the order of a forward.
 GRIDS = {
     grid.op: grid
-    for grid in (RMS_NORM, LINEAR, ROPE_KV_WRITE, WINDOW_ATTENTION, SWIGLU, TOKEN_STATISTICS, HEAD_STATISTICS, COMMIT_TOKENS)
-}
+    for grid in (
+        WINDOW_INPUTS,
+        RMS_NORM,
+        LINEAR,
+        ROPE_KV_WRITE,
+        WINDOW_ATTENTION,
+        SWIGLU,
+        TOKEN_STATISTICS,
+        HEAD_STATISTICS,
+        COMMIT_TOKENS,
+    )
+}  # fmt: skip

@@ -1,0 +1,130 @@
+"""What a forward costs the host: microseconds in the launchers, with every launch replaced by nothing. Needs no GPU.
+
+    fastdllm-triton bench host [--quick]
+
+A refresh runs op by op, so where its kernels take less time than their launchers, the GPU waits for Python. The tensors are on
+the meta device, where they have shapes and no data. Not counted: Triton's own launch (some 10 us), cuBLAS, the driver.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from fastdllm_triton import ops
+from fastdllm_triton.batch import Batch, Program
+from fastdllm_triton.bench._models import config_of
+from fastdllm_triton.decoding import GenerationConfig
+from fastdllm_triton.kernels import _check, _pdl, _statistics
+from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.models.transformer import Transformer, Weights
+
+META = torch.device("meta")
+#: Each op is timed this often, and the best is reported: what it takes when nothing else runs.
+REPEATS = 20
+
+
+class _NoLaunch:
+    """A kernel that does nothing, whatever the grid."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@contextmanager
+def no_launches(arch: str = "sm_90") -> Iterator[None]:
+    """Launchers take tensors on the meta device and launch nothing."""
+    modules = [_check, _pdl, _statistics, *(importlib.import_module(f"fastdllm_triton.kernels.{op}") for op in ops.NAMES)]
+    instead: dict[str, Any] = {
+        "INTERPRETED": False,
+        "check_device": lambda *_: None,
+        "arch_of": lambda _: ARCHS[arch],
+        "gpu_name": lambda _: None,
+    }
+    with ExitStack() as stack:
+        for module in modules:
+            found = {name: value for name, value in instead.items() if hasattr(module, name)}
+            found |= dict.fromkeys((name for name, value in vars(module).items() if _is_kernel(name, value)), _NoLaunch())
+            for name, value in found.items():
+                stack.enter_context(patch.object(module, name, value))
+        stack.enter_context(patch("torch.nn.functional.linear", _product_of_nothing))
+        yield
+
+
+_PRODUCTS: dict[tuple[torch.Size, torch.Size], Tensor] = {}
+
+
+def _product_of_nothing(x: Tensor, weight: Tensor) -> Tensor:
+    """Stands for cuBLAS, whose own time is not ours."""
+    key = x.shape, weight.shape
+    if key not in _PRODUCTS:
+        _PRODUCTS[key] = x.new_empty(*x.shape[:-1], len(weight))
+    return _PRODUCTS[key]
+
+
+def _is_kernel(name: str, value: Any) -> bool:
+    return name.endswith("_kernel") and hasattr(value, "arg_names")
+
+
+def microseconds(model: str = "llada-8b", rows: int = 1, prompt: int = 268, *, refresh: bool = True) -> dict[str, float]:
+    """Microseconds that one forward spends in the launchers of each op.
+
+    Args:
+        model: a key of :data:`fastdllm_triton.bench._models.MODELS`.
+        rows: sequences.
+        prompt: tokens of each, before a block of 32.
+        refresh: time a refresh; if not, a step.
+    """
+    config, length = config_of(model), 32
+    seconds: dict[str, float] = {}
+
+    def timed(op: str) -> Callable[..., Any]:
+        function = getattr(importlib.import_module(f"fastdllm_triton.kernels.{op}"), op)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            seconds[op] = seconds.get(op, 0.0) + time.perf_counter() - begin
+            return result
+
+        return call
+
+    best: dict[str, float] = {}
+    with no_launches(), torch.no_grad():
+        backend = ops.Ops(
+            name="stubbed", reason="no launches", required=True, fuses_residual=lambda x, weight: False,
+            **{op: timed(op) for op in ops.NAMES},
+        )  # fmt: skip
+        network = Transformer(config, Weights.allocate(config, META, torch.bfloat16), backend)
+        options = GenerationConfig(gen_length=length, block_length=length)
+        program = Program.of(network, options, options.resolve(config, rows))
+        batch = Batch(network, rows, prompt + length, program)
+        for _ in range(REPEATS):
+            seconds.clear()
+            if refresh:
+                batch.refresh(network, 0, rows, 0, prompt + length)
+            else:
+                batch.step(network, rows, length + program.look_back)
+            best = {op: min(1e6 * time_, best.get(op, float("inf"))) for op, time_ in seconds.items()}
+    return best
+
+
+def table(model: str = "llada-8b") -> Table:
+    """The microseconds of a refresh and of a step."""
+    found = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
+    for name in ("op", "refresh, us", "step, us"):
+        found.add_column(name, justify="left" if name == "op" else "right")
+    refresh, step = microseconds(model), microseconds(model, refresh=False)
+    for op in refresh:
+        found.add_row(op, f"{refresh[op]:,.0f}", f"{step[op]:,.0f}")
+    found.add_section()
+    found.add_row("all", f"{sum(refresh.values()):,.0f}", f"{sum(step.values()):,.0f}")
+    return found
