@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,14 @@ def test_a_config_that_does_not_name_its_dtype_asks_for_it(tmp_path: Path) -> No
     assert "give --dtype" in result.stderr
     shutil.copy(GOLDEN / "llada-gqa" / "model.safetensors", tmp_path / "config.json")
     assert "is not text in UTF-8" in " ".join(_info("--model", str(tmp_path)).stderr.split())
+
+
+def test_the_switches_are_listed_with_what_they_are_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDLLM_GRAPHS", "0")
+    told = CliRunner().invoke(app, ["info"]).stdout
+    assert re.search(r"FASTDLLM_GRAPHS +0: 0 runs every forward without CUDA graphs; one of 1, 0", told)
+    assert "FASTDLLM_BACKEND" in told and "FASTDLLM_PDL" in told
+    monkeypatch.setenv("FASTDLLM_PDL", "off")
+    result = CliRunner().invoke(app, ["info"])
+    assert result.exit_code == 2
+    assert result.stderr == "error: FASTDLLM_PDL must be one of 1, 0, got 'off'\n"

@@ -46,6 +46,7 @@ def info(
     sizes = {"prompt-length": prompt_length, "gen-length": gen_length, "batch-size": batch_size, "dtype": dtype}
     import torch
 
+    from .. import environment
     from ..configs import read_config
     from ..machine import version
     from ..ops import resolve
@@ -76,6 +77,8 @@ def info(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     table.add_row("device", name)
     table.add_row("backend", f"{ops.name}: {ops.reason}")
+    for variable in environment.VARIABLES:
+        table.add_row(variable.name, f"{variable.value}: {variable.meaning}; one of {', '.join(variable.allowed)}")
     show(table)
     if memory is not None:
         console.print()
