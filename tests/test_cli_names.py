@@ -43,7 +43,13 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
         text=True,
         check=False,
         stdin=subprocess.DEVNULL,
+        preexec_fn=_heed_interrupts,
     )
+
+
+def _heed_interrupts() -> None:
+    """A job in the background of a shell ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _options(command: str) -> list[Any]:
@@ -433,7 +439,12 @@ def test_ctrl_c_at_any_moment_of_the_start_is_no_traceback() -> None:
     command = [sys.executable, "-m", "fastdllm_triton", "generate", "--prompt", FIRST, "--steps", "48"]
     for i in range(1, 30):
         process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=_heed_interrupts,
         )
         time.sleep(0.12 * i)
         process.send_signal(signal.SIGINT)
