@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from _modules import load_module
 from _plain_loop import decode
 from conftest import GOLDEN, GOLDEN_DREAM
 from hypothesis import given, settings
@@ -282,3 +283,14 @@ def test_the_kernels_decode_the_same(name: str) -> None:
     kernels = fdt.load(GOLDEN / name, device=device, backend="triton")
     by_kernels, by_reference = (lm.generate([[3, 1], [5]], **options) for lm in (kernels, MODELS[name]))
     assert by_kernels.sequences.tolist() == by_reference.sequences.tolist()
+
+
+def test_an_accelerated_module_fills_in_and_keeps_constraints_as_a_loaded_model_does() -> None:
+    module, lm = load_module(GOLDEN / "llada-gqa"), MODELS["llada-gqa"]
+    fdt.accelerate(module)
+    text = [5, lm.config.mask_id, 6, lm.config.mask_id]
+    assert module.infill([text], block_length=2).sequences.tolist() == lm.infill([text], block_length=2).sequences.tolist()
+    options: dict[str, Any] = {"gen_length": 8, "block_length": 4, "constraints": {3: 7}}
+    assert module.generate([[5, 6]], **options).sequences.tolist() == lm.generate([[5, 6]], **options).sequences.tolist()
+    fdt.restore(module)
+    assert not hasattr(module, "infill") and not hasattr(module, "release")

@@ -28,7 +28,8 @@ def accelerate(
 ) -> Report:
     """Gives a loaded LLaDA or Dream module this library's generation, in place.
 
-    The module gets the methods ``generate`` (that of :class:`~fastdllm_triton.MaskedDiffusionLM`), ``fast_forward(input_ids)``
+    The module gets the methods ``generate``, ``infill`` and ``release`` (those of
+    :class:`~fastdllm_triton.MaskedDiffusionLM`), ``fast_forward(input_ids)``
     (logits of a plain forward) and, if it is a Dream, ``diffusion_generate``. The functions of :mod:`fastdllm_triton.compat` call
     this by themselves for a module that they are given first. Its own ``forward``, its ``state_dict`` and its training stay as
     they are, to the bit.

@@ -124,6 +124,7 @@ class Accelerated:
         attributes = vars(self.module)
         methods: dict[str, Callable[..., Any]] = {
             "generate": self.generate,
+            "infill": self.infill,
             "fast_forward": self.fast_forward,
             "release": self.release,
         }
@@ -152,6 +153,11 @@ class Accelerated:
     def generate(self, *args: Any, **kwargs: Any) -> GenerationOutput:
         """As :meth:`fastdllm_triton.MaskedDiffusionLM.generate`."""
         return self.runtime().generate(*args, **kwargs)
+
+    @wraps(MaskedDiffusionLM.infill)
+    def infill(self, *args: Any, **kwargs: Any) -> GenerationOutput:
+        """As :meth:`fastdllm_triton.MaskedDiffusionLM.infill`."""
+        return self.runtime().infill(*args, **kwargs)
 
     @wraps(MaskedDiffusionLM.release)
     def release(self) -> None:
