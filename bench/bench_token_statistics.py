@@ -49,7 +49,8 @@ def bytes_moved(shape: Mapping[str, Any]) -> int:
 BENCH = Bench(
     op="token_statistics",
     shapes=SHAPES,
-    key=[shape for shape in SHAPES if shape["rows"] in (32, 128)],
+    # float32 logits are what the engine has by default.
+    key=[shape for shape in SHAPES if shape["rows"] in (32, 128) and shape["bits"] == 32],
     quick=[{"rows": 3, "vocabulary": 500, "temperature": 0.0}],
     axis="rows",
     inputs=inputs,

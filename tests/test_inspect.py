@@ -160,7 +160,7 @@ def test_the_command_writes_a_report_and_figures(tmp_path: Path) -> None:
         (("--prompt", "x", "--data", "y"), "--prompt and --data exclude each other"),
         (("--data", "/no/such/file"), "No such file"),
         (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer files"),
-        (("--problems", "0"), "--problems must be 1 or more"),
+        (("--problems", "0"), "--problems must be in [1, 10,000,000], got 0"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

@@ -354,7 +354,7 @@ def test_code_beside_a_checkpoint_is_not_run(folder: Path) -> None:
         ({"dtype": torch.int8}, r"dtype: torch.int8 is not supported on cpu; give one of float32, bfloat16, float64"),
         ({"dtype": "float16"}, r"dtype: float16 is not supported on cpu"),
         ({"dtype": "half-precision"}, r"dtype: half-precision is not supported on cpu"),
-        ({"device": "tpu"}, r"device: 'tpu' is not"),
+        ({"device": "tpu"}, r"device must be a device of torch, such as 'cpu' or 'cuda:0', got 'tpu'"),
         ({"device": "meta"}, r"device: 'meta' is not supported; give 'cpu' or 'cuda'"),
         ({"device": "cuda:99"}, r"device: 'cuda:99' is not there; this machine has \d+ GPUs"),
         ({"backend": "cuda"}, r"backend must be one of auto, triton, reference, got 'cuda'"),

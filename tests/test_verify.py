@@ -146,7 +146,7 @@ def test_a_case_too_large_for_the_memory_is_skipped_with_its_reason(monkeypatch:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "softmax"], "--op: got softmax, needs names among rms_norm"),
+        (["--op", "softmax"], "--op: got softmax, needs names among window_inputs, rms_norm"),
         (["--device", "tpu"], "--device: got 'tpu', needs cpu or cuda"),
         (["--out", "/nowhere/at/all.json"], "--out: /nowhere/at/all.json cannot be written"),
         (["--resume"], "--resume: needs --out FILE"),
