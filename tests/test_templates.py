@@ -245,10 +245,14 @@ def test_a_forked_process_has_a_renderer_of_its_own() -> None:
 def test_an_interrupt_does_not_mix_up_answers() -> None:
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        _render("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}an answer to nobody")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # A job in the background ignores interrupts.
+    try:
+        timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            _render("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}an answer to nobody")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert _render("{{ messages[0].content }}") == "hello"
 
 
