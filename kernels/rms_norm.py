@@ -128,8 +128,8 @@ def _layout(
     check_shape("weight", weight, width)
     check_shape("residual", residual, *shape)
     if rows is not None:
-        is_list = rows.dtype == torch.int64 and rows.device == x.device and rows.is_contiguous()
-        require(is_list, "rows", f"{rows.dtype} of strides {rows.stride()} on {rows.device}", f"contiguous int64 on {x.device}")
+        is_list = rows.dtype == torch.int64 and rows.device == x.device
+        require(is_list, "rows", f"{rows.dtype} on {rows.device}", f"torch.int64 on {x.device}")
         shape = (*rows.shape, width)
     check_shape("out", out, *shape)
     check_shape("residual_out", residual_out, *shape)
@@ -176,6 +176,7 @@ def rms_norm(
     Raises:
         ValueError: an argument's dtype, shape, strides or device.
     """
+    rows = None if rows is None else rows.contiguous()
     layout = _layout(x, weight, residual, rows, out, residual_out)
     out = torch.empty(layout.shape, dtype=x.dtype, device=x.device) if out is None else out
     if residual_out is None and (residual is not None or rows is not None):

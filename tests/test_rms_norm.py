@@ -180,7 +180,15 @@ def test_a_gather_of_strided_rows_reads_the_right_ones():
     torch.testing.assert_close(y[0], kernel(strided.contiguous().view(-1, 16)[5], weight, EPS))
 
 
+def test_rows_may_be_a_part_of_longer_ones():
+    x, weight, _ = (tensor.to(DEVICE) for tensor in case((5, 24), torch.float32))
+    rows = torch.tensor([[0, 1, 2], [3, 4, -1]], device=DEVICE)
+    for part in (rows[:, 1:], rows.T):
+        for got, want in zip(kernel(x, weight, EPS, rows=part), reference(x, weight, EPS, rows=part), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_rows_that_are_no_int64_are_named():
     x, weight, _ = (tensor.to(DEVICE) for tensor in case((5, 24), torch.float32))
-    with pytest.raises(ValueError, match=r"rows: got torch.int32 .*, needs contiguous int64"):
+    with pytest.raises(ValueError, match=r"rows: got torch.int32 on .*, needs torch.int64"):
         kernel(x, weight, EPS, rows=torch.zeros(2, dtype=torch.int32, device=DEVICE))

@@ -332,7 +332,7 @@ def test_kernel_names_what_is_wrong(change, message):
 def test_kernel_asks_for_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", False)
     with pytest.raises(ValueError, match="q: got a tensor on cpu"):
-        kernel(**inputs(CASES[0], torch.float32))
+        kernel(**inputs(Case("", 3, (0,), (83,), slots=83), torch.float32))  # a layout that has not been checked before
 
 
 def test_nothing_to_do_is_done():
