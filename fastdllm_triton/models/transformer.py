@@ -177,7 +177,7 @@ class Transformer:
         """
         c, ops, weights = self.config, self.ops, self.weights
         # The first norm gathers the embeddings.
-        h, x = ops.rms_norm(weights.embedding, weights.layers[0].attn_norm, c.eps, rows=ids.contiguous())
+        h, x = ops.rms_norm(weights.embedding, weights.layers[0].attn_norm, c.eps, rows=ids)
         delta: Tensor | None = None
         ahead, span = ops.prefetch(self.device), {} if cache.span is None else {"span": cache.span}
         for i, (layer, k, v) in enumerate(zip(weights.layers, cache.k, cache.v, strict=True)):

@@ -431,9 +431,9 @@ def _window_inputs(
     # Some rows have fewer masks left than places, one has none.
     left = torch.full_like(start, block)
     left[batch // 2] = 0
-    keys = {"kv_start": start // 2, "seed": start.long() * 7, "step": start} if sample else {}
+    keys = {"seed": start.long() * 7, "step": start} if sample else {}
     sizes = {"back": back, "window": window, "block": block, "predicted": batch * block, "shift": shift, "mask_id": _MASK}
-    return {"x": x, "base": start, "block_start": start, "remaining": left, **sizes, **keys}
+    return {"x": x, "base": start, "block_start": start, "remaining": left, "kv_start": start // 2, **sizes, **keys}
 
 
 WINDOW_INPUTS = Grid(
@@ -445,6 +445,7 @@ WINDOW_INPUTS = Grid(
         }, "quick"),
         Case("one row, nothing masked", {"batch": 1, "block": 1, "window": 3, "share": 0.0}),
         Case("a window of several programs", {"batch": 2, "block": 32, "window": 600, "share": 0.9}),
+        Case("a step", {"batch": 1, "block": 32, "window": 32, "share": 0.8}, "key"),
         Case("more rows than a warp has threads", {"batch": 130, "block": 8, "window": 8, "share": 0.5, "sample": True}, "gpu"),
         Case("a large batch", {"batch": 1024, "block": 32, "window": 32, "share": 0.5}, "gpu"),
     ],
