@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .batch import Batch, Program
 from .decoding import GenerationConfig, GenerationOutput, Resolved
-from .environment import GRAPHS
+from .environment import BACKEND, GRAPHS
 from .kernels._limits import MAX_BLOCK, MAX_EOS, MAX_FORBIDDEN, MAX_ROWS
 from .memory import check_memory
 from .models.transformer import Transformer
@@ -422,7 +422,8 @@ class _Run:
             rows = ", ".join(str(row.origin) for row in stuck)
             raise RuntimeError(
                 f"forward {self.refreshes + self.steps - 1} committed nothing in row {rows}, which has masked slots: a captured "
-                f"forward or a kernel is broken; try {GRAPHS.name}=0, and run `fastdllm-triton verify`"
+                f"forward or a kernel is broken; try {GRAPHS.name}=0, then {BACKEND.name}=reference; `fastdllm-triton verify` "
+                "says which"
             )
         for row, left in zip(self.rows, remaining, strict=True):
             row.left = left
