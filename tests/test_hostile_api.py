@@ -206,7 +206,7 @@ ATTACKS = [
     *_attacks(
         load,
         {
-            "path_or_hub_id": [None, 5, "", "nosuch", "/nosuch", b"tiny", ["tiny"]],
+            "path_or_hub_id": [None, 5, "", "nosuch", "/proc/nosuch", b"tiny", ["tiny"]],
             "device": ["x", "", 1.5, "meta", "cuda:99", "mps", []],
             "dtype": ["x", "", "int8", torch.int8, torch.complex64, 5, [], "float8_e4m3fn"],
             "backend": ["x", "", None, 1, "Triton"],
@@ -220,7 +220,7 @@ ATTACKS = [
             "config": [5, "x", {}, object()],
             **OPTIONS,
             "callback": [5, "x"],
-            "trace": ["x.pdf", 5, "/nosuch/x.html", "", b"x.html"],
+            "trace": ["x.pdf", 5, "/proc/nosuch/x.html", "", b"x.html"],
         },
     ),
     *_attacks(generate, {"nosuch": [1]}),

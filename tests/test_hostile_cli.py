@@ -33,7 +33,8 @@ BASES: dict[str, list[str]] = {
 INTEGERS = ["x", "", "-1", "0", "1.5", "nan", "99999999999999999999", "1e3", "٣", "--"]
 NUMBERS = ["x", "", "-1", "nan", "inf", "-inf", "1e999", "0,5"]
 TEXTS = ["", "\x1b]0;PWNED\x07\x1b[2J", "[/red]", "\u202eabc", "x" * 5000]
-PATHS = ["", "/nosuch/file.json", "/proc/nosuch", "/", "a\x00b", "\x1b[31m/x"]
+#: Nothing can be made in /proc, whoever runs this.
+PATHS = ["", "/proc/nosuch/file.json", "/proc/nosuch", "/proc", "a\x00b", "\x1b[31m/x"]
 
 
 class Reached(Exception):

@@ -94,7 +94,10 @@ def proven(paths: Sequence[Path], machine: Mapping[str, Any]) -> list[Record]:
     """
     records: dict[tuple[str, str], Record] = {}
     for path in paths:
-        ledger = Ledger.load(path)
+        try:
+            ledger = Ledger.load(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--verified: {error}") from None
         ledger.check_same(machine, "--verified")
         records |= {(record.check, record.dtype): record for record in ledger.records}
     return list(records.values())
