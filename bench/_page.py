@@ -35,7 +35,7 @@ def page(report: Report, earlier: Report | None = None) -> str:
         machine=report.machine,
         ceilings=report.ceilings,
         verification=report.verification,
-        sections=list(plots_of(report)),
+        sections=plots_of(report),
         tables=[_table(op, rows) for op, rows in report.by_op()],
         changes=[] if earlier is None else [change for change in changes(earlier, report) if change.verdict != "same"],
         earlier=earlier,

@@ -29,16 +29,20 @@ class Plot:
     svg: str
 
 
-def plots_of(report: Report) -> Iterator[tuple[str, list[Plot]]]:
+def plots_of(report: Report) -> list[tuple[str, list[Plot]]]:
     """The plots of a report by section; sections without data are left out."""
+    import matplotlib
+
     rows = [row for row in report.rows if "median_ms" in row]
-    sections = [
-        ("Whole steps", [plot for plot in (_parts(rows),) if plot]),
-        ("How close to this GPU's ceilings", _ceiling_plots(rows, report.ceilings) if report.ceilings else []),
-        ("Accuracy against tokens per forward", _accuracy(report.evaluation)),
-        *((f"{op}: time", _along_axis([row for row in rows if row["op"] == op])) for op in dict.fromkeys(r["op"] for r in rows)),
-    ]
-    yield from ((title, plots) for title, plots in sections if plots)
+    by_op = {op: [row for row in rows if row["op"] == op] for op in dict.fromkeys(row["op"] for row in rows)}
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
+        sections = [
+            ("Whole steps", [plot for plot in (_parts(rows),) if plot]),
+            ("How close to this GPU's ceilings", _ceiling_plots(rows, report.ceilings) if report.ceilings else []),
+            ("Accuracy against tokens per forward", _accuracy(report.evaluation)),
+            *((f"{op}: time", _along_axis(of_op)) for op, of_op in by_op.items()),
+        ]
+    return [(title, plots) for title, plots in sections if plots]
 
 
 def _ceiling_plots(rows: Sequence[Row], ceilings: Ceilings) -> list[Plot]:
@@ -151,7 +155,6 @@ def _figure(height: float = SIZE[1]) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams |= {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
     figure, axes = pyplot.subplots(figsize=(SIZE[0], height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

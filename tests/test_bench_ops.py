@@ -265,12 +265,12 @@ def test_flex_is_compiled_at_every_shape(monkeypatch):
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=count, **options))
     module.compiled_flex.cache_clear()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # of which there are more shapes
     shapes = [{"model": "llada", "batch": 1, "window": 32, "slots": slots} for slots in (64, 80, 96)]
-    for shape in shapes:
-        i = module.inputs(shape, CPU, 0, torch.float32)
-        for _ in range(2):
-            got = module.flex(i)
+    with torch._dynamo.config.patch(recompile_limit=2):  # of which there are more shapes
+        for shape in shapes:
+            i = module.inputs(shape, CPU, 0, torch.float32)
+            for _ in range(2):
+                got = module.flex(i)
     assert len(compiled) == len(shapes)
     torch.testing.assert_close(got.transpose(1, 2), module.reference(**i), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="one row and windows of 32 or all"):

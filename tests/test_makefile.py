@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -33,7 +34,9 @@ def make_demo(
     python.write_text(STAND_IN.format(status=int(not cpu_build), old=int(old)))
     python.chmod(0o755)
     command = ["make", "demo", "PYTHON=./python", *variables]
-    result = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+    # ``make test`` hands its own flags and variables on to every make below it.
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")}
+    result = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=False)
     log = place / "log"
     return result, log.read_text().splitlines()
 
