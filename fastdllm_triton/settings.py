@@ -65,6 +65,12 @@ def changed(config: GenerationConfig, given: Mapping[str, Any]) -> GenerationCon
     return replace(lengths, strategy=strategy_of(given, config.strategy, (lengths.gen_length, lengths.block_length)))
 
 
+def named_in(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among a command's options, by name; those without a value are left out."""
+    names = (*_READERS, "forbidden", "lockstep")
+    return {name: options[name] for name in names if options.get(name) is not None}
+
+
 def current(config: GenerationConfig) -> dict[str, Any]:
     """Every setting as it stands, by a name that :func:`parse` knows; of the strategies, the parameter of the one in force."""
     strategy = config.strategy

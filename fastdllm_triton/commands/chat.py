@@ -17,6 +17,7 @@ _FORGETS = "This model has no chat template: each line is a problem of its own, 
 
 
 def chat(
+    context: typer.Context,
     system: Annotated[
         str | None, typer.Option(help="A message to the model before all others.", rich_help_panel=cli.PROMPTS)
     ] = None,
@@ -52,31 +53,12 @@ def chat(
     /help lists what else can be typed. Where the input is no terminal, its lines are read in turn and only answers are printed;
     the status is 2 if a line failed.
     """
-    options = {
-        "gen_length": gen_length,
-        "block_length": block_length,
-        "strategy": strategy,
-        "threshold": threshold,
-        "factor": factor,
-        "steps": steps,
-        "entropy_budget": entropy_budget,
-        "score": score,
-        "temperature": temperature,
-        "cfg_scale": cfg_scale,
-        "seed": seed,
-        "stop_at_eos": stop_at_eos,
-        "cache": cache.value,
-        "refresh_every": refresh_every,
-        "prompt_refresh": prompt_refresh,
-        "suffix_window": suffix_window,
-        "look_back": look_back,
-        "look_ahead": look_ahead,
-    }
     from ..chat import Conversation
-    from ..settings import changed, strategy_of
+    from ..settings import changed, named_in, strategy_of
     from ._terminal import Terminal
 
-    given = {name: value for name, value in options.items() if value is not None}
+    # The options of decoding and of the cache are settings by their names.
+    given = named_in(context.params | {"cache": cache.value})
     strategy_of(given)  # refused before the model is loaded
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     conversation = Conversation(lm, changed(lm.defaults, given), system)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    context: typer.Context,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt. Several are decoded as a batch.", rich_help_panel=cli.PROMPTS)
     ] = None,
@@ -99,37 +100,16 @@ def generate(
             raise ValueError(f"--infill and {option} exclude each other")
     constraints = read_constraints(constraint or [])
     prompts = read_prompts(prompt, prompt_file, chat)
-    options = {
-        "gen_length": gen_length,
-        "block_length": block_length,
-        "strategy": strategy,
-        "threshold": threshold,
-        "factor": factor,
-        "steps": steps,
-        "entropy_budget": entropy_budget,
-        "score": score,
-        "temperature": temperature,
-        "cfg_scale": cfg_scale,
-        "seed": seed,
-        "stop_at_eos": stop_at_eos,
-        "forbidden": tuple(forbidden or ()),
-        "lockstep": lockstep,
-        "cache": cache.value,
-        "refresh_every": refresh_every,
-        "prompt_refresh": prompt_refresh,
-        "suffix_window": suffix_window,
-        "look_back": look_back,
-        "look_ahead": look_ahead,
-    }
     from ..decoding import GenerationOutput
     from ..fixed_tokens import masked_length
     from ..live import LiveView, Painter
-    from ..settings import changed, strategy_of
+    from ..settings import changed, named_in, strategy_of
     from ..trace import check_target
 
     if trace is not None:
         check_target("--trace", trace)
-    given = {name: value for name, value in options.items() if value is not None}
+    # The options of decoding and of the cache are settings by their names.
+    given = named_in(context.params | {"cache": cache.value, "forbidden": tuple(forbidden or ())})
     strategy_of(given)  # refused before the model is loaded
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     if infill:

@@ -18,7 +18,7 @@ from ..diffusion_engine import diffuse
 from ..model import MaskedDiffusionLM
 from ..models.checkpoint import read_json
 from ..swap import accelerated_of
-from ._rounding import logits_dtype
+from ._official import logits_dtype
 
 
 def diffusion_generate(

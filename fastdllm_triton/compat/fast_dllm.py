@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ..checks import check_temperature
 from ..decoding import CacheName, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
 from ..model import MaskedDiffusionLM
 from ..swap import runtime_of
-from ..types import ScoreName
-from ._rounding import logits_dtype
-
-#: The official names of what ranks tokens.
-SCORES: dict[str, ScoreName] = {"low_confidence": "confidence", "random": "random"}
+from ._official import logits_dtype, score_of, seed_of
 
 
 def generate(
@@ -109,9 +104,7 @@ def _generate(
     if not isinstance(prompt, Tensor):
         raise TypeError(f"prompt must be a tensor [B, P], got {type(prompt).__name__}")
     check_temperature(temperature)
-    if remasking not in SCORES:
-        raise ValueError(f"remasking must be one of {', '.join(SCORES)}, got {remasking!r}")
-    score = SCORES[remasking]
+    score = score_of(remasking)
     strategy: Strategy = FixedSteps(steps, score=score)
     if factor is not None:
         strategy = Factor(factor, score=score)
@@ -125,7 +118,7 @@ def _generate(
         cache=cache,
         strategy=strategy,
         temperature=temperature,
-        seed=int(torch.randint(2**62, ())) if temperature > 0 or score == "random" else 0,
+        seed=seed_of(temperature, score),
         stop_at_eos=False,
         lockstep=True,
         mask_id=mask_id,

@@ -13,8 +13,7 @@ from ..decoding import FixedSteps, GenerationConfig
 from ..diffusion_arguments import first_slots
 from ..model import MaskedDiffusionLM
 from ..swap import runtime_of
-from ._rounding import logits_dtype
-from .fast_dllm import SCORES
+from ._official import logits_dtype, score_of, seed_of
 
 #: ``<|eot_id|>`` of LLaDA's vocabulary, which ends a turn and which no config names.
 _END_OF_TURN = 126348
@@ -65,10 +64,9 @@ def generate(
         ValueError: an argument is not valid; raised before any forward.
     """
     lm = runtime_of(model)
-    if remasking not in SCORES:
-        raise ValueError(f"remasking must be one of {', '.join(SCORES)}, got {remasking!r}")
+    score = score_of(remasking)
     first = first_slots(prompt, attention_mask, lm.config.vocab_size, "prompt")
-    eos, score = lm.config.eos_ids, SCORES[remasking]
+    eos = lm.config.eos_ids
     if (logits_eos_inf or confidence_eos_eot_inf) and not eos:
         name = "logits_eos_inf" if logits_eos_inf else "confidence_eos_eot_inf"
         raise ValueError(f"{name} needs an end token, and the model's config names none")
@@ -88,6 +86,5 @@ def generate(
         logits_dtype=logits_dtype(lm),
     )
     rows = [ids[start:] for ids, start in zip(prompt.tolist(), first.tolist(), strict=True)]
-    seed = int(torch.randint(2**62, ())) if temperature > 0 or score == "random" else 0
-    generated = lm.generate(rows, config, seed=seed).generated
+    generated = lm.generate(rows, config, seed=seed_of(temperature, score)).generated
     return torch.cat((prompt.to(generated), generated), dim=1)
