@@ -40,6 +40,7 @@ def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
     Returns:
         Names of those that could not be launched.
     """
+    what = f"{op} {label(shape)}"
     target, dtype = torch.device(device), torch.float16 if quick else torch.bfloat16
     (bench,) = benches("all", [op])
     if isinstance(bench, Bench):
@@ -47,7 +48,7 @@ def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
         providers = {"triton": bench.ours} | {
             name: run for name, run in bench.baselines.items() if not (quick and name in bench.gpu_only)
         }
-        return [name for name, run in providers.items() if not _runs(partial(run, inputs))]
+        return [name for name, run in providers.items() if not _runs(f"{what} {name}", partial(run, inputs))]
     network = network_of(shape["model"], target, torch.float32 if quick else dtype, layers=1)
     ids = prompt_of(shape["model"], shape["batch"], shape["context"], target)
     networks = {"triton": network} if quick else {"triton": network, "triton fused": bench_step.fused(network)}
@@ -57,13 +58,15 @@ def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
         for run in (step.reset, step.refresh, step.step):
             run()
 
-    return [name for name, network in networks.items() if not _runs(partial(one, network))]
+    return [name for name, network in networks.items() if not _runs(f"{what} {name}", partial(one, network))]
 
 
-def _runs(run: Callable[[], object]) -> bool:
+def _runs(what: str, run: Callable[[], object]) -> bool:
+    """Whether it ran; why not goes to standard error."""
     try:
         run()
-    except Exception:
+    except Exception as error:  # Whatever one provider raises, the others are still to be launched.
+        typer.echo(f"{what}: {type(error).__name__}: {error}", err=True)
         return False
     return True
 
