@@ -1,5 +1,5 @@
 # make demo        the built-in model on problems it never saw, decoded in every way
-# make test        all tests that need no GPU
+# make test        all tests that need no GPU, but those of test-slow
 # make test-slow   those that take minutes: thousands of bad inputs
 # make lint        formatting, lint and types
 #

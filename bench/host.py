@@ -1,6 +1,6 @@
 """What a forward costs the host: microseconds in the launchers, with every launch replaced by nothing. Needs no GPU.
 
-    fastdllm-triton bench host [--quick]
+    fastdllm-triton bench host
 
 A refresh runs op by op, so where its kernels take less time than their launchers, the GPU waits for Python. The tensors are on
 the meta device, where they have shapes and no data. Not counted: Triton's own launch (some 10 us), cuBLAS, the driver.
@@ -40,13 +40,13 @@ class _NoLaunch:
 
 
 @contextmanager
-def no_launches(arch: str = "sm_90") -> Iterator[None]:
+def no_launches() -> Iterator[None]:
     """Launchers take tensors on the meta device and launch nothing."""
     modules = [_check, _pdl, _statistics, *(importlib.import_module(f"fastdllm_triton.kernels.{op}") for op in ops.NAMES)]
     instead: dict[str, Any] = {
         "INTERPRETED": False,
         "check_device": lambda *_: None,
-        "arch_of": lambda _: ARCHS[arch],
+        "arch_of": lambda _: ARCHS["sm_90"],
         "gpu_name": lambda _: None,
     }
     with ExitStack() as stack:
@@ -74,13 +74,12 @@ def _is_kernel(name: str, value: Any) -> bool:
     return name.endswith("_kernel") and hasattr(value, "arg_names")
 
 
-def microseconds(model: str = "llada-8b", rows: int = 1, prompt: int = 268, *, refresh: bool = True) -> dict[str, float]:
+def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = True) -> dict[str, float]:
     """Microseconds that one forward spends in the launchers of each op.
 
     Args:
         model: a key of :data:`fastdllm_triton.bench._models.MODELS`.
-        rows: sequences.
-        prompt: tokens of each, before a block of 32.
+        prompt: tokens, before a block of 32.
         refresh: time a refresh; if not, a step.
     """
     config, length = config_of(model), 32
@@ -105,20 +104,21 @@ def microseconds(model: str = "llada-8b", rows: int = 1, prompt: int = 268, *, r
         )  # fmt: skip
         network = Transformer(config, Weights.allocate(config, META, torch.bfloat16), backend)
         options = GenerationConfig(gen_length=length, block_length=length)
-        program = Program.of(network, options, options.resolve(config, rows))
-        batch = Batch(network, rows, prompt + length, program)
+        program = Program.of(network, options, options.resolve(config, 1))
+        batch = Batch(network, 1, prompt + length, program)
         for _ in range(REPEATS):
             seconds.clear()
             if refresh:
-                batch.refresh(network, 0, rows, 0, prompt + length)
+                batch.refresh(network, 0, 1, 0, prompt + length)
             else:
-                batch.step(network, rows, length + program.look_back)
+                batch.step(network, 1, length + program.look_back)
             best = {op: min(1e6 * time_, best.get(op, float("inf"))) for op, time_ in seconds.items()}
     return best
 
 
-def table(model: str = "llada-8b") -> Table:
+def table() -> Table:
     """The microseconds of a refresh and of a step."""
+    model = "llada-8b"
     found = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
     for name in ("op", "refresh, us", "step, us"):
         found.add_column(name, justify="left" if name == "op" else "right")

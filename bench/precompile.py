@@ -22,6 +22,7 @@ import typer
 from fastdllm_triton.bench import bench_step
 from fastdllm_triton.bench._models import network_of, prompt_of
 from fastdllm_triton.bench._session import Bench, Shape, benches, label
+from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.verify import jobs_for
 
@@ -66,7 +67,7 @@ def _runs(what: str, run: Callable[[], object]) -> bool:
     try:
         run()
     except Exception as error:  # Whatever one provider raises, the others are still to be launched.
-        typer.echo(f"{what}: {type(error).__name__}: {error}", err=True)
+        typer.echo(f"{what}: {reason(error)}", err=True)
         return False
     return True
 

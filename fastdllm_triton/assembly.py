@@ -40,9 +40,10 @@ def contractions(assembly: str, backend: str) -> int:
         mixed = re.findall(r"\bv_(?:fma|mad)_mix\w*\s+\w+, ([^,]+), ([^,]+), (\w+)", assembly)
         lossy: list[bool] = [a != b and addend != "0" and "s" not in (a[0], b[0]) for a, b, addend in mixed]
         return len(narrow) + sum(lossy)
-    written = {operands[0]: (opcode, operands[1:]) for opcode, operands in _instructions(assembly)}
-    fused = [ops for opcode, ops in _instructions(assembly) if opcode.startswith("fma.") and _HALF.search(opcode)]
-    sums = [ops for opcode, ops in _instructions(assembly) if re.match(r"(?:add|sub)\.(?:bf16|f16)", opcode)]
+    instructions = list(_instructions(assembly))
+    written = {operands[0]: (opcode, operands[1:]) for opcode, operands in instructions}
+    fused = [ops for opcode, ops in instructions if opcode.startswith("fma.") and _HALF.search(opcode)]
+    sums = [ops for opcode, ops in instructions if re.match(r"(?:add|sub)\.(?:bf16|f16)", opcode)]
     return sum(not any(_is_constant(operand, written) for operand in ops[1:]) for ops in fused) + sum(
         any(_is_product(operand, written) for operand in ops[1:]) for ops in sums
     )

@@ -599,8 +599,7 @@ def tokenizer_cases() -> Iterator[Case]:
     for name in ("tokenizer_class", "transformers_version", "eos_token", "chat_template", "backend", "\x1b[2J"):
         edit = fields("tokenizer_config.json", **{name: "\x1b]0;pwn\x07"})
         yield Case(f"{name!r} that a terminal acts on", checkpoint("llada", edit), refused=False)
-    ids = {"0": 10**9, "1": 2**31, "2": 2**32 - 1}
-    for token in ids.values():
+    for token in (10**9, 2**31, 2**32 - 1):
         added = [
             {
                 "id": token,

@@ -62,14 +62,14 @@ def verify(
     from .processes import in_processes
 
     resolve("triton", target)  # raises where the kernels cannot run
-    records = {(record.check, record.dtype): record for record in known}
+    records = {record.key: record for record in known}
     parts = parts_of(chosen)
     todo = [part for part in parts if part.key not in records]
     with quiet(target):
         for record in (
             in_processes(todo, target, quick=quick, jobs=jobs) if jobs > 1 else (part.run(target, quick=quick) for part in todo)
         ):
-            records[record.check, record.dtype] = record
+            records[record.key] = record
             if on_record is not None:
                 on_record(record)
     return [records[part.key] for part in parts]

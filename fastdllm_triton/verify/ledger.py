@@ -99,5 +99,5 @@ def proven(paths: Sequence[Path], machine: Mapping[str, Any]) -> list[Record]:
         except (OSError, ValueError) as error:
             raise ValueError(f"--verified: {error}") from None
         ledger.check_same(machine, "--verified")
-        records |= {(record.check, record.dtype): record for record in ledger.records}
+        records |= {record.key: record for record in ledger.records}
     return list(records.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -83,16 +83,15 @@ class ModelCheck:
     run: Callable[[Setup], Iterator[CaseRecord]]
 
 
-def verify_models(device: torch.device, *, quick: bool = False, checks: Sequence[str] = ()) -> Iterator[Record]:
-    """A record for each check, or for those that are named."""
-    setup = Setup(device, quick)
-    for check in [check for check in MODEL_CHECKS if not checks or check.name in checks]:
-        began = time.perf_counter()
-        try:
-            cases = list(check.run(setup))
-        except Exception as error:  # the other checks are still run
-            cases = [CaseRecord("all", 1.0, 0.0, ok=False, note=f"{type(error).__name__}: {str(error)[:160]}")]
-        yield Record(check.name, DTYPE, cases, time.perf_counter() - began)
+def verify_model(name: str, device: torch.device, *, quick: bool = False) -> Record:
+    """The record of a check in :data:`MODEL_CHECKS`."""
+    check = next(check for check in MODEL_CHECKS if check.name == name)
+    began = time.perf_counter()
+    try:
+        cases = list(check.run(Setup(device, quick)))
+    except Exception as error:  # the other checks are still run
+        cases = [CaseRecord("all", 1.0, 0.0, ok=False, note=f"{type(error).__name__}: {str(error)[:160]}")]
+    return Record(name, DTYPE, cases, time.perf_counter() - began)
 
 
 def _strategy(kind: str, value: Any) -> Strategy:

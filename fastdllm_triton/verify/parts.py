@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .grids import GRIDS
-from .models import DTYPE, MODEL_CHECKS, verify_models
+from .models import DTYPE, MODEL_CHECKS, verify_model
 from .ops import dtypes_of, verify_op
 from .records import Record
 
@@ -36,9 +36,8 @@ class Part:
     def run(self, device: torch.device, *, quick: bool) -> Record:
         """Tries it, in this process."""
         if self.name == MODELS:
-            (record,) = verify_models(device, quick=quick, checks=[self.what])
-        else:
-            (record,) = verify_op(self.name, device, quick=quick, dtypes=[self.what])
+            return verify_model(self.what, device, quick=quick)
+        (record,) = verify_op(self.name, device, quick=quick, dtypes=[self.what])
         return record
 
 
@@ -55,5 +54,5 @@ def parts_of(chosen: Iterable[str]) -> list[Part]:
 
 def unproven(chosen: Sequence[str], records: Iterable[Record]) -> list[str]:
     """Of names those of which a part did not hold, or was not tried."""
-    held = {(record.check, record.dtype) for record in records if record.ok}
+    held = {record.key for record in records if record.ok}
     return list(dict.fromkeys(part.name for part in parts_of(chosen) if part.key not in held))

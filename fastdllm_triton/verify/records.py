@@ -48,6 +48,11 @@ class Record:
     seconds: float = 0.0
 
     @property
+    def key(self) -> tuple[str, str]:
+        """By which records are told apart: check and dtype."""
+        return self.check, self.dtype
+
+    @property
     def ok(self) -> bool:
         """Whether every case held."""
         return all(case.ok for case in self.cases)
