@@ -28,7 +28,7 @@ from .. import tiny
 if TYPE_CHECKING:
     from ..models.config import ModelConfig
 
-CacheName = Literal["none", "prefix", "dual"]
+from ..decoding import CacheName
 
 
 @dataclass(frozen=True)
