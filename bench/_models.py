@@ -11,7 +11,7 @@ import torch
 from fastdllm_triton.models.config import ModelConfig
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import resolve
-from fastdllm_triton.roofline import SHAPES, Shape
+from fastdllm_triton.tools.roofline import SHAPES, Shape
 
 #: Head ratio and format of the large ones, sizes that the interpreter runs.
 TINY = {

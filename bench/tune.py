@@ -30,7 +30,6 @@ import typer
 from fastdllm_triton.bench import bench_linear, bench_window_attention
 from fastdllm_triton.bench._session import Bench, Shape, benches, check, label
 from fastdllm_triton.bench._timing import Inputs, Run, Timer, Timing, sets_of_inputs, time_in_turns
-from fastdllm_triton.files import write_atomically
 from fastdllm_triton.kernels import (
     _tuned,
     head_statistics,
@@ -43,6 +42,7 @@ from fastdllm_triton.kernels import (
 )
 from fastdllm_triton.kernels._arch import Arch, arch_of
 from fastdllm_triton.kernels.prefetch import Prefetch
+from fastdllm_triton.utils.files import write_atomically
 
 #: A candidate must take less than this share of the time without it.
 MARGIN = 0.97
