@@ -149,7 +149,7 @@ def _rope(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterato
 def _token(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
     rows, vocabulary, sample = shape["rows"], shape["vocabulary"], shape["temperature"] > 0
     itemsize = _itemsize(shape, dtype)
-    rule = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
+    rule = token_statistics.select_config(arch, rows, vocabulary, itemsize, sample)
     seen = {rule}
     # Splits follow from programs an SM, and tiles from warps.
     wanted = replace(rule, splits=4)
@@ -157,21 +157,21 @@ def _token(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterat
         found = {"num_warps": guess.num_warps, "num_stages": guess.num_stages}
         found["splits"] = max(triton.cdiv(guess.splits * arch.sms, rows), 1)
         with instead(token_statistics, "nearest", found):
-            config = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
+            config = token_statistics.select_config(arch, rows, vocabulary, itemsize, sample)
         if config not in seen:
             seen.add(config)
-            yield Candidate(found, _with(token_statistics, "token_statistics_config", config, bench.ours))
+            yield Candidate(found, _with(token_statistics, "select_config", config, bench.ours))
 
 
 def _head(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
     rows, vocabulary, width, sample = shape["rows"], shape["vocabulary"], shape["width"], shape["temperature"] > 0
-    rule = head_statistics.head_statistics_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
+    rule = head_statistics.select_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
     if rule is not None:
-        yield Candidate(head_statistics.BY_LIBRARY, _with(head_statistics, "head_statistics_config", None, bench.ours))
+        yield Candidate(head_statistics.BY_LIBRARY, _with(head_statistics, "select_config", None, bench.ours))
     else:  # beyond what is sure not to spill
         block_rows = max(16, triton.next_power_of_2(rows))
         part = triton.cdiv(triton.cdiv(vocabulary, arch.sms), 16) * 16
-        rule = head_statistics.HeadStatisticsConfig(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
+        rule = head_statistics.Config(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
     choices = {"block_vocabulary": (64, 128), "num_warps": (8, 4), "num_stages": (4, 3, 5, 6), "block_width": (64, 128)}
     for resident in (1, 2, 3):
         part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
@@ -182,7 +182,7 @@ def _head(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterato
                 continue
             if config.num_stages * stage <= min(arch.shared_bytes_per_sm // resident - 1024, arch.shared_bytes):
                 found = {name: getattr(config, name) for name in choices} | {"parts": resident * arch.sms}
-                yield Candidate(found, _with(head_statistics, "head_statistics_config", config, bench.ours))
+                yield Candidate(found, _with(head_statistics, "select_config", config, bench.ours))
 
 
 def _attention(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:

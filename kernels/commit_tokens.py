@@ -258,7 +258,7 @@ def _commit_tokens_kernel(
 
 
 @dataclass(frozen=True)
-class CommitTokensConfig:
+class Config:
     """How a program holds its block.
 
     Attributes:
@@ -272,7 +272,7 @@ class CommitTokensConfig:
     num_warps: int
 
 
-def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfig:
+def select_config(arch: Arch, rule: str, block: int) -> Config:
     """Bounds a tile of comparisons to few a thread, and half of them where float64 sums are taken: more would spill.
 
     The compile report chose the numbers.
@@ -282,7 +282,7 @@ def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfi
     if arch.backend == "hip":  # which keeps the outcome of every comparison in scalar registers
         a_thread = 2
     tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
-    return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
+    return Config(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 
 def launches(arch: Arch, rule: str, block: int) -> int:
@@ -341,7 +341,13 @@ _STATE = tuple(field.name for field in fields(PolicyState) if field.name not in 
 
 
 def commit_tokens(
-    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+    x: Tensor,
+    statistics: TokenStatistics,
+    window_start: Tensor,
+    state: PolicyState,
+    *,
+    place: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:
     """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
 
@@ -353,6 +359,7 @@ def commit_tokens(
         window_start: ``[B]`` int32.
         state: updated in place.
         place: ``[B, N]`` int32, contiguous.
+        config: launch parameters; :func:`select_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -363,7 +370,7 @@ def commit_tokens(
     if rows == 0:
         return
 
-    config = commit_tokens_config(arch_of(device), state.rule, block)
+    config = config or select_config(arch_of(device), state.rule, block)
     with torch.cuda.device_of(x):
         _commit_tokens_kernel[(rows,)](
             x,
@@ -437,7 +444,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     cases = []
     for block, listed in pairs.items():
         for score, rule in listed:
-            config = commit_tokens_config(arch, rule, block)
+            config = select_config(arch, rule, block)
             case = CompileCase(
                 op="commit_tokens",
                 kernel=_commit_tokens_kernel,

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import TokenStatistics
+from ..types import DEFAULT_LAUNCH, LaunchOptions, TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import INTERPRETED, check_device, once
 from ._compile import CompileCase
@@ -35,6 +36,7 @@ from ._statistics import (
     merge_distribution,
     noise_keys,
     output_of,
+    outputs,
     store_partial,
     temperature_arguments,
     tile_choice,
@@ -182,7 +184,7 @@ def _head_statistics_kernel(
 
 
 @dataclass(frozen=True)
-class HeadStatisticsConfig:
+class Config:
     """How the fused kernel tiles ``[R, V, E]``.
 
     Attributes:
@@ -223,9 +225,9 @@ def _tile(arch: Arch, block_rows: int, element_size: int, sample: bool) -> tuple
     return block, 8 if load <= 32 and not sample and arch.name != "sm_100" else 4, 2
 
 
-def head_statistics_config(
+def select_config(
     arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None
-) -> HeadStatisticsConfig | None:
+) -> Config | None:
     """The fused kernel's tiling, or None where cuBLAS and a separate pass are the better choice.
 
     As many programs as are resident at once share the vocabulary equally: a whole number of tiles each would leave a
@@ -245,9 +247,7 @@ def head_statistics_config(
         block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
         num_warps, num_stages = found["num_warps"], found["num_stages"]
     part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
-    return HeadStatisticsConfig(
-        block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
-    )
+    return Config(block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages)
 
 
 def launches(arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None) -> int:
@@ -255,7 +255,7 @@ def launches(arch: Arch, rows: int, vocabulary: int, width: int, element_size: i
 
     The fused kernel gathers ``rows`` by itself; in front of cuBLAS it takes two launches.
     """
-    if head_statistics_config(arch, rows, vocabulary, width, element_size, sample, gpu) is not None:
+    if select_config(arch, rows, vocabulary, width, element_size, sample, gpu) is not None:
         return 2
     # The logits are of float32, unless they are rounded to the dtype of the operands.
     return 1 + launches_of_statistics(arch, rows, vocabulary, 4, sample, gpu)
@@ -274,7 +274,8 @@ def head_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     logits_dtype: torch.dtype | None = None,
     out: TokenStatistics | None = None,
-    config: HeadStatisticsConfig | None = None,
+    config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> TokenStatistics:
     """Statistics of ``hidden[rows] @ weight.T``: :func:`fastdllm_triton.reference.head_statistics`, which states the contract.
 
@@ -283,7 +284,8 @@ def head_statistics(
         weight: ``[V, E]``, same dtype, last stride 1.
         rows: ``[R]`` int64 on the device; indices are not checked, they are not known on the host.
         bias, temperature, seed, position, step, forbidden, logits_dtype, out: as there.
-        config: run the fused kernel so; :func:`head_statistics_config` chooses if not given.
+        config: run the fused kernel so; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -297,13 +299,14 @@ def head_statistics(
     out = output_of(out, count, device)
     if count == 0:
         return out
+    choice: dict[str, Any] = {"temperature": temperature, "seed": seed, "position": position, "step": step, "forbidden": ids}
+    if config is None and options.batch_invariant:
+        return _batch_invariant(hidden, weight, rows, count, sample, out, choice, bias=bias, logits_dtype=logits_dtype)
     sizes = (count, vocabulary, width, hidden.element_size(), sample)
     if config is None:
-        config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
+        config = select_config(arch_of(device), *sizes, gpu_name(device))
     if config is None:
-        logits = _logits(hidden, weight, rows, bias, logits_dtype)
-        keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
-        return token_statistics(logits, forbidden=ids, out=out, rows=rows, **keys)  # type: ignore[arg-type]
+        return by_library(hidden, weight, rows=rows, bias=bias, logits_dtype=logits_dtype, out=out, **choice)
 
     temperatures, temperature = temperature_arguments(temperature)
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
@@ -345,6 +348,49 @@ def head_statistics(
         )
         launch_merge(partial, partial_id, rows, out, sample)
     return out
+
+
+def by_library(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    **choice: Any,
+) -> TokenStatistics:
+    """The same by cuBLAS, whose logits ``token_statistics`` reads."""
+    return token_statistics(_logits(hidden, weight, rows, bias, logits_dtype), rows=rows, **choice)
+
+
+def _batch_invariant(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, sample: bool, out: TokenStatistics, choice: dict[str, Any],
+    **logits: Any,
+) -> TokenStatistics:  # fmt: skip
+    """One tiling for any number of rows: always as many at a time, those made up ask for nothing."""
+    arch = arch_of(hidden.device)
+    tile = min(FUSED_ROWS[arch.name])
+    config = select_config(arch, tile, *weight.shape, hidden.element_size(), sample)
+    rows = torch.arange(count, device=hidden.device) if rows is None else rows
+    surplus = -count % tile
+    rows = torch.nn.functional.pad(rows, (0, surplus), value=-1)
+    if choice["position"] is None:
+        choice["position"] = torch.arange(count, device=hidden.device)
+    by_row = {name: value for name, value in choice.items() if isinstance(value, Tensor) and value.dim() == 1 + (name == "forbidden")}
+    padded = {name: torch.cat((value, value.new_zeros(surplus, *value.shape[1:]))) for name, value in by_row.items()}
+    parts = [
+        head_statistics(
+            hidden,
+            weight,
+            rows=rows[i : i + tile],
+            config=config,
+            **logits,
+            **choice | {name: value[i : i + tile] for name, value in padded.items()},
+        )
+        for i in range(0, len(rows), tile)
+    ]
+    entries = zip(*map(outputs, parts), strict=True)
+    return out.copy_(TokenStatistics(*(torch.cat(entry)[:count] for entry in entries)))
 
 
 #: Triton's name of a dtype that logits are rounded to.
@@ -409,7 +455,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     grid += [("bf16", 2, 3584, 32), ("fp16", 2, 4096, 32), ("fp16", 2, 3584, 64)]
     cases = []
     for (dtype, size, width, rows), (sample, by_row) in product(grid, ((False, False), (True, False), (True, True))):
-        config = head_statistics_config(arch, rows, 126_464 if width == 4096 else 152_064, width, size, sample)
+        config = select_config(arch, rows, 126_464 if width == 4096 else 152_064, width, size, sample)
         if config is None:
             continue
         signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "rows_ptr": "*i64", "forbidden_ptr": "*i64"}

@@ -43,7 +43,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Activation
+from ..types import DEFAULT_LAUNCH, Activation, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import INTERPRETED, check_floats, check_shape, check_workspace, collapsed, once, require, row_stride_of
 from ._compile import CompileCase
@@ -323,17 +323,31 @@ def measured_config(
     return None if found is None else Config(**found)
 
 
+def chosen_config(
+    arch: Arch, gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None,
+    residual: bool, options: LaunchOptions,
+) -> Config | None:  # fmt: skip
+    """What a call without a config runs: this kernel with launch parameters, or None, the library."""
+    if options.batch_invariant:
+        return invariant_config(arch, n, k, getattr(torch, dtype).itemsize, activation)
+    if options.fuse_linear and rows <= MAX_ROWS:
+        return select_config(arch, rows, n, k, getattr(torch, dtype).itemsize, activation)
+    return measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
+
+
 def launches(
-    gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None, residual: bool
-) -> int:
-    """Launches of a call without a config: those of the measured one, or of the library with a kernel for each other part."""
-    config = measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
+    arch: Arch, gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None,
+    residual: bool, options: LaunchOptions = DEFAULT_LAUNCH,
+) -> int:  # fmt: skip
+    """Launches of a call without a config: those of the chosen one, or of the library with a kernel for each other part."""
+    config = chosen_config(arch, gpu, rows, n, k, dtype, norm, activation, residual, options)
     return 1 + norm + (activation is not None) + residual if config is None else config.launches
 
 
-def fuses_residual(x: Tensor, weight: Tensor) -> bool:
+def fuses_residual(x: Tensor, weight: Tensor, options: LaunchOptions = DEFAULT_LAUNCH) -> bool:
     """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
-    return measured_config(gpu_name(x.device), *_product(x, weight), False, None, True) is not None
+    product = _product(x, weight)
+    return chosen_config(arch_of(x.device), gpu_name(x.device), *product, False, None, True, options) is not None
 
 
 @once
@@ -393,6 +407,7 @@ def linear(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor:
     """``residual + activation(rms_norm(x) @ weight.T)``, each part optional.
 
@@ -410,7 +425,8 @@ def linear(
         activation: ``"swiglu"`` or nothing.
         out: receives the result; may be ``residual`` itself.
         workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
-        config: run this kernel with these launch parameters, measured or not.
+        config: run this kernel with these launch parameters, measured or not; :func:`chosen_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``[..., N]``, with ``activation="swiglu"`` ``[..., F]``.
@@ -422,9 +438,9 @@ def linear(
     gated = activation == "swiglu"
     if config is None:
         around = (norm_weight is not None, activation, residual is not None)
-        config = measured_config(gpu_name(x.device), *_product(x, weight), *around)
+        config = chosen_config(arch_of(x.device), gpu_name(x.device), *_product(x, weight), *around, options)
     if config is None:
-        return _by_library(x, weight, norm_weight, eps, residual, gated, out)
+        return _by_library(x, weight, norm_weight, eps, residual, gated, out, options)
 
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.numel():
@@ -434,30 +450,30 @@ def linear(
         else:
             check_workspace(workspace, needed, x.device)
         with torch.cuda.device_of(x):
-            _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace)
+            _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace, options)
     return out
 
 
 def _by_library(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, gated: bool,
-    out: Tensor | None,
+    out: Tensor | None, options: LaunchOptions,
 ) -> Tensor:  # fmt: skip
     """The product by cuBLAS, what stands around it by kernels of their own."""
     if norm_weight is not None:
         assert eps is not None
-        x = rms_norm(x, norm_weight, eps)  # type: ignore[assignment]
+        x = rms_norm(x, norm_weight, eps, options=options)  # type: ignore[assignment]
     last = residual is None
     if last and not gated and out is not None:
         return torch.matmul(x, weight.T, out=out)
     y = F.linear(x, weight)
     if gated:
-        y = swiglu(y, out=out if last else None)
+        y = swiglu(y, out=out if last else None, options=options)
     return y if residual is None else torch.add(residual, y, out=out)
 
 
 def _launch(
     config: Config, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None,
-    gated: bool, out: Tensor, workspace: Tensor | None,
+    gated: bool, out: Tensor, workspace: Tensor | None, options: LaunchOptions,
 ) -> None:  # fmt: skip
     """One launch, and the sum of the splits if there are several."""
     arch, k, outputs = arch_of(x.device), x.shape[-1], out.shape[-1]
@@ -465,7 +481,7 @@ def _launch(
     count, split = out.shape[:-1].numel(), config.splits > 1
     stride_x, stride_o = row_stride_of("x", x), row_stride_of("out", out)
     stride_r = 0 if residual is None else row_stride_of("residual", residual)
-    launch = dependent_launch(arch)
+    launch = dependent_launch(arch, options)
     epilogue = {"SWIGLU": gated, "RESIDUAL": residual is not None, "enable_fp_fusion": True, **launch}
     tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outputs, config.block_n)
     _linear_kernel[(tiles, config.splits)](

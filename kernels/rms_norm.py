@@ -34,6 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, collapsed, once, require, row_stride, row_stride_of
 from ._compile import CompileCase
@@ -157,6 +158,8 @@ def rms_norm(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
+    config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``s / sqrt(mean(s^2) + eps) * weight`` over the last dimension, with ``s = (x + residual)[rows]``.
 
@@ -169,6 +172,8 @@ def rms_norm(
             of zeros. They are not checked against N, which a GPU would have to be waited for. All rows in order if not given.
         out: receives the result, ``[..., E]`` (``[...', E]``).
         residual_out: receives s, of the same shape; without ``rows`` it may be ``residual`` itself.
+        config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``y``; with ``residual`` or ``rows`` the pair ``(y, s)``.
@@ -186,7 +191,7 @@ def rms_norm(
             x, residual = collapsed(x), None if residual is None else collapsed(residual)
             layout = _layout(x, weight, residual, rows, out, residual_out)
         arch = arch_of(x.device)
-        config = select_config(arch, layout.shape[-1], gpu_name(x.device))
+        config = config or select_config(arch, layout.shape[-1], gpu_name(x.device))
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(layout.rows,)](
                 x,
@@ -205,7 +210,7 @@ def rms_norm(
                 BLOCK_E=config.block_e,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
-                **dependent_launch(arch),
+                **dependent_launch(arch, options),
             )
     return out if residual_out is None else (out, residual_out)
 

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import RopeRounding
+from ..types import DEFAULT_LAUNCH, LaunchOptions, RopeRounding
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, once, require
 from ._compile import CompileCase
@@ -246,6 +246,8 @@ def rope_kv_write(
     bias: Tensor | None = None,
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
+    config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor:
     """Rotates q and k of a window and writes its k and v into the caches.
 
@@ -264,6 +266,8 @@ def rope_kv_write(
         bias: ``[(Hq + 2 Hkv) D]``, added to ``qkv`` first (Dream).
         rounding: ``"llada"`` or ``"dream"``, whose rounding points the rotation keeps.
         out: receives q, ``[B, W, Hq, D]``.
+        config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         Rotated ``q [B, W, Hq, D]``.
@@ -273,7 +277,7 @@ def rope_kv_write(
     batch, window, q_heads, dim = layout.shape
     if batch and window:
         arch = arch_of(qkv.device)
-        config = select_config(arch, layout.kv_heads, dim, gpu_name(qkv.device))
+        config = config or select_config(arch, layout.kv_heads, dim, gpu_name(qkv.device))
         with torch.cuda.device_of(qkv):
             _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, layout.kv_heads))](
                 qkv,
@@ -296,7 +300,7 @@ def rope_kv_write(
                 BLOCK_HALF=triton.next_power_of_2(dim // 2),
                 num_warps=config.num_warps,
                 enable_fp_fusion=_fuses(rounding),
-                **dependent_launch(arch),
+                **dependent_launch(arch, options),
             )
     return out
 

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, once, require, row_stride, row_stride_of
 from ._compile import CompileCase
@@ -66,12 +67,16 @@ def launches(arch: Arch, width: int) -> int:
     return 1
 
 
-def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+def swiglu(
+    gate_up: Tensor, *, out: Tensor | None = None, config: Config | None = None, options: LaunchOptions = DEFAULT_LAUNCH
+) -> Tensor:
     """``silu(gate) * up``.
 
     Args:
         gate_up: ``[..., 2F]``: the gate in the first half of the last dimension, up in the second.
         out: receives the result, ``[..., F]``.
+        config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``[..., F]``.
@@ -82,7 +87,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
         if stride_g is None:
             gate_up, stride_g = gate_up.contiguous(), 2 * shape[-1]
         arch = arch_of(gate_up.device)
-        config = select_config(arch, shape[-1], gpu_name(gate_up.device))
+        config = config or select_config(arch, shape[-1], gpu_name(gate_up.device))
         with torch.cuda.device_of(gate_up):
             _swiglu_kernel[(math.prod(shape[:-1]), triton.cdiv(shape[-1], config.block_f))](
                 gate_up,
@@ -93,7 +98,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
                 BLOCK_F=config.block_f,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
-                **dependent_launch(arch),
+                **dependent_launch(arch, options),
             )
     return out
 

@@ -161,7 +161,7 @@ def _token_statistics_kernel(
 
 
 @dataclass(frozen=True)
-class TokenStatisticsConfig:
+class Config:
     """How a launch tiles ``[R, V]``.
 
     Attributes:
@@ -181,27 +181,34 @@ class TokenStatisticsConfig:
     num_stages: int = 4
 
 
-def token_statistics_config(
-    arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None
-) -> TokenStatisticsConfig:
-    """Splits rows until there are about four programs an SM, in chunks of at least four steps.
+def tiling(
+    arch: Arch, rows: int, vocabulary: int, element_size: int, *, num_warps: int = 4, num_stages: int | None = None,
+    splits: int | None = None,
+) -> Config:  # fmt: skip
+    """Splits rows until there are about four programs an SM, or as often as asked for, in chunks of at least four steps.
 
     On NVIDIA each has three tiles of 4 KB in flight: 48 KB an SM, where some 30 KB keep the memory of an H200 busy.
     """
-    shape = {"vocabulary": vocabulary, "element_size": element_size, "sample": sample}
-    found = nearest(gpu, "token_statistics", {"rows": rows}, **shape) or {}
-    num_warps, num_stages = found.get("num_warps", 4), found.get("num_stages", 1 if arch.backend == "hip" else 4)
     lanes, width = 2 * num_warps * arch.warp_size, 16 // element_size
     tile = lanes * width
-    wanted = found.get("splits") or triton.cdiv(4 * arch.sms, rows)
-    splits = max(1, min(wanted, vocabulary // (4 * tile)))
+    splits = max(1, min(splits or triton.cdiv(4 * arch.sms, rows), vocabulary // (4 * tile)))
     chunk = triton.cdiv(triton.cdiv(vocabulary, splits), tile) * tile
-    return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps, num_stages)
+    num_stages = num_stages or (1 if arch.backend == "hip" else 4)
+    return Config(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps, num_stages)
+
+
+def select_config(
+    arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None
+) -> Config:
+    """The tiling that was measured for about so many rows, or that of :func:`tiling`."""
+    shape = {"vocabulary": vocabulary, "element_size": element_size, "sample": sample}
+    measured = nearest(gpu, "token_statistics", {"rows": rows}, **shape) or {}
+    return tiling(arch, rows, vocabulary, element_size, **measured)
 
 
 def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None) -> int:
     """Launches of a call with keys on the device: the kernel, and the merge where rows are split."""
-    return 1 if token_statistics_config(arch, rows, vocabulary, element_size, sample, gpu).splits == 1 else 2
+    return 1 if select_config(arch, rows, vocabulary, element_size, sample, gpu).splits == 1 else 2
 
 
 def token_statistics(
@@ -214,6 +221,7 @@ def token_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     out: TokenStatistics | None = None,
     rows: Tensor | None = None,
+    config: Config | None = None,
 ) -> TokenStatistics:
     """Statistics of each row of logits: :func:`fastdllm_triton.reference.token_statistics`, which states the contract.
 
@@ -222,6 +230,7 @@ def token_statistics(
         temperature, seed, position, step, forbidden, out: as there.
         rows: ``[R]`` int64 on the device: a row with a negative entry asks for nothing, its logits are not read and its
             statistics are those of a row that was not asked for.
+        config: launch parameters; :func:`select_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -236,7 +245,8 @@ def token_statistics(
         return out
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
 
-    config = token_statistics_config(arch_of(device), count, vocabulary, logits.element_size(), sample, gpu_name(device))
+    if config is None:
+        config = select_config(arch_of(device), count, vocabulary, logits.element_size(), sample, gpu_name(device))
     split = config.splits > 1
     partial, partial_id = None, None
     if split:
@@ -305,7 +315,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
         for vocabulary in (126_464, 152_064):
             for rows in (1, 16, 32, 64, 128, 512, 1024):
                 for sample, by_row in ((False, False), (True, False), (True, True)):
-                    config = token_statistics_config(arch, rows, vocabulary, size, sample)
+                    config = select_config(arch, rows, vocabulary, size, sample)
                     split = config.splits > 1
                     label = f"{dtype}{' split' if split else ''}{' sample' if sample else ''}{' by row' if by_row else ''}"
                     signature = {

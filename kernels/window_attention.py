@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, check_workspace, once, require
 from ._compile import CompileCase
@@ -332,6 +333,19 @@ def select_config(
     return min((config.split(slots, splits) for splits in range(1, most + 1)), key=microseconds)
 
 
+#: Batch-invariant: keys of a chunk, counted from where a row's own keys begin, and the rows that the tile is chosen for.
+#: Results are merged in the order of the chunks, and an empty chunk changes nothing.
+INVARIANT_CHUNK, INVARIANT_ROWS = 1024, 64
+
+
+@cache
+def invariant_config(arch: Arch, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int) -> Config:
+    """One tiling for any batch, window and number of slots: with it a row's result depends on that row alone."""
+    window = max(INVARIANT_ROWS * kv_heads // q_heads, 1)
+    tile = select_config(arch, 1, window, q_heads, kv_heads, dim, INVARIANT_CHUNK, itemsize)
+    return replace(tile, splits=max(triton.cdiv(slots, INVARIANT_CHUNK), 1), chunk=INVARIANT_CHUNK)
+
+
 def launches(
     arch: Arch,
     batch: int,
@@ -412,6 +426,7 @@ def window_attention(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T) v`` over the slots ``kv_start[b] <= j < kv_end[b]``, less ``skip_start[b] <= j < skip_end[b]``.
 
@@ -433,6 +448,7 @@ def window_attention(
         out: receives the output, ``[B, W, Hq, D]``.
         workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
         config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``[B, W, Hq, D]`` in the dtype of ``q``; with ``return_lse`` the pair of it and the base-2 log-sum-exp
@@ -443,6 +459,8 @@ def window_attention(
     if q.device.type == "cpu" and batch and (last := int(kv_end.max())) > slots:
         raise ValueError(f"kv_end: got {last}, needs at most the {slots} slots of k_cache")
 
+    if config is None and options.batch_invariant:
+        config = invariant_config(arch_of(q.device), q_heads, kv_heads, dim, slots, q.element_size())
     if span is not None and span[0] < span[1] and not return_lse and skip_start is None and config is None:
         sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
         if cudnn_wins(gpu_name(q.device), *sizes):
@@ -464,7 +482,7 @@ def window_attention(
         with torch.cuda.device_of(q):
             _launch(
                 arch, config, layout, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
-                1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace,
+                1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace, options,
             )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -492,6 +510,7 @@ def by_cudnn(q: Tensor, k_cache: Tensor, v_cache: Tensor, span: tuple[int, int],
 def _launch(
     arch: Arch, config: Config, layout: _Layout, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor,
     skip_start: Tensor | None, skip_end: Tensor | None, scale: float, out: Tensor, lse: Tensor | None, workspace: Tensor | None,
+    options: LaunchOptions,
 ) -> None:  # fmt: skip
     """One launch, and the merge if there are several chunks."""
     batch, window, q_heads, kv_heads, dim, slots, strides = layout
@@ -507,7 +526,7 @@ def _launch(
         "RETURN_LSE": lse is not None,
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
         "enable_fp_fusion": True,
-        **dependent_launch(arch),
+        **dependent_launch(arch, options),
     }
     _window_attention_kernel[(triton.cdiv(rows, config.block_m), config.splits, pairs)](
         q, k_cache, v_cache, kv_start, kv_end,

@@ -7,6 +7,8 @@ contract is that of ``reference/window_inputs.py``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -32,8 +34,6 @@ from ._limits import MAX_BLOCK, MAX_ROWS
 # batch_row_ptr                      [P]       int64
 
 SLICED = ["base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr", "seed_ptr", "step_ptr"]
-#: Slots of a window that a program takes.
-BLOCK_W = 256
 
 
 @triton.jit(do_not_specialize=["slots", "window", "predicted", "rows"], do_not_specialize_on_alignment=SLICED)
@@ -115,6 +115,21 @@ def _window_inputs_kernel(
                 tl.store(keys_ptr + 2 * predicted + empty + n, none, mask=hole)
 
 
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters: slots of the window, rows and slots of a block that a program takes at a time."""
+
+    block_w: int
+    block_r: int
+    block_n: int
+    num_warps: int
+
+
+def select_config(rows: int, block: int) -> Config:
+    """The rows in one of two sizes, so that a batch that shrinks compiles nothing again."""
+    return Config(256, MAX_ROWS if rows > 128 else 128, triton.next_power_of_2(block), 4)
+
+
 def launches(arch: Arch) -> int:
     """Launches of a call."""
     return 1
@@ -159,9 +174,12 @@ def window_inputs(
     mask_id: int,
     seed: Tensor | None = None,
     step: Tensor | None = None,
+    config: Config | None = None,
 ) -> WindowInputs:
     """Tokens of each row's window, and where the masked slots of its block are predicted:
     :func:`fastdllm_triton.reference.window_inputs`, which states the contract.
+
+    ``config`` holds the launch parameters; :func:`select_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -180,8 +198,9 @@ def window_inputs(
         keys=empty(3, predicted if sample else 0),
         batch_row=empty(predicted),
     )
+    config = config or select_config(rows, block)
     with torch.cuda.device_of(x):
-        _window_inputs_kernel[(rows, triton.cdiv(window, BLOCK_W))](
+        _window_inputs_kernel[(rows, triton.cdiv(window, config.block_w))](
             x,
             base,
             block_start,
@@ -206,10 +225,10 @@ def window_inputs(
             mask_id,
             SHIFT=int(shift),
             SAMPLE=sample,
-            BLOCK_R=MAX_ROWS if rows > 128 else 128,
-            BLOCK_N=triton.next_power_of_2(block),
-            BLOCK_W=BLOCK_W,
-            num_warps=4,
+            BLOCK_R=config.block_r,
+            BLOCK_N=config.block_n,
+            BLOCK_W=config.block_w,
+            num_warps=config.num_warps,
         )
     return found
 
@@ -224,6 +243,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
         signature |= keys if sample else {}
         signature |= {"ids_ptr": "*i64", "start_ptr": "*i32", "rows_ptr": "*i64", "place_ptr": "*i32", "batch_row_ptr": "*i64"}
         pointers = tuple(name for name in signature if name not in SLICED)
+        config = select_config(rows, block)
         cases.append(
             CompileCase(
                 op="window_inputs",
@@ -234,11 +254,12 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                     **({} if sample else dict.fromkeys(keys)),
                     "SHIFT": 0,
                     "SAMPLE": sample,
-                    "BLOCK_R": rows,
-                    "BLOCK_N": block,
-                    "BLOCK_W": BLOCK_W,
+                    "BLOCK_R": config.block_r,
+                    "BLOCK_N": config.block_n,
+                    "BLOCK_W": config.block_w,
                 },
                 divisible=(*pointers, "stride_x", "block"),
+                num_warps=config.num_warps,
             )
         )
     return cases

@@ -176,14 +176,14 @@ def _linear(c: ShapeClass, arch: Arch) -> _Found:
 
 def _token(c: ShapeClass, arch: Arch) -> _Found:
     rows, vocabulary = c.batch * BLOCK, SHAPES[c.model].vocab_size
-    config = token_statistics.token_statistics_config(arch, rows, vocabulary, 2)
+    config = token_statistics.select_config(arch, rows, vocabulary, 2)
     for case in _labelled(token_statistics, arch, "bf16 split" if config.splits > 1 else "bf16"):
         yield case, rows * config.splits
 
 
 def _head(c: ShapeClass, arch: Arch) -> _Found:
     shape, rows = SHAPES[c.model], c.batch * BLOCK
-    config = head_statistics.head_statistics_config(arch, rows, shape.vocab_size, shape.width, 2, False)
+    config = head_statistics.select_config(arch, rows, shape.vocab_size, shape.width, 2, False)
     if config is not None:  # otherwise cuBLAS
         for case in _labelled(head_statistics, arch, f"bf16 E={shape.width} rows={config.block_rows}"):
             yield case, config.parts

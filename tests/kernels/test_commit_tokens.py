@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fastdllm_triton.compat.dream.rules import transfer_count
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
-from fastdllm_triton.kernels.commit_tokens import commit_tokens_config
+from fastdllm_triton.kernels.commit_tokens import select_config
 from fastdllm_triton.reference.commit_tokens import commit_tokens as reference
 from fastdllm_triton.reference.token_statistics import token_statistics
 from fastdllm_triton.types import PolicyState, TokenStatistics
@@ -424,7 +424,7 @@ def test_a_block_that_leaves_the_row_touches_nothing_else():
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 def test_a_tile_of_comparisons_stays_small(arch, block):
     for rule in RULES:
-        config = commit_tokens_config(arch, rule, block)
+        config = select_config(arch, rule, block)
         assert block <= config.block < 2 * block
         assert config.chunk == 1 or config.block * config.chunk <= 32 * config.num_warps * (4 if rule == "entropy_budget" else 8)
         assert 1 <= config.chunk <= config.block
