@@ -370,13 +370,15 @@ def _batch_invariant(
     """One tiling for any number of rows: always as many at a time, those made up ask for nothing."""
     arch = arch_of(hidden.device)
     tile = min(FUSED_ROWS[arch.name])
-    config = select_config(arch, tile, *weight.shape, hidden.element_size(), sample)
+    config = select_config(arch, tile, weight.shape[0], weight.shape[1], hidden.element_size(), sample)
     rows = torch.arange(count, device=hidden.device) if rows is None else rows
     surplus = -count % tile
     rows = torch.nn.functional.pad(rows, (0, surplus), value=-1)
     if choice["position"] is None:
         choice["position"] = torch.arange(count, device=hidden.device)
-    by_row = {name: value for name, value in choice.items() if isinstance(value, Tensor) and value.dim() == 1 + (name == "forbidden")}
+    by_row = {
+        name: value for name, value in choice.items() if isinstance(value, Tensor) and value.dim() == 1 + (name == "forbidden")
+    }
     padded = {name: torch.cat((value, value.new_zeros(surplus, *value.shape[1:]))) for name, value in by_row.items()}
     parts = [
         head_statistics(

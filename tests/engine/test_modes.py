@@ -113,7 +113,7 @@ def test_an_unknown_value_of_a_variable_is_an_error_that_lists_the_allowed_ones(
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name} must be one of {allowed}, got '{value}'"):
         environment.check()
-    from fastdllm_triton.ops import _resolved
+    from fastdllm_triton.ops.backends import _resolved
 
     _resolved.cache_clear()
     with pytest.raises(ValueError, match=name):

@@ -70,9 +70,9 @@ def test_the_kernels_hold_on_the_whole_grid(op: str) -> None:
 @pytest.fixture(autouse=True)
 def ops_of_this_test_alone() -> Iterator[None]:
     """A kernel that a test replaced is neither missed because its op was kept before, nor kept for the tests after it."""
-    ops._resolved.cache_clear()
+    ops.backends._resolved.cache_clear()
     yield
-    ops._resolved.cache_clear()
+    ops.backends._resolved.cache_clear()
 
 
 def slightly_wrong(kernel: Any) -> Any:
