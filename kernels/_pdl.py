@@ -19,8 +19,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..utils.environment import PDL as SWITCH
 from ..types import LaunchOptions
+from ..utils.environment import PDL as SWITCH
 from ._arch import Arch
 from ._check import INTERPRETED
 

@@ -9,6 +9,22 @@ Costs are float64, as the reference's decisions are: odds of 1e-9 and 2e-9 must 
 integers of the same order, since GPUs without fast float64 compare those at full rate.
 
 The rules and their sources are in ``reference/commit_tokens.py``.
+
+| pointer                        | shape          | dtype       | owned by                                         |
+|--------------------------------|----------------|-------------|--------------------------------------------------|
+| x_ptr                          | [B, L]         | int64       | caller, read and written; stride_x between rows  |
+| place_ptr                      | [B, N] or None | int32       | caller, read: a slot's entry; None: all in order |
+| token_ptr                      | [P]            | int64       | statistics, read, as are the five below in fp32  |
+| logit_ptr … entropy_ptr        | [P]            | fp32        | what the score does not need is not read         |
+| window_start_ptr, kv_start_ptr | [B]            | int32       | caller, read                                     |
+| seed_ptr                       | [B]            | int64       | state, read                                      |
+| value_ptr, steps_ptr           | [B]            | fp64, int32 | state, read                                      |
+| shares_ptr                     | [B, S]         | fp32        | state, read by the schedule                      |
+| eos_ptr                        | [B, EOS]       | int64       | state, read; -1 is none                          |
+| step_ptr … remaining_ptr       | [B]            | int32       | state, read and written                          |
+| invalid_ptr, ended_ptr         | [B]            | bool        | state, read and written                          |
+| forward_ptr                    | [B]            | int32       | state, counted up                                |
+| step_map_ptr, confidence_ptr   | [B, L]         | int32, fp32 | state, written where a token is committed        |
 """
 
 from __future__ import annotations
@@ -28,21 +44,6 @@ from ._check import check_device, once
 from ._compile import CompileCase
 from ._limits import MAX_BLOCK, MAX_EOS, MAX_ROWS
 from ._statistics import outputs
-
-# Pointers                        shape     dtype    owned by
-# x_ptr                           [B, L]    int64    caller, read and written; stride_x between rows
-# place_ptr                       [B, N] or None  int32  caller, read: a slot's entry of the statistics; None: [B, N] in order
-# token_ptr                       [P]       int64    statistics, read, as are the five below in fp32
-# logit_ptr … entropy_ptr         [P]       fp32     what the score does not need is not read
-# window_start_ptr, kv_start_ptr  [B]       int32    caller, read
-# seed_ptr                        [B]       int64    state, read
-# value_ptr, steps_ptr            [B]       fp64, int32  state, read
-# shares_ptr                      [B, S]    fp32     state, read by the schedule
-# eos_ptr                         [B, EOS]  int64    state, read; -1 is none
-# step_ptr … remaining_ptr        [B]       int32    state, read and written
-# invalid_ptr, ended_ptr          [B]       bool     state, read and written
-# forward_ptr                     [B]       int32    state, counted up
-# step_map_ptr, confidence_ptr    [B, L]    int32, fp32  state, written where a token is committed
 
 #: Fourth word of the random counter: numbers that rank slots (reference/_random.py).
 STREAM_SCORE = tl.constexpr(1)

@@ -6,6 +6,19 @@ running state a row, so that a program leaves 28 bytes a row for the merge kerne
 product: on Hopper only an M of 64 or more reaches wgmma, and the vocabulary is the long side.
 
 For more rows than :data:`FUSED_ROWS` the product is left to cuBLAS and ``token_statistics`` reads its logits.
+
+| pointer            | shape              | dtype          | owned by                                                 |
+|--------------------|--------------------|----------------|----------------------------------------------------------|
+| hidden_ptr         | [N, E]             | fp32/fp16/bf16 | caller, read; last stride 1                              |
+| weight_ptr         | [V, E]             | same           | caller, read; last stride 1                              |
+| bias_ptr           | [V] or None        | any float      | caller, read                                             |
+| rows_ptr           | [R] or None        | int64          | caller, read; -1 asks for nothing, None: rows in order   |
+| forbidden_ptr      | [F] or [R, F]      | int64          | launcher, read; -1 forbids nothing                       |
+| seed_ptr, step_ptr | [R], stride 0 or 1 | int64          | launcher, read with SAMPLE                               |
+| position_ptr       | [R] or None        | int64          | launcher, read with SAMPLE; None: the row's index        |
+| temperature_ptr    | [R] or None        | fp32           | caller, read with SAMPLE; None: one for all, an argument |
+| partial_ptr        | [6, R, parts]      | fp32           | workspace, written                                       |
+| partial_id_ptr     | [R, parts]         | int32          | workspace, written                                       |
 """
 
 from __future__ import annotations
@@ -45,18 +58,6 @@ from ._statistics import (
 from ._tuned import gpu_name, tuned
 from .token_statistics import launches as launches_of_statistics
 from .token_statistics import token_statistics
-
-# Pointers                shape                  dtype             owned by
-# hidden_ptr              [N, E]                 fp32/fp16/bf16    caller, read; last stride 1
-# weight_ptr              [V, E]                 same              caller, read; last stride 1
-# bias_ptr                [V] or None            any float         caller, read
-# rows_ptr                [R] or None            int64             caller, read; -1 asks for nothing, None: rows in order
-# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
-# seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
-# position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
-# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
-# partial_ptr             [6, R, parts]          fp32              workspace, written
-# partial_id_ptr          [R, parts]             int32             workspace, written
 
 #: Most rows of the fused kernel, without and with noise. Published figures of a like kernel (FlashSampling, arXiv 2603.15854,
 #: against cuBLAS and a separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows.

@@ -45,7 +45,7 @@ from torch import Tensor
 
 from ..types import DEFAULT_LAUNCH, Activation, LaunchOptions
 from ._arch import Arch, arch_of
-from ._check import INTERPRETED, check_floats, check_shape, check_workspace, collapsed, once, require, row_stride_of
+from ._check import INTERPRETED, check_floats, check_shape, collapsed, once, require, row_stride_of, scratch
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, prefetch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
@@ -381,15 +381,15 @@ def _layout(
 ) -> tuple[int, ...]:  # fmt: skip
     """Checks the arguments of :func:`linear`; the shape of the result."""
     check_floats(x=x, weight=weight, norm_weight=norm_weight, residual=residual, out=out)
-    require(x.ndim > 0, "x", "no dimension", "[..., K]")
-    require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "two dimensions, [N, K]")
+    require("x", "no dimension", "[..., K]", x.ndim > 0)
+    require("weight", f"shape {list(weight.shape)}", "of two dimensions, [N, K]", weight.ndim == 2)
     (n, k), gated = weight.shape, activation == "swiglu"
-    require(k > 0 and x.shape[-1] == k, "x", f"a last dimension of {x.shape[-1]}", f"that of weight, {k}, at least 1")
-    require(activation in (None, "swiglu"), "activation", repr(activation), "'swiglu' or None")
-    require(not gated or n % 2 == 0, "weight", f"{n} rows", "an even number: gate, then up")
+    require("x", f"one of {x.shape[-1]}", f"of the last dimension of weight, {k}, at least 1", k > 0 and x.shape[-1] == k)
+    require("activation", repr(activation), "'swiglu' or None", activation in (None, "swiglu"))
+    require("weight", f"{n} rows", "of an even number of rows, gate and up", not gated or n % 2 == 0)
     check_shape("norm_weight", norm_weight, k)
     given = "nothing" if eps is None else eps
-    require((eps is None) == (norm_weight is None), "eps", given, "a number with norm_weight, and nothing without")
+    require("eps", given, "a number with norm_weight, and nothing without", (eps is None) == (norm_weight is None))
     shape = (*x.shape[:-1], n // 2 if gated else n)
     check_shape("residual", residual, *shape)
     check_shape("out", out, *shape)
@@ -445,10 +445,7 @@ def linear(
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.numel():
         needed = config.workspace_elements(math.prod(shape[:-1]), weight.shape[0])
-        if workspace is None:
-            workspace = torch.empty(needed, dtype=torch.float32, device=x.device) if needed else None
-        else:
-            check_workspace(workspace, needed, x.device)
+        workspace = scratch(workspace, needed, x.device)
         with torch.cuda.device_of(x):
             _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace, options)
     return out
@@ -477,10 +474,10 @@ def _launch(
 ) -> None:  # fmt: skip
     """One launch, and the sum of the splits if there are several."""
     arch, k, outputs = arch_of(x.device), x.shape[-1], out.shape[-1]
-    x, residual = collapsed(x), None if residual is None else collapsed(residual)
+    x, stride_x = collapsed(x)
+    residual, stride_r = (None, 0) if residual is None else collapsed(residual)
     count, split = out.shape[:-1].numel(), config.splits > 1
-    stride_x, stride_o = row_stride_of("x", x), row_stride_of("out", out)
-    stride_r = 0 if residual is None else row_stride_of("residual", residual)
+    stride_o = row_stride_of("out", out)
     launch = dependent_launch(arch, options)
     epilogue = {"SWIGLU": gated, "RESIDUAL": residual is not None, "enable_fp_fusion": True, **launch}
     tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outputs, config.block_n)

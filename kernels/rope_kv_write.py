@@ -215,20 +215,20 @@ def _layout(
 ) -> _Layout:  # fmt: skip
     """Checks the arguments of :func:`rope_kv_write`."""
     check_floats(qkv=qkv, k_cache=k_cache, v_cache=v_cache, bias=bias, out=out)
-    require(qkv.ndim == 3, "qkv", f"shape {list(qkv.shape)}", "three dimensions, [B, W, (Hq + 2 Hkv) D]")
-    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
+    require("qkv", f"shape {list(qkv.shape)}", "of three dimensions, [B, W, (Hq + 2 Hkv) D]", qkv.ndim == 3)
+    require("k_cache", f"shape {list(k_cache.shape)}", "of four dimensions, [B, Hkv, L, D]", k_cache.ndim == 4)
     batch, window, columns = qkv.shape
     kv_heads, slots, dim = k_cache.shape[1:]
-    require(dim % 2 == 0 and dim > 0, "k_cache", f"a head dimension of {dim}", "an even one")
+    require("k_cache", f"one of {dim}", "of an even head dimension", dim % 2 == 0 and dim > 0)
     q_heads = columns // dim - 2 * kv_heads
-    require(columns % dim == 0 and q_heads > 0, "qkv", f"{columns} columns", f"(Hq + 2 * {kv_heads}) * {dim} of them")
-    require(q_heads % kv_heads == 0, "qkv", f"{q_heads} q heads", f"a multiple of the {kv_heads} heads of k_cache")
+    require("qkv", f"{columns} columns", f"of (Hq + 2 * {kv_heads}) * {dim} columns", columns % dim == 0 and q_heads > 0)
+    require("qkv", f"{q_heads} q heads", f"of a multiple of the {kv_heads} heads of k_cache", q_heads % kv_heads == 0)
     check_shape("k_cache", k_cache, batch, kv_heads, slots, dim)
     check_shape("v_cache", v_cache, batch, kv_heads, slots, dim)
     check_shape("bias", bias, columns)
     check_shape("out", out, batch, window, q_heads, dim)
     check_slots(batch, qkv.device, window_start=window_start, kv_start=kv_start)
-    require(rounding in ("llada", "dream"), "rounding", repr(rounding), "'llada' or 'dream'")
+    require("rounding", repr(rounding), "'llada' or 'dream'", rounding in ("llada", "dream"))
 
     strides_q = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
     strides = (*qkv.stride()[:2], *strides_q, *k_cache.stride()[:3], *v_cache.stride()[:3])

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
-from ._check import check_floats, check_shape, once, require, row_stride, row_stride_of
+from ._check import check_floats, check_shape, collapsed, once, require, row_stride_of
 from ._compile import CompileCase
 from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
@@ -81,11 +81,10 @@ def swiglu(
     Returns:
         ``[..., F]``.
     """
-    shape, stride_g, stride_o = _layout(gate_up, out)
+    shape, stride_o = _layout(gate_up, out)
     out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     if out.numel():
-        if stride_g is None:
-            gate_up, stride_g = gate_up.contiguous(), 2 * shape[-1]
+        gate_up, stride_g = collapsed(gate_up)
         arch = arch_of(gate_up.device)
         config = config or select_config(arch, shape[-1], gpu_name(gate_up.device))
         with torch.cuda.device_of(gate_up):
@@ -104,15 +103,15 @@ def swiglu(
 
 
 @once
-def _layout(gate_up: Tensor, out: Tensor | None) -> tuple[tuple[int, ...], int | None, int]:
-    """Checks the arguments; the result's shape, and how far rows are apart, None where ``gate_up`` must be copied first."""
+def _layout(gate_up: Tensor, out: Tensor | None) -> tuple[tuple[int, ...], int]:
+    """Checks the arguments; the result's shape, and how far its rows are apart."""
     check_floats(gate_up=gate_up, out=out)
-    require(gate_up.shape[-1] % 2 == 0, "gate_up", f"a last dimension of {gate_up.shape[-1]}", "an even one")
+    require("gate_up", f"one of {gate_up.shape[-1]}", "of an even last dimension", gate_up.shape[-1] % 2 == 0)
     shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     check_shape("out", out, *shape)
     if not math.prod(shape):
-        return shape, 0, 0
-    return shape, row_stride(gate_up), shape[-1] if out is None else row_stride_of("out", out)
+        return shape, 0
+    return shape, shape[-1] if out is None else row_stride_of("out", out)
 
 
 def compile_cases(arch: Arch) -> list[CompileCase]:

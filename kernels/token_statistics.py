@@ -8,6 +8,19 @@ costs one exponential and the running sums are rescaled once a step.
 
 Sampling is Gumbel-max in the same pass: ``argmax(logits + temperature * noise)`` follows softmax(logits / temperature). The
 noise is keyed on (seed, position, step, token id), so a draw depends neither on the tiling nor on the batch.
+
+| pointer                 | shape              | dtype          | owned by                                                 |
+|-------------------------|--------------------|----------------|----------------------------------------------------------|
+| logits_ptr              | [R, V]             | fp32/fp16/bf16 | caller, read; any strides                                |
+| rows_ptr                | [R] or None        | int64          | caller, read; negative asks for nothing                  |
+| forbidden_ptr           | [F] or [R, F]      | int64          | launcher, read; -1 forbids nothing                       |
+| seed_ptr, step_ptr      | [R], stride 0 or 1 | int64          | launcher, read with SAMPLE                               |
+| position_ptr            | [R] or None        | int64          | launcher, read with SAMPLE; None: the row's index        |
+| temperature_ptr         | [R] or None        | fp32           | caller, read with SAMPLE; None: one for all, an argument |
+| token_ptr               | [R]                | int64          | result, written without SPLIT                            |
+| logit_ptr … entropy_ptr | [R]                | fp32           | result, written without SPLIT                            |
+| partial_ptr             | [6, R, splits]     | fp32           | workspace, written with SPLIT                            |
+| partial_id_ptr          | [R, splits]        | int32          | workspace, written with SPLIT                            |
 """
 
 from __future__ import annotations
@@ -48,18 +61,6 @@ from ._statistics import (
     tile_distribution,
 )
 from ._tuned import gpu_name, nearest
-
-# Pointers                shape                  dtype             owned by
-# logits_ptr              [R, V]                 fp32/fp16/bf16    caller, read; any strides
-# rows_ptr                [R] or None            int64             caller, read; negative asks for nothing
-# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
-# seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
-# position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
-# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
-# token_ptr               [R]                    int64             result, written without SPLIT
-# logit_ptr … entropy_ptr [R]                    fp32              result, written without SPLIT
-# partial_ptr             [6, R, splits]         fp32              workspace, written with SPLIT
-# partial_id_ptr          [R, splits]            int32             workspace, written with SPLIT
 
 
 @triton.jit

@@ -3,6 +3,20 @@
 A program takes some slots of a row's window. The first of each row also packs the masked slots of the row's block: its places in
 the list begin where those of the rows before it end, which their counters tell, so that no program waits for another. The
 contract is that of ``reference/window_inputs.py``.
+
+| pointer                        | shape  | dtype        | owned by                            |
+|--------------------------------|--------|--------------|-------------------------------------|
+| x_ptr                          | [B, L] | int64        | caller, read; stride_x between rows |
+| base_ptr                       | [B]    | int32        | caller, read; stride_base 0 or 1    |
+| block_start_ptr, remaining_ptr | [B]    | int32        | caller, read                        |
+| kv_start_ptr                   | [B]    | int32        | caller, read                        |
+| seed_ptr, step_ptr             | [B]    | int64, int32 | caller, read with SAMPLE            |
+| ids_ptr                        | [B, W] | int64        | result, written, as are all below   |
+| start_ptr                      | [B]    | int32        |                                     |
+| rows_ptr                       | [P]    | int64        |                                     |
+| place_ptr                      | [B, N] | int32        |                                     |
+| keys_ptr                       | [3, P] | int64        | written with SAMPLE                 |
+| batch_row_ptr                  | [P]    | int64        |                                     |
 """
 
 from __future__ import annotations
@@ -19,19 +33,6 @@ from ._arch import Arch
 from ._check import check_device, check_shape, check_slots, once, require
 from ._compile import CompileCase
 from ._limits import MAX_BLOCK, MAX_ROWS
-
-# Pointers                           shape     dtype    owned by
-# x_ptr                              [B, L]    int64    caller, read; stride_x between rows
-# base_ptr                           [B]       int32    caller, read; stride_base 0 or 1
-# block_start_ptr, remaining_ptr     [B]       int32    caller, read
-# kv_start_ptr                       [B]       int32    caller, read
-# seed_ptr, step_ptr                 [B]       int64, int32    caller, read with SAMPLE
-# ids_ptr                            [B, W]    int64    result, written, as are all below
-# start_ptr                          [B]       int32
-# rows_ptr                           [P]       int64
-# place_ptr                          [B, N]    int32
-# keys_ptr                           [3, P]    int64    written with SAMPLE
-# batch_row_ptr                      [P]       int64
 
 SLICED = ["base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr", "seed_ptr", "step_ptr"]
 
@@ -142,21 +143,21 @@ def _check(
 ) -> None:  # fmt: skip
     """Checks the arguments of :func:`window_inputs`."""
     is_text = x.ndim == 2 and x.dtype == torch.int64 and (x.shape[1] <= 1 or x.stride(1) == 1)
-    require(is_text, "x", f"{x.dtype} {list(x.shape)} of strides {x.stride()}", "[B, L] torch.int64 of last stride 1")
+    require("x", f"{x.dtype} {list(x.shape)} of strides {x.stride()}", "[B, L] torch.int64 of last stride 1", is_text)
     check_device("x", x)
     rows, slots = x.shape
-    require(0 < rows <= MAX_ROWS, "x", f"{rows} rows", f"1 to {MAX_ROWS}")
-    require(0 < block <= min(MAX_BLOCK, window), "block", block, f"1 to {min(MAX_BLOCK, window)}, the window's slots")
-    require(predicted > 0, "predicted", predicted, "at least 1")
-    require(slots > 0, "x", "no slots", "at least one")
+    require("x", f"{rows} rows", f"of 1 to {MAX_ROWS} rows", 0 < rows <= MAX_ROWS)
+    require("block", block, f"1 to {min(MAX_BLOCK, window)}, the window's slots", 0 < block <= min(MAX_BLOCK, window))
+    require("predicted", predicted, "at least 1", predicted > 0)
+    require("x", "none", "of at least one slot", slots > 0)
     check_slots(rows, x.device, block_start=block_start, remaining=remaining, kv_start=kv_start, step=step)
     wanted = base.shape in ((), (1,), (rows,)) and base.dtype == torch.int32 and base.device == x.device
-    require(wanted, "base", f"{base.dtype} {list(base.shape)} on {base.device}", f"int32 on {x.device}, one or [{rows}]")
-    require((seed is None) == (step is None), "seed", "one of seed and step", "both of them or none")
+    require("base", f"{base.dtype} {list(base.shape)} on {base.device}", f"int32 on {x.device}, one or [{rows}]", wanted)
+    require("seed", "one of them", "given with step, or neither", (seed is None) == (step is None))
     if seed is not None:
         check_shape("seed", seed, rows)
         is_key = seed.dtype == torch.int64 and seed.device == x.device and (rows == 1 or seed.stride(0) == 1)
-        require(is_key, "seed", f"{seed.dtype} on {seed.device}", f"contiguous torch.int64 on {x.device}")
+        require("seed", f"{seed.dtype} on {seed.device}", f"contiguous torch.int64 on {x.device}", is_key)
 
 
 def window_inputs(

@@ -452,7 +452,7 @@ def bad(**changes):
     [
         ({"x": torch.zeros(2, 8)}, r"x must be \[B, L\] torch.int64 of last stride 1, got torch.float32"),
         ({"x": torch.zeros(8, 2, dtype=torch.int64).t()}, "last stride 1"),
-        ({"x": torch.zeros(2, 8, dtype=torch.int64, device="meta")}, "x: got a tensor on meta, needs a GPU tensor"),
+        ({"x": torch.zeros(2, 8, dtype=torch.int64, device="meta")}, "x must be a GPU tensor .*, got a tensor on meta"),
         ({"x": torch.full((2, 3), MASK)}, r"1 to 3 slots a row, got \[2, 4\]"),
         ({"x": torch.full((1025, 8), MASK)}, "at most 1024 rows, got 1025"),
         ({"statistics__token": torch.zeros((), dtype=torch.int64)}, r"1 to 8 slots a row, got \[\]"),

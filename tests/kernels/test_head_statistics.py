@@ -295,7 +295,7 @@ def test_strided_rows_of_hidden_states_and_weight():
     [
         ({"hidden": torch.zeros(4)}, r"hidden must be \[N, E\] float32, float16 or bfloat16, got torch.float32 \[4\]"),
         ({"hidden": torch.zeros(2, 16).double()}, "hidden must be .* got torch.float64"),
-        ({"hidden": torch.zeros(2, 16, device="meta")}, "hidden: got a tensor on meta, needs a GPU tensor"),
+        ({"hidden": torch.zeros(2, 16, device="meta")}, "hidden must be a GPU tensor .*, got a tensor on meta"),
         ({"hidden": torch.zeros(16, 2).t()}, "hidden must have last stride 1"),
         ({"weight": torch.zeros(9, 15)}, r"weight must be torch.float32 \[9, 16\]"),
         ({"weight": torch.zeros(9, 16).half()}, "weight must be torch.float32"),

@@ -438,7 +438,7 @@ def test_unwritten_workspace_would_show(monkeypatch):
         ({"logits": torch.zeros(3, 4, dtype=torch.int32)}, "float32, float16 or bfloat16, got torch.int32"),
         ({"logits": torch.zeros(3, 4).double()}, "float32, float16 or bfloat16, got torch.float64"),
         ({"logits": torch.zeros(3, 0)}, "1 to 2.30 tokens, got 0"),
-        ({"logits": torch.zeros(3, 4, device="meta")}, "logits: got a tensor on meta, needs a GPU tensor"),
+        ({"logits": torch.zeros(3, 4, device="meta")}, "logits must be a GPU tensor .*, got a tensor on meta"),
         ({"forbidden": [4]}, r"forbidden must hold ids in \[0, 4\), got \[4\]"),
         ({"forbidden": [-1]}, "forbidden must hold ids"),
         ({"forbidden": list(range(65))}, "forbidden has 65 ids; at most 64"),
