@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "einops", "numpy", "typer", "rich")
 #: In the order of the time that a step spends in them.
 MAIN_OPS = ("window_attention", "linear", "head_statistics", "rope_kv_write", "rms_norm")
-OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens")
+OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens", "window_inputs")
 OPS = (*MAIN_OPS, *OTHER_OPS)
 #: A run for which the numbers of seconds are meant; in a longer one they grow with it.
 SECONDS = 540

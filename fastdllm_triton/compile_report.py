@@ -1,7 +1,7 @@
 """What the compilers make of every kernel, without a GPU: registers, spills, shared memory, instructions.
 
-Each ``kernels/<op>.py`` lists in ``compile_cases(arch)`` the configurations that its config function can return. They are
-compiled ahead of time in processes of their own, where Triton's interpreter is off whatever it is here. A record is a dict:
+Each ``verify/cases/<op>.py`` lists in ``compile_cases(arch)`` the configurations that the op's config function can return. They
+are compiled ahead of time in processes of their own, where Triton's interpreter is off whatever it is here. A record is a dict:
 
 | key           | meaning                                                                                  |
 |---------------|------------------------------------------------------------------------------------------|
@@ -38,10 +38,10 @@ import triton
 from rich.table import Table
 from rich.text import Text
 
-from . import kernels
 from .assembly import contractions, cuobjdump, serialised, waits_first
 from .kernels._arch import ARCHS, Arch
-from .kernels._compile import CompileCase
+from .verify import cases
+from .verify.cases import CompileCase
 
 Record = dict[str, Any]
 
@@ -57,9 +57,13 @@ TENSOR_MEMORY = 512
 
 
 def reported_ops() -> list[str]:
-    """The ops whose kernel file lists compile cases."""
-    names = [module.name for module in pkgutil.iter_modules(kernels.__path__) if not module.name.startswith("_")]
-    return [name for name in names if hasattr(_module(name), "compile_cases")]
+    """The ops that have cases to compile."""
+    return [module.name for module in pkgutil.iter_modules(cases.__path__) if not module.name.startswith("_")]
+
+
+def cases_of(op: str) -> Any:
+    """The module that describes an op."""
+    return importlib.import_module(f"{cases.__name__}.{op}")
 
 
 def compile_report(
@@ -94,7 +98,7 @@ def compile_report(
         (op, arch, case.kernel.__name__, case.config)
         for op in ops
         for arch in archs
-        for case in _module(op).compile_cases(ARCHS[arch])
+        for case in cases_of(op).compile_cases(ARCHS[arch])
         if keep is None or keep({"op": op, "kernel": case.kernel.__name__, "arch": arch, "config": case.config})
     ]
     return in_processes(_compile, wanted, processes, on_progress)
@@ -201,10 +205,6 @@ def summary(records: Sequence[Record]) -> Table:
     return table
 
 
-def _module(op: str) -> Any:
-    return importlib.import_module(f"{kernels.__name__}.{op}")
-
-
 def _name(record: Record) -> str:
     return f"{record['op']} {record['kernel']} {record['arch']} [{record['config']}]"
 
@@ -212,8 +212,8 @@ def _name(record: Record) -> str:
 def _compile(wanted: tuple[str, str, str, str]) -> Record:
     """One case by its names, since a process cannot be sent a kernel; runs in the pool."""
     op, arch, kernel, config = wanted
-    cases = _module(op).compile_cases(ARCHS[arch])
-    return compile_case(next(case for case in cases if (case.kernel.__name__, case.config) == (kernel, config)), ARCHS[arch])
+    found = cases_of(op).compile_cases(ARCHS[arch])
+    return compile_case(next(case for case in found if (case.kernel.__name__, case.config) == (kernel, config)), ARCHS[arch])
 
 
 def compile_case(case: CompileCase, arch: Arch) -> Record:

@@ -21,12 +21,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from . import tiny
-
-if TYPE_CHECKING:
-    from .models.config import ModelConfig
+from .models.config import ModelConfig
+from .models.published import PUBLISHED
 
 CacheName = Literal["none", "prefix", "dual"]
 
@@ -97,12 +96,8 @@ class Shape:
         return self.layers * self.layer_parameters + self.vocab_size * self.width
 
 
-#: config.json of GSAI-ML/LLaDA-8B-Instruct (LLaDA 1.5 has the same) and Dream-org/Dream-v0-Instruct-7B.
-SHAPES = {
-    "llada-8b": Shape("LLaDA-8B", 32, 4096, 32, 32, 128, 12_288, 126_464),
-    "llada-1.5": Shape("LLaDA-1.5", 32, 4096, 32, 32, 128, 12_288, 126_464),
-    "dream-7b": Shape("Dream-7B", 28, 3584, 28, 4, 128, 18_944, 152_064),
-}
+_NAMES = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
+SHAPES = {name: Shape.of(config, _NAMES[name]) for name, config in PUBLISHED.items()}
 
 
 def shape_of(model: str | Path) -> Shape:

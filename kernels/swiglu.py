@@ -24,8 +24,7 @@ from torch import Tensor
 
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, once, require, row_stride, row_stride_of
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 
 
@@ -108,19 +107,3 @@ def _layout(gate_up: Tensor, out: Tensor | None) -> tuple[tuple[int, ...], int |
     if not math.prod(shape):
         return shape, 0, 0
     return shape, row_stride(gate_up), shape[-1] if out is None else row_stride_of("out", out)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The MLPs of LLaDA (F = 12288) and Dream (18944) share one configuration."""
-    config = select_config(arch, 12_288)
-    return [
-        CompileCase(
-            op="swiglu",
-            kernel=_swiglu_kernel,
-            config=f"bf16 block={config.block_f}",
-            signature={"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_g": "i32", "stride_o": "i32", "F": "i32"},
-            constexprs={"BLOCK_F": config.block_f, "PDL": has_dependent_launch(arch)},
-            divisible=("gate_up_ptr", "out_ptr", "stride_g", "stride_o", "F"),
-            num_warps=config.num_warps,
-        )
-    ]

@@ -70,8 +70,8 @@ def test_an_access_or_a_way_out_ahead_of_the_wait_is_seen(ptx, waits):
 COMPILED = """
 from dataclasses import replace
 from fastdllm_triton.compile_report import compile_case
-from fastdllm_triton.kernels import linear, rope_kv_write
 from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.verify.cases import linear, rope_kv_write
 
 for name in ("sm_80", "sm_90"):
     case = next(case for case in rope_kv_write.compile_cases(ARCHS[name]) if "bf16 dream" in case.config)

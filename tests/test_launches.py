@@ -12,8 +12,9 @@ from _support import DEVICE, ints, randn
 from fastdllm_triton import ops, reference
 from fastdllm_triton.kernels import _pdl, _statistics
 from fastdllm_triton.kernels._arch import ARCHS, arch_of
-from fastdllm_triton.kernels.linear import PROJECTIONS, Config, select_config
+from fastdllm_triton.kernels.linear import Config, select_config
 from fastdllm_triton.types import PolicyState
+from fastdllm_triton.verify.cases.linear import PROJECTIONS
 
 ARCH = arch_of(DEVICE)
 

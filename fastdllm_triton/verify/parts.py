@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .grids import GRIDS
+from .cases import OPS
 from .models import DTYPE, MODEL_CHECKS, verify_model
 from .ops import dtypes_of, verify_op
 from .records import Record
@@ -43,7 +43,7 @@ class Part:
 
 def names() -> list[str]:
     """What can be verified: the ops in the order of a forward, and ``models``."""
-    return [*GRIDS, MODELS]
+    return [*OPS, MODELS]
 
 
 def parts_of(chosen: Iterable[str]) -> list[Part]:

@@ -1,0 +1,213 @@
+"""What describes an op to all that try, time, compile or tune it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...kernels._compile import CompileCase as CompileCase
+from ...models.published import DREAM_7B, LLADA_8B
+
+Inputs = dict[str, Any]
+Outputs = dict[str, Tensor]
+Sizes = Mapping[str, Any]
+Function = Callable[..., Any]
+Where = Literal["quick", "full", "key", "gpu"]
+
+#: The models whose sizes the large cases have, as the shapes of benches name them.
+MODELS = {"llada": LLADA_8B, "dream": DREAM_7B}
+ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Random:
+    """Normal numbers of one seed, drawn on a device in a dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """``size`` numbers, ``scale`` wide."""
+        return torch.randn(size, generator=self.generator, device=self.device).mul_(scale).to(dtype or self.dtype)
+
+    def slots(self, values: Sequence[int]) -> Tensor:
+        """An int32 tensor."""
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A shape in which the kernel is held against the reference.
+
+    Attributes:
+        why: the reason that it is there, which is also its name.
+        sizes: what ``OpCases.make`` takes.
+        where: ``quick``: in every run, small; ``full``: small, in runs that are not quick; ``key``: on a GPU, the sizes of a
+            step and of a refresh of LLaDA-8B or Dream-7B; ``gpu``: on a GPU, in runs that are not quick.
+    """
+
+    why: str
+    sizes: Sizes
+    where: Where = "full"
+
+    def __str__(self) -> str:
+        return self.why.replace(" ", "-")
+
+
+def _results(result: Any, inputs: Inputs) -> Outputs:
+    results = result if isinstance(result, tuple) else (result,)
+    return {"y" if i == 0 else f"y{i}": tensor for i, tensor in enumerate(results)}
+
+
+@dataclass(frozen=True)
+class OpCases:
+    """How to try and time an op.
+
+    Attributes:
+        op: its name, which its modules and functions in ``kernels`` and ``reference`` have too.
+        cases: in which it must be right.
+        make: the keyword arguments of a call from :class:`Random` and the sizes of a case or of a timed shape.
+        shapes: that are timed.
+        key: of these the ones that matter most: a step and a refresh of one row.
+        small: a shape for which the interpreter takes no time.
+        axis: the size along which times are plotted.
+        bytes: of memory traffic that a shape cannot do without, at two bytes a number unless the shape says otherwise.
+        flops: of the matrix products of a shape.
+        named: the tensors to compare, from the result of a call and its arguments, those written in place included.
+        called: how a function is called where it is compared.
+        writes: arguments that a call changes; each call that is compared gets copies of its own.
+        outs: arguments that receive results, in the order of ``named``, which begins with them.
+        common: further arguments of each call in a case, which one that is timed does without.
+        variants: further arguments of the kernel alone, by a word for each of its ways to the same result.
+        twin: PyTorch's own result in the inputs' dtype, whose error sets the bound; the reference's if not given.
+        dtypes: that the inputs come in.
+        float64: whether the reference takes the inputs in float64.
+    """
+
+    op: str
+    cases: Sequence[Case]
+    make: Callable[..., Inputs]
+    shapes: Sequence[Sizes]
+    key: Sequence[Sizes]
+    small: Sizes
+    axis: str
+    bytes: Callable[[Sizes], int]
+    flops: Callable[[Sizes], int] = lambda shape: 0
+    named: Callable[[Any, Inputs], Outputs] = _results
+    called: Callable[[Function], Function] = lambda function: function
+    writes: Sequence[str] = ()
+    outs: Sequence[str] = ()
+    common: Mapping[str, Any] = field(default_factory=dict)
+    variants: Callable[[Inputs], Mapping[str, Inputs]] = lambda inputs: {"": {}}
+    twin: Callable[[Inputs], Outputs] | None = None
+    dtypes: Sequence[torch.dtype] = ALL_DTYPES
+    float64: bool = True
+
+    def inputs(self, sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
+        """The arguments of a call, without those that receive results."""
+        return self.make(Random(device, dtype, seed), **sizes)
+
+    @property
+    def kernel(self) -> Function:
+        """Looked up anew each time, so that a test can put another one in its place."""
+        return self._function("kernels")
+
+    @property
+    def reference(self) -> Function:
+        """The same in PyTorch."""
+        return self._function("reference")
+
+    def _function(self, folder: str) -> Function:
+        package = __package__.split(".")[0]
+        function: Function = getattr(importlib.import_module(f"{package}.{folder}.{self.op}"), self.op)
+        return function
+
+    def result_memory(self, outputs: Outputs) -> Inputs:
+        """Arguments that receive results, of the shapes of these, full of NaN."""
+        return {name: torch.full_like(result, torch.nan) for name, result in zip(self.outs, outputs.values(), strict=False)}
+
+    def outputs(self, function: Function, inputs: Inputs, **options: Any) -> Outputs:
+        """Calls the kernel or the reference; the inputs stay as they are."""
+        inputs = _copied(inputs, self.writes)
+        return self.named(self.called(function)(**inputs, **options), inputs)
+
+
+def _copied(inputs: Inputs, names: Iterable[str]) -> Inputs:
+    return inputs | {name: copy(inputs[name]) for name in names}
+
+
+def copy(value: Any) -> Any:
+    """A tensor, or a dataclass with all tensors in it, in memory of its own."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    tensors = {name: field.clone() for name, field in vars(value).items() if isinstance(field, Tensor)}
+    return type(value)(**vars(value) | tensors)
+
+
+# --- what is compiled ahead of time ---------------------------------------------------------------------------------------
+
+
+def compile_case(
+    op: str,
+    kernel: Any,
+    config: str,
+    types: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    unknown: Iterable[str] = (),
+    **options: Any,
+) -> CompileCase:
+    """A case of an op of whose arguments all pointers and strides are divisible by 16, as a launch would find them.
+
+    Args:
+        op, kernel, config, constexprs: see :class:`CompileCase`.
+        types: the Triton type of arguments, whose names are separated by spaces; strides are int32, and names that the kernel
+            lacks are left out.
+        unknown: arguments of which a launch does not know that they are divisible, besides float numbers.
+        options: the others of :class:`CompileCase`.
+    """
+    type_of = dict.fromkeys((name for name in kernel.arg_names if name.startswith("stride_")), "i32")
+    type_of |= {name: kind for names, kind in types.items() for name in names.split()}
+    signature = {name: type_of[name] for name in kernel.arg_names if name in type_of and name not in constexprs}
+    divisible = tuple(name for name, kind in signature.items() if kind != "fp32" and name not in unknown)
+    return CompileCase(op, kernel, config, signature, dict(constexprs), divisible, **options)
+
+
+@dataclass(frozen=True)
+class ShapeClass:
+    """A forward whose launches the performance report looks at.
+
+    Attributes:
+        name: for people.
+        model: a name in :data:`MODELS`.
+        batch, window, slots: of the forward.
+    """
+
+    name: str
+    model: str
+    batch: int
+    window: int
+    slots: int
+
+    @property
+    def rows(self) -> int:
+        """Of all sequences."""
+        return self.batch * self.window
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the blocks, which are those that reach the head."""
+        return self.batch * 32
+
+
+#: Compiled kernels with the number of programs that a forward launches of each.
+Launches = Iterable[tuple[CompileCase, int]]
+
+
+def labelled(cases: Iterable[CompileCase], label: str, programs: int) -> Launches:
+    """The launch of the case with a label, if it is there."""
+    return [(case, programs) for case in cases if case.config == label]

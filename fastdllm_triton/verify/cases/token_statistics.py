@@ -1,0 +1,93 @@
+"""The cases of token_statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...kernels import token_statistics as kernels
+from ...kernels._arch import Arch
+from ...kernels.token_statistics import compile_cases
+from ...types import TokenStatistics
+from ._base import MODELS, Case, Inputs, Launches, OpCases, Outputs, Random, ShapeClass, labelled
+
+__all__ = ["TOKEN_STATISTICS", "compile_cases", "launches", "named_statistics"]
+
+_LLADA, _DREAM = (model.vocab_size for model in MODELS.values())
+
+
+def _make(
+    random: Random,
+    rows: int,
+    vocabulary: int,
+    temperature: float = 0.0,
+    bits: int | None = None,
+    ties: Sequence[int] = (),
+    broken: bool = False,
+    forbidden: Sequence[int] | None = None,
+) -> Inputs:
+    """Logits ten wide, in float32 where ``bits`` are 32."""
+    logits = random(rows, vocabulary, scale=3, dtype=torch.float32 if bits == 32 else None)
+    if ties:
+        logits[:, list(ties)] = 40.0
+    if broken:  # rows of -inf, with a NaN, and with +inf have no token to choose
+        logits[0], logits[1, 2], logits[2, 1] = -torch.inf, torch.nan, torch.inf
+        logits[3:, ::2] = -torch.inf
+    return {"logits": logits, "temperature": temperature, "seed": 7 if temperature else None, "forbidden": forbidden}
+
+
+def named_statistics(statistics: TokenStatistics, inputs: Inputs) -> Outputs:
+    """What is compared. The odds against a token span many orders of magnitude, so their logarithm is."""
+    return {
+        "token": statistics.token,
+        "logit": statistics.logit,
+        "second_logit": statistics.second_logit,
+        "logsumexp": statistics.logsumexp,
+        "log_rest": statistics.rest.log(),
+        "entropy": statistics.entropy,
+    }
+
+
+#: A block of one sequence, of a batch, and the rows of a refresh; noise where the engine samples. Logits are float32 by default.
+_SHAPES: list[dict[str, Any]] = [
+    {"rows": rows, "vocabulary": vocabulary, "temperature": temperature, "bits": bits}
+    for vocabulary in (_LLADA, _DREAM)
+    for rows, temperature in ((1, 0.0), (32, 0.0), (32, 1.0), (128, 0.0), (128, 1.0), (512, 0.0), (2048, 0.0))
+    for bits in (32, 16)
+    if rows < 2048 or bits == 16
+]
+
+TOKEN_STATISTICS = OpCases(
+    "token_statistics",
+    [
+        Case("one token", {"rows": 1, "vocabulary": 1}, "quick"),
+        Case("less than a tile", {"rows": 2, "vocabulary": 7}, "quick"),
+        Case("ties across tiles", {"rows": 3, "vocabulary": 9000, "ties": (12, 4096, 8999)}, "quick"),
+        Case("rows without a choice", {"rows": 5, "vocabulary": 3000, "broken": True}, "quick"),
+        Case("forbidden ids", {"rows": 2, "vocabulary": 500, "ties": (3, 4), "forbidden": (3, 77)}, "quick"),
+        Case("samples", {"rows": 4, "vocabulary": 1000, "temperature": 1.0}, "quick"),
+        Case("the built-in model", {"rows": 130, "vocabulary": 137}),
+        Case("an odd vocabulary", {"rows": 2, "vocabulary": 50_257}),
+        Case("LLaDA's vocabulary", {"rows": 1, "vocabulary": _LLADA}),
+        Case("a block of LLaDA", {"rows": 32, "vocabulary": _LLADA}, "key"),
+        Case("samples of a block of LLaDA", {"rows": 32, "vocabulary": _LLADA, "temperature": 0.7}, "gpu"),
+        Case("many rows of Dream", {"rows": 512, "vocabulary": _DREAM}, "gpu"),
+    ],
+    _make,
+    shapes=_SHAPES,
+    key=[shape for shape in _SHAPES if shape["rows"] in (32, 128) and shape["bits"] == 32],
+    small={"rows": 3, "vocabulary": 500, "temperature": 0.0},
+    axis="rows",
+    # The logits in; what comes out, 28 bytes a row, is nothing beside them.
+    bytes=lambda shape: shape.get("bits", 16) // 8 * shape["rows"] * shape["vocabulary"] + 28 * shape["rows"],
+    named=named_statistics,
+)
+
+
+def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
+    """The launch on the logits of the blocks."""
+    rows = shape_class.head_rows
+    config = kernels.token_statistics_config(arch, rows, MODELS[shape_class.model].vocab_size, 2)
+    return labelled(compile_cases(arch), "bf16 split" if config.splits > 1 else "bf16", rows * config.splits)
