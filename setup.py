@@ -37,8 +37,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fastdllm_triton*"]),
     package_data={
-        "fastdllm_triton": ["py.typed", "trace.html"],
+        "fastdllm_triton": ["py.typed"],
         "fastdllm_triton.bench": ["page.html"],
+        "fastdllm_triton.engine": ["trace.html"],
         "fastdllm_triton.kernels": ["tuned/*.json"],
         "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"],
         # A link to one folder of tests/golden; its logits are for the tests alone.

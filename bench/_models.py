@@ -13,7 +13,7 @@ from fastdllm_triton.models.config import ModelConfig
 from fastdllm_triton.models.published import DREAM_7B, LLADA_8B, PUBLISHED
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import resolve
-from fastdllm_triton.roofline import Shape
+from fastdllm_triton.tools.roofline import Shape
 
 _TINY: dict[str, Any] = {
     "layers": 2, "head_dim": 16, "mlp": 96, "vocab_size": 320, "embedding_size": 320, "mask_id": 319, "eos_ids": (318,),

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastdllm_triton.bench._report import Report, changes, columns_of, note_of
 from fastdllm_triton.bench._session import Row
-from fastdllm_triton.files import write_atomically
+from fastdllm_triton.utils.files import write_atomically
 
 
 def check_installed() -> None:

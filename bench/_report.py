@@ -22,7 +22,7 @@ from rich.text import Text
 
 from fastdllm_triton.bench._session import Row, label
 from fastdllm_triton.bench._timing import Ceilings
-from fastdllm_triton.files import write_json, write_records
+from fastdllm_triton.utils.files import write_json, write_records
 
 #: Files of a folder that hold no rows.
 OTHER_FILES = ("machine.json", "verify.json")
@@ -33,7 +33,7 @@ class Report:
     """All that a run found.
 
     Attributes:
-        machine: see :func:`fastdllm_triton.machine.describe`.
+        machine: see :func:`fastdllm_triton.tools.environment.describe`.
         ceilings: None where nothing was timed.
         verification: records as JSON.
         rows: of all benches.

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from fastdllm_triton import machine
 from fastdllm_triton import verify as proof
 from fastdllm_triton.bench import _session, _timing
 from fastdllm_triton.bench._report import Report
 from fastdllm_triton.bench._session import Measurable, Row, label
+from fastdllm_triton.tools import environment as machine
 from fastdllm_triton.verify.parts import unproven
 
 

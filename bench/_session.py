@@ -325,6 +325,6 @@ def main(op: str) -> None:
     """A bench as a script: ``fastdllm-triton bench --op`` with the script's arguments."""
     import sys
 
-    from fastdllm_triton.cli import app
+    from fastdllm_triton.cli.app import app
 
     app(["bench", "all", "--op", op, *sys.argv[1:]])

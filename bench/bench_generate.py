@@ -13,7 +13,7 @@ as the paper's tokens per forward make it, the same for ours and for the officia
 
 Seconds are wall clock, the host included; ``over_vanilla`` is how many times faster than ``vanilla`` a row is.
 ``tokens_per_s`` counts the tokens of all rows, with an end token those up to it. The floor is that of
-``fastdllm_triton.roofline`` for the schedule on this GPU.
+``fastdllm_triton.tools.roofline`` for the schedule on this GPU.
 
 Tokens per forward: on GSM8K with 8-shot prompts and 1024 tokens from the wall clocks of figure 1c of the paper (140 forwards),
 for 5-shot and 256 tokens as given there (3.01 with a cache). The others are not given: what they are is taken from the gain of
@@ -35,11 +35,12 @@ from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
 from fastdllm_triton.bench._session import Row, Session, Shape, main
 from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
-from fastdllm_triton.decoding import CacheName, FixedSteps, GenerationConfig
-from fastdllm_triton.engine import Generation
+from fastdllm_triton.decoding.config import CacheName, GenerationConfig
+from fastdllm_triton.decoding.strategies import FixedSteps
+from fastdllm_triton.engine.engine import Generation
 from fastdllm_triton.models.transformer import Transformer
-from fastdllm_triton.roofline import Gpu, Setting
-from fastdllm_triton.roofline import floor as floor_of
+from fastdllm_triton.tools.roofline import Gpu, Setting
+from fastdllm_triton.tools.roofline import floor as floor_of
 
 BLOCK = 32
 #: Task, tokens of the prompt, tokens to generate, tokens a forward, place of the end token.

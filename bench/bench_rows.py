@@ -15,7 +15,9 @@ from typing import Any
 
 from fastdllm_triton.bench._session import Row, Session, main
 from fastdllm_triton.bench.bench_generate import seconds_of
-from fastdllm_triton.decoding import GenerationConfig, GenerationOutput, Threshold
+from fastdllm_triton.decoding.config import GenerationConfig
+from fastdllm_triton.decoding.strategies import Threshold
+from fastdllm_triton.engine.outputs import GenerationOutput
 from fastdllm_triton.loading import load
 from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.tiny.problems import MAX_ANSWER_TOKENS, problems

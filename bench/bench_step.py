@@ -5,7 +5,7 @@ python bench/bench_step.py [--quick] [--out DIR] [--html FILE] [--minutes N]
 A step of ours is the captured graph, from token ids to committed tokens, over the dual cache; it is timed several times in
 a row on a block that is masked again before each turn. The official step (``official_step.py``) does the same work with the
 same weights: its forward over the block, selection, and the test on the host whether the block is done. A refresh recomputes the
-whole context and is the first step of its block in both. The floor is that of ``fastdllm_triton.roofline``, with the copy
+whole context and is the first step of its block in both. The floor is that of ``fastdllm_triton.tools.roofline``, with the copy
 bandwidth and the matrix rate that this GPU reached in the same run. Two more providers are ours with a choice made otherwise:
 ``triton serial`` launches no kernel before its predecessor has ended, ``triton fused`` takes the kernel of ``linear`` for every
 product, measured or not.
@@ -34,19 +34,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdllm_triton.batch import Batch, Program
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import Row, Session, Shape, main, timed
 from fastdllm_triton.bench._timing import Timing, percentiles, pool_bytes, reason
 from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
 from fastdllm_triton.bench.official_step import shift as shift_logits
-from fastdllm_triton.decoding import GenerationConfig, Threshold
+from fastdllm_triton.decoding.config import GenerationConfig
+from fastdllm_triton.decoding.strategies import Threshold
+from fastdllm_triton.engine.runner import Batch, Program
 from fastdllm_triton.kernels import _pdl
 from fastdllm_triton.kernels._arch import arch_of
 from fastdllm_triton.kernels.linear import MAX_ROWS, select_config
 from fastdllm_triton.kernels.linear import linear as linear_kernel
 from fastdllm_triton.models.transformer import Transformer
-from fastdllm_triton.roofline import forward_cost
+from fastdllm_triton.tools.roofline import forward_cost
 
 #: Along each axis from a middle point; the most asked for first.
 SHAPES: list[dict[str, Any]] = [

@@ -16,7 +16,7 @@ import torch
 import fastdllm_triton as fdt
 from fastdllm_triton.evaluation.cost import Meter
 from fastdllm_triton.evaluation.grid import CacheSpec
-from fastdllm_triton.roofline import GPUS, SHAPES, Cost, forward_cost
+from fastdllm_triton.tools.roofline import GPUS, SHAPES, Cost, forward_cost
 
 CACHES = (
     "none",

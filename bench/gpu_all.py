@@ -115,7 +115,7 @@ def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
         )
 
     show = '''nvidia-smi || echo "no nvidia-smi"; "$0" -m pip list || echo "no pip"'''
-    collect = ["--collect-only", "tests/test_swiglu.py"] if dry else []
+    collect = ["--collect-only", "tests/kernels/test_swiglu.py"] if dry else []
     tests = Stage(
         "tests",
         "all tests that need a GPU",
@@ -288,9 +288,9 @@ def _time(seconds: float) -> str:
 #: Says, in a process of its own, since this one is to leave the GPU alone, whether there is one and what its results are called.
 PROBE = """
 import json, torch
-from fastdllm_triton import machine
+from fastdllm_triton.tools import environment
 gpu = torch.cuda.is_available()
-print(json.dumps([gpu, machine.folder_name(machine.describe(torch.device("cuda" if gpu else "cpu")))]))
+print(json.dumps([gpu, environment.folder_name(environment.describe(torch.device("cuda" if gpu else "cpu")))]))
 """
 
 
@@ -331,7 +331,7 @@ def prepare(out: Path, dry: bool) -> Path:
 
 
 def _without_date(folder: str) -> tuple[str, str]:
-    """GPU and commit of a name of :func:`fastdllm_triton.machine.folder_name`."""
+    """GPU and commit of a name of :func:`fastdllm_triton.tools.environment.folder_name`."""
     gpu, run = folder.split("/")
     return gpu, run[len("2026-11-21-") :]
 

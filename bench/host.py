@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdllm_triton import ops
-from fastdllm_triton.batch import Batch, Program
 from fastdllm_triton.bench._models import config_of
-from fastdllm_triton.decoding import GenerationConfig
+from fastdllm_triton.decoding.config import GenerationConfig
+from fastdllm_triton.engine.runner import Batch, Program
 from fastdllm_triton.kernels import _check, _pdl, _statistics
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.models.transformer import Transformer, Weights

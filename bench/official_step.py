@@ -4,7 +4,8 @@ What it computes and in which order is that of the code for LLaDA and Dream in i
 of the paper's version, which always finishes a block): separate projections, the cache grown by ``torch.cat`` or written by
 index, all keys rotated in every layer of every forward, PyTorch's attention, logits of the whole window, a float64 softmax
 over them (Dream: one in the model's dtype), selection by sorting, and a loop on the host that reads the device. Written from a
-description of it, not copied; where the description leaves a choice, the cheaper op is taken. ``tests/test_bench_official.py``
+description of it, not copied; where the description leaves a choice, the cheaper op is taken.
+``tests/bench/test_bench_official.py``
 shows that it gives the recorded tokens of the official code.
 
 The matrices are views of our fused ones, so that both models fit a GPU together. Schedules can be imposed: with random weights

@@ -5,7 +5,7 @@ python bench/roofline.py --model llada-8b --gpu h200 --prompt-length 1000 --gen-
 
 import sys
 
-from fastdllm_triton.cli import app
+from fastdllm_triton.cli.app import app
 
 if __name__ == "__main__":
     app(["roofline", *sys.argv[1:]])

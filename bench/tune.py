@@ -31,7 +31,6 @@ from torch import Tensor
 from fastdllm_triton.bench import bench_linear
 from fastdllm_triton.bench._session import Shape, check, label, sets_and_results
 from fastdllm_triton.bench._timing import Run, Timer, Timing, sets_of_inputs, time_in_turns
-from fastdllm_triton.files import write_atomically
 from fastdllm_triton.kernels import (
     _tuned,
     head_statistics,
@@ -43,6 +42,7 @@ from fastdllm_triton.kernels import (
     window_attention,
 )
 from fastdllm_triton.kernels._arch import Arch, arch_of
+from fastdllm_triton.utils.files import write_atomically
 from fastdllm_triton.verify.cases._base import Function, OpCases
 from fastdllm_triton.verify.cases.head_statistics import HEAD_STATISTICS
 from fastdllm_triton.verify.cases.linear import LINEAR

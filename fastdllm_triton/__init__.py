@@ -14,15 +14,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .utils.moved import install
+
 if TYPE_CHECKING:
-    from .decoding import EntropyBudget, Factor, FixedSteps, GenerationConfig, GenerationOutput, Strategy, Threshold
-    from .engine import Committed, Forward, Generation
+    from .decoding.config import GenerationConfig
+    from .decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+    from .engine.engine import Committed, Forward, Generation
+    from .engine.outputs import GenerationOutput
+    from .integrations.transformers.accelerate import accelerate, restore
     from .loading import load
     from .model import MaskedDiffusionLM
     from .models import CheckpointError
-    from .swap.accelerate import accelerate, restore
 
 __version__ = "0.1.0"
+
+install()
 
 __all__ = [
     "CheckpointError",
@@ -51,13 +57,13 @@ _HOMES = {
     "Forward": "engine",
     "Generation": "engine",
     "GenerationConfig": "decoding",
-    "GenerationOutput": "decoding",
+    "GenerationOutput": "engine",
     "MaskedDiffusionLM": "model",
     "Strategy": "decoding",
     "Threshold": "decoding",
-    "accelerate": "swap",
+    "accelerate": "integrations.transformers",
     "load": "loading",
-    "restore": "swap",
+    "restore": "integrations.transformers",
 }
 
 if not TYPE_CHECKING:  # A type checker would take any name for one that is there.

@@ -11,7 +11,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else, as under nohup, it is not to be answered
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        from .cli import app
+        from .cli.app import app
 
         app(prog_name="fastdllm-triton")
     except KeyboardInterrupt:  # Before a command runs; the command line answers those after that.

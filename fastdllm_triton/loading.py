@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 
 from . import tiny
-from .checks import is_bool, require, to_path, told
-from .invariant import invariant
-from .memory import Memory, available_bytes
+from .engine.memory import Memory, available_bytes
 from .model import MaskedDiffusionLM
-from .models import dream, llada
 from .models.checkpoint import Checkpoint, read_json
 from .models.config import CheckpointError, ModelConfig, shown
 from .models.fields import Fields
+from .models.registry import architecture_of
 from .models.transformer import Transformer, Weights, expected_shapes
 from .ops import Ops, resolve
-
-#: ``model_type`` of a ``config.json``, in lower case, to the module with its config and name map.
-ARCHITECTURES: dict[str, ModuleType] = {"llada": llada, "dream": dream}
+from .ops.batch_invariant import invariant
+from .utils.checks import is_bool, require, to_path, told
 
 #: What of a hub repository is fetched: data, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -120,6 +114,43 @@ def is_hub_id(given: str | Path) -> bool:
     return isinstance(given, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", given, re.ASCII) is not None
 
 
+def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
+    """Reads the ``config.json`` of a model.
+
+    Args:
+        model: ``"tiny"``, a checkpoint folder, a ``config.json``, or a hub id, of which this one file is fetched.
+
+    Returns:
+        The shape, and the name of the dtype that the file says its weights have, if it says so.
+
+    Raises:
+        CheckpointError: (a ``ValueError``) there is no such file, or it is not one of a supported model.
+    """
+    raw = read_json(_find_config(model))
+    fields = Fields(raw)
+    field = "dtype" if "dtype" in fields else "torch_dtype"  # What transformers 5 writes, and what those before did.
+    dtype = fields.text(field).removeprefix("torch.") if field in fields else None
+    return architecture_of(raw).config(raw), dtype
+
+
+def _find_config(model: str | Path) -> Path:
+    name = str(model)
+    path = tiny.PATH if name == "tiny" else Path(name).expanduser()
+    if os.path.isdir(path):
+        return path / "config.json"
+    if os.path.isfile(path):
+        return path
+    allowed = "a checkpoint folder, a config.json, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
+    if not is_hub_id(model):
+        raise CheckpointError(f"model: there is no folder or file {told(name)}; give {allowed}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # The hub client raises errors of many kinds: network, rights, names.
+        raise not_fetched("model", name, error) from error
+
+
 def ops_for(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
     """The ops of a model: :func:`fastdllm_triton.ops.resolve`, minding what the kernels cannot compute with.
 
@@ -133,22 +164,6 @@ def ops_for(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
     if backend == "triton":
         raise ValueError("dtype: the Triton kernels have no float64; give float32, bfloat16 or float16, or another backend")
     return replace(resolve("reference", device), reason="the Triton kernels have no float64")
-
-
-def architecture_of(raw: Mapping[str, Any], source: str = "config.json") -> ModuleType:
-    """The module that reads a config.
-
-    Args:
-        raw: its fields.
-        source: how errors name it.
-
-    Raises:
-        CheckpointError: its ``model_type`` is missing or not known.
-    """
-    kind = Fields(raw, source).text("model_type")
-    if (name := kind.lower()) not in ARCHITECTURES:  # Dream's configs write it with a capital
-        raise CheckpointError(f"{source}: model_type {shown(kind)} is not known; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
 
 
 def _device(device: str | torch.device | None) -> torch.device:

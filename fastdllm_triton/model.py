@@ -13,23 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import is_bool, require, to_path, told
-from .decoding import GenerationConfig, GenerationOutput
-from .engine import Forward, Generation, run
-from .fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
+from .decoding.config import GenerationConfig
+from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
+from .engine.engine import Forward, Generation, run
+from .engine.outputs import GenerationOutput
+from .engine.trace import Trace
 from .models.checkpoint import failures_as, read_json
 from .models.config import CheckpointError, ModelConfig
 from .models.fields import Fields
+from .models.saving import save_checkpoint
+from .models.token_ids import id_row, id_rows, id_tensor
+from .models.tokenizer import apply_template, read_tokenizer, tokenize
 from .models.transformer import Transformer
-from .saving import save_checkpoint
-from .token_ids import id_row, id_rows, id_tensor
-from .tokenizer import apply_template, read_tokenizer, tokenize
-from .trace import Trace
+from .utils.checks import is_bool, require, to_path, told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .diffusion import DiffusionOutput
+    from .compat.dream.config import DiffusionOutput
 
 #: Token ids: a tensor or array ``[B, T]``, or a row each as a list, tensor or array; or text.
 Prompts = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int] | Tensor | np.ndarray[Any, Any] | str] | str
@@ -184,7 +185,7 @@ class MaskedDiffusionLM:
                 ``save_pretrained`` of its own.
             OSError: the folder cannot be written.
         """
-        from .loading import ARCHITECTURES
+        from .models.registry import ARCHITECTURES
 
         if self._folder is None:
             raise ValueError("this model has no checkpoint folder to take its config from; use the module's own save_pretrained")

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .checks import is_int, is_number, require, to_int, to_ints
+from .utils.checks import is_int, is_number, require, to_int, to_ints
 
 #: What ranks the masked tokens of a block, best first.
 ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]

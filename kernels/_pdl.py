@@ -19,7 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..environment import PDL as SWITCH
+from ..utils.environment import PDL as SWITCH
 from ._arch import Arch
 from ._check import INTERPRETED
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import fastdllm_triton as fdt
-from fastdllm_triton import batch as batches
-from fastdllm_triton import engine, shapes
-from fastdllm_triton.graphs import Graphs
+from fastdllm_triton.engine import buckets as shapes
+from fastdllm_triton.engine import engine
+from fastdllm_triton.engine import runner as batches
+from fastdllm_triton.engine.cuda_graphs import Graphs
 from fastdllm_triton.ops import NAMES
 
 

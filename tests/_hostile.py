@@ -890,7 +890,7 @@ def peak() -> int:
 
 def main(groups: dict[str, int]) -> None:
     """Tries every so many cases of each group."""
-    from fastdllm_triton import templates
+    from fastdllm_triton.models import templates
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

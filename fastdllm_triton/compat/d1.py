@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..checks import is_int
 from ..model import MaskedDiffusionLM
+from ..utils.checks import is_int
 from . import llada
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..checks import check_temperature
-from ..decoding import CacheName, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
+from ..decoding.config import CacheName, GenerationConfig
+from ..decoding.strategies import Factor, FixedSteps, Strategy, Threshold
+from ..integrations.transformers import runtime_of
 from ..model import MaskedDiffusionLM
-from ..swap import runtime_of
+from ..utils.checks import check_temperature
 from ._official import logits_dtype, score_of, seed_of
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..checks import is_number
-from ..decoding import FixedSteps, GenerationConfig
-from ..diffusion_arguments import first_slots
+from ..decoding.config import GenerationConfig
+from ..decoding.strategies import FixedSteps
+from ..integrations.transformers import runtime_of
 from ..model import MaskedDiffusionLM
-from ..swap import runtime_of
+from ..utils.checks import is_number
 from ._official import logits_dtype, score_of, seed_of
+from .dream.arguments import first_slots
 
 #: ``<|eot_id|>`` of LLaDA's vocabulary, which ends a turn and which no config names.
 _END_OF_TURN = 126348

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..decoding import GenerationConfig, GenerationOutput
+from ..decoding.config import GenerationConfig
+from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
 from .statistics import ratio_interval, wilson
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..decoding import GenerationConfig, GenerationOutput
-from ..engine import Forward
-from ..roofline import Cost, Shape, forward_cost
+from ..decoding.config import GenerationConfig
+from ..engine.engine import Forward
+from ..engine.outputs import GenerationOutput
+from ..tools.roofline import Cost, Shape, forward_cost
 
 
 @dataclass

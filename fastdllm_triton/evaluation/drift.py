@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decoding import FixedSteps, GenerationConfig
+from ..decoding.config import GenerationConfig
+from ..decoding.strategies import FixedSteps
 from ..model import MaskedDiffusionLM
 
 Record = dict[str, Any]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import check_folder, locked, naming
+from ..utils.files import check_folder, locked, naming
 
 
 class Finished:

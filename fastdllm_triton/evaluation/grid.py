@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from ..checks import is_int, require
-from ..decoding import CacheName, EntropyBudget, Factor, FixedSteps, GenerationConfig, Strategy, Threshold
+from ..decoding.config import CacheName, GenerationConfig
+from ..decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+from ..utils.checks import is_int, require
 
 #: The strategies by name. ``fixed:k`` is here for its name only: it needs the lengths, see :meth:`Way.config`.
 _RULES: dict[str, Callable[..., Strategy]] = {"threshold": Threshold, "factor": Factor, "entropy": EntropyBudget}

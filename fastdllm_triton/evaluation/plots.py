@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ..files import write_atomically
+from ..utils.files import write_atomically
 from .grid import FAMILIES
 from .summary import Record
 

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..engine import check_prompts
-from ..files import locked, naming, write_atomically, write_json
-from ..machine import commit
+from ..engine.engine import check_prompts
 from ..model import MaskedDiffusionLM
-from ..roofline import Shape
+from ..tools.environment import commit
+from ..tools.roofline import Shape
+from ..utils.files import locked, naming, write_atomically, write_json
 from .cost import Meter
 from .grid import Way
 from .scoring import Request, Scorer, digest

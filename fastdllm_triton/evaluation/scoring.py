@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..prompts import read_bytes, read_objects
 from ..tiny.problems import problems, score
+from ..utils.prompts import read_bytes, read_objects
 
 #: Scores of one answer, each in [0, 1], by name; ``exact_match`` among them.
 Scores = dict[str, float]

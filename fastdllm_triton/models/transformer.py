@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..buffers import BufferPool
-from ..cache import KVCache
-from ..environment import GRAPHS
+from ..engine.buffer_pool import BufferPool
 from ..ops import Ops
+from ..utils.environment import GRAPHS
 from .config import ModelConfig, NameMap
+from .kv_cache import KVCache
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..utils.files import write_json
 from .records import Record
 
 #: What must be the same where records are to hold for another run.
@@ -18,7 +18,7 @@ class Ledger:
     """Records of one machine and commit.
 
     Args:
-        machine: see :func:`fastdllm_triton.machine.describe`.
+        machine: see :func:`fastdllm_triton.tools.environment.describe`.
         quick: whether only a part is tried.
         path: where they are kept, if anywhere.
     """

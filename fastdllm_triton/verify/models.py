@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding import EntropyBudget, Factor, FixedSteps, GenerationOutput, Strategy, Threshold
+from ..decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+from ..engine.outputs import GenerationOutput
 from ..loading import load
 from ..model import MaskedDiffusionLM
 from .records import CaseRecord, Record

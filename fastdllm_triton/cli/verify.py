@@ -1,0 +1,78 @@
+"""``fastdllm-triton verify``: the first thing to run on a new GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from ..utils.environment import BACKEND
+from ..utils.files import check_writable, naming
+from . import options as cli
+from ._shared import require_triton
+from .console import console, errors, say, show, status
+
+if TYPE_CHECKING:
+    from ..verify import Record
+
+
+def verify(
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as swiglu, or 'models'. All if not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A part: seconds on a GPU, a minute or two on a CPU.")] = False,
+    device: cli.DeviceOption = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; on a GPU as many as there is room for.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write all that is found to this file, as it comes.", rich_help_panel=cli.OUTPUT)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where that file ends.", rich_help_panel=cli.OUTPUT)] = False,
+    as_json: cli.JsonOption = False,
+) -> None:
+    """Try every kernel against the reference and float64, then whole models, on this machine.
+
+    Ends with status 1 if anything did not hold.
+    """
+    require_triton("verify")
+    check_writable("--out", out)
+    if resume and out is None:
+        raise ValueError("--resume: needs --out FILE, which says what to go on with")
+    from .. import verify as proof
+    from ..tools import environment as machine
+    from ..verify.ledger import Ledger
+
+    names = proof.check_names(op)
+    target = proof.check_device(device)
+    if proof.needs_interpreter(target):
+        arguments = ["verify", "--device", "cpu", *(part for name in names for part in ("--op", name))]
+        arguments += ["--quick"] * quick + ["--json"] * as_json + ["--resume"] * resume
+        arguments += (["--out", str(out)] if out else []) + (["--jobs", str(jobs)] if jobs else [])
+        raise typer.Exit(proof.rerun_in_interpreter(arguments))
+    where = machine.device_name(target)
+    ledger = Ledger(machine.describe(target), quick, out)
+    if resume:
+        ledger.resume()
+    with status(f"verifying on {where}") as line:
+
+        def on_record(record: Record) -> None:
+            with naming("--out", out or Path()):
+                ledger.add(record)
+            line.update(Text(f"verified {record.check} {record.dtype}"))
+
+        records = proof.verify(
+            names, target, quick=quick, jobs=jobs or proof.jobs_for(target), known=ledger.records, on_record=on_record
+        )
+        ledger.records = records  # in order
+        with naming("--out", out or Path()):
+            ledger.write()
+    if as_json:
+        typer.echo(json.dumps(ledger.as_json()))
+    else:
+        show(proof.render(records, f"Verified on {where}"))
+        if target.type == "cpu":
+            say(console, "No GPU: this shows that the kernels compute the right thing, and nothing about speed.", style="dim")
+    failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]
+    if failed:
+        say(errors, f"did not hold: {', '.join(failed)}; {BACKEND.name}=reference runs without the kernels", style="red")
+        raise typer.Exit(1)

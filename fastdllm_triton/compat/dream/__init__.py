@@ -1,0 +1,5 @@
+"""Dream's ``diffusion_generate``: its arguments, its schedules, its result."""
+
+from .generate import diffusion_generate
+
+__all__ = ["diffusion_generate"]

@@ -1,0 +1,201 @@
+"""The options of a generation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from ..models.config import ModelConfig
+from ..utils.checks import check_temperature, is_bool, is_int, require, to_int, to_ints, to_number
+from .strategies import FixedSteps, Strategy, Threshold
+
+CacheName = Literal["none", "prefix", "dual"]
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Options of a generation.
+
+    Attributes:
+        gen_length: tokens to generate, a multiple of ``block_length``.
+        block_length: slots decoded together; blocks are finished left to right.
+        cache: the window a step recomputes: ``none`` all slots, ``prefix`` from the block's start on, ``dual`` the block.
+        strategy: which tokens a forward commits.
+        temperature: 0 takes the likeliest token; above, tokens are sampled by Gumbel-max.
+        seed: row ``b`` draws with ``seed + b``; or one seed a row. A row's draws depend on its seed alone, not on its batch.
+        stop_at_eos: do not decode the blocks of a row after one that holds an end token, but fill them with it. What comes
+            before the end token is the same either way.
+        eos_ids: end tokens; the model's if not given.
+        forbidden: token ids that are never committed. ``[MASK]`` never is.
+        commit_last: token ids whose confidence counts as 0, so that they are committed once nothing else in the block is left.
+            All other confidences are those without these tokens (LLaDA, arXiv 2502.09992, appendix B.4: the end tokens).
+        cfg_scale: above 0, classifier-free guidance: every sequence is decoded beside a copy in which all that was given, prompt
+            and fixed tokens, is masked, and tokens are chosen by the logits ``u + (cfg_scale + 1) (c - u)``, of the sequence
+            ``c`` and its copy ``u`` (unsupervised guidance, arXiv 2410.18514). Twice the rows, and logits are materialised.
+        mask_id: the token that marks what is to be generated; the model's if not given.
+        refresh_every: forwards from one refresh of the cache to the next within a block; only at its start if not given.
+        prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; refreshes in between recompute
+            the generated part alone (cf. dLLM-Cache, arXiv 2506.06295). At every block if not given.
+        suffix_window: masked slots after the block that are computed and attended (cf. DPad, arXiv 2508.14148); all if not
+            given.
+        look_back: slots before the block that a step over a cache recomputes with it (vicinity refresh, dInfer,
+            arXiv 2510.08666, section 3).
+        look_ahead: slots after the block that a step over the dual cache recomputes with it.
+        refresh_commits: ``rule``: a refresh commits what the strategy says. ``first``: it commits the block's first token alone,
+            however sure, as Dream's official code does, and steps do not recompute the slot that predicts it. For models with
+            shifted predictions, a cache, and any strategy but :class:`FixedSteps`.
+        lockstep: the rows of a batch begin each block together, as in the official code, instead of each when it can. Decides
+            no token, only the number of forwards.
+        logits_dtype: rounds logits before anything is decided, to agree with code that materialises them in it.
+    """
+
+    gen_length: int = 128
+    block_length: int = 32
+    cache: CacheName = "dual"
+    strategy: Strategy = Threshold(0.9)  # noqa: RUF009 (it is frozen)
+    temperature: float = 0.0
+    seed: int | Sequence[int] = 0
+    stop_at_eos: bool = True
+    eos_ids: Sequence[int] | None = None
+    forbidden: Sequence[int] = ()
+    commit_last: Sequence[int] = ()
+    cfg_scale: float = 0.0
+    mask_id: int | None = None
+    refresh_every: int | None = None
+    prompt_refresh: int | None = None
+    suffix_window: int | None = None
+    look_back: int = 0
+    look_ahead: int = 0
+    refresh_commits: Literal["rule", "first"] = "rule"
+    lockstep: bool = False
+    logits_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gen_length", "block_length"):
+            value = getattr(self, name)
+            require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
+            object.__setattr__(self, name, to_int(value))
+        if self.gen_length % self.block_length:
+            raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
+        if self.cache not in get_args(CacheName):
+            raise ValueError(f"cache must be one of {', '.join(get_args(CacheName))}, got {self.cache!r}")
+        if not isinstance(self.strategy, Strategy):
+            raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
+        self.strategy.steps_per_block(self.blocks)
+        for name in ("temperature", "cfg_scale"):
+            check_temperature(getattr(self, name), name)
+            object.__setattr__(self, name, to_number(getattr(self, name)))
+        for name in ("stop_at_eos", "lockstep"):
+            value = getattr(self, name)
+            require(name, value, "True or False", is_bool(value))
+            object.__setattr__(self, name, bool(value))
+        for name, optional in (("eos_ids", True), ("forbidden", False), ("commit_last", False)):
+            value = getattr(self, name)
+            if not (optional and value is None):
+                allowed = f"{'None or ' if optional else ''}a sequence of token ids"
+                object.__setattr__(self, name, to_ints(name, value, allowed))
+        seed = to_int(self.seed) if is_int(self.seed) else to_ints("seed", self.seed, "an integer, or a sequence of one a row")
+        object.__setattr__(self, "seed", seed)
+        if self.commit_last and self.strategy.score != "confidence":
+            raise ValueError(f"commit_last goes with score = 'confidence' only, got score = {self.strategy.score!r}")
+        for name, least, optional in (
+            ("refresh_every", 1, True),
+            ("prompt_refresh", 1, True),
+            ("suffix_window", 0, True),
+            ("mask_id", 0, True),
+            ("look_back", 0, False),
+            ("look_ahead", 0, False),
+        ):
+            value = getattr(self, name)
+            ok = (optional and value is None) or (is_int(value) and value >= least)
+            require(name, value, f"{'None or ' if optional else ''}an integer of {least} or more", ok)
+            object.__setattr__(self, name, None if value is None else to_int(value))
+        if self.refresh_commits not in ("rule", "first"):
+            raise ValueError(f"refresh_commits must be rule or first, got {self.refresh_commits!r}")
+        if self.refresh_commits == "first":
+            for name, clash in (
+                ("cache", self.cache == "none"),
+                ("strategy", isinstance(self.strategy, FixedSteps)),
+                ("refresh_every", self.refresh_every is not None),
+            ):
+                if clash:
+                    raise ValueError(f"refresh_commits = 'first' does not go with {name} = {getattr(self, name)!r}")
+        for name, caches in (
+            ("prompt_refresh", ("prefix", "dual")),
+            ("look_back", ("prefix", "dual")),
+            ("look_ahead", ("dual",)),
+        ):
+            if getattr(self, name) and self.cache not in caches:
+                raise ValueError(f"{name} means something for cache = {' or '.join(caches)} only, got cache = {self.cache!r}")
+        ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
+        require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self.gen_length // self.block_length
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows of the network that decode one sequence: two with guidance."""
+        return 2 if self.cfg_scale else 1
+
+    def look_back_in(self, model: ModelConfig) -> int:
+        """Slots before the block that a step recomputes: one at least where it may have to predict the block's first."""
+        return max(self.look_back, int(model.shift and self.refresh_commits == "rule"))
+
+    def resolve(self, model: ModelConfig, rows: int) -> Resolved:
+        """Fills in what the model decides, and checks token ids against its vocabulary.
+
+        Args:
+            model: the model's shape.
+            rows: sequences in the batch.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, nothing is left to commit, or the seeds do not match the rows.
+        """
+        mask_id = model.mask_id if self.mask_id is None else self.mask_id
+        eos_ids = tuple(model.eos_ids if self.eos_ids is None else self.eos_ids)
+        named = {"mask_id": (mask_id,), "eos_ids": eos_ids, "forbidden": self.forbidden, "commit_last": self.commit_last}
+        for name, ids in named.items():
+            for token in ids:
+                require(name, token, f"in the vocabulary [0, {model.vocab_size})", 0 <= token < model.vocab_size)
+        if self.refresh_commits == "first" and not model.shift:
+            raise ValueError(
+                f"refresh_commits = 'first' is for models with shifted predictions, and {model.architecture} has none"
+            )
+        if self.stop_at_eos and not eos_ids:
+            raise ValueError("eos_ids must name at least one token, or stop_at_eos be False")
+        forbidden = tuple(sorted({mask_id, *self.forbidden}))
+        if len(forbidden) == model.vocab_size:
+            raise ValueError("forbidden leaves no token that could be committed")
+        seeds = tuple(self.seed + b for b in range(rows)) if isinstance(self.seed, int) else tuple(self.seed)
+        if len(seeds) != rows:
+            raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
+        for seed in seeds:
+            require("seed", seed, "in [-2^63, 2^63)", -(2**63) <= seed < 2**63)
+        return Resolved(mask_id, eos_ids, forbidden, tuple(sorted({*self.commit_last})), seeds)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Options that depend on the model and the batch: token ids and one seed a row."""
+
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    forbidden: tuple[int, ...]
+    commit_last: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def never_or_last(self) -> tuple[int, ...]:
+        """The tokens that take no part in the confidences of others."""
+        return tuple(sorted({*self.forbidden, *self.commit_last}))
+
+    @property
+    def filler(self) -> int:
+        """A token that is not ``[MASK]``, for slots that hold nothing."""
+        return next(token for token in (*self.eos_ids, 0, 1) if token != self.mask_id)

@@ -1,0 +1,126 @@
+"""What ``accelerate`` did to a module, as a table to read and a dict to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from ...ops import PARTS, Ops
+from .recognise import Found
+
+#: What each part of :data:`fastdllm_triton.ops.PARTS` is, in a reader's words.
+_WHAT = {
+    "attention": "rotation, cache in place, attention",
+    "norms": "norms with residual, gate of the MLP, products fused with them",
+    "head": "head, statistics and commit of the masked rows",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a report.
+
+    Attributes:
+        part: of the model.
+        runs: ``triton`` or ``reference`` (plain PyTorch ops of this library) where the part was replaced, ``fused`` where
+            parameters are views of one tensor, ``module`` where the module's own code stays.
+        what: what runs.
+        reason: why so.
+    """
+
+    part: str
+    runs: Literal["triton", "reference", "fused", "module"]
+    what: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was replaced in a module and what not, with reasons. Printing it shows a table.
+
+    Attributes:
+        architecture: ``llada`` or ``dream``.
+        layers: how many.
+        device, dtype: of the parameters.
+        entries: the lines.
+        fused_bytes: memory of the fused tensors, which the module's parameters are views of.
+    """
+
+    architecture: str
+    layers: int
+    device: str
+    dtype: str
+    entries: tuple[Entry, ...]
+    fused_bytes: int
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Parts that this library runs."""
+        return tuple(entry.part for entry in self.entries if entry.runs != "module")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Parts that the module's own code still runs, or that are not run by ``generate``."""
+        return tuple(entry.part for entry in self.entries if entry.runs == "module")
+
+    @property
+    def summary(self) -> str:
+        """What runs on what, in a few words."""
+        runs = {entry.runs: entry.reason for entry in self.entries if entry.part in PARTS}
+        parts = {name: ", ".join(entry.part for entry in self.entries if entry.runs == name) for name in runs}
+        return "; ".join(f"{parts[name]} on {name}: {reason}" for name, reason in runs.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self) | {"entries": [asdict(entry) for entry in self.entries]}
+
+    def __rich__(self) -> Table:
+        title = f"{self.architecture}, {self.layers} layers, {self.dtype} on {self.device}"
+        table = Table("part", "runs", "what", "why", title=title, title_justify="left")
+        for entry in self.entries:
+            table.add_row(entry.part, entry.runs, entry.what, entry.reason)
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=120)
+        console.print(self)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text.rstrip()
+
+
+def describe(found: Found, ops: Ops, plain: Sequence[str], fused_bytes: int) -> Report:
+    """The report on a module.
+
+    Args:
+        found: what it is.
+        ops: what its parts run on,
+        plain: but for these, which do without kernels.
+        fused_bytes: memory of its fused tensors.
+    """
+    layers = found.config.layers
+    entries = []
+    for part in PARTS:
+        on_kernels = ops.name == "triton" and part not in plain
+        reason = f"{part}=False" if part in plain else ops.reason
+        entries.append(Entry(part, "triton" if on_kernels else "reference", _WHAT[part], reason))
+    for field, parts in found.architecture.NAMES.layer.items():
+        if len(parts) > 1:
+            names = ", ".join(part.split(".")[-2] for part in parts)
+            entries.append(Entry(field, "fused", f"{layers} x ({names})", "the parameters are views of one tensor a layer"))
+    entries.append(Entry("forward", "module", "its own code", "kept for training; fast_forward gives its logits"))
+    if found.hooked:
+        where = ", ".join(found.hooked[:3]) + (", ..." if len(found.hooked) > 3 else "")
+        entries.append(Entry("hooks", "module", f"forward hooks of {where}", "only its own forward runs them"))
+    return Report(
+        architecture=found.config.architecture,
+        layers=layers,
+        device=str(found.device),
+        dtype=str(found.dtype).removeprefix("torch."),
+        entries=tuple(entries),
+        fused_bytes=fused_bytes,
+    )

@@ -1,0 +1,318 @@
+"""What the compilers make of every kernel, without a GPU: registers, spills, shared memory, instructions.
+
+Each ``verify/cases/<op>.py`` lists in ``compile_cases(arch)`` the configurations that the op's config function can return. They
+are compiled ahead of time in processes of their own, where Triton's interpreter is off whatever it is here. A record is a dict:
+
+| key           | meaning                                                                                  |
+|---------------|------------------------------------------------------------------------------------------|
+| op, kernel    | the op, and its ``@triton.jit`` function                                                 |
+| arch          | ``sm_80`` ... ``gfx942``                                                                 |
+| config        | label of the configuration                                                               |
+| registers     | a thread (AMD: vector registers, accumulation registers included)                        |
+| spill_bytes   | a thread: stack on NVIDIA, scratch memory on AMD; the kernels have no other use for either |
+| shared_bytes  | a program                                                                                |
+| ctas_per_sm   | programs that fit an SM at once                                                          |
+| mma           | tensor-core instruction: ``mma.sync``, ``wgmma``, ``tcgen05``, ``mfma`` or ``none``      |
+| widest_load   | bits of the widest load from global memory                                               |
+| async_loads   | whether tiles travel to shared memory without passing through registers                  |
+| waits_first   | whether programs wait for the launch before theirs ahead of any access to memory         |
+| serialised    | whether each ``wgmma`` waits for the one before                                          |
+| contractions  | 16-bit multiply-adds that leave out a rounding                                           |
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton
+from rich.table import Table
+from rich.text import Text
+
+from ..kernels._arch import ARCHS, Arch
+from ..verify import cases
+from ..verify.cases import CompileCase
+from .assembly import contractions, cuobjdump, serialised, waits_first
+
+Record = dict[str, Any]
+
+#: The Triton that made ``bench/compile_report.json``. Another one may well use other registers.
+COMMITTED_WITH = "3.6.0"
+#: Most resident warps and programs of an SM, CUDA C++ programming guide, table of compute capabilities.
+RESIDENT = {"sm_80": (64, 32), "sm_89": (48, 24), "sm_90": (64, 32), "sm_100": (64, 32), "sm_120": (48, 24)}
+REGISTERS_PER_SM = 65_536
+#: Shared memory that CUDA keeps for itself in every program.
+RESERVED_SHARED = 1024
+#: Columns of tensor memory of an SM (sm_100).
+TENSOR_MEMORY = 512
+
+
+def reported_ops() -> list[str]:
+    """The ops that have cases to compile."""
+    return [module.name for module in pkgutil.iter_modules(cases.__path__) if not module.name.startswith("_")]
+
+
+def cases_of(op: str) -> Any:
+    """The module that describes an op."""
+    return importlib.import_module(f"{cases.__name__}.{op}")
+
+
+def compile_report(
+    archs: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    *,
+    keep: Callable[[Record], bool] | None = None,
+    processes: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
+    """Compiles the cases of the ops for the architectures.
+
+    Args:
+        archs: names in :data:`ARCHS`; all if not given.
+        ops: names in :func:`reported_ops`; all if not given.
+        keep: chooses cases by their ``op``, ``kernel``, ``arch`` and ``config``; all if not given.
+        processes: compilers that run at once.
+        on_progress: told how many cases are done, and of how many, after each.
+
+    Returns:
+        A record a case, in order of op, architecture and case.
+
+    Raises:
+        ValueError: an unknown architecture or op.
+    """
+    archs, ops = list(archs or ARCHS), list(ops or reported_ops())
+    for argument, given, known in (("archs", archs, list(ARCHS)), ("ops", ops, reported_ops())):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
+    wanted = [
+        (op, arch, case.kernel.__name__, case.config)
+        for op in ops
+        for arch in archs
+        for case in cases_of(op).compile_cases(ARCHS[arch])
+        if keep is None or keep({"op": op, "kernel": case.kernel.__name__, "arch": arch, "config": case.config})
+    ]
+    return in_processes(_compile, wanted, processes, on_progress)
+
+
+def in_processes(
+    function: Callable[[Any], Record],
+    wanted: Sequence[Any],
+    processes: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
+    """Calls a function of a module in new processes, in which the interpreter is off."""
+    # They read this when they import the kernels.
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, context, _end_at_interrupts) as pool:
+            records = []
+            for record in pool.map(function, wanted):
+                records.append(record)
+                if on_progress is not None:
+                    on_progress(len(records), len(wanted))
+            return records
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def _end_at_interrupts() -> None:
+    """A compiler ends at once and without a word: the process that waits tells of the interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def problems(records: Iterable[Record]) -> list[str]:
+    """What no configuration may do, a line each: spill, take more shared memory than there is, serialise, lose a rounding."""
+    found = []
+    for record in records:
+        limit = ARCHS[record["arch"]].shared_bytes
+        if record["spill_bytes"]:
+            found.append(f"{_name(record)}: spills {record['spill_bytes']} bytes")
+        if record["shared_bytes"] > limit:
+            found.append(f"{_name(record)}: {record['shared_bytes']} bytes of shared memory, {limit} allowed")
+        if record["ctas_per_sm"] < 1:
+            found.append(f"{_name(record)}: does not fit an SM")
+        if record["serialised"]:
+            found.append(f"{_name(record)}: ptxas lets every wgmma wait for the one before")
+        if record["contractions"]:
+            found.append(f"{_name(record)}: {record['contractions']} fused multiply-adds leave out a rounding")
+    return found
+
+
+def differences(records: Iterable[Record], expected: Iterable[Record]) -> list[str]:
+    """What changed against an earlier report, a line each. Cases that were not compiled now are not judged."""
+    earlier = {_name(record): record for record in expected}
+    found = []
+    for record in records:
+        before = earlier.get(_name(record))
+        if before is None:
+            found.append(f"{_name(record)}: not in the earlier report")
+            continue
+        changed = [f"{key} {before.get(key)} -> {value}" for key, value in record.items() if before.get(key) != value]
+        if changed:
+            found.append(f"{_name(record)}: {', '.join(changed)}")
+    return found
+
+
+def read_json(path: str | Path) -> list[Record]:
+    """A report as :func:`fastdllm_triton.utils.files.write_records` wrote it."""
+    records: list[Record] = json.loads(Path(path).read_text())
+    return records
+
+
+def render(records: Sequence[Record]) -> Table:
+    """The report as a table; what spills or does not fit is red."""
+    table = Table(title=f"Compiled with Triton {triton.__version__}")
+    for key in records[0] if records else ():
+        table.add_column(key.replace("_", " "), justify="left" if isinstance(records[0][key], str) else "right")
+    for record in records:
+        table.add_row(*(str(value) for value in record.values()), style="red" if problems([record]) else None)
+    return table
+
+
+def summary(records: Sequence[Record]) -> Table:
+    """The report in a line an op; what spills or does not fit is red."""
+    table = Table(
+        title=f"Compiled with Triton {triton.__version__}: most registers a thread / most KiB of shared memory a program"
+    )
+    at_fault = sum(bool(problems([record])) for record in records)
+    table.caption = f"{len(records)} configurations, {at_fault or 'none'} of them spills or does not fit"
+    archs = list(dict.fromkeys(record["arch"] for record in records))
+    table.add_column("op", no_wrap=True)
+    for arch in archs:
+        table.add_column(arch, justify="right")
+    for op in dict.fromkeys(record["op"] for record in records):
+        groups = [[record for record in records if (record["op"], record["arch"]) == (op, arch)] for arch in archs]
+        cells = []
+        for group in groups:
+            registers, shared = (max((record[key] for record in group), default=0) for key in ("registers", "shared_bytes"))
+            cells.append(Text(f"{registers} / {shared / 1024:.0f}", style="red" if problems(group) else ""))
+        table.add_row(op, *cells)
+    return table
+
+
+def _name(record: Record) -> str:
+    return f"{record['op']} {record['kernel']} {record['arch']} [{record['config']}]"
+
+
+def _compile(wanted: tuple[str, str, str, str]) -> Record:
+    """One case by its names, since a process cannot be sent a kernel; runs in the pool."""
+    op, arch, kernel, config = wanted
+    found = cases_of(op).compile_cases(ARCHS[arch])
+    return compile_case(next(case for case in found if (case.kernel.__name__, case.config) == (kernel, config)), ARCHS[arch])
+
+
+def compile_case(case: CompileCase, arch: Arch) -> Record:
+    """Compiles one case and reads the result. Works where the interpreter is off.
+
+    Raises:
+        RuntimeError: the case does not compile.
+    """
+    record = {"op": case.op, "kernel": case.kernel.__name__, "arch": arch.name, "config": case.config}
+    try:
+        found = compiled(case, arch)
+    except Exception as error:
+        raise RuntimeError(f"{_name(record)} does not compile: {error}") from error
+    facts = _cuda_facts(found, arch, case) if arch.backend == "cuda" else _hip_facts(found, arch, case)
+    return record | facts
+
+
+def compiled(case: CompileCase, arch: Arch) -> Any:
+    """What Triton makes of a case; from its cache the second time."""
+    return triton.compile(_source(case), target=_target(arch), options=_options(case))
+
+
+def _source(case: CompileCase) -> Any:
+    """The kernel with what a launch would know of its arguments."""
+    names = case.kernel.arg_names
+    return triton.compiler.ASTSource(
+        case.kernel,
+        {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")},
+        {(names.index(name),): value for name, value in case.constexprs.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+
+
+def _target(arch: Arch) -> Any:
+    return triton.backends.compiler.GPUTarget(arch.backend, arch.capability, arch.warp_size)
+
+
+def _options(case: CompileCase) -> dict[str, Any]:
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
+
+
+def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
+    """Registers and stack from the binary, instructions from the PTX."""
+    usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
+    registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    shared = compiled.metadata.shared
+    ptx = compiled.asm["ptx"]
+
+    max_warps, max_ctas = RESIDENT[arch.name]
+    warp_registers = -(-registers * 32 // 256) * 256  # allotted in pieces of 256, to four warps at a time
+    ctas = min(
+        REGISTERS_PER_SM // warp_registers // 4 * 4 // case.num_warps,
+        arch.shared_bytes_per_sm // (shared + RESERVED_SHARED),
+        max_warps // case.num_warps,
+        max_ctas,
+    )
+    columns = getattr(compiled.metadata, "tmem_size", 0)
+    if columns:
+        ctas = min(ctas, TENSOR_MEMORY // columns)
+    vectors = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bfus](\d+)\b", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], (\w+)", ptx)
+    loads = [int(count or 1) * int(bits) for count, bits in vectors] + [8 * int(size, 0) for size in copies]
+    instructions = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
+    return {
+        "registers": registers,
+        "spill_bytes": stack,
+        "shared_bytes": shared,
+        "ctas_per_sm": ctas,
+        "mma": next((name for name, text in instructions.items() if text in ptx), "none"),
+        "widest_load": max(loads, default=0),
+        "async_loads": "cp.async" in ptx,
+        "waits_first": waits_first(ptx),
+        "serialised": serialised(ptx, arch),
+        "contractions": contractions(ptx, "cuda"),
+    }
+
+
+def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
+    """Everything from the assembly and its metadata."""
+    text = compiled.asm["amdgcn"]
+
+    def count(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
+
+    registers, shared = count("vgpr_count"), compiled.metadata.shared
+    # A SIMD has 512 registers a lane, given out by eights, for at most 8 waves; a compute unit has four SIMDs.
+    waves = 4 * min(512 // (-(-registers // 8) * 8), 8)
+    ctas = min(waves // case.num_warps, arch.shared_bytes_per_sm // shared if shared else waves)
+    words = re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", text)
+    return {
+        "registers": registers,
+        # Scalar registers that spill into lanes of vector registers take no memory, and do not count.
+        "spill_bytes": count("private_segment_fixed_size"),
+        "shared_bytes": shared,
+        "ctas_per_sm": ctas,
+        "mma": "mfma" if "v_mfma" in text else "none",
+        "widest_load": max((32 * int(number or 1) for number in words), default=0),
+        "async_loads": re.search(r"(?:global|buffer)_load_.*\blds\b", text) is not None,
+        "waits_first": False,
+        "serialised": False,
+        "contractions": contractions(text, "hip"),
+    }

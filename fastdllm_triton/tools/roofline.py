@@ -1,0 +1,413 @@
+"""The floor: how fast decoding could be on a GPU that is described by two numbers.
+
+A forward must at least read every weight and every attended key and value once, and do its matrix products. What is divided
+by the memory bandwidth and what is divided by the matrix rate are two times, and the larger one is the floor (the roofline
+model: Williams, Waterman, Patterson, CACM 52(4), 2009). Everything here is arithmetic on shapes: nothing runs, and nothing
+but the two numbers of the GPU is measured.
+
+What counts:
+
+* a product of ``[R, K]`` and ``[K, N]`` is ``2 R K N`` FLOPs; elementwise work counts nothing;
+* weights, the cache's keys and values, token ids and statistics are memory traffic. Activations that one op hands to the
+  next are not: 32 rows of them stay in the L2 cache, and a fusion would keep more. They are listed for each op
+  (:attr:`OpCost.activations`), because an op that is timed by itself, with a cold cache, does pay for them;
+* ops of one forward are taken together, since loads of one can overlap the products of another. Forwards follow one another.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from .. import tiny
+from ..models.config import ModelConfig
+from ..models.published import PUBLISHED
+
+CacheName = Literal["none", "prefix", "dual"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a floor needs to know of a GPU.
+
+    Attributes:
+        name: for people.
+        bandwidth: of its memory, bytes a second.
+        matrix_rate: dense bfloat16 products with float32 accumulation, FLOPs a second.
+    """
+
+    name: str
+    bandwidth: float
+    matrix_rate: float
+
+    def __post_init__(self) -> None:
+        for name in ("bandwidth", "matrix_rate"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+#: NVIDIA's data sheets and architecture white papers: memory bandwidth, and the dense bfloat16 rate with float32 accumulation
+#: (half of a rate that is given "with sparsity"). A100 80GB SXM, H100 SXM5, H200 SXM, B200 (a GPU of an HGX B200), L40S; Ada
+#: and RTX Blackwell white papers for the GeForce cards. What a machine really reaches is less: ``bench`` measures it.
+GPUS = {
+    "a100": Gpu("A100 80GB SXM", 2.039e12, 312e12),
+    "h100": Gpu("H100 SXM", 3.35e12, 989.4e12),
+    "h200": Gpu("H200 SXM", 4.8e12, 989.4e12),
+    "b200": Gpu("B200", 8.0e12, 2250e12),
+    "l40s": Gpu("L40S", 864e9, 362.05e12),
+    "rtx4090": Gpu("GeForce RTX 4090", 1.008e12, 165.2e12),
+    "rtx5090": Gpu("GeForce RTX 5090", 1.792e12, 209.5e12),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that cost something: ``E``, ``Hq``, ``Hkv``, ``D``, ``F``, ``V``."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, config: ModelConfig, name: str = "") -> Shape:
+        """The sizes of a loaded model."""
+        sizes = {field: getattr(config, field) for field in cls.__dataclass_fields__ if field != "name"}
+        return cls(name=name or config.architecture, **sizes)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Matrix weights of one layer: fused QKV, output projection, gate and up, down."""
+        heads = self.heads + 2 * self.kv_heads
+        return self.width * (heads * self.head_dim + self.heads * self.head_dim + 3 * self.mlp)
+
+    @property
+    def streamed_parameters(self) -> int:
+        """Matrix weights that a forward reads: all layers and the head. Of the embedding it reads a row a token."""
+        return self.layers * self.layer_parameters + self.vocab_size * self.width
+
+
+_NAMES = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
+SHAPES = {name: Shape.of(config, _NAMES[name]) for name, config in PUBLISHED.items()}
+
+
+def shape_of(model: str | Path) -> Shape:
+    """The shape of a model by name, or of a ``config.json`` or the folder that holds one.
+
+    Raises:
+        ValueError: no such name or file, or a config of an unknown architecture.
+    """
+    name = str(model).lower()
+    if name in SHAPES:
+        return SHAPES[name]
+    path = tiny.PATH if name == "tiny" else Path(model).expanduser()
+    file = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise ValueError(f"model: got {str(model)!r}, needs one of {', '.join(SHAPES)}, tiny, or a config.json")
+    from ..loading import read_config
+
+    return Shape.of(read_config(file)[0], name if name == "tiny" else file.parent.name)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes that must pass the memory, and FLOPs of the matrix units."""
+
+    bytes: float
+    flops: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.bytes * times, self.flops * times)
+
+    def seconds(self, gpu: Gpu) -> float:
+        """The floor on a GPU."""
+        return max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
+
+    def bound(self, gpu: Gpu) -> Literal["memory", "matrix"]:
+        """What the floor comes from."""
+        return "memory" if self.bytes / gpu.bandwidth >= self.flops / gpu.matrix_rate else "matrix"
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """One op in all layers of a forward.
+
+    Attributes:
+        calls: how often the forward runs it.
+        bytes: weights, cache, ids and statistics it reads and writes.
+        activations: bytes it takes from the op before and leaves to the next.
+        flops: of its products.
+    """
+
+    calls: int
+    bytes: float
+    activations: float
+    flops: float = 0.0
+
+    @property
+    def alone(self) -> Cost:
+        """What the op costs where it is timed by itself: its activations pass the memory too."""
+        return Cost(self.bytes + self.activations, self.flops)
+
+
+#: What a token's statistics take: an int64 and five float32 (``TokenStatistics``).
+STATISTICS_BYTES = 28
+
+
+def op_costs(
+    shape: Shape,
+    batch: float,
+    window: float,
+    keys: float,
+    head_rows: float,
+    *,
+    weight_bits: float = 16,
+    cache_bits: float = 16,
+) -> dict[str, OpCost]:
+    """What each op of a forward costs, all layers together. Sizes may be averages.
+
+    Args:
+        shape: the model.
+        batch: sequences ``B``.
+        window: rows ``W`` a sequence that the forward recomputes.
+        keys: slots a sequence that its rows attend, the window's own included.
+        head_rows: rows a sequence that go through the final norm and the head.
+        weight_bits: of the matrices, the head included; products stay bfloat16 (weight-only quantisation).
+        cache_bits: of keys and values.
+
+    Raises:
+        ValueError: a size is not positive, or a window exceeds the keys it writes.
+    """
+    sizes = {"batch": batch, "window": window, "keys": keys, "weight_bits": weight_bits, "cache_bits": cache_bits}
+    for name, value in sizes.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
+    if not 0 <= head_rows <= window <= keys:
+        raise ValueError(f"head_rows, window and keys must be in this order, got {head_rows}, {window} and {keys}")
+    s, element = shape, 2
+    rows = batch * window
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+
+    def gemm(calls: int, rows: float, inner: int, columns: int, activations: float | None = None) -> OpCost:
+        passed = element * rows * (inner + columns) if activations is None else activations
+        return OpCost(calls, calls * inner * columns * weight_bits / 8, calls * passed, calls * 2 * rows * inner * columns)
+
+    def elementwise(calls: int, rows: float, columns: float, extra_bytes: float = 0.0) -> OpCost:
+        return OpCost(calls, calls * extra_bytes, calls * element * rows * columns)
+
+    n = s.layers
+    return {
+        "embedding": OpCost(1, rows * (8 + element * s.width), element * rows * s.width),
+        # The sum of the residual and the output before it, and the norm of the sum: two in, two out.
+        "rms_norm": elementwise(2 * n, rows, 4 * s.width, element * s.width),
+        "qkv": gemm(n, rows, s.width, q + 2 * kv),
+        "rope_kv_write": elementwise(n, rows, (q + 2 * kv) + q, 2 * rows * kv * cache_bits / 8),
+        "window_attention": OpCost(
+            n, n * 2 * batch * keys * kv * cache_bits / 8, n * element * 2 * rows * q, n * 4 * rows * keys * q
+        ),
+        "attn_out": gemm(n, rows, q, s.width),
+        "gate_up": gemm(n, rows, s.width, 2 * s.mlp),
+        "swiglu": elementwise(n, rows, 3 * s.mlp),
+        "down": gemm(n, rows, s.mlp, s.width),
+        "final_norm": elementwise(1, batch * head_rows, 3 * s.width, element * s.width),
+        "head_statistics": gemm(1, batch * head_rows, s.width, s.vocab_size, element * batch * head_rows * s.width),
+        "commit_tokens": OpCost(1, 2 * STATISTICS_BYTES * batch * head_rows, 0.0),
+    }  # fmt: skip
+
+
+def forward_cost(
+    shape: Shape,
+    batch: float,
+    window: float,
+    keys: float,
+    head_rows: float,
+    *,
+    weight_bits: float = 16,
+    cache_bits: float = 16,
+) -> Cost:
+    """What a forward costs; arguments as :func:`op_costs` takes them."""
+    ops = op_costs(shape, batch, window, keys, head_rows, weight_bits=weight_bits, cache_bits=cache_bits).values()
+    return Cost(sum(op.bytes for op in ops), sum(op.flops for op in ops))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Forwards of one kind.
+
+    Attributes:
+        name: ``refresh`` or ``step``.
+        forwards: how many; an average may be a fraction.
+        batch, window, keys, head_rows: as :func:`forward_cost` takes them.
+    """
+
+    name: str
+    forwards: float
+    batch: float
+    window: float
+    keys: float
+    head_rows: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A generation, as far as its cost goes.
+
+    Attributes:
+        prompt_length: tokens of the prompt.
+        gen_length, block_length: tokens to generate, and of a block.
+        cache: which window a step recomputes.
+        tokens_per_forward: tokens committed a forward, refreshes counted among the forwards; 1 is one token a forward.
+        batch_size: sequences in lockstep, each as long as the others.
+        prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; those in between recompute the
+            generated part alone. 1 is the paper.
+        stop_at: tokens up to and including the end token, after whose block decoding stops; all are decoded if not given.
+        weight_bits, cache_bits: of the matrices, and of keys and values.
+    """
+
+    prompt_length: int
+    gen_length: int
+    block_length: int = 32
+    cache: CacheName = "dual"
+    tokens_per_forward: float = 1.0
+    batch_size: int = 1
+    prompt_refresh: int = 1
+    stop_at: int | None = None
+    weight_bits: float = 16
+    cache_bits: float = 16
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_length", "gen_length", "block_length", "batch_size", "prompt_refresh"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        if self.gen_length % self.block_length:
+            raise ValueError(f"block_length must divide gen_length, {self.gen_length}, got {self.block_length}")
+        if self.cache not in ("none", "prefix", "dual"):
+            raise ValueError(f"cache must be none, prefix or dual, got {self.cache!r}")
+        if not 0 < self.tokens_per_forward <= self.block_length:
+            raise ValueError(f"tokens_per_forward must be in (0, block_length], got {self.tokens_per_forward}")
+        if self.stop_at is not None and not 1 <= self.stop_at <= self.gen_length:
+            raise ValueError(f"stop_at must be in [1, gen_length], got {self.stop_at}")
+        for name in ("weight_bits", "cache_bits"):
+            if not 0 < getattr(self, name) <= 64:
+                raise ValueError(f"{name} must be in (0, 64], got {getattr(self, name)}")
+
+    @property
+    def slots(self) -> int:
+        """Slots of a sequence: prompt and generation."""
+        return self.prompt_length + self.gen_length
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that are decoded."""
+        return math.ceil((self.stop_at or self.gen_length) / self.block_length)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of use: up to the end token."""
+        return self.stop_at or self.gen_length
+
+    def schedule(self) -> list[Phase]:
+        """The forwards, equal ones together, in the order in which each kind first occurs.
+
+        A block takes ``block_length / tokens_per_forward`` forwards. Before its first one all its rows are masked; before
+        the others, half of them on average.
+        """
+        found: dict[Phase, float] = {}
+        slots, forwards = self.slots, self.block_length / self.tokens_per_forward
+
+        def add(name: str, count: float, window: int, head_rows: float) -> None:
+            if count > 0:
+                kind = Phase(name, 1, self.batch_size, window, slots, head_rows)
+                found[kind] = found.get(kind, 0.0) + count
+
+        for block in range(self.blocks):
+            start = self.prompt_length + block * self.block_length
+            step = {"none": slots, "prefix": slots - start, "dual": self.block_length}[self.cache]
+            refreshed = self.gen_length if block % self.prompt_refresh else slots
+            # Without a cache every forward is a whole one, and none of them is called a refresh.
+            first = ("step", step) if self.cache == "none" else ("refresh", refreshed)
+            add(*(first[0], 1, first[1]), self.block_length)
+            add("step", forwards - 1, step, self.block_length / 2)
+        return [replace(kind, forwards=count) for kind, count in found.items()]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The floor of a generation on a GPU.
+
+    Attributes:
+        forwards: of all phases.
+        refresh_seconds, step_seconds: of all refreshes and of all other forwards.
+        cost: bytes and FLOPs of the whole generation.
+        tokens: of use, the batch's together.
+    """
+
+    forwards: float
+    refresh_seconds: float
+    step_seconds: float
+    cost: Cost
+    tokens: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole generation."""
+        return self.refresh_seconds + self.step_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of use over time."""
+        return self.tokens / self.seconds
+
+
+def generation_cost(
+    shape: Shape, schedule: Sequence[Phase], *, weight_bits: float = 16, cache_bits: float = 16
+) -> list[tuple[Phase, Cost]]:
+    """Each phase with what all its forwards cost together."""
+    bits = {"weight_bits": weight_bits, "cache_bits": cache_bits}
+    return [(p, forward_cost(shape, p.batch, p.window, p.keys, p.head_rows, **bits) * p.forwards) for p in schedule]
+
+
+def generation_floor(
+    shape: Shape, schedule: Sequence[Phase], gpu: Gpu, tokens: float, *, weight_bits: float = 16, cache_bits: float = 16
+) -> Floor:
+    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are those of use, of all rows."""
+    costs = generation_cost(shape, schedule, weight_bits=weight_bits, cache_bits=cache_bits)
+
+    def seconds(refresh: bool) -> float:
+        return sum(cost.seconds(gpu) for phase, cost in costs if (phase.name == "refresh") == refresh)
+
+    total = sum((cost for _, cost in costs), Cost(0, 0))
+    return Floor(sum(phase.forwards for phase, _ in costs), seconds(True), seconds(False), total, tokens)
+
+
+def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
+    """The floor of a setting."""
+    bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
+    return generation_floor(shape, setting.schedule(), gpu, setting.batch_size * setting.tokens, **bits)
+
+
+def what_if(setting: Setting) -> list[tuple[str, Setting]]:
+    """The setting, and what could be changed about it."""
+    changes: list[tuple[str, dict[str, object]]] = [
+        ("as given", {}),
+        ("fp8 weights", {"weight_bits": 8}),
+        ("4-bit weights", {"weight_bits": 4}),
+        ("batch 8", {"batch_size": 8}),
+        ("prompt refresh 2", {"prompt_refresh": 2}),
+        ("prompt refresh 4", {"prompt_refresh": 4}),
+        ("twice the tokens", {"tokens_per_forward": min(2 * setting.tokens_per_forward, setting.block_length)}),
+    ]
+    found = [(name, replace(setting, **change)) for name, change in changes]  # type: ignore[arg-type]
+    return [(name, changed) for i, (name, changed) in enumerate(found) if i == 0 or changed != setting]

@@ -1,0 +1,1 @@
+"""What has nothing to do with models: checks of arguments, environment variables, files."""
