@@ -322,14 +322,6 @@ def measured_config(
     return None if found is None else Config(**found)
 
 
-def launches(
-    gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None, residual: bool
-) -> int:
-    """Launches of a call without a config: those of the measured one, or of the library with a kernel for each other part."""
-    config = measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
-    return 1 + norm + (activation is not None) + residual if config is None else config.launches
-
-
 def fuses_residual(x: Tensor, weight: Tensor) -> bool:
     """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
     return measured_config(gpu_name(x.device), *_product(x, weight), False, None, True) is not None

@@ -99,11 +99,6 @@ def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     return replace(config, **tuned(gpu, "rms_norm", width=width) or {})
 
 
-def launches(arch: Arch, width: int) -> int:
-    """Launches of a call, a residual and a gather included."""
-    return 1
-
-
 class _Layout(NamedTuple):
     """What a launch needs of its tensors' layouts; a stride is None where rows must be copied first."""
 

@@ -193,11 +193,6 @@ def _fuses(rounding: str) -> bool:
     return rounding != "dream"
 
 
-def launches(arch: Arch, kv_heads: int, dim: int) -> int:
-    """Launches of a call."""
-    return 1
-
-
 class _Layout(NamedTuple):
     """What a launch needs of its tensors' layouts: the shape of q, the caches' heads and slots, the strides in kernel order."""
 

@@ -60,11 +60,6 @@ def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     return replace(config, **tuned(gpu, "swiglu", width=width) or {})
 
 
-def launches(arch: Arch, width: int) -> int:
-    """Launches of a call."""
-    return 1
-
-
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """``silu(gate) * up``.
 

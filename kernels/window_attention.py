@@ -330,22 +330,6 @@ def select_config(
     return min((config.split(slots, splits) for splits in range(1, most + 1)), key=microseconds)
 
 
-def launches(
-    arch: Arch,
-    batch: int,
-    window: int,
-    q_heads: int,
-    kv_heads: int,
-    dim: int,
-    slots: int,
-    itemsize: int,
-    gpu: str | None = None,
-) -> int:
-    """Launches of a call: the kernel, and the merge where the keys are split."""
-    config = select_config(arch, batch, window, q_heads, kv_heads, dim, slots, itemsize, gpu)
-    return 1 if config.splits == 1 else 2
-
-
 #: Rows of a program of the merge kernel, and chunks that it holds at a time.
 MERGE_ROWS, MERGE_SPLITS = 4, 16
 

@@ -29,13 +29,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 from rich.table import Table
 
 from ..kernels._arch import ARCHS, Arch
-from ..verify.cases import CompileCase, ShapeClass
+from ..verify.cases import OPS as CASES
+from ..verify.cases import ShapeClass
 from .assembly import cuobjdump
-from .compile_report import Record, cases_of, compile_case, compiled, in_processes
+from .compile_report import CompileCase, Record, compile_case, compiled, in_processes, launched
 from .roofline import GPUS
 
 #: Seconds from a load to its data when memory is busy: an assumption, above the some 0.3 us of an idle Hopper (Luo et al.,
@@ -84,17 +86,11 @@ OPS = (
 )
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel that a shape class launches, and on how many programs."""
-
-    case: CompileCase
-    programs: int
-
-
-def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[Launch]:
+def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[CompileCase]:
     """The launches of an op in a shape class."""
-    return [Launch(case, programs) for case, programs in cases_of(op).launches(shape_class, arch)]
+    cases = CASES[op]
+    calls = (launched(cases, sizes, torch.bfloat16, arch) for sizes in cases.forward(shape_class))
+    return [case for call in calls for case in call]
 
 
 # --- SASS -----------------------------------------------------------------------------------------------------------------
@@ -174,11 +170,11 @@ def performance_report(
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
     wanted = [
-        (op, arch, number, launch.case.config)
+        (op, arch, number, case.config)
         for op in ops
         for arch in archs
         for number, shape_class in enumerate(SHAPE_CLASSES)
-        for launch in launches(op, shape_class, ARCHS[arch])
+        for case in launches(op, shape_class, ARCHS[arch])
     ]
     return in_processes(_record, list(dict.fromkeys(wanted)), processes, on_progress)
 
@@ -187,28 +183,28 @@ def _record(wanted: tuple[str, str, int, str]) -> Record:
     """One launch by names, since a process cannot be sent a kernel."""
     op, name, number, label = wanted
     shape_class, arch = SHAPE_CLASSES[number], ARCHS[name]
-    launch = next(found for found in launches(op, shape_class, arch) if found.case.config == label)
-    fit = int(compile_case(launch.case, arch)["ctas_per_sm"])
-    code = instructions(cuobjdump(compiled(launch.case, arch).asm["cubin"], "-sass"))
-    return describe(shape_class, launch, arch, fit, code)
+    case = next(found for found in launches(op, shape_class, arch) if found.config == label)
+    fit = int(compile_case(case, arch)["ctas_per_sm"])
+    code = instructions(cuobjdump(compiled(case, arch).asm["cubin"], "-sass"))
+    return describe(shape_class, case, arch, fit, code)
 
 
-def describe(shape_class: ShapeClass, launch: Launch, arch: Arch, fit: int, code: Sequence[Instruction]) -> Record:
+def describe(shape_class: ShapeClass, case: CompileCase, arch: Arch, fit: int, code: Sequence[Instruction]) -> Record:
     """The record of a launch from its code and from how many of its programs fit an SM."""
-    case, body = launch.case, main_loop(code)
-    threads = 32 * case.num_warps
-    resident = min(fit, math.ceil(launch.programs / arch.sms))
+    body, options, programs = main_loop(code), case.launch_options, case.launch.programs
+    threads = 32 * options["num_warps"]
+    resident = min(fit, math.ceil(programs / arch.sms))
     is_async = any(one.name.startswith("LDGSTS") for one in body)
-    ahead = max(case.num_stages - 1, 1) if is_async and len(body) < len(code) else 1
+    ahead = max(options["num_stages"] - 1, 1) if is_async and len(body) < len(code) else 1
     loop_bytes = threads * sum(one.loaded_bytes for one in body)
     mix = Counter(one.kind for one in body)
     return {
         "op": case.op,
-        "kernel": case.kernel.__name__,
+        "kernel": case.launch.kernel.__name__,
         "arch": arch.name,
         "config": f"{shape_class.name}: {case.config}",
-        "programs": launch.programs,
-        "waves": round(launch.programs / (fit * arch.sms), 2),
+        "programs": programs,
+        "waves": round(programs / (fit * arch.sms), 2),
         "fit": fit,
         "resident": resident,
         "loop_bytes": loop_bytes,

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastdllm_triton.kernels import _tuned
 from fastdllm_triton.kernels import linear as module
 from fastdllm_triton.kernels._arch import ARCHS
-from fastdllm_triton.kernels.linear import Config, launches, select_config
+from fastdllm_triton.kernels.linear import Config, select_config
 from fastdllm_triton.kernels.linear import linear as kernel
 from fastdllm_triton.reference.linear import linear as reference
 from fastdllm_triton.verify.cases.linear import PROJECTIONS
@@ -262,12 +262,6 @@ def test_every_committed_measurement_names_a_config_that_exists():
     for path in _tuned.FOLDER.glob("*.json"):
         for entry in json.loads(path.read_text())["entries"]:
             assert entry["op"] != "linear" or Config(**entry["config"]).splits > 0
-
-
-def test_launches_are_one_a_part_of_the_library_and_one_for_a_sum_of_splits():
-    assert launches(None, 32, 64, 64, "bfloat16", False, None, False) == 1
-    assert launches(None, 32, 64, 64, "bfloat16", True, "swiglu", True) == 4
-    assert (PLAIN.launches, SPLIT.launches) == (1, 2)
 
 
 @pytest.mark.gpu

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...kernels._compile import CompileCase as CompileCase
+from ...kernels._arch import Arch
 from ...models.published import DREAM_7B, LLADA_8B
 
 Inputs = dict[str, Any]
 Outputs = dict[str, Tensor]
 Sizes = Mapping[str, Any]
 Function = Callable[..., Any]
+Compiled = tuple[torch.dtype, Sizes, Inputs | None]
 Where = Literal["quick", "full", "key", "gpu"]
 
 #: The models whose sizes the large cases have, as the shapes of benches name them.
@@ -29,7 +30,8 @@ class Random:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
         self.device, self.dtype = device, dtype
-        self.generator = torch.Generator(device).manual_seed(seed)
+        # The meta device has no generator, and no numbers.
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """``size`` numbers, ``scale`` wide."""
@@ -57,6 +59,33 @@ class Case:
 
     def __str__(self) -> str:
         return self.why.replace(" ", "-")
+
+
+@dataclass(frozen=True)
+class ShapeClass:
+    """A forward whose launches the performance report looks at.
+
+    Attributes:
+        name: for people.
+        model: a name in :data:`MODELS`.
+        batch, window, slots: of the forward.
+    """
+
+    name: str
+    model: str
+    batch: int
+    window: int
+    slots: int
+
+    @property
+    def rows(self) -> int:
+        """Of all sequences."""
+        return self.batch * self.window
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the blocks, which are those that reach the head."""
+        return self.batch * 32
 
 
 def _results(result: Any, inputs: Inputs) -> Outputs:
@@ -87,6 +116,10 @@ class OpCases:
         twin: PyTorch's own result in the inputs' dtype, whose error sets the bound; the reference's if not given.
         dtypes: that the inputs come in.
         float64: whether the reference takes the inputs in float64.
+        compiled: what is compiled ahead of time, so that every configuration that the config function can return for the
+            models' sizes is: dtype, sizes, and further arguments of the kernel in the place of its variants.
+        label: of a compiled kernel, from its name, its dtype and its constants: short, and another one for other code.
+        forward: the sizes of the calls in a forward, one for each that differs; empty for what forwards do without.
     """
 
     op: str
@@ -107,6 +140,9 @@ class OpCases:
     twin: Callable[[Inputs], Outputs] | None = None
     dtypes: Sequence[torch.dtype] = ALL_DTYPES
     float64: bool = True
+    compiled: Callable[[Arch], Iterable[Compiled]] = lambda arch: ()
+    label: Callable[[str, str, Mapping[str, Any]], str] = lambda kernel, dtype, constants: dtype
+    forward: Callable[[ShapeClass], Iterable[Sizes]] = lambda shape_class: ()
 
     def inputs(self, sizes: Sizes, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
         """The arguments of a call, without those that receive results."""
@@ -116,6 +152,11 @@ class OpCases:
     def kernel(self) -> Function:
         """Looked up anew each time, so that a test can put another one in its place."""
         return self._function("kernels")
+
+    @property
+    def launched(self) -> Function:
+        """What launches the op's kernels."""
+        return self.kernel
 
     @property
     def reference(self) -> Function:
@@ -147,67 +188,3 @@ def copy(value: Any) -> Any:
         return value.clone()
     tensors = {name: field.clone() for name, field in vars(value).items() if isinstance(field, Tensor)}
     return type(value)(**vars(value) | tensors)
-
-
-# --- what is compiled ahead of time ---------------------------------------------------------------------------------------
-
-
-def compile_case(
-    op: str,
-    kernel: Any,
-    config: str,
-    types: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    unknown: Iterable[str] = (),
-    **options: Any,
-) -> CompileCase:
-    """A case of an op of whose arguments all pointers and strides are divisible by 16, as a launch would find them.
-
-    Args:
-        op, kernel, config, constexprs: see :class:`CompileCase`.
-        types: the Triton type of arguments, whose names are separated by spaces; strides are int32, and names that the kernel
-            lacks are left out.
-        unknown: arguments of which a launch does not know that they are divisible, besides float numbers.
-        options: the others of :class:`CompileCase`.
-    """
-    type_of = dict.fromkeys((name for name in kernel.arg_names if name.startswith("stride_")), "i32")
-    type_of |= {name: kind for names, kind in types.items() for name in names.split()}
-    signature = {name: type_of[name] for name in kernel.arg_names if name in type_of and name not in constexprs}
-    divisible = tuple(name for name, kind in signature.items() if kind != "fp32" and name not in unknown)
-    return CompileCase(op, kernel, config, signature, dict(constexprs), divisible, **options)
-
-
-@dataclass(frozen=True)
-class ShapeClass:
-    """A forward whose launches the performance report looks at.
-
-    Attributes:
-        name: for people.
-        model: a name in :data:`MODELS`.
-        batch, window, slots: of the forward.
-    """
-
-    name: str
-    model: str
-    batch: int
-    window: int
-    slots: int
-
-    @property
-    def rows(self) -> int:
-        """Of all sequences."""
-        return self.batch * self.window
-
-    @property
-    def head_rows(self) -> int:
-        """Rows of the blocks, which are those that reach the head."""
-        return self.batch * 32
-
-
-#: Compiled kernels with the number of programs that a forward launches of each.
-Launches = Iterable[tuple[CompileCase, int]]
-
-
-def labelled(cases: Iterable[CompileCase], label: str, programs: int) -> Launches:
-    """The launch of the case with a label, if it is there."""
-    return [(case, programs) for case in cases if case.config == label]

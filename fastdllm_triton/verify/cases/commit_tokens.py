@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import product
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ...kernels._arch import Arch
-from ...kernels.commit_tokens import compile_cases
 from ...reference.token_statistics import token_statistics
-from ...types import PolicyState
-from ._base import MODELS, Case, Function, Inputs, Launches, OpCases, Outputs, Random, ShapeClass, Where, labelled
-
-__all__ = ["COMMIT_TOKENS", "MASK", "START", "compile_cases", "launches"]
+from ...types import PolicyState, RuleName, ScoreName
+from ._base import MODELS, Case, Compiled, Function, Inputs, OpCases, Outputs, Random, Where
 
 MASK = MODELS["llada"].mask_id
 #: First slot of the blocks.
@@ -79,6 +77,21 @@ def _case(why: str, where: Where, batch: int, block: int, rule: str, score: str 
     return Case(why, {"batch": batch, "block": block, "rule": rule, "score": score, "committed": True, **sizes}, where)
 
 
+def _compiled(arch: Arch) -> list[Compiled]:
+    """Every score with every rule at blocks of 32, and the commonest pairs at longer ones.
+
+    Not listed: margins in blocks of 1,024, whose exponentials spill some registers on sm_90, sm_100 and gfx942. They are right
+    there as anywhere, and such blocks are far from where a launch's time matters.
+    """
+    common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
+    pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}
+    return [
+        (torch.float32, {"batch": 16, "block": block, "score": score, "rule": rule, "eos": [0]}, None)
+        for block, listed in pairs.items()
+        for score, rule in listed
+    ]
+
+
 _SHAPES = [
     {"batch": batch, "block": block, "rule": rule}
     for batch, block in ((1, 32), (16, 32), (64, 32), (16, 128), (16, 1024))
@@ -112,9 +125,7 @@ COMMIT_TOKENS = OpCases(
     writes=["x", "state"],
     dtypes=(torch.float32,),
     float64=False,
+    compiled=_compiled,
+    label=lambda kernel, dtype, c: f"{c['SCORE']} {c['RULE']} N={c['BLOCK']}",
+    forward=lambda c: [{"batch": c.batch, "block": 32, "rule": "threshold", "eos": [0]}],
 )
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launch of a step."""
-    return labelled(compile_cases(arch), "confidence threshold N=32", shape_class.batch)

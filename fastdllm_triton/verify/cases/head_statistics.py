@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ...kernels import head_statistics as kernels
 from ...kernels._arch import Arch
-from ...kernels.head_statistics import compile_cases
 from ...types import TokenStatistics
-from ._base import MODELS, Case, Inputs, Launches, OpCases, Outputs, Random, ShapeClass, labelled
-from .token_statistics import named_statistics
-
-__all__ = ["HEAD_STATISTICS", "compile_cases", "launches"]
+from ._base import MODELS, Case, Compiled, Inputs, OpCases, Outputs, Random
+from .token_statistics import merge_label, named_statistics
 
 #: Vocabulary and width.
 HEADS = {name: {"vocabulary": config.vocab_size, "width": config.width} for name, config in MODELS.items()}
 
 
 def _make(
-    random: Random, rows: int, vocabulary: int, width: int, temperature: float = 0.0, asked: Sequence[int] | None = None
+    random: Random,
+    rows: int,
+    vocabulary: int,
+    width: int,
+    temperature: float = 0.0,
+    asked: Sequence[int] | None = None,
+    forbidden: Sequence[int] | None = None,
 ) -> Inputs:
     """Logits three wide, as a trained head's are."""
     return {
@@ -31,6 +33,7 @@ def _make(
         "rows": None if asked is None else torch.tensor(asked, device=random.device),
         "temperature": temperature,
         "seed": 1 if temperature else None,
+        "forbidden": forbidden,
     }
 
 
@@ -54,6 +57,23 @@ _SHAPES: list[dict[str, Any]] = [
     for temperature, listed in ((0.0, (1, 8, 16, 32, 48, 64, 96, 128, 256, 512)), (1.0, (32, 64, 128)))
     for rows in listed
 ]
+
+
+def _compiled(arch: Arch) -> Iterator[Compiled]:
+    """The buckets of rows, listed as those of a window are; logits rounded where the dtype is bfloat16."""
+    bf16, fp32, fp16 = torch.bfloat16, torch.float32, torch.float16
+    grid = [(dtype, "llada", rows) for dtype in (bf16, fp32) for rows in (16, 32, 64)]
+    for dtype, model, rows in (*grid, (bf16, "dream", 32), (fp16, "llada", 32), (fp16, "dream", 64)):
+        for temperature in (0.0, 1.0):
+            sizes = {"rows": rows, **HEADS[model], "temperature": temperature, "asked": range(rows), "forbidden": [0]}
+            yield dtype, sizes, {"logits_dtype": bf16 if dtype == bf16 else None}
+
+
+def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
+    if kernel == "merge_statistics_kernel":
+        return merge_label(c)
+    return f"{dtype} E={c['E']} rows={c['BLOCK_R']}{' sample' if c['SAMPLE'] else ''}"
+
 
 HEAD_STATISTICS = OpCases(
     "head_statistics",
@@ -80,13 +100,7 @@ HEAD_STATISTICS = OpCases(
     bytes=lambda shape: 2 * (shape["vocabulary"] + shape["rows"]) * shape["width"],
     flops=lambda shape: 2 * shape["rows"] * shape["vocabulary"] * shape["width"],
     named=_named,
+    compiled=_compiled,
+    label=_label,
+    forward=lambda c: [{"rows": c.head_rows, **HEADS[c.model], "asked": range(c.head_rows), "forbidden": [0]}],
 )
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launch on the rows of the blocks; none where cuBLAS multiplies."""
-    vocabulary, width = HEADS[shape_class.model].values()
-    config = kernels.head_statistics_config(arch, shape_class.head_rows, vocabulary, width, 2, False)
-    if config is None:
-        return []
-    return labelled(compile_cases(arch), f"bf16 E={width} rows={config.block_rows}", config.parts)

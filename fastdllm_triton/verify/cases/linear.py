@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from itertools import product
 from typing import Any, NamedTuple
 
+import torch
+
+from ...kernels import _arch
 from ...kernels import linear as kernels
-from ...kernels._arch import Arch, arch_of
-from ...kernels._pdl import has_dependent_launch
+from ...kernels._arch import Arch
 from ...types import Activation
-from ._base import MODELS, Case, CompileCase, Inputs, Launches, OpCases, Random, ShapeClass, Sizes, compile_case
+from ._base import MODELS, Case, Compiled, Inputs, OpCases, Random, ShapeClass, Sizes
 
 
 class Projection(NamedTuple):
@@ -61,7 +63,7 @@ def _make(
 def chosen_config(inputs: Inputs) -> kernels.Config:
     """The configuration that the pure function chooses for a call, whatever was measured."""
     x, (n, k) = inputs["x"], inputs["weight"].shape
-    return kernels.select_config(arch_of(x.device), x.shape[:-1].numel(), n, k, x.element_size(), inputs["activation"])
+    return kernels.select_config(_arch.arch_of(x.device), x.shape[:-1].numel(), n, k, x.element_size(), inputs["activation"])
 
 
 def _bytes(shape: Sizes) -> int:
@@ -81,6 +83,41 @@ _SHAPES = [
     for (name, projection), rows in product(PROJECTIONS.items(), (16, 32, 64, 128, 256, 512))
 ]
 _FUSED: dict[str, Any] = {"norm": True, "activation": "swiglu"}
+
+
+def _compiled(arch: Arch) -> list[Compiled]:
+    """LLaDA's projections over the rows of windows of 16 to 128 for 1 to 16 sequences, and some of Dream's; weights so small that
+    the columns are split, as in a shard of a model; other dtypes.
+    """
+    shards = [Projection(1024, 4096, False, None, True), Projection(1024, 4096, True, "swiglu", False)]
+    gate_up = PROJECTIONS["llada gate_up"]
+    grid = [
+        (torch.bfloat16, rows, projection)
+        for model, listed in (("llada", (16, 32, 64, 128, 512)), ("dream", (32, 128)))
+        for name, projection in PROJECTIONS.items()
+        if name.startswith(model)
+        for rows in listed
+    ]
+    grid += [(torch.bfloat16, 32, projection) for projection in shards]
+    grid += [(torch.float16, 64, gate_up), (torch.float32, 64, gate_up)]
+    return [(dtype, {"rows": rows, **projection._asdict()}, None) for dtype, rows, projection in grid]
+
+
+def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
+    words = [word for word in ("swiglu", "residual") if c[word.upper()]]
+    if kernel == "_finish_kernel":
+        return " ".join([dtype, "finish", *words])
+    form = [word for word, name in (("swapped", "SWAP"), ("split", "SPLIT"), ("norm", "NORM")) if c[name]]
+    tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']}"
+    return " ".join([dtype, f"K={c['K']}", tile, *form, *words, f"stages={c['STAGES']}"])
+
+
+def _forward(c: ShapeClass) -> list[Sizes]:
+    """The projections of a layer, where a measurement puts this kernel in the library's place."""
+    projections = [projection for name, projection in PROJECTIONS.items() if name.startswith(c.model)]
+    return [{"rows": c.rows, **projection._asdict()} for projection in projections if c.rows <= kernels.MAX_ROWS]
+
+
 LINEAR = OpCases(
     "linear",
     [
@@ -106,59 +143,7 @@ LINEAR = OpCases(
     flops=lambda shape: 2 * shape["rows"] * shape["n"] * shape["k"],
     outs=["out"],
     variants=lambda inputs: {"library": {}, "kernel": {"config": chosen_config(inputs)}},
+    compiled=_compiled,
+    label=_label,
+    forward=_forward,
 )
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """LLaDA's projections over the rows of windows of 16 to 128 for 1 to 16 sequences and some of Dream's, each distinct
-    program once; weights so small that the columns are split, as in a shard of a model; other dtypes.
-    """
-    llada = [projection for name, projection in PROJECTIONS.items() if name.startswith("llada")]
-    dream = [projection for name, projection in PROJECTIONS.items() if name.startswith("dream")]
-    shards = [Projection(1024, 4096, False, None, True), Projection(1024, 4096, True, "swiglu", False)]
-    grid = [("bf16", 2, rows, projection) for projection in llada for rows in (16, 32, 64, 128, 512)]
-    grid += [("bf16", 2, rows, projection) for projection in dream for rows in (32, 128)]
-    grid += [("bf16", 2, 32, projection) for projection in shards]
-    grid += [("fp16", 2, 64, PROJECTIONS["llada gate_up"]), ("fp32", 4, 64, PROJECTIONS["llada gate_up"])]
-    cases: dict[str, CompileCase] = {}
-    for dtype, itemsize, rows, projection in grid:
-        for case in _kernels_of(arch, dtype, itemsize, rows, projection):
-            cases.setdefault(case.config, case)
-    return list(cases.values())
-
-
-def _kernels_of(arch: Arch, dtype: str, itemsize: int, rows: int, projection: Projection) -> list[CompileCase]:
-    """The kernels that a product launches, each under a label of what the compiler sees."""
-    _, k, norm, activation, residual = projection
-    config = kernels.select_config(arch, rows, projection.n, k, itemsize, activation)
-    pdl, gated, split = has_dependent_launch(arch), activation == "swiglu", config.splits > 1
-    types = {
-        "x_ptr weight_ptr norm_ptr residual_ptr out_ptr": f"*{dtype}",
-        "partial_ptr": "*fp32",
-        "M N part splits": "i32",
-        "eps": "fp32",
-    }
-    epilogue = {"SWIGLU": gated, "RESIDUAL": residual, "PDL": pdl} | ({} if residual else {"residual_ptr": None})
-    main = kernels._constexprs(arch, config, k, norm, gated, pdl) | epilogue | ({} if norm else {"norm_ptr": None})
-    main["out_ptr" if split else "partial_ptr"] = None
-    words = [word for word, on in {"norm": norm, "swiglu": gated, "residual": residual}.items() if on]
-    form = [word for word, on in {"swapped": config.swap, "split": split}.items() if on]
-    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-    label = " ".join([dtype, f"K={k}", tile, *form, *words, f"stages={config.num_stages}"])
-    warps = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    cases = [compile_case("linear", kernels._linear_kernel, label, types, main, ("M", "splits"), **warps)]
-    if split:
-        label, finish = " ".join([dtype, "finish", *words[norm:]]), epilogue | {"BLOCK_N": kernels.FINISH_COLUMNS}
-        cases.append(compile_case("linear", kernels._finish_kernel, label, types, finish, ("M", "splits")))
-    return cases
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launches of a layer's projections, where a measurement puts this kernel in the library's place."""
-    if shape_class.rows > kernels.MAX_ROWS:
-        return
-    for name, projection in PROJECTIONS.items():
-        if name.startswith(shape_class.model):
-            config = kernels.select_config(arch, shape_class.rows, projection.n, projection.k, 2, projection.activation)
-            tiles = math.ceil(shape_class.rows / config.block_m) * math.ceil(projection.outputs / config.block_n)
-            yield _kernels_of(arch, "bf16", 2, shape_class.rows, projection)[0], tiles * config.splits

@@ -1,4 +1,4 @@
-"""The cases of prefetch, which computes nothing: what it is timed with, and what is compiled of it."""
+"""The cases of prefetch, which computes nothing: what it is timed with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import prefetch as kernels
-from ...kernels._arch import Arch
 from ...kernels.linear import linear
-from ._base import MODELS, CompileCase, Function, Inputs, OpCases, Random, compile_case
+from ._base import MODELS, Function, Inputs, OpCases, Random
 from .linear import PROJECTIONS
 from .rms_norm import RMS_NORM
 from .window_attention import WINDOW_ATTENTION
@@ -43,7 +42,12 @@ class _Prefetch(OpCases):
 
     reference = kernel
 
+    @property
+    def launched(self) -> Function:
+        return lambda weight, **others: kernels.launch(weight, weight.nbytes)
 
+
+_SMALL: dict[str, Any] = {"model": "dream", "slots": 64, "before": "norm", "n": 1024, "k": 2048}
 PREFETCH = _Prefetch(
     "prefetch",
     [],
@@ -55,17 +59,10 @@ PREFETCH = _Prefetch(
         for n, k in (PROJECTIONS[f"{model} {part}"][:2],)
     ],
     key=[],
-    small={"model": "dream", "slots": 64, "before": "norm", "n": 1024, "k": 2048},
+    small=_SMALL,
     axis="n",
     bytes=lambda shape: 2 * shape["n"] * shape["k"],
     float64=False,
+    # A 16-bit weight, on NVIDIA, whose instruction it is.
+    compiled=lambda arch: [(torch.bfloat16, _SMALL, None)] if arch.backend == "cuda" else [],
 )
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """A 16-bit weight, on NVIDIA, whose instruction it is."""
-    if arch.backend != "cuda":
-        return []
-    constexprs = {"LINE": kernels.LINE_BYTES // 2, "LINES": kernels.LINES}
-    types = {"weight_ptr": "*bf16", "count": "i32"}
-    return [compile_case("prefetch", kernels._prefetch_kernel, "bf16", types, constexprs)]

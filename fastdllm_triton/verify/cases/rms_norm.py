@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
+from itertools import product
 
 import torch
 
-from ...kernels import rms_norm as kernels
-from ...kernels._arch import Arch
-from ...kernels._pdl import has_dependent_launch
-from ._base import MODELS, Case, CompileCase, Inputs, Launches, OpCases, Random, ShapeClass, compile_case, labelled
+from ._base import MODELS, Case, Inputs, OpCases, Random
 
 _LLADA, _DREAM = (model.width for model in MODELS.values())
 
@@ -50,22 +46,13 @@ RMS_NORM = OpCases(
     # x in and y out, with a residual also that in and the sum out; the weight once.
     bytes=lambda shape: 2 * shape["width"] * (shape["rows"] * (4 if shape["residual"] else 2) + 1),
     outs=["out", "residual_out"],
+    # With and without a residual; gathers of embeddings, and of sums.
+    compiled=lambda arch: [
+        (torch.bfloat16, {"rows": 32, "width": width, "residual": residual, "gather": gather}, None)
+        for width, residual, gather in product((_DREAM, _LLADA), (False, True), (None, range(32)))
+    ],
+    label=lambda kernel, dtype, c: (
+        f"{dtype} E={c['E']}{' residual' if c['HAS_RESIDUAL'] else ''}{'' if 'rows_ptr' in c else ' rows'}"
+    ),
+    forward=lambda c: [{"rows": c.rows, "width": MODELS[c.model].width, "residual": True}],
 )
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The widths of Dream and LLaDA, with and without a residual; gathers of embeddings, and of sums."""
-    types = {"x_ptr residual_ptr weight_ptr out_ptr residual_out_ptr": "*bf16", "rows_ptr": "*i64", "eps": "fp32"}
-    cases = []
-    for width, residual, gather in itertools.product((_DREAM, _LLADA), (False, True), (False, True)):
-        config = kernels.select_config(arch, width)
-        constexprs: dict[str, Any] = {"E": width, "HAS_RESIDUAL": residual, "BLOCK_E": config.block_e}
-        constexprs |= {"PDL": has_dependent_launch(arch)} | ({} if gather else {"rows_ptr": None})
-        label = f"bf16 E={width}{' residual' if residual else ''}{' rows' if gather else ''}"
-        cases.append(compile_case("rms_norm", kernels._rms_norm_kernel, label, types, constexprs, num_warps=config.num_warps))
-    return cases
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launch of a layer's norm."""
-    return labelled(compile_cases(arch), f"bf16 E={MODELS[shape_class.model].width} residual", shape_class.rows)

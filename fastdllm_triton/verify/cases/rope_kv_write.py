@@ -5,25 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...kernels import rope_kv_write as kernels
-from ...kernels._arch import Arch
-from ...kernels._pdl import has_dependent_launch
-from ._base import (
-    MODELS,
-    Case,
-    CompileCase,
-    Inputs,
-    Launches,
-    OpCases,
-    Outputs,
-    Random,
-    ShapeClass,
-    Sizes,
-    compile_case,
-    labelled,
-)
+from ._base import MODELS, Case, Inputs, OpCases, Outputs, Random, Sizes
 
 
 def _make(
@@ -107,40 +92,11 @@ ROPE_KV_WRITE = OpCases(
     named=_named,
     writes=["k_cache", "v_cache"],
     outs=["out"],
+    # Dream's in both 16-bit dtypes, since roundings are at stake.
+    compiled=lambda arch: [
+        (dtype, {"model": model, "window": 32, "slots": 1024}, None)
+        for model, dtype in (("llada", torch.bfloat16), ("dream", torch.bfloat16), ("dream", torch.float16))
+    ],
+    label=lambda kernel, dtype, c: f"{dtype} {'dream' if c['DREAM'] else 'llada'} D={c['D']}",
+    forward=lambda c: [{"model": c.model, "batch": c.batch, "window": c.window, "slots": c.slots}],
 )
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """LLaDA's heads with its rounding, Dream's with bias and its own, in both 16-bit dtypes since roundings are at stake."""
-    cases = []
-    for model, dtype in (("llada", "bf16"), ("dream", "bf16"), ("dream", "fp16")):
-        config = MODELS[model]
-        launch = kernels.select_config(arch, config.kv_heads, config.head_dim)
-        types = {
-            "qkv_ptr bias_ptr q_ptr k_ptr v_ptr": f"*{dtype}",
-            "frequency_ptr": "*fp32",
-            " ".join(kernels.SLICED): "*i32",
-            "W L": "i32",
-        }
-        constexprs = {
-            "HQ": config.heads,
-            "HKV": config.kv_heads,
-            "D": config.head_dim,
-            "HAS_BIAS": config.qkv_bias,
-            "DREAM": model == "dream",
-            "BLOCK_H": launch.block_h,
-            "BLOCK_HALF": config.head_dim // 2,
-            "PDL": has_dependent_launch(arch),
-        }
-        options = {"num_warps": launch.num_warps, "fp_fusion": kernels._fuses(model)}
-        label, unknown = f"{dtype} {model} D={config.head_dim}", [*kernels.SLICED, "W", "L"]
-        cases.append(compile_case("rope_kv_write", kernels._rope_kv_write_kernel, label, types, constexprs, unknown, **options))
-    return cases
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launch of a layer."""
-    config = MODELS[shape_class.model]
-    launch = kernels.select_config(arch, config.kv_heads, config.head_dim)
-    programs = shape_class.rows * launch.programs_per_token(config.heads, config.kv_heads)
-    return labelled(compile_cases(arch), f"bf16 {shape_class.model} D={config.head_dim}", programs)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import torch
 
-from ...kernels import swiglu as kernels
-from ...kernels._arch import Arch
-from ...kernels._pdl import has_dependent_launch
-from ._base import MODELS, Case, CompileCase, Inputs, Launches, OpCases, Random, ShapeClass, compile_case, labelled
+from ._base import MODELS, Case, Inputs, OpCases, Random
 
 _LLADA, _DREAM = (model.mlp for model in MODELS.values())
 
@@ -34,21 +31,7 @@ SWIGLU = OpCases(
     axis="rows",
     bytes=lambda shape: 2 * 3 * shape["rows"] * shape["width"],  # gate and up in, their product out
     outs=["out"],
+    compiled=lambda arch: [(torch.bfloat16, {"rows": 32, "width": _LLADA}, None)],  # the MLPs of both have one configuration
+    label=lambda kernel, dtype, c: f"{dtype} block={c['BLOCK_F']}",
+    forward=lambda c: [{"rows": c.rows, "width": MODELS[c.model].mlp}],
 )
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The MLPs of LLaDA and Dream share one configuration."""
-    config = kernels.select_config(arch, _LLADA)
-    types = {"gate_up_ptr out_ptr": "*bf16", "F": "i32"}
-    constexprs = {"BLOCK_F": config.block_f, "PDL": has_dependent_launch(arch)}
-    label = f"bf16 block={config.block_f}"
-    return [compile_case("swiglu", kernels._swiglu_kernel, label, types, constexprs, num_warps=config.num_warps)]
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launch of a layer."""
-    width = MODELS[shape_class.model].mlp
-    config = kernels.select_config(arch, width)
-    programs = shape_class.rows * math.ceil(width / config.block_f)
-    return labelled(compile_cases(arch), f"bf16 block={config.block_f}", programs)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ...kernels import token_statistics as kernels
-from ...kernels._arch import Arch
-from ...kernels.token_statistics import compile_cases
 from ...types import TokenStatistics
-from ._base import MODELS, Case, Inputs, Launches, OpCases, Outputs, Random, ShapeClass, labelled
-
-__all__ = ["TOKEN_STATISTICS", "compile_cases", "launches", "named_statistics"]
+from ._base import MODELS, Case, Inputs, OpCases, Outputs, Random
 
 _LLADA, _DREAM = (model.vocab_size for model in MODELS.values())
 
@@ -50,6 +45,17 @@ def named_statistics(statistics: TokenStatistics, inputs: Inputs) -> Outputs:
     }
 
 
+def merge_label(c: Mapping[str, Any]) -> str:
+    """Of the kernel that merges what programs found in parts of a row."""
+    return f"BLOCK={c['BLOCK']}{' sample' if c['SAMPLE'] else ''}"
+
+
+def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
+    if kernel == "merge_statistics_kernel":
+        return merge_label(c)
+    return f"{dtype}{' split' if c['SPLIT'] else ''}{' sample' if c['SAMPLE'] else ''}"
+
+
 #: A block of one sequence, of a batch, and the rows of a refresh; noise where the engine samples. Logits are float32 by default.
 _SHAPES: list[dict[str, Any]] = [
     {"rows": rows, "vocabulary": vocabulary, "temperature": temperature, "bits": bits}
@@ -83,11 +89,14 @@ TOKEN_STATISTICS = OpCases(
     # The logits in; what comes out, 28 bytes a row, is nothing beside them.
     bytes=lambda shape: shape.get("bits", 16) // 8 * shape["rows"] * shape["vocabulary"] + 28 * shape["rows"],
     named=named_statistics,
+    # From one row to those of a refresh; one case for all that launch the same code.
+    compiled=lambda arch: [
+        (dtype, {"rows": rows, "vocabulary": vocabulary, "temperature": temperature, "forbidden": [0]}, None)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for vocabulary in (_LLADA, _DREAM)
+        for rows in (1, 16, 32, 64, 128, 512, 1024)
+        for temperature in (0.0, 1.0)
+    ],
+    label=_label,
+    forward=lambda c: [{"rows": c.head_rows, "vocabulary": MODELS[c.model].vocab_size, "forbidden": [0]}],
 )
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launch on the logits of the blocks."""
-    rows = shape_class.head_rows
-    config = kernels.token_statistics_config(arch, rows, MODELS[shape_class.model].vocab_size, 2)
-    return labelled(compile_cases(arch), "bf16 split" if config.splits > 1 else "bf16", rows * config.splits)

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels import window_attention as kernels
 from ...kernels._arch import Arch
-from ...kernels._pdl import has_dependent_launch
-from ._base import (
-    MODELS,
-    Case,
-    CompileCase,
-    Inputs,
-    Launches,
-    OpCases,
-    Outputs,
-    Random,
-    ShapeClass,
-    Sizes,
-    Where,
-    compile_case,
-)
+from ._base import MODELS, Case, Compiled, Inputs, OpCases, Outputs, Random, Sizes, Where
 
 #: Query heads, KV heads and their size.
 HEADS = {name: (config.heads, config.kv_heads, config.head_dim) for name, config in MODELS.items()}
@@ -60,7 +45,7 @@ def _make(
         inputs["skip_start"] = random.slots([first for first, _ in skip])
         inputs["skip_end"] = random.slots([last for _, last in skip])
     unattended = ~attended(inputs)[:, None, :, None]
-    if unattended.any():
+    if not unattended.is_meta and unattended.any():
         inputs["k_cache"].masked_fill_(unattended, torch.nan)
         inputs["v_cache"].masked_fill_(unattended, torch.nan)
     return inputs
@@ -115,6 +100,29 @@ def _flops(shape: Sizes) -> int:
     """Two products of W x L x D a query head, a multiplication and an addition each."""
     q_heads, _, dim = HEADS[shape["model"]]
     return 2 * 2 * shape["batch"] * q_heads * shape["window"] * shape["slots"] * dim
+
+
+def _compiled(arch: Arch) -> Iterator[Compiled]:
+    """Every configuration of the shape grid, sm_90's small windows in both operand orders, and one of each other head dimension
+    and of float32.
+    """
+    for model, heads in HEADS.items():
+        for batch, slots in product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192, 16_384, 32_768)):
+            for window in (16, 32, 64, 128, slots):
+                sizes = {"model": model, "batch": batch, "window": window, "slots": slots}
+                yield torch.bfloat16, sizes, None
+                config = kernels.select_config(arch, batch, window, *heads, slots, 2)
+                if config.swap:
+                    yield torch.bfloat16, sizes, {"config": replace(config, swap=False)}
+    for dim, dtype in (*((dim, torch.bfloat16) for dim in (16, 32, 64, 80, 96)), (128, torch.float32)):
+        yield dtype, {"heads": (32, 32, dim), "window": 32, "slots": 4096}, None
+
+
+def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
+    name = f"{dtype} {'llada' if c['G'] == 1 else 'dream'} D={c['D']}"
+    if kernel == "_merge_kernel":
+        return f"{name} merge"
+    return f"{name} {c['BLOCK_M']}x{c['BLOCK_N']}{' swapped' if c['SWAP'] else ''}{' split' if c['SPLIT'] else ''}"
 
 
 WINDOW_ATTENTION = OpCases(
@@ -180,75 +188,7 @@ WINDOW_ATTENTION = OpCases(
     outs=["out"],
     common={"return_lse": True},
     twin=by_torch,
+    compiled=_compiled,
+    label=_label,
+    forward=lambda c: [{"model": c.model, "batch": c.batch, "window": c.window, "slots": c.slots}],
 )
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Every configuration of the shape grid in bfloat16, sm_90's small windows in both operand orders, and one of each other
-    head dimension and of float32.
-    """
-    cases: dict[str, CompileCase] = {}
-
-    def add(*what: Any) -> None:
-        for case in _kernels_of(arch, *what):
-            cases.setdefault(case.config, case)
-
-    for model, heads in HEADS.items():
-        for batch, slots in product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096, 8192, 16_384, 32_768)):
-            for window in (16, 32, 64, 128, slots):
-                config = kernels.select_config(arch, batch, window, *heads, slots, 2)
-                add(model, heads, config, "bf16")
-                if config.swap:
-                    add(model, heads, replace(config, swap=False), "bf16")
-    for dim, dtype in ((16, "bf16"), (32, "bf16"), (64, "bf16"), (80, "bf16"), (96, "bf16"), (128, "fp32")):
-        config = kernels.select_config(arch, 1, 32, 32, 32, dim, 4096, 4 if dtype == "fp32" else 2)
-        add("llada", (32, 32, dim), config, dtype)
-    return list(cases.values())
-
-
-def _kernels_of(arch: Arch, model: str, heads: tuple[int, int, int], config: kernels.Config, dtype: str) -> list[CompileCase]:
-    """The kernels that a config launches, each under a label of what the compiler sees."""
-    (q_heads, kv_heads, dim), split = heads, config.splits > 1
-    types = {
-        "q_ptr k_ptr v_ptr out_ptr": f"*{dtype}",
-        " ".join(kernels.SLICED): "*i32",
-        "lse_ptr partial_ptr partial_lse_ptr": "*fp32",
-        "W L chunk splits": "i32",
-        "scale": "fp32",
-    }
-    shared = {
-        "HKV": kv_heads,
-        "G": q_heads // kv_heads,
-        "D": dim,
-        "RETURN_LSE": False,
-        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
-        "PDL": has_dependent_launch(arch),
-        "lse_ptr": None,
-    }
-    tile = dict.fromkeys(("out_ptr",) if split else ("partial_ptr", "partial_lse_ptr")) | {
-        "SPLIT": split,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "SWAP": config.swap,
-        "STAGES": config.num_stages,
-        "PRECISION": kernels._precision(arch),
-    }
-    label, unknown = f"{dtype} {model} D={dim}", [*kernels.SLICED, "W", "L", "chunk", "splits"]
-    name = f"{label} {config.block_m}x{config.block_n}{' swapped' if config.swap else ''}{' split' if split else ''}"
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    main = kernels._window_attention_kernel
-    cases = [compile_case("window_attention", main, name, types, shared | tile, unknown, **options)]
-    if split:
-        merge = shared | {"BLOCK_M": kernels.MERGE_ROWS, "BLOCK_S": kernels.MERGE_SPLITS}
-        cases.append(compile_case("window_attention", kernels._merge_kernel, f"{label} merge", types, merge, unknown))
-    return cases
-
-
-def launches(shape_class: ShapeClass, arch: Arch) -> Launches:
-    """The launches of a layer."""
-    batch, window, slots = shape_class.batch, shape_class.window, shape_class.slots
-    heads = HEADS[shape_class.model]
-    config = kernels.select_config(arch, batch, window, *heads, slots, 2)
-    rows, pairs = window * heads[0] // heads[1], batch * heads[1]
-    programs = (math.ceil(rows / config.block_m) * config.splits * pairs, math.ceil(rows / kernels.MERGE_ROWS) * pairs)
-    return zip(_kernels_of(arch, shape_class.model, heads, config, "bf16"), programs, strict=False)

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
-from ...kernels.window_inputs import compile_cases
+from ...kernels._limits import MAX_BLOCK, MAX_ROWS
 from ._base import MODELS, Case, Inputs, OpCases, Outputs, Random
-
-__all__ = ["WINDOW_INPUTS", "compile_cases"]
 
 _MASK = MODELS["llada"].mask_id
 
@@ -73,4 +71,10 @@ WINDOW_INPUTS = OpCases(
     named=_named,
     dtypes=(torch.float32,),
     float64=False,
+    # Blocks of 32 and of the most slots, with and without noise.
+    compiled=lambda arch: [
+        (torch.float32, {"batch": batch, "block": block, "window": block, "sample": sample}, None)
+        for batch, block, sample in ((1, 32, False), (1, 32, True), (MAX_ROWS, MAX_BLOCK, True))
+    ],
+    label=lambda kernel, dtype, c: f"N={c['BLOCK_N']}{' sample' if c['SAMPLE'] else ''}",
 )
