@@ -35,7 +35,7 @@ from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
 from fastdllm_triton.bench._session import Row, Session, Shape, main
 from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
-from fastdllm_triton.decoding.config import CacheName, GenerationConfig
+from fastdllm_triton.decoding import CacheName, GenerationConfig
 from fastdllm_triton.decoding.strategies import FixedSteps
 from fastdllm_triton.engine.engine import Generation
 from fastdllm_triton.models.transformer import Transformer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..decoding.config import CacheName, GenerationConfig
+from ..decoding import CacheName, GenerationConfig
 from ..decoding.strategies import Factor, FixedSteps, Strategy, Threshold
 from ..integrations.transformers import runtime_of
 from ..model import MaskedDiffusionLM

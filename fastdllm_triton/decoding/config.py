@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from ..models.config import ModelConfig
 from ..utils.checks import check_temperature, is_bool, is_int, require, to_int, to_ints, to_number
+from .cache_policy import CACHE_OPTIONS, CACHE_POLICIES, CacheName, CachePolicy, cache_policy
 from .strategies import FixedSteps, Strategy, Threshold
-
-CacheName = Literal["none", "prefix", "dual"]
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ class GenerationConfig:
             object.__setattr__(self, name, to_int(value))
         if self.gen_length % self.block_length:
             raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
-        if self.cache not in get_args(CacheName):
-            raise ValueError(f"cache must be one of {', '.join(get_args(CacheName))}, got {self.cache!r}")
+        require("cache", self.cache, f"one of {', '.join(CACHE_POLICIES)}", self.cache in tuple(CACHE_POLICIES))
         if not isinstance(self.strategy, Strategy):
             raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
@@ -123,11 +121,8 @@ class GenerationConfig:
             ):
                 if clash:
                     raise ValueError(f"refresh_commits = 'first' does not go with {name} = {getattr(self, name)!r}")
-        for name, caches in (
-            ("prompt_refresh", ("prefix", "dual")),
-            ("look_back", ("prefix", "dual")),
-            ("look_ahead", ("dual",)),
-        ):
+        for name in {name: None for options in CACHE_OPTIONS.values() for name in options}:
+            caches = [cache for cache, options in CACHE_OPTIONS.items() if name in options]
             if getattr(self, name) and self.cache not in caches:
                 raise ValueError(f"{name} means something for cache = {' or '.join(caches)} only, got cache = {self.cache!r}")
         ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
@@ -143,9 +138,17 @@ class GenerationConfig:
         """Rows of the network that decode one sequence: two with guidance."""
         return 2 if self.cfg_scale else 1
 
-    def look_back_in(self, model: ModelConfig) -> int:
-        """Slots before the block that a step recomputes: one at least where it may have to predict the block's first."""
-        return max(self.look_back, int(model.shift and self.refresh_commits == "rule"))
+    def cache_policy(self, *, shift: bool = False) -> CachePolicy:
+        """What the cache recomputes.
+
+        Args:
+            shift: whether the model's predictions are shifted: a step then recomputes the slot that predicts the block's first,
+                unless the refresh has committed that one.
+        """
+        options = {name: getattr(self, name) for name in CACHE_OPTIONS[self.cache]}
+        if shift and self.refresh_commits == "rule" and "look_back" in options:
+            options["look_back"] = max(options["look_back"], 1)
+        return cache_policy(self.cache, **options)
 
     def resolve(self, model: ModelConfig, rows: int) -> Resolved:
         """Fills in what the model decides, and checks token ids against its vocabulary.

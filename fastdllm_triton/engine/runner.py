@@ -69,7 +69,7 @@ class Program:
             rule=config.strategy.rule,
             temperature=config.temperature,
             whole=config.cache == "none",
-            look_back=config.look_back_in(network.config),
+            look_back=getattr(config.cache_policy(shift=network.config.shift), "look_back", 0),
             first_alone=config.refresh_commits == "first" and config.block_length > 1,
             logits_dtype=config.logits_dtype,
             mask_id=ids.mask_id,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from ..decoding.config import CacheName, GenerationConfig
+from ..decoding import CacheName, GenerationConfig
 from ..decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
 from ..utils.checks import is_int, require
 

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..decoding.config import CacheName, GenerationConfig
+from ..decoding import CacheName, GenerationConfig
 from ..decoding.strategies import FixedSteps, Strategy, Threshold
 from ..engine.outputs import GenerationOutput
 from ..loading import load

@@ -27,7 +27,7 @@ from .. import tiny
 from ..models.config import ModelConfig
 from ..models.published import PUBLISHED
 
-CacheName = Literal["none", "prefix", "dual"]
+from ..decoding import CacheName
 
 
 @dataclass(frozen=True)

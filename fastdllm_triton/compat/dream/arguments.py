@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...decoding.config import CacheName
+from ...decoding import CacheName
 from ...utils.checks import is_int
 from .config import described
 

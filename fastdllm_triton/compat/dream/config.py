@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...decoding.config import CacheName
+from ...decoding import CacheName
 from ...utils.checks import is_int, is_number, require, to_number
 
 AlgName = Literal["origin", "maskgit_plus", "topk_margin", "entropy", "confidence_threshold"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...decoding.config import CacheName
+from ...decoding import CacheName
 from ...integrations.transformers import accelerated_of
 from ...model import MaskedDiffusionLM
 from ...models.checkpoint import read_json

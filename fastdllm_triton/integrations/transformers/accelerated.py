@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...decoding.config import CacheName
+from ...decoding import CacheName
 from ...engine.outputs import GenerationOutput
 from ...loading import HUB_PATTERNS, ops_for
 from ...model import MaskedDiffusionLM

@@ -1,0 +1,140 @@
+"""Cache policies, played without a model."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from typing import Any, get_args
+
+import pytest
+from conftest import GOLDEN, GOLDEN_DREAM, GOLDEN_MODELS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastdllm_triton.decoding.cache_policy import (
+    CACHE_OPTIONS,
+    CACHE_POLICIES,
+    BlockState,
+    CacheName,
+    CachePolicy,
+    Window,
+    cache_policy,
+    play,
+)
+from fastdllm_triton.decoding.config import GenerationConfig
+
+
+def test_the_names_are_those_of_the_registry() -> None:
+    assert get_args(CacheName) == tuple(CACHE_POLICIES)
+    with pytest.raises(ValueError, match=r"cache must be one of none, prefix, dual, got 'full'"):
+        cache_policy("full")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", GOLDEN_MODELS)
+def test_windows_are_those_of_the_recorded_trajectories(model: str) -> None:
+    """Recorded slots are counted from where the official code's forward begins. With the windows that the policy gives, they
+    must be the slots of the block that is decoded, each of them once.
+    """
+    played = set()
+    for line in (GOLDEN / model / "cases.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        rows, prompt, gen_length, length = len(case["prompt"]), len(case["prompt"][0]), case["gen_length"], case["block_length"]
+        policy = cache_policy(case["cache"])
+        committed: list[set[int]] = [set() for _ in range(rows)]
+        ordinal = forwards = 0
+        for forward in case["selected"]:
+            start = prompt + ordinal * length
+            window = policy.next_window(BlockState(prompt, prompt + gen_length, start, start + length, ordinal, forwards))
+            for slots, done in zip(forward, committed, strict=True):
+                at = {window.start + slot for slot in slots}
+                assert at <= set(range(start, min(start + length, window.end))) - done, (case, window)
+                done |= at
+            forwards += 1
+            if all(len(done) == (ordinal + 1) * length for done in committed):  # The rows of the official code wait for all.
+                ordinal, forwards = ordinal + 1, 0
+        assert all(done == set(range(prompt, prompt + gen_length)) for done in committed)
+        played.add(case["cache"])
+    assert played == set(CACHE_POLICIES)
+
+
+def test_dream_takes_one_refresh_a_block_and_steps_for_the_rest() -> None:
+    for line in (GOLDEN / GOLDEN_DREAM / "cases.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        if case["cache"] == "none":
+            continue
+        blocks, length = case["max_new_tokens"] // case["block_length"], case["block_length"]
+        policy = GenerationConfig(
+            gen_length=case["max_new_tokens"], block_length=length, cache=case["cache"], refresh_commits="first"
+        ).cache_policy(shift=True)
+        each = [case["nfe"] // blocks + (i < case["nfe"] % blocks) for i in range(blocks)]
+        windows = list(play(policy, len(case["prompt"]), case["max_new_tokens"], length, each))
+        assert len(windows) == case["nfe"]
+        assert sum(window.kind == "refresh" for window in windows) == blocks
+        starts = {len(case["prompt"]) + i * length for i in range(blocks)}
+        assert {window.start for window in windows if window.kind == "step"} <= starts
+
+
+_NUMBERS = {
+    "refresh_every": st.none() | st.integers(1, 4),
+    "prompt_refresh": st.none() | st.integers(1, 4),
+    "suffix_window": st.none() | st.integers(0, 40),
+    "look_back": st.integers(0, 9),
+    "look_ahead": st.integers(0, 9),
+}
+
+
+@st.composite
+def _policies(draw: st.DrawFn) -> CachePolicy:
+    name = draw(st.sampled_from(list(CACHE_POLICIES)))
+    return cache_policy(name, **{option: draw(_NUMBERS[option]) for option in CACHE_OPTIONS[name]})
+
+
+@given(_policies(), st.integers(0, 20), st.integers(1, 4), st.integers(1, 16), st.data())
+def test_every_policy_decodes_its_block_and_reads_only_what_was_written(
+    policy: CachePolicy, prompt: int, blocks: int, length: int, data: st.DataObject
+) -> None:
+    forwards = data.draw(st.lists(st.integers(0, 4), min_size=blocks, max_size=blocks))
+    windows = play(policy, prompt, blocks * length, length, forwards)
+    written = 0  # [0, written) has been computed at least once
+    for index, taken in enumerate(forwards):
+        start = prompt + index * length
+        for done in range(taken):
+            window = next(windows)
+            assert 0 <= window.start <= start, "the block is in the window"
+            assert start + length <= window.end <= window.attend_end <= prompt + blocks * length
+            if not policy.reuses:
+                assert (window.start, window.end) == (0, window.attend_end)
+            assert window.start <= written, "what is attended has been written"
+            written = max(written, window.end)
+            assert window.attend_end <= written
+            assert (window.kind == "refresh") == (done % policy.refresh_every == 0 if policy.refresh_every else done == 0)
+    assert next(windows, None) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"cache": "none"}, [Window(0, 20, 20, "refresh"), Window(0, 20, 20, "step")]),
+        ({"cache": "none", "suffix_window": 2}, [Window(0, 14, 14, "refresh"), Window(0, 14, 14, "step")]),
+        ({"cache": "prefix"}, [Window(0, 20, 20, "refresh"), Window(8, 20, 20, "step")]),
+        ({"cache": "prefix", "look_back": 3}, [Window(0, 20, 20, "refresh"), Window(5, 20, 20, "step")]),
+        ({"cache": "prefix", "look_back": 30}, [Window(0, 20, 20, "refresh"), Window(0, 20, 20, "step")]),
+        ({"cache": "dual"}, [Window(0, 20, 20, "refresh"), Window(8, 12, 20, "step")]),
+        ({"cache": "dual", "look_ahead": 2}, [Window(0, 20, 20, "refresh"), Window(8, 14, 20, "step")]),
+        ({"cache": "dual", "look_ahead": 5, "suffix_window": 3}, [Window(0, 15, 15, "refresh"), Window(8, 15, 15, "step")]),
+        ({"cache": "dual", "refresh_every": 1}, [Window(0, 20, 20, "refresh"), Window(0, 20, 20, "refresh")]),
+        ({"cache": "dual", "prompt_refresh": 2}, [Window(4, 20, 20, "refresh"), Window(8, 12, 20, "step")]),
+    ],
+)
+def test_the_second_block_of_a_row(options: dict[str, Any], expected: list[Window]) -> None:
+    policy = GenerationConfig(gen_length=16, block_length=4, **options).cache_policy()
+    blocks = (BlockState(4, 20, 8, 12, ordinal=1, forwards=forwards) for forwards in count())
+    assert [policy.next_window(block) for block, _ in zip(blocks, expected, strict=False)] == expected
+
+
+def test_a_shifted_model_recomputes_the_slot_that_predicts_the_first_of_a_block() -> None:
+    block = BlockState(4, 20, 8, 12, ordinal=1, forwards=1)
+    config = GenerationConfig(gen_length=16, block_length=4, cache="dual")
+    assert config.cache_policy(shift=True).next_window(block) == Window(7, 12, 20, "step")
+    first = GenerationConfig(gen_length=16, block_length=4, cache="dual", refresh_commits="first")
+    assert first.cache_policy(shift=True).next_window(block) == Window(8, 12, 20, "step")
