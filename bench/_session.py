@@ -27,7 +27,8 @@ import pkgutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -96,27 +97,7 @@ class Session:
 
     @property
     def cache(self) -> int:
-        """Bytes of the L2 cache."""
         return torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 1
-
-
-class Measurable(Protocol):
-    """What ``BENCH`` of a bench file is."""
-
-    @property
-    def op(self) -> str:
-        """Its name."""
-
-    @property
-    def suite(self) -> str:
-        """One of :data:`SUITES`."""
-
-    @property
-    def gate(self) -> Sequence[str]:
-        """What must verify before anything is timed: names of :func:`fastdllm_triton.verify.names`."""
-
-    def measure(self, session: Session) -> Iterator[list[Row]]:
-        """The rows of each case, when they are there. Later rows of the same case and provider take the place of earlier ones."""
 
 
 #: Baselines that need a GPU or a C++ compiler have one of these in their names.
@@ -142,17 +123,14 @@ class Bench:
 
     @property
     def op(self) -> str:
-        """The op's name."""
         return self.cases.op
 
     @property
     def gate(self) -> Sequence[str]:
-        """The op itself."""
         return (self.op,)
 
     @property
     def function(self) -> Function:
-        """What is timed as ours."""
         return self.ours or self.cases.kernel
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
@@ -180,7 +158,6 @@ class Bench:
         return key if session.quick else [*key, *(shape for shape in self.cases.shapes if shape not in key)]
 
     def rows_of(self, shape: Shape, session: Session) -> dict[str, Row]:
-        """One shape, by provider."""
         needed, flops, timer, ceilings = self.cases.bytes(shape), self.cases.flops(shape), session.timer, session.ceilings
         count = min(sets_of_inputs(needed, session.cache), self.most_sets) if timer else 1
         # The interpreter has no bfloat16.
@@ -210,7 +187,6 @@ class Bench:
         return rows
 
     def _plumbing(self, name: str, run: Run, inputs: Inputs) -> Row:
-        """Runs a provider where nothing is timed."""
         if needs_gpu(name):
             return {"missing": "needs a GPU"}
         try:
@@ -220,8 +196,51 @@ class Bench:
         return {"missing": "ran, untimed"}
 
 
+class ModelBench:
+    """A bench of whole models, of which a subclass says the names, the shapes, and the rows of a shape.
+
+    Attributes:
+        shapes: the most asked for first, of which the first ``key`` are the key ones.
+        quick: small ones.
+        first: what a row's shape begins with.
+    """
+
+    op: str
+    suite: str
+    shapes: Sequence[Shape]
+    quick: Sequence[Shape]
+    key: int | None = None
+    baselines: Sequence[str] = ()
+    ours: Sequence[str] = ("triton",)
+    first: Shape = MappingProxyType({})
+
+    @property
+    def gate(self) -> Sequence[str]:
+        from fastdllm_triton.verify import names
+
+        return names()
+
+    def measure(self, session: Session) -> Iterator[list[Row]]:
+        providers = [provider for provider in (*self.ours, *self.baselines) if session.wants(provider)]
+        for shape in self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes:
+            if session.skips(self.op, {**self.first, **shape}, providers):
+                continue
+            if session.is_over():
+                return
+            gc.collect()
+            yield from self.rows_of(shape, session)
+
+    def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
+        """The rows of a shape as they come."""
+        raise NotImplementedError
+
+
+#: What ``BENCH`` of a bench file is. It has an op, a suite, and a gate that must verify before anything is timed; it measures the
+#: rows of each case as they come, where later rows of a case and provider take the place of earlier ones.
+Measurable = Bench | ModelBench
+
+
 def needs_gpu(baseline: str) -> bool:
-    """Whether a baseline needs a GPU or a C++ compiler."""
     return any(word in baseline for word in GPU_ONLY)
 
 
@@ -240,7 +259,6 @@ def _first_line(error: AssertionError) -> str:
 
 
 def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:
-    """A time next to its ceilings."""
     seconds = timing.median / 1e3
     floor = max(needed / ceilings.copy, flops / ceilings.matrix)
     return {
@@ -288,7 +306,6 @@ def peak(run: Run, inputs: Inputs) -> int | None:
 
 
 def label(shape: Shape) -> str:
-    """A shape as text."""
     return " ".join(f"{key}={value}" for key, value in shape.items())
 
 

@@ -15,7 +15,6 @@ from fastdllm_triton.verify.cases.head_statistics import HEAD_STATISTICS
 
 
 def logits_of(i: Inputs) -> Tensor:
-    """What an engine materialises."""
     logits: Tensor = i["hidden"] @ i["weight"].T
     return logits
 

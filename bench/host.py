@@ -92,7 +92,6 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
 
 
 def table() -> Table:
-    """The microseconds of a refresh and of a step."""
     model = "llada-8b"
     found = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
     for name in ("op", "refresh, us", "step, us"):

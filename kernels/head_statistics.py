@@ -26,6 +26,7 @@ from ._statistics import (
     PARTIAL_FIELDS,
     check_sampling,
     forbid,
+    forbid_by_row,
     forbidden_ids,
     gumbel_noise,
     launch_merge,
@@ -33,6 +34,7 @@ from ._statistics import (
     noise_keys,
     output_of,
     store_partial,
+    temperature_arguments,
     tile_choice,
     tile_distribution,
 )
@@ -44,9 +46,10 @@ from .token_statistics import token_statistics
 # weight_ptr              [V, E]                 same              caller, read; last stride 1
 # bias_ptr                [V] or None            any float         caller, read
 # rows_ptr                [R] or None            int64             caller, read; -1 asks for nothing, None: rows in order
-# forbidden_ptr           [F]                    int64             launcher, read
+# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
 # seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
 # position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
+# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
 # partial_ptr             [6, R, parts]          fp32              workspace, written
 # partial_id_ptr          [R, parts]             int32             workspace, written
 
@@ -79,6 +82,7 @@ def _head_statistics_kernel(
     seed_ptr,
     position_ptr,
     step_ptr,
+    temperature_ptr,
     partial_ptr,
     partial_id_ptr,
     rows,
@@ -93,6 +97,7 @@ def _head_statistics_kernel(
     temperature,
     E: tl.constexpr,
     FORBIDDEN: tl.constexpr,
+    FORBIDDEN_BY_ROW: tl.constexpr,
     SAMPLE: tl.constexpr,
     LOGITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -146,11 +151,17 @@ def _head_statistics_kernel(
 
         ids = (start + o_v)[None, :]
         x = tl.where(in_v[None, :], tl.trans(logits), float("-inf"))  # [BLOCK_R, BLOCK_V]
-        x = forbid(x, ids, start, start + BLOCK_V, forbidden_ptr, FORBIDDEN)
+        if FORBIDDEN_BY_ROW:
+            x = forbid_by_row(x, ids, o_r, in_r, forbidden_ptr, FORBIDDEN)
+        else:
+            x = forbid(x, ids, start, start + BLOCK_V, forbidden_ptr, FORBIDDEN)
         m_x, t_x, r_x, u_x, first = tile_distribution(x, ids)
         if SAMPLE:
             counter = tl.zeros((BLOCK_R, BLOCK_V // 4), tl.int32) + (start // 4 + tl.arange(0, BLOCK_V // 4))[None, :]
-            noisy = x + temperature * gumbel_noise(seed, counter, position, step)
+            scale = temperature
+            if temperature_ptr is not None:  # read again in each tile rather than kept
+                scale = tl.load(temperature_ptr + o_r, mask=in_r, other=0.0)[:, None]
+            noisy = x + scale * gumbel_noise(seed, counter, position, step)
             g_x, i_x, c_x = tile_choice(noisy, x, ids)
             better = g_x > g  # ids only rise, so the first of equals is kept
             g = tl.where(better, g_x, g)
@@ -242,7 +253,7 @@ def head_statistics(
     *,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -266,9 +277,9 @@ def head_statistics(
     _check(hidden, weight, rows, bias, logits_dtype)
     device, (vocabulary, width) = hidden.device, weight.shape
     rows = None if rows is None else rows.contiguous()
-    check_sampling(temperature, seed)
-    count, sample = hidden.shape[0] if rows is None else len(rows), temperature > 0
-    ids = forbidden_ids(forbidden, vocabulary, device)
+    count = hidden.shape[0] if rows is None else len(rows)
+    sample = check_sampling(temperature, seed, count, device)
+    ids = forbidden_ids(forbidden, count, vocabulary, device)
     out = output_of(out, count, device)
     if count == 0:
         return out
@@ -280,6 +291,7 @@ def head_statistics(
         keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
         return token_statistics(logits, forbidden=ids, out=out, rows=rows, **keys)  # type: ignore[arg-type]
 
+    temperatures, temperature = temperature_arguments(temperature)
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
     partial = torch.empty(PARTIAL_FIELDS, count, config.parts, device=device)
     partial_id = torch.empty(count, config.parts, dtype=torch.int32, device=device)
@@ -293,6 +305,7 @@ def head_statistics(
             seeds,
             positions,
             steps,
+            temperatures,
             partial,
             partial_id,
             count,
@@ -304,9 +317,10 @@ def head_statistics(
             0 if positions is None else positions.stride(0),
             0 if steps is None else steps.stride(0),
             count * config.parts,
-            float(temperature),
+            temperature,
             E=width,
-            FORBIDDEN=0 if ids is None else len(ids),
+            FORBIDDEN=0 if ids is None else ids.shape[-1],
+            FORBIDDEN_BY_ROW=ids is not None and ids.dim() == 2,
             SAMPLE=sample,
             LOGITS=_ROUNDED.get(logits_dtype),
             BLOCK_R=config.block_rows,

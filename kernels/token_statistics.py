@@ -39,6 +39,7 @@ from ._statistics import (
     reduce_distribution,
     store_partial,
     store_statistics,
+    temperature_arguments,
     tile_choice,
     tile_distribution,
 )
@@ -47,9 +48,10 @@ from ._tuned import gpu_name, nearest
 # Pointers                shape                  dtype             owned by
 # logits_ptr              [R, V]                 fp32/fp16/bf16    caller, read; any strides
 # rows_ptr                [R] or None            int64             caller, read; negative asks for nothing
-# forbidden_ptr           [F]                    int64             launcher, read
+# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
 # seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
 # position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
+# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
 # token_ptr               [R]                    int64             result, written without SPLIT
 # logit_ptr … entropy_ptr [R]                    fp32              result, written without SPLIT
 # partial_ptr             [6, R, splits]         fp32              workspace, written with SPLIT
@@ -64,6 +66,7 @@ def _token_statistics_kernel(
     seed_ptr,
     position_ptr,
     step_ptr,
+    temperature_ptr,
     token_ptr,
     logit_ptr,
     second_ptr,
@@ -82,6 +85,7 @@ def _token_statistics_kernel(
     stride_field,
     temperature,
     FORBIDDEN: tl.constexpr,
+    FORBIDDEN_BY_ROW: tl.constexpr,
     SAMPLE: tl.constexpr,
     SPLIT: tl.constexpr,
     LANES: tl.constexpr,
@@ -97,7 +101,11 @@ def _token_statistics_kernel(
         asked = tl.load(rows_ptr + row) >= 0
         end = tl.where(asked, end, begin)
     logits_ptr += row * stride_row
+    if FORBIDDEN_BY_ROW:
+        forbidden_ptr += row * FORBIDDEN
     temperature = tl.full((), temperature, tl.float32)  # whatever type the caller gave the number
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
     if SAMPLE:
         seed = tl.load(seed_ptr + row * stride_seed)
         step = tl.load(step_ptr + row * stride_step)
@@ -190,7 +198,7 @@ def token_statistics_config(
 def token_statistics(
     logits: Tensor,
     *,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -211,12 +219,12 @@ def token_statistics(
     """
     _check(logits, rows)
     (count, vocabulary), device = logits.shape, logits.device
-    check_sampling(temperature, seed)
-    ids = forbidden_ids(forbidden, vocabulary, device)
+    sample = check_sampling(temperature, seed, count, device)
+    temperatures, temperature = temperature_arguments(temperature)
+    ids = forbidden_ids(forbidden, count, vocabulary, device)
     out = output_of(out, count, device)
     if count == 0:
         return out
-    sample = temperature > 0
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
 
     config = token_statistics_config(arch_of(device), count, vocabulary, logits.element_size(), sample, gpu_name(device))
@@ -233,6 +241,7 @@ def token_statistics(
             seeds,
             positions,
             steps,
+            temperatures,
             *outputs(out),
             partial,
             partial_id,
@@ -243,8 +252,9 @@ def token_statistics(
             0 if positions is None else positions.stride(0),
             0 if steps is None else steps.stride(0),
             count * config.splits,
-            float(temperature),
-            FORBIDDEN=0 if ids is None else len(ids),
+            temperature,
+            FORBIDDEN=0 if ids is None else ids.shape[-1],
+            FORBIDDEN_BY_ROW=ids is not None and ids.dim() == 2,
             SAMPLE=sample,
             SPLIT=split,
             LANES=config.lanes,

@@ -77,12 +77,10 @@ class CompileCase:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Op, kernel and label."""
         return self.op, self.launch.kernel.__name__, self.config
 
     @property
     def constexprs(self) -> dict[str, Any]:
-        """What the compiler knows."""
         return {**self.launch.constants, **self.constants}
 
     @property
@@ -92,7 +90,6 @@ class CompileCase:
 
 
 def reported_ops() -> list[str]:
-    """The ops that have kernels to compile."""
     return sorted(LAUNCHED)
 
 
@@ -337,7 +334,6 @@ def _cuda_facts(compiled: Any, arch: Arch, num_warps: int) -> Record:
 
 
 def _hip_facts(compiled: Any, arch: Arch, num_warps: int) -> Record:
-    """Everything from the assembly and its metadata."""
     text = compiled.asm["amdgcn"]
 
     def count(name: str) -> int:

@@ -44,12 +44,10 @@ class Launches:
 
     @property
     def per_layer(self) -> int:
-        """Launches of one layer."""
         return self.layer.total()
 
     @property
     def per_step(self) -> int:
-        """Launches of a whole step."""
         return self.layers * self.per_layer + self.around.total()
 
 

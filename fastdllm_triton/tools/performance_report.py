@@ -87,7 +87,6 @@ OPS = (
 
 
 def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[CompileCase]:
-    """The launches of an op in a shape class."""
     cases = CASES[op]
     calls = (launched(cases, sizes, torch.bfloat16, arch) for sizes in cases.forward(shape_class))
     return [case for call in calls for case in call]
@@ -106,7 +105,6 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """Its class."""
         return next((kind for kind, names in CLASSES.items() if self.name.split(".")[0].startswith(names)), OTHER)
 
     @property
@@ -119,7 +117,6 @@ class Instruction:
 
 
 def instructions(sass: str) -> list[Instruction]:
-    """What cuobjdump prints, as data."""
     lines = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", sass, flags=re.M)
     return [Instruction(int(address, 16), name, operands.strip()) for address, name, operands in lines if name != "NOP"]
 
@@ -253,7 +250,6 @@ def summary(records: Sequence[Record]) -> Table:
 
 
 def render(records: Sequence[Record]) -> list[Table]:
-    """A table an architecture."""
     found = []
     for arch in dict.fromkeys(record["arch"] for record in records):
         table = Table(*HEADS, title=f"{arch}, {GPUS[PARTS[arch]].name}")
@@ -265,7 +261,6 @@ def render(records: Sequence[Record]) -> list[Table]:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The report as a page."""
     lines = [
         "# Static performance report",
         "",

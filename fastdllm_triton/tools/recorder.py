@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -53,7 +54,6 @@ class Launch:
 
     @property
     def programs(self) -> int:
-        """Of the whole grid."""
         return math.prod(self.grid)
 
     @property
@@ -69,7 +69,6 @@ class Launch:
 
     @property
     def signature(self) -> dict[str, str]:
-        """Triton's types of the others."""
         types = {name: self._type(name) for name in self.arguments}
         return {name: kind for name, kind in types.items() if kind != "constexpr"}
 
@@ -82,7 +81,7 @@ class Launch:
 
     def _type(self, name: str) -> str:
         value = self.arguments[name]
-        if value is None or "constexpr" in str(inspect.signature(self.kernel.fn).parameters[name].annotation):
+        if value is None or name in _constexprs(self.kernel.fn):
             return "constexpr"
         if isinstance(value, Tensor):
             return f"*{_TYPES[value.dtype]}"
@@ -93,10 +92,15 @@ class Launch:
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     def _listed(self, option: str) -> tuple[str, ...]:
-        options = (
-            self.kernel.kwargs if hasattr(self.kernel, "kwargs") else vars(self.kernel)
-        )  # of the interpreter, of the compiler
+        # Of the interpreter, and of the compiler.
+        options = self.kernel.kwargs if hasattr(self.kernel, "kwargs") else vars(self.kernel)
         return tuple(options.get(option) or ())
+
+
+@cache
+def _constexprs(function: Callable[..., Any]) -> frozenset[str]:
+    parameters = inspect.signature(function).parameters.items()
+    return frozenset(name for name, parameter in parameters if "constexpr" in str(parameter.annotation))
 
 
 def _is_divisible(value: Any) -> bool:

@@ -18,7 +18,6 @@ from .tolerance import Judgement, as_close_as_torch, bitwise, identical
 
 
 def dtypes_of(op: str) -> list[str]:
-    """The dtypes that an op is tried in here."""
     # The interpreter's numpy computes with the bits of a bfloat16.
     dtypes = [dtype for dtype in OPS[op].dtypes if not (_check.INTERPRETED and dtype == torch.bfloat16)]
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
@@ -40,7 +39,6 @@ def verify_op(op: str, device: torch.device, *, quick: bool = False, dtypes: Seq
 
 
 def wanted(op: OpCases, device: torch.device, quick: bool) -> list[Case]:
-    """The cases of a run."""
     where = {"quick"} if quick else {"quick", "full"}
     if device.type == "cuda":
         where |= {"key"} if quick else {"key", "gpu"}
@@ -91,7 +89,6 @@ def try_case(
 
 
 def wrong(judged: Mapping[str, Judgement]) -> list[str]:
-    """The names of what is not within its bound."""
     return [name for name, judgement in judged.items() if not judgement.ok]
 
 

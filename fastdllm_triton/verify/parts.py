@@ -30,11 +30,9 @@ class Part:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Check and dtype of its record."""
         return (self.what, DTYPE) if self.name == MODELS else (self.name, self.what)
 
     def run(self, device: torch.device, *, quick: bool) -> Record:
-        """Tries it, in this process."""
         if self.name == MODELS:
             return verify_model(self.what, device, quick=quick)
         (record,) = verify_op(self.name, device, quick=quick, dtypes=[self.what])
@@ -47,7 +45,6 @@ def names() -> list[str]:
 
 
 def parts_of(chosen: Iterable[str]) -> list[Part]:
-    """The parts of names, in order."""
     checks = [check.name for check in MODEL_CHECKS]
     return [Part(name, what) for name in chosen for what in (checks if name == MODELS else dtypes_of(name))]
 

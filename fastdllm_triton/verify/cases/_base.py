@@ -38,7 +38,6 @@ class Random:
         return torch.randn(size, generator=self.generator, device=self.device).mul_(scale).to(dtype or self.dtype)
 
     def slots(self, values: Sequence[int]) -> Tensor:
-        """An int32 tensor."""
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
@@ -79,7 +78,6 @@ class ShapeClass:
 
     @property
     def rows(self) -> int:
-        """Of all sequences."""
         return self.batch * self.window
 
     @property
@@ -160,7 +158,6 @@ class OpCases:
 
     @property
     def reference(self) -> Function:
-        """The same in PyTorch."""
         return self._function("reference")
 
     def _function(self, folder: str) -> Function:

@@ -26,18 +26,19 @@ def _make(
     block: int,
     rule: str,
     score: str | None = None,
-    value: float = 0.7,
-    steps: int = 1,
+    value: Any = 0.7,
+    steps: Any = 1,
     eos: Sequence[int] = (),
     committed: bool = False,
+    placed: bool = False,
 ) -> Inputs:
     """Blocks in which every token is [MASK] itself, so that every launch has all to decide; ``committed``: in which some slots
-    hold tokens, and one row has nothing to commit.
+    hold tokens, and one row has nothing to commit; ``placed``: whose statistics are in another order.
     """
     slots, device = 2 * block + 3, random.device
     logits = random(batch * block, 40, scale=3, dtype=torch.float32)
     logits[0] = torch.nan  # a row that has no token to commit
-    statistics = token_statistics(logits).view(batch, block)
+    statistics = token_statistics(logits)
     x = torch.full((batch, slots), MASK, device=device)
     if committed:
         x[:, ::3] = 1
@@ -49,13 +50,19 @@ def _make(
         rule,  # type: ignore[arg-type]
         value=value,
         steps=steps,
+        shares=[0.2, 0.6] if rule == "schedule" else None,
         mask_id=MASK,
         eos_ids=eos,
         kv_start=torch.arange(batch, dtype=torch.int32, device=device) % START,
         seed=torch.arange(batch, device=device) - 1,
         slots=slots,
     )
-    return {"x": x, "statistics": statistics, "window_start": torch.full_like(state.kv_start, START), "state": state}
+    if placed:
+        place = torch.arange(batch * block, dtype=torch.int32, device=device).view(batch, block)
+        options = {"place": place.flip(0)}
+    else:
+        statistics, options = statistics.view(batch, block), {}
+    return options | {"x": x, "statistics": statistics, "window_start": torch.full_like(state.kv_start, START), "state": state}
 
 
 def _named(result: None, inputs: Inputs) -> Outputs:
@@ -78,7 +85,7 @@ def _case(why: str, where: Where, batch: int, block: int, rule: str, score: str 
 
 
 def _compiled(arch: Arch) -> list[Compiled]:
-    """Every score with every rule at blocks of 32, and the commonest pairs at longer ones.
+    """Every score with every rule at blocks of 32, and the commonest pairs at longer ones, all as the engine calls them.
 
     Not listed: margins in blocks of 1,024, whose exponentials spill some registers on sm_90, sm_100 and gfx942. They are right
     there as anywhere, and such blocks are far from where a launch's time matters.
@@ -86,7 +93,7 @@ def _compiled(arch: Arch) -> list[Compiled]:
     common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
     pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}
     return [
-        (torch.float32, {"batch": 16, "block": block, "score": score, "rule": rule, "eos": [0]}, None)
+        (torch.float32, {"batch": 16, "block": block, "score": score, "rule": rule, "eos": [0], "placed": True}, None)
         for block, listed in pairs.items()
         for score, rule in listed
     ]
@@ -106,6 +113,10 @@ COMMIT_TOKENS = OpCases(
         _case("quota at random", "quick", 3, 16, "quota", "random", steps=5),
         _case("entropy budget", "quick", 3, 8, "entropy_budget", "neg_entropy", value=0.6),
         _case("rows that end", "quick", 4, 8, "threshold", value=0.01, eos=range(15)),
+        _case("a schedule", "quick", 3, 16, "schedule"),
+        _case("rows that differ", "quick", 3, 8, "threshold", value=(0.3, 0.6, 0.9)),
+        _case("quotas that differ", "full", 3, 16, "quota", "margin", steps=(1, 3, 8)),
+        _case("statistics in another order", "quick", 3, 8, "factor", value=1.0, placed=True),
         _case("margin", "full", 2, 33, "threshold", "margin", value=0.4),
         _case("factor by margin", "full", 2, 33, "factor", "margin", value=0.8),
         _case("quota by entropy", "full", 2, 32, "quota", "neg_entropy", steps=7),
@@ -127,5 +138,5 @@ COMMIT_TOKENS = OpCases(
     float64=False,
     compiled=_compiled,
     label=lambda kernel, dtype, c: f"{c['SCORE']} {c['RULE']} N={c['BLOCK']}",
-    forward=lambda c: [{"batch": c.batch, "block": 32, "rule": "threshold", "eos": [0]}],
+    forward=lambda c: [{"batch": c.batch, "block": 32, "rule": "threshold", "eos": [0], "placed": True}],
 )

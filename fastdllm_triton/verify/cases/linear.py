@@ -26,7 +26,6 @@ class Projection(NamedTuple):
 
     @property
     def outputs(self) -> int:
-        """Columns of the result."""
         return self.n if self.activation is None else self.n // 2
 
 

@@ -22,6 +22,7 @@ def _make(
     ties: Sequence[int] = (),
     broken: bool = False,
     forbidden: Sequence[int] | None = None,
+    by_row: int = 0,
 ) -> Inputs:
     """Logits ten wide, in float32 where ``bits`` are 32."""
     logits = random(rows, vocabulary, scale=3, dtype=torch.float32 if bits == 32 else None)
@@ -30,7 +31,17 @@ def _make(
     if broken:  # rows of -inf, with a NaN, and with +inf have no token to choose
         logits[0], logits[1, 2], logits[2, 1] = -torch.inf, torch.nan, torch.inf
         logits[3:, ::2] = -torch.inf
+    if by_row:
+        return {"logits": logits, **options_by_row(rows, vocabulary, random.device, by_row)}
     return {"logits": logits, "temperature": temperature, "seed": 7 if temperature else None, "forbidden": forbidden}
+
+
+def options_by_row(rows: int, vocabulary: int, device: torch.device, count: int) -> Inputs:
+    """Temperatures of which every other is 0, and none to ``count`` forbidden ids a row, two at most."""
+    row = torch.arange(rows, device=device)
+    ids = torch.stack((row * 37 % vocabulary, row * 101 % vocabulary), dim=1)
+    none = torch.stack((row % 3 == 0, row % 2 == 0), dim=1)
+    return {"temperature": (row % 2) * 0.5 * row, "forbidden": ids.masked_fill(none, -1)[:, :count], "seed": 7}
 
 
 def named_statistics(statistics: TokenStatistics, inputs: Inputs) -> Outputs:
@@ -45,6 +56,14 @@ def named_statistics(statistics: TokenStatistics, inputs: Inputs) -> Outputs:
     }
 
 
+#: How tokens are chosen: the best, samples, and each row in its way.
+SAMPLING: list[dict[str, Any]] = [{"forbidden": [0]}, {"forbidden": [0], "temperature": 1.0}, {"by_row": 1}]
+
+
+def sampling_label(c: Mapping[str, Any]) -> str:
+    return f"{' sample' if c['SAMPLE'] else ''}{' by row' if c['FORBIDDEN_BY_ROW'] else ''}"
+
+
 def merge_label(c: Mapping[str, Any]) -> str:
     """Of the kernel that merges what programs found in parts of a row."""
     return f"BLOCK={c['BLOCK']}{' sample' if c['SAMPLE'] else ''}"
@@ -53,7 +72,7 @@ def merge_label(c: Mapping[str, Any]) -> str:
 def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
     if kernel == "merge_statistics_kernel":
         return merge_label(c)
-    return f"{dtype}{' split' if c['SPLIT'] else ''}{' sample' if c['SAMPLE'] else ''}"
+    return f"{dtype}{' split' if c['SPLIT'] else ''}{sampling_label(c)}"
 
 
 #: A block of one sequence, of a batch, and the rows of a refresh; noise where the engine samples. Logits are float32 by default.
@@ -74,6 +93,7 @@ TOKEN_STATISTICS = OpCases(
         Case("rows without a choice", {"rows": 5, "vocabulary": 3000, "broken": True}, "quick"),
         Case("forbidden ids", {"rows": 2, "vocabulary": 500, "ties": (3, 4), "forbidden": (3, 77)}, "quick"),
         Case("samples", {"rows": 4, "vocabulary": 1000, "temperature": 1.0}, "quick"),
+        Case("rows that differ", {"rows": 6, "vocabulary": 1000, "by_row": 2}, "quick"),
         Case("the built-in model", {"rows": 130, "vocabulary": 137}),
         Case("an odd vocabulary", {"rows": 2, "vocabulary": 50_257}),
         Case("LLaDA's vocabulary", {"rows": 1, "vocabulary": _LLADA}),
@@ -91,11 +111,11 @@ TOKEN_STATISTICS = OpCases(
     named=named_statistics,
     # From one row to those of a refresh; one case for all that launch the same code.
     compiled=lambda arch: [
-        (dtype, {"rows": rows, "vocabulary": vocabulary, "temperature": temperature, "forbidden": [0]}, None)
+        (dtype, {"rows": rows, "vocabulary": vocabulary, **options}, None)
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
         for vocabulary in (_LLADA, _DREAM)
         for rows in (1, 16, 32, 64, 128, 512, 1024)
-        for temperature in (0.0, 1.0)
+        for options in SAMPLING
     ],
     label=_label,
     forward=lambda c: [{"rows": c.head_rows, "vocabulary": MODELS[c.model].vocab_size, "forbidden": [0]}],
