@@ -27,9 +27,9 @@ class LaunchOptions:
 
     Attributes:
         pdl: a kernel may be launched before its predecessor has ended (programmatic dependent launch), where the GPU can do that.
-        batch_invariant: launch parameters follow the shape of the model alone: the bits of a row's result do not depend on what it
-            is batched with. Fast parameters follow the batch: more rows, other tiles, another order of summation. These read
-            weights more often and fill a GPU less well.
+        batch_invariant: launch parameters follow the shape of the model alone, so that the bits of a row's result do not depend
+            on what it is batched with. Fast parameters follow the batch: more rows, other tiles, another order of summation.
+            These read weights more often and fill a GPU less well.
         fuse_linear: ``linear`` is one kernel with what stands around it for every product of few rows, measured to be faster
             than the library or not.
     """

@@ -30,7 +30,6 @@ The rules and their sources are in ``reference/commit_tokens.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import product
 from typing import get_args
 
 import torch
@@ -41,7 +40,6 @@ from torch import Tensor
 from ..types import PolicyState, RuleName, ScoreName, TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import check_device, once
-from ._compile import CompileCase
 from ._limits import MAX_BLOCK, MAX_EOS, MAX_ROWS
 from ._statistics import outputs
 
@@ -286,11 +284,6 @@ def select_config(arch: Arch, rule: str, block: int) -> Config:
     return Config(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 
-def launches(arch: Arch, rule: str, block: int) -> int:
-    """Launches of a call."""
-    return 1
-
-
 @once
 def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, rule: str, *tensors: Tensor) -> int:
     """Checks the arguments of :func:`commit_tokens`, ``tensors`` being its statistics and those of its state; a block's slots."""
@@ -411,49 +404,3 @@ def _check_tensor(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int
     if given.dtype != dtype or tuple(given.shape) != shape or given.device != device or not given.is_contiguous():
         found = f"{given.dtype} {list(given.shape)} of strides {given.stride()} on {given.device}"
         raise ValueError(f"{name} must be a contiguous {dtype} {list(shape)} on {device}, got {found}")
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Every score with every rule at blocks of 32, and the commonest pairs at longer ones.
-
-    Not listed: margins in blocks of 1,024, whose exponentials spill some registers on sm_90, sm_100 and gfx942. They
-    are right there as anywhere, and such blocks are far from where a launch's time matters.
-    """
-    signature = {"x_ptr": "*i64", "place_ptr": "*i32", "token_ptr": "*i64"}
-    signature |= dict.fromkeys(("logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr"), "*fp32")
-    signature |= {
-        "window_start_ptr": "*i32",
-        "kv_start_ptr": "*i32",
-        "seed_ptr": "*i64",
-        "value_ptr": "*fp64",
-        "steps_ptr": "*i32",
-        "shares_ptr": "*fp32",
-        "eos_ptr": "*i64",
-    }
-    signature |= dict.fromkeys(("step_ptr", "masked_ptr", "remaining_ptr"), "*i32")
-    signature |= {
-        "invalid_ptr": "*u8",
-        "ended_ptr": "*u8",
-        "forward_ptr": "*i32",
-        "step_map_ptr": "*i32",
-        "confidence_ptr": "*fp32",
-    }
-    signature |= dict.fromkeys(("slots", "block", "shares", "mask_id", "stride_x"), "i32")
-    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*") and name not in SLICED)
-    common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
-    pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}
-    cases = []
-    for block, listed in pairs.items():
-        for score, rule in listed:
-            config = select_config(arch, rule, block)
-            case = CompileCase(
-                op="commit_tokens",
-                kernel=_commit_tokens_kernel,
-                config=f"{score} {rule} N={block}",
-                signature=signature,
-                constexprs={"SCORE": score, "RULE": rule, "EOS": 1, "BLOCK": config.block, "CHUNK": config.chunk},
-                divisible=(*pointers, "block"),
-                num_warps=config.num_warps,
-            )
-            cases.append(case)
-    return cases

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -36,7 +35,6 @@ from torch import Tensor
 from ..types import DEFAULT_LAUNCH, LaunchOptions, TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import INTERPRETED, check_device, once
-from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
     PARTIAL_FIELDS,
@@ -56,7 +54,6 @@ from ._statistics import (
     tile_distribution,
 )
 from ._tuned import gpu_name, tuned
-from .token_statistics import launches as launches_of_statistics
 from .token_statistics import token_statistics
 
 #: Most rows of the fused kernel, without and with noise. Published figures of a like kernel (FlashSampling, arXiv 2603.15854,
@@ -251,17 +248,6 @@ def select_config(
     return Config(block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages)
 
 
-def launches(arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None) -> int:
-    """Launches of a call with keys on the device, no bias and no ``rows``: the fused kernel and its merge, or cuBLAS and a pass.
-
-    The fused kernel gathers ``rows`` by itself; in front of cuBLAS it takes two launches.
-    """
-    if select_config(arch, rows, vocabulary, width, element_size, sample, gpu) is not None:
-        return 2
-    # The logits are of float32, unless they are rounded to the dtype of the operands.
-    return 1 + launches_of_statistics(arch, rows, vocabulary, 4, sample, gpu)
-
-
 def head_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -448,38 +434,3 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | 
     if bias is not None:
         logits += bias
     return logits.to(wanted)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The heads of LLaDA and Dream over the buckets of rows; logits rounded where the dtype is bfloat16."""
-    keys = ("seed_ptr", "position_ptr", "step_ptr")
-    numbers = ("vocabulary", "part", "stride_hidden", "stride_weight")
-    grid = [("bf16", 2, 4096, rows) for rows in (16, 32, 64)] + [("fp32", 4, 4096, rows) for rows in (16, 32, 64)]
-    grid += [("bf16", 2, 3584, 32), ("fp16", 2, 4096, 32), ("fp16", 2, 3584, 64)]
-    cases = []
-    for (dtype, size, width, rows), (sample, by_row) in product(grid, ((False, False), (True, False), (True, True))):
-        config = select_config(arch, rows, 126_464 if width == 4096 else 152_064, width, size, sample)
-        if config is None:
-            continue
-        signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "rows_ptr": "*i64", "forbidden_ptr": "*i64"}
-        signature |= dict.fromkeys(keys, "*i64") if sample else {}
-        signature |= {"temperature_ptr": "*fp32"} if by_row else {}
-        signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32", "rows": "i32", "temperature": "fp32"}
-        signature |= dict.fromkeys((*numbers, "stride_seed", "stride_position", "stride_step", "stride_field"), "i32")
-        constexprs = {} if sample else dict.fromkeys(keys)
-        constexprs |= {} if by_row else {"temperature_ptr": None}
-        constexprs |= {"bias_ptr": None, "E": width, "FORBIDDEN": 1, "FORBIDDEN_BY_ROW": by_row, "SAMPLE": sample}
-        constexprs |= {"LOGITS": tl.bfloat16 if dtype == "bf16" else None, "BLOCK_R": config.block_rows}
-        constexprs |= {"BLOCK_V": config.block_vocabulary, "BLOCK_E": config.block_width}
-        case = CompileCase(
-            op="head_statistics",
-            kernel=_head_statistics_kernel,
-            config=f"{dtype} E={width} rows={rows}{' sample' if sample else ''}{' by row' if by_row else ''}",
-            signature=signature,
-            constexprs=constexprs,
-            divisible=(*(name for name, kind in signature.items() if kind.startswith("*")), *numbers),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        cases.append(case)
-    return cases

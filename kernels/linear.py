@@ -46,8 +46,7 @@ from torch import Tensor
 from ..types import DEFAULT_LAUNCH, Activation, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import INTERPRETED, check_floats, check_shape, collapsed, once, require, row_stride_of, scratch
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, prefetch, wait_for_predecessor
+from ._pdl import dependent_launch, prefetch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 from .rms_norm import rms_norm
 from .swiglu import swiglu
@@ -335,15 +334,6 @@ def chosen_config(
     return measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
 
 
-def launches(
-    arch: Arch, gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None,
-    residual: bool, options: LaunchOptions = DEFAULT_LAUNCH,
-) -> int:  # fmt: skip
-    """Launches of a call without a config: those of the chosen one, or of the library with a kernel for each other part."""
-    config = chosen_config(arch, gpu, rows, n, k, dtype, norm, activation, residual, options)
-    return 1 + norm + (activation is not None) + residual if config is None else config.launches
-
-
 def fuses_residual(x: Tensor, weight: Tensor, options: LaunchOptions = DEFAULT_LAUNCH) -> bool:
     """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
     product = _product(x, weight)
@@ -509,61 +499,3 @@ def _constexprs(arch: Arch, config: Config, k: int, norm: bool, gated: bool, pdl
         "STAGES": config.num_stages,
         "PRECISION": _precision(arch),
     }
-
-
-#: The four projections of LLaDA-8B and Dream-7B, fused as a layer needs them: N, K, norm in front, gated unit, residual.
-PROJECTIONS: dict[str, tuple[int, int, bool, Activation | None, bool]] = {
-    "llada qkv": (12_288, 4096, True, None, False),
-    "llada out": (4096, 4096, False, None, True),
-    "llada gate_up": (24_576, 4096, True, "swiglu", False),
-    "llada down": (4096, 12_288, False, None, True),
-    "dream qkv": (4608, 3584, True, None, False),
-    "dream out": (3584, 3584, False, None, True),
-    "dream gate_up": (37_888, 3584, True, "swiglu", False),
-    "dream down": (3584, 18_944, False, None, True),
-}
-#: Rows that the configs are compiled for: windows of 16 to 128 for 1 to 16 sequences.
-ROWS = (16, 32, 64, 128, 512)
-#: Weights so small that the columns are split, as in a shard of a model: N, K.
-SHARD = (1024, 4096)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """LLaDA's projections over the rows and some of Dream's, each distinct program once; split columns; other dtypes."""
-    grid: list[tuple[str, int, int, int, int, bool, Activation | None, bool]]
-    grid = [("bf16", 2, rows, *shape) for name, shape in PROJECTIONS.items() if name.startswith("llada") for rows in ROWS]
-    grid += [("bf16", 2, rows, *shape) for name, shape in PROJECTIONS.items() if name.startswith("dream") for rows in (32, 128)]
-    grid += [("bf16", 2, 32, *SHARD, False, None, True), ("bf16", 2, 32, *SHARD, True, "swiglu", False)]
-    grid += [("fp16", 2, 64, *PROJECTIONS["llada gate_up"]), ("fp32", 4, 64, *PROJECTIONS["llada gate_up"])]
-    cases: dict[str, CompileCase] = {}
-    for dtype, itemsize, rows, n, k, norm, activation, residual in grid:
-        _add_cases(cases, arch, select_config(arch, rows, n, k, itemsize, activation), dtype, k, norm, activation, residual)
-    return list(cases.values())
-
-
-def _add_cases(
-    cases: dict[str, CompileCase], arch: Arch, config: Config, dtype: str, k: int, norm: bool, activation: Activation | None,
-    residual: bool,
-) -> None:  # fmt: skip
-    """Adds the kernels that a config launches, each under a label of what the compiler sees."""
-    pdl, gated, split = has_dependent_launch(arch), activation == "swiglu", config.splits > 1
-    numbers = ("stride_x", "stride_w", "stride_r", "stride_o", "M", "N", "part", "splits")
-    types = dict.fromkeys(("x_ptr", "weight_ptr", "norm_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
-    types |= {"partial_ptr": "*fp32", **dict.fromkeys(numbers, "i32"), "eps": "fp32"}
-    epilogue: dict[str, object] = {"SWIGLU": gated, "RESIDUAL": residual, "PDL": pdl}
-    no_residual: dict[str, object] = {} if residual else {"residual_ptr": None}
-    main = _constexprs(arch, config, k, norm, gated, pdl) | epilogue | no_residual
-    main |= {} if norm else {"norm_ptr": None}
-    main["out_ptr" if split else "partial_ptr"] = None
-    parts = [dtype, f"K={k}", f"{config.block_m}x{config.block_n}x{config.block_k}"]
-    extras = {"norm": norm, "swiglu": gated, "residual": residual}
-    words = [word for word, on in extras.items() if on]
-    label = " ".join(parts + [word for word, on in {"swapped": config.swap, "split": split}.items() if on] + words)
-    kernels = [(_linear_kernel, f"{label} stages={config.num_stages}", main, config.num_warps, config.num_stages)]
-    if split:
-        constexprs = {**epilogue, "BLOCK_N": FINISH_COLUMNS, **no_residual}
-        kernels.append((_finish_kernel, " ".join([dtype, "finish", *words[norm:]]), constexprs, 4, 2))
-    for kernel, label, constexprs, num_warps, num_stages in kernels:
-        signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constexprs}
-        divisible = tuple(argument for argument in signature if argument not in ("eps", "M", "splits"))
-        cases.setdefault(label, CompileCase("linear", kernel, label, signature, constexprs, divisible, num_warps, num_stages))

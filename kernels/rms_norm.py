@@ -23,7 +23,6 @@ Without ``rows_ptr`` (None) R is N.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -37,8 +36,7 @@ from torch import Tensor
 from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, collapsed, once, require, row_stride_of
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 
 MAX_WIDTH = 32_768
@@ -100,11 +98,6 @@ def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     block_e = triton.next_power_of_2(width)
     config = Config(block_e, min(max(block_e // (16 * arch.warp_size), 1), 16))
     return replace(config, **tuned(gpu, "rms_norm", width=width) or {})
-
-
-def launches(arch: Arch, width: int) -> int:
-    """Launches of a call, a residual and a gather included."""
-    return 1
 
 
 class _Layout(NamedTuple):
@@ -208,31 +201,3 @@ def rms_norm(
                 **dependent_launch(arch, options),
             )
     return out if residual_out is None else (out, residual_out)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The widths of Dream and LLaDA, with and without a residual; gathers of embeddings, and of sums."""
-    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "residual_out_ptr")
-    strides = ("stride_x", "stride_r", "stride_o", "stride_ro")
-    cases = []
-    for width, residual, gather in itertools.product((3584, 4096), (False, True), (False, True)):
-        config = select_config(arch, width)
-        gathered = {"rows_ptr": "*i64"} if gather else {}
-        cases.append(
-            CompileCase(
-                op="rms_norm",
-                kernel=_rms_norm_kernel,
-                config=f"bf16 E={width}{' residual' if residual else ''}{' rows' if gather else ''}",
-                signature={**dict.fromkeys(pointers, "*bf16"), **gathered, **dict.fromkeys(strides, "i32"), "eps": "fp32"},
-                constexprs={
-                    "E": width,
-                    "HAS_RESIDUAL": residual,
-                    "BLOCK_E": config.block_e,
-                    "PDL": has_dependent_launch(arch),
-                    **({} if gather else {"rows_ptr": None}),
-                },
-                divisible=(*pointers, *gathered, *strides),
-                num_warps=config.num_warps,
-            )
-        )
-    return cases

@@ -35,8 +35,7 @@ from torch import Tensor
 from ..types import DEFAULT_LAUNCH, LaunchOptions, RopeRounding
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, once, require
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 
 
@@ -194,11 +193,6 @@ def _fuses(rounding: str) -> bool:
     return rounding != "dream"
 
 
-def launches(arch: Arch, kv_heads: int, dim: int) -> int:
-    """Launches of a call."""
-    return 1
-
-
 class _Layout(NamedTuple):
     """What a launch needs of its tensors' layouts: the shape of q, the caches' heads and slots, the strides in kernel order."""
 
@@ -303,39 +297,3 @@ def rope_kv_write(
                 **dependent_launch(arch, options),
             )
     return out
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """LLaDA's heads with its rounding, Dream's with bias and its own, in both 16-bit dtypes since roundings are at stake."""
-    pointers = ("qkv_ptr", "bias_ptr", "q_ptr", "k_ptr", "v_ptr")
-    strides = tuple(f"stride_{name}" for name in ("xb", "xw", "qb", "qw", "qh", "kb", "kh", "kl", "vb", "vh", "vl"))
-    cases = []
-    for model, dtype, q_heads, kv_heads in (("llada", "bf16", 32, 32), ("dream", "bf16", 28, 4), ("dream", "fp16", 28, 4)):
-        config = select_config(arch, kv_heads, 128)
-        cases.append(
-            CompileCase(
-                op="rope_kv_write",
-                kernel=_rope_kv_write_kernel,
-                config=f"{dtype} {model} D=128",
-                signature={
-                    **dict.fromkeys(pointers, f"*{dtype}"),
-                    "frequency_ptr": "*fp32",
-                    **dict.fromkeys(SLICED, "*i32"),
-                    **dict.fromkeys((*strides, "W", "L"), "i32"),
-                },
-                constexprs={
-                    "HQ": q_heads,
-                    "HKV": kv_heads,
-                    "D": 128,
-                    "HAS_BIAS": model == "dream",
-                    "DREAM": model == "dream",
-                    "BLOCK_H": config.block_h,
-                    "BLOCK_HALF": 64,
-                    "PDL": has_dependent_launch(arch),
-                },
-                divisible=(*pointers, "frequency_ptr", *strides),
-                num_warps=config.num_warps,
-                fp_fusion=_fuses(model),
-            )
-        )
-    return cases

@@ -25,8 +25,7 @@ from torch import Tensor
 from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, collapsed, once, require, row_stride_of
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 
 
@@ -60,11 +59,6 @@ def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     block_f = min(triton.next_power_of_2(width), 1024)
     config = Config(block_f, max(block_f // (8 * arch.warp_size), 1))
     return replace(config, **tuned(gpu, "swiglu", width=width) or {})
-
-
-def launches(arch: Arch, width: int) -> int:
-    """Launches of a call."""
-    return 1
 
 
 def swiglu(
@@ -112,19 +106,3 @@ def _layout(gate_up: Tensor, out: Tensor | None) -> tuple[tuple[int, ...], int]:
     if not math.prod(shape):
         return shape, 0
     return shape, shape[-1] if out is None else row_stride_of("out", out)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The MLPs of LLaDA (F = 12288) and Dream (18944) share one configuration."""
-    config = select_config(arch, 12_288)
-    return [
-        CompileCase(
-            op="swiglu",
-            kernel=_swiglu_kernel,
-            config=f"bf16 block={config.block_f}",
-            signature={"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_g": "i32", "stride_o": "i32", "F": "i32"},
-            constexprs={"BLOCK_F": config.block_f, "PDL": has_dependent_launch(arch)},
-            divisible=("gate_up_ptr", "out_ptr", "stride_g", "stride_o", "F"),
-            num_warps=config.num_warps,
-        )
-    ]

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -37,7 +36,6 @@ from torch import Tensor
 from ..types import TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import check_device, once
-from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
     PARTIAL_FIELDS,
@@ -46,9 +44,7 @@ from ._statistics import (
     forbidden_ids,
     gumbel_noise,
     launch_merge,
-    merge_block,
     merge_distribution,
-    merge_statistics_kernel,
     noise_keys,
     output_of,
     outputs,
@@ -207,11 +203,6 @@ def select_config(
     return tiling(arch, rows, vocabulary, element_size, **measured)
 
 
-def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None) -> int:
-    """Launches of a call with keys on the device: the kernel, and the merge where rows are split."""
-    return 1 if select_config(arch, rows, vocabulary, element_size, sample, gpu).splits == 1 else 2
-
-
 def token_statistics(
     logits: Tensor,
     *,
@@ -303,65 +294,3 @@ def _check(logits: Tensor, rows: Tensor | None) -> None:
         if not (wanted and rows.is_contiguous()):
             given = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
             raise ValueError(f"rows must be contiguous int64 [{logits.shape[0]}] on {logits.device}, got {given}")
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The vocabularies of LLaDA and Dream, from one row to 512; one case for all that launch the same code."""
-    outs = ("token_ptr", "logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr")
-    partials = ("partial_ptr", "partial_id_ptr")
-    ids_and_keys = dict.fromkeys(("forbidden_ptr", "seed_ptr", "position_ptr", "step_ptr"), "*i64") | {"temperature_ptr": "*fp32"}
-    numbers = ("vocabulary", "chunk", "stride_row", "stride_field")
-    cases: dict[str, CompileCase] = {}
-    for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for vocabulary in (126_464, 152_064):
-            for rows in (1, 16, 32, 64, 128, 512, 1024):
-                for sample, by_row in ((False, False), (True, False), (True, True)):
-                    config = select_config(arch, rows, vocabulary, size, sample)
-                    split = config.splits > 1
-                    label = f"{dtype}{' split' if split else ''}{' sample' if sample else ''}{' by row' if by_row else ''}"
-                    signature = {
-                        "logits_ptr": f"*{dtype}",
-                        **ids_and_keys,
-                        "token_ptr": "*i64",
-                        **dict.fromkeys(outs[1:], "*fp32"),
-                    }
-                    signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32"} | dict.fromkeys(numbers, "i32")
-                    signature |= {"stride_position": "i32", "stride_seed": "i32", "stride_step": "i32", "temperature": "fp32"}
-                    absent = [] if sample else ["seed_ptr", "position_ptr", "step_ptr"]
-                    absent += [] if by_row else ["temperature_ptr"]
-                    absent += [] if split else partials
-                    constexprs: dict[str, Any] = dict.fromkeys(["rows_ptr", *absent])
-                    constexprs |= {
-                        "stride_token": 1,
-                        "FORBIDDEN": 1,
-                        "FORBIDDEN_BY_ROW": by_row,
-                        "SAMPLE": sample,
-                        "SPLIT": split,
-                    }
-                    constexprs |= {"LANES": config.lanes, "WIDTH": config.width, "STAGES": config.num_stages}
-                    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
-                    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-                    cases[label] = CompileCase(
-                        op="token_statistics",
-                        kernel=_token_statistics_kernel,
-                        config=label,
-                        signature=signature,
-                        constexprs=constexprs,
-                        divisible=pointers + numbers[:3],
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                    )
-    for block in (16, 512):
-        for sample in (False, True):
-            pointers = (*partials, "rows_ptr", *outs)
-            cases[f"merge {block} {sample}"] = CompileCase(
-                op="token_statistics",
-                kernel=merge_statistics_kernel,
-                config=f"BLOCK={merge_block(block)}{' sample' if sample else ''}",
-                signature={"partial_ptr": "*fp32", "partial_id_ptr": "*i32", "rows_ptr": "*i64", "token_ptr": "*i64"}
-                | dict.fromkeys(outs[1:], "*fp32")
-                | {"parts": "i32", "stride_field": "i32"},
-                constexprs={"SAMPLE": sample, "BLOCK": merge_block(block)},
-                divisible=pointers,
-            )
-    return list(cases.values())

@@ -30,7 +30,6 @@ Nothing attended: output 0, log-sum-exp -inf. Log-sum-exps are base 2, of ``scal
 
 from __future__ import annotations
 
-import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -47,8 +46,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, once, require, scratch
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, nearest
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
@@ -346,22 +344,6 @@ def invariant_config(arch: Arch, q_heads: int, kv_heads: int, dim: int, slots: i
     return replace(tile, splits=max(triton.cdiv(slots, INVARIANT_CHUNK), 1), chunk=INVARIANT_CHUNK)
 
 
-def launches(
-    arch: Arch,
-    batch: int,
-    window: int,
-    q_heads: int,
-    kv_heads: int,
-    dim: int,
-    slots: int,
-    itemsize: int,
-    gpu: str | None = None,
-) -> int:
-    """Launches of a call: the kernel, and the merge where the keys are split."""
-    config = select_config(arch, batch, window, q_heads, kv_heads, dim, slots, itemsize, gpu)
-    return 1 if config.splits == 1 else 2
-
-
 #: Rows of a program of the merge kernel, and chunks that it holds at a time.
 MERGE_ROWS, MERGE_SPLITS = 4, 16
 
@@ -538,71 +520,3 @@ def _launch(
             workspace, sums_lse, out, lse, *strides[9:], window, config.splits,
             BLOCK_M=MERGE_ROWS, BLOCK_S=MERGE_SPLITS, num_warps=4, **shared,
         )  # fmt: skip
-
-
-#: Query heads, KV heads and head dimension of LLaDA-8B and Dream-7B, and the shapes that the configs are checked on.
-MODELS = {"llada": (32, 32, 128), "dream": (28, 4, 128)}
-BATCHES = (1, 2, 4, 8, 16)
-SLOTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
-WINDOWS = (16, 32, 64, 128)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Every configuration of the shape grid in bfloat16, sm_90's small windows in both operand orders, and one of each other
-    head dimension and of float32.
-    """
-    cases: dict[str, CompileCase] = {}
-    for model, heads in MODELS.items():
-        for batch, slots in itertools.product(BATCHES, SLOTS):
-            for window in (*WINDOWS, slots):
-                config = select_config(arch, batch, window, *heads, slots, 2)
-                add_cases(cases, arch, model, *heads, config, "bf16")
-                if config.swap:
-                    add_cases(cases, arch, model, *heads, replace(config, swap=False), "bf16")
-    for dim, dtype in ((16, "bf16"), (32, "bf16"), (64, "bf16"), (80, "bf16"), (96, "bf16"), (128, "fp32")):
-        config = select_config(arch, 1, 32, 32, 32, dim, 4096, 4 if dtype == "fp32" else 2)
-        add_cases(cases, arch, "llada", 32, 32, dim, config, dtype)
-    return list(cases.values())
-
-
-def add_cases(
-    cases: dict[str, CompileCase], arch: Arch, model: str, q_heads: int, kv_heads: int, dim: int, config: Config, dtype: str
-) -> None:
-    """Adds the kernels that a config launches, each under a label of what the compiler sees."""
-    split = config.splits > 1
-    strides = tuple(f"stride_{name}" for name in ("qb", "qw", "qh", "kb", "kh", "kl", "vb", "vh", "vl", "ob", "ow", "oh"))
-    types = {
-        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
-        **dict.fromkeys(("start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr"), "*i32"),
-        **dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr"), "*fp32"),
-        **dict.fromkeys((*strides, "W", "L", "chunk", "splits"), "i32"),
-        "scale": "fp32",
-    }
-    shared = {
-        "HKV": kv_heads,
-        "G": q_heads // kv_heads,
-        "D": dim,
-        "RETURN_LSE": False,
-        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
-        "PDL": has_dependent_launch(arch),
-        "lse_ptr": None,
-    }
-    tile = {
-        **(dict.fromkeys(("out_ptr",) if split else ("partial_ptr", "partial_lse_ptr"))),
-        "SPLIT": split,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "SWAP": config.swap,
-        "STAGES": config.num_stages,
-        "PRECISION": _precision(arch),
-    }
-    label = f"{dtype} {model} D={dim}"
-    name = f"{label} {config.block_m}x{config.block_n}{' swapped' if config.swap else ''}{' split' if split else ''}"
-    kernels = [(_window_attention_kernel, name, shared | tile, config.num_warps, config.num_stages)]
-    if split:
-        kernels.append((_merge_kernel, f"{label} merge", shared | {"BLOCK_M": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}, 4, 2))
-    for kernel, name, constexprs, num_warps, num_stages in kernels:
-        signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constexprs}
-        divisible = tuple(name for name in signature if name in strides or (name.endswith("_ptr") and name not in SLICED))
-        case = CompileCase("window_attention", kernel, name, signature, constexprs, divisible, num_warps, num_stages)
-        cases.setdefault(name, case)

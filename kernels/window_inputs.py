@@ -29,9 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import WindowInputs
-from ._arch import Arch
 from ._check import check_device, check_shape, check_slots, once, require
-from ._compile import CompileCase
 from ._limits import MAX_BLOCK, MAX_ROWS
 
 SLICED = ["base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr", "seed_ptr", "step_ptr"]
@@ -131,11 +129,6 @@ def select_config(rows: int, block: int) -> Config:
     return Config(256, MAX_ROWS if rows > 128 else 128, triton.next_power_of_2(block), 4)
 
 
-def launches(arch: Arch) -> int:
-    """Launches of a call."""
-    return 1
-
-
 @once
 def _check(
     x: Tensor, base: Tensor, block_start: Tensor, remaining: Tensor, window: int, block: int, predicted: int,
@@ -232,35 +225,3 @@ def window_inputs(
             num_warps=config.num_warps,
         )
     return found
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Blocks of 32 and of the most slots, with and without noise."""
-    keys = {"seed_ptr": "*i64", "step_ptr": "*i32", "keys_ptr": "*i64"}
-    numbers = ("stride_x", "stride_base", "rows", "slots", "window", "block", "predicted", "back", "mask_id")
-    cases = []
-    for block, rows, sample in ((32, 128, False), (32, 128, True), (MAX_BLOCK, MAX_ROWS, True)):
-        signature = {"x_ptr": "*i64", **dict.fromkeys(("base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr"), "*i32")}
-        signature |= keys if sample else {}
-        signature |= {"ids_ptr": "*i64", "start_ptr": "*i32", "rows_ptr": "*i64", "place_ptr": "*i32", "batch_row_ptr": "*i64"}
-        pointers = tuple(name for name in signature if name not in SLICED)
-        config = select_config(rows, block)
-        cases.append(
-            CompileCase(
-                op="window_inputs",
-                kernel=_window_inputs_kernel,
-                config=f"N={block}{' sample' if sample else ''}",
-                signature=signature | dict.fromkeys(numbers, "i32"),
-                constexprs={
-                    **({} if sample else dict.fromkeys(keys)),
-                    "SHIFT": 0,
-                    "SAMPLE": sample,
-                    "BLOCK_R": config.block_r,
-                    "BLOCK_N": config.block_n,
-                    "BLOCK_W": config.block_w,
-                },
-                divisible=(*pointers, "stride_x", "block"),
-                num_warps=config.num_warps,
-            )
-        )
-    return cases

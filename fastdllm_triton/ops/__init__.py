@@ -1,4 +1,3 @@
-# ruff: noqa: D103  (the public functions have the docstrings of the reference)
 """The ops as functions, for callers with tensors of their own: arguments are checked, and each runs where its tensors are.
 
 What is written here of an op is the shape of its results; :mod:`fastdllm_triton.reference` says what it computes.

@@ -233,7 +233,7 @@ def test_the_parts_cover_the_vocabulary_in_one_wave(arch, vocabulary, width):
 
 
 def test_no_more_programs_share_an_sm_than_the_compiled_kernels_have_registers_for():
-    records = [record for record in read_json(COMMITTED) if record["op"] == "head_statistics"]
+    records = [record for record in read_json(COMMITTED) if record["kernel"] == "_head_statistics_kernel"]
     assert len(records) > 80
     for record in records:
         dtype, width, rows = re.match(r"(\w+) E=(\d+) rows=(\d+)", record["config"]).groups()

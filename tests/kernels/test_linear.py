@@ -8,15 +8,16 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from _support import DEVICE, KERNEL_DTYPES, assert_as_close_as_torch, randn
+from _support import DEVICE, KERNEL_DTYPES, assert_as_close_as_torch, assert_case_holds, randn, small_cases
 from torch import Tensor
 
 from fastdllm_triton.kernels import _tuned
 from fastdllm_triton.kernels import linear as module
 from fastdllm_triton.kernels._arch import ARCHS
-from fastdllm_triton.kernels.linear import PROJECTIONS, Config, launches, select_config
+from fastdllm_triton.kernels.linear import Config, select_config
 from fastdllm_triton.kernels.linear import linear as kernel
 from fastdllm_triton.reference.linear import linear as reference
+from fastdllm_triton.verify.cases.linear import PROJECTIONS
 
 EPS = 1e-5
 #: Small tiles, so that small shapes have several of them; split columns; both operand orders.
@@ -96,18 +97,10 @@ def test_every_fusion_is_as_close_as_the_reference(norm, activation, residual, c
     check(operands((19, 88), 2 * 37, norm, activation, residual, dtype), CONFIGS[config])
 
 
-@pytest.mark.parametrize(
-    ("shape", "n"),
-    [
-        ((1, 16), 2),  # a single row, a tile mostly empty
-        ((2, 3, 130), 34),  # leading dimensions are kept, a tail of two columns
-        ((16, 96), 64),  # whole tiles
-        ((33, 7), 70),  # fewer columns than a tile
-    ],
-)
+@pytest.mark.parametrize("case", small_cases("linear"), ids=str)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_shapes(shape, n, config):
-    check(operands(shape, n, True, "swiglu", True, torch.float16), CONFIGS[config])
+def test_every_form_is_as_close_as_torch(case, config):
+    assert_case_holds("linear", case, torch.float16, config=CONFIGS[config])
 
 
 def test_the_product_is_rounded_before_the_residual():
@@ -269,12 +262,6 @@ def test_every_committed_measurement_names_a_config_that_exists():
     for path in _tuned.FOLDER.glob("*.json"):
         for entry in json.loads(path.read_text())["entries"]:
             assert entry["op"] != "linear" or Config(**entry["config"]).splits > 0
-
-
-def test_launches_are_one_a_part_of_the_library_and_one_for_a_sum_of_splits():
-    assert launches(None, 32, 64, 64, "bfloat16", False, None, False) == 1
-    assert launches(None, 32, 64, 64, "bfloat16", True, "swiglu", True) == 4
-    assert (PLAIN.launches, SPLIT.launches) == (1, 2)
 
 
 @pytest.mark.gpu
