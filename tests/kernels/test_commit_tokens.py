@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from fastdllm_triton.diffusion_rules import transfer_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdllm_triton.compat.dream.rules import transfer_count
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
 from fastdllm_triton.kernels.commit_tokens import commit_tokens_config
