@@ -213,7 +213,7 @@ def read_prompts(given: Sequence[str] | None, file: Path | None, chat: bool) -> 
 
 def _check_lengths(prompts: Sequence[Prompt], rows: Sequence[list[int]], config: GenerationConfig, lm: MaskedDiffusionLM) -> None:
     """Raises for a prompt that does not fit, with the place where it was given."""
-    from ..engine.engine import check_prompts
+    from ..engine.limits import check_prompts
 
     for prompt, row in zip(prompts, rows, strict=True):
         try:

@@ -61,7 +61,7 @@ def inspect(
     warn_of_repeats("--caches", caches)
     check_folder("--out", out)
     check_writable("--json-copy", json_copy)
-    from ..engine.engine import check_prompts
+    from ..engine.limits import check_prompts
     from ..evaluation.agreement import agreement, answers, decode
     from ..evaluation.drift import drift, similarity
     from ..evaluation.grid import CacheSpec, StrategySpec, Way

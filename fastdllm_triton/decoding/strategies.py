@@ -18,6 +18,8 @@ class Strategy:
 
     rule: ClassVar[RuleName]
     scores: ClassVar[tuple[ScoreName, ...]]
+    #: Whether every forward commits a token of each row that has a masked one.
+    always_commits: ClassVar[bool] = True
 
     score: ScoreName = field(default="confidence", kw_only=True)
 
@@ -33,6 +35,10 @@ class Strategy:
     def steps_per_block(self, blocks: int) -> int:
         """Forwards that a block is spread over; means something for :class:`FixedSteps` only."""
         return 1
+
+    def shares(self, blocks: int) -> tuple[float, ...]:
+        """The share of a block's masked tokens that each of its forwards commits; means something for the rule ``schedule``."""
+        return ()
 
 
 @dataclass(frozen=True)

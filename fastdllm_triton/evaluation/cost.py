@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..decoding.config import GenerationConfig
-from ..engine.engine import Forward
+from ..engine.generation import Forward
 from ..engine.outputs import GenerationOutput
 from ..tools.roofline import Cost, Shape, forward_cost
 

@@ -16,7 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..decoding.config import GenerationConfig
-from ..engine.runner import Batch, Program
+from ..engine.request import batch_requests
+from ..engine.runner import ModelRunner
 from ..models.config import ModelConfig
 from ..models.transformer import Transformer, Weights
 from ..types import LaunchOptions
@@ -131,9 +132,11 @@ def _count(
         ops = launchers(counted, partial(fuses_residual, options=options))
         network = Transformer(model, Weights.allocate(model, META, dtype), ops)
         config = GenerationConfig(gen_length=length, block_length=length)
-        program = Program.of(network, config, config.resolve(model, rows))
-        batch = Batch(network, rows, slots, program)
+        requests = batch_requests([[1]] * rows, None, config, model)
+        runner = ModelRunner(network, rows, slots)
+        program = runner.program_of(requests, requests)
+        window = len(requests[0].policy.step(requests[0].block_state))
         for _ in range(2):  # the first one also makes what is kept
             calls.counts.clear()
-            batch.step(network, rows, length + program.look_back)
+            runner.step(network, program, 0, rows, window, rows * length)
     return calls.counts
