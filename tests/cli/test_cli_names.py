@@ -23,6 +23,7 @@ import fastdllm_triton as fdt
 from fastdllm_triton import loading
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.names import RENAMED, as_typed, option_names, renamed
+from fastdllm_triton.decoding.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -97,7 +98,7 @@ def test_the_documented_names_of_the_api_are_there_and_are_those_of_the_options(
 def test_options_of_a_generation_are_fields_of_its_configuration() -> None:
     known = {field.name for field in fields(fdt.GenerationConfig)}
     decoding = {p.name for p in _options("generate") if p.rich_help_panel in ("Decoding", "Cache")}
-    assert decoding - known == {"threshold", "factor", "steps", "entropy_budget", "score"}  # parameters of strategies
+    assert decoding - known == {"score", *(kind.option for kind in STRATEGIES.values())}
     # chat has all that /set has.
     assert {p.name for p in _options("chat")} >= decoding - {"forbidden", "lockstep"}
 
