@@ -134,6 +134,18 @@ def test_the_final_number(text: str, number: str | None) -> None:
     assert final_number(text) == number
 
 
+def test_lines_after_the_limit_are_not_read(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "p", "answer": "1"}\n\n{"prompt": "q", "answer": "2"}\nnot JSON\n')
+    assert [request.prompt for request in read_requests(data, 2)] == ["p", "q"]
+    assert [request.prompt for request in read_requests(data, 1)] == ["p"]
+    for limit in (None, -1, 3):
+        with pytest.raises(ValueError, match="line 4: not JSON"):
+            read_requests(data, limit)
+    with pytest.raises(ValueError, match="holds no request"):
+        read_requests(data, 0)
+
+
 def test_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "p", "answer": "so 1+1=2 #### 2"}\n\n{"prompt": "q", "answer": 2}\n')
