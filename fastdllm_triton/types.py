@@ -14,7 +14,7 @@ from .utils.checks import is_int, is_number, require, to_int, to_ints
 #: What ranks the masked tokens of a block, best first.
 ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]
 #: What decides how many of them are committed.
-RuleName = Literal["quota", "threshold", "factor", "entropy_budget"]
+RuleName = Literal["quota", "threshold", "factor", "entropy_budget", "schedule"]
 #: Whose rounding points a rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
 RopeRounding = Literal["llada", "dream"]
 #: What :func:`fastdllm_triton.reference.linear` applies to its product.
@@ -83,6 +83,8 @@ class WindowInputs:
         rows: ``[P]`` int64, the hidden state behind each prediction, a row of ``[B W, E]``; -1 is none.
         place: ``[B, N]`` int32, which prediction is that of a slot; -1 is none.
         keys: ``[3, P]`` int64, seed, position and step of each prediction's noise; ``[3, 0]`` where none was asked for.
+        batch_row: ``[P]`` int64, the row of the batch that each prediction is for, to gather what differs between rows; 0 where
+            there is none.
     """
 
     ids: Tensor
@@ -90,6 +92,7 @@ class WindowInputs:
     rows: Tensor
     place: Tensor
     keys: Tensor
+    batch_row: Tensor
 
 
 @dataclass
@@ -101,10 +104,13 @@ class PolicyState:
     Attributes:
         score: what ranks the masked tokens of a block.
         rule: how many of them are committed.
-        value: 0-d float64: the threshold, the factor, or the entropy budget in nats (not read by ``quota``).
-        steps: 0-d int32: forwards a block is spread over (``quota`` only).
+        value: ``[B]`` float64: the threshold, the factor, or the entropy budget in nats (not read by ``quota`` and ``schedule``).
+        steps: ``[B]`` int32: forwards a block is spread over (``quota`` only).
+        shares: ``[B, S]`` float32: the share of the masked slots that each forward of a block commits; forwards beyond the last
+            take the last one (``schedule`` only, ``S = 0`` for other rules).
         mask_id: the token that marks a masked slot.
-        eos_ids: ``[E]`` int64, tokens that end a row; none to decode every block whatever is in it.
+        eos_ids: ``[B, E]`` int64, tokens that end the row, padded with -1; the first of them fills what is masked after an end. A
+            row of nothing but -1 is decoded to its last block whatever is in it.
         kv_start: ``[B]`` int32, the slot of position 0.
         seed: ``[B]`` int64, key of every random number of a row.
         step: ``[B]`` int32, forwards in which the row's block had something masked. The engine sets it to 0 when a block
@@ -113,8 +119,8 @@ class PolicyState:
         remaining: ``[B]`` int32, masked slots left in the block after the commit.
         invalid: ``[B]`` bool, set and kept once a masked slot had no token to commit (NaN logits).
         ended: ``[B]`` bool, set and kept once a finished block of the row holds one of ``eos_ids``.
-        forward: 0-d int32, index of the current forward. Every commit counts it up.
-        step_map: ``[B, L]`` int32, index of the forward that committed each slot; ``-1`` where none did.
+        forward: ``[B]`` int32, forwards in which the row's block had something masked, over all blocks. A commit counts it up.
+        step_map: ``[B, L]`` int32, which of these forwards committed each slot, from 0; ``-1`` where none did.
         confidence: ``[B, L]`` float32, probability of the committed token at that forward; NaN where none was.
     """
 
@@ -122,6 +128,7 @@ class PolicyState:
     rule: RuleName
     value: Tensor
     steps: Tensor
+    shares: Tensor
     mask_id: int
     eos_ids: Tensor
     kv_start: Tensor
@@ -142,9 +149,8 @@ class PolicyState:
 
     @property
     def by_row(self) -> dict[str, Tensor]:
-        """The fields with one entry (or line) a row."""
-        names = ("kv_start", "seed", "step", "masked", "remaining", "invalid", "ended", "step_map", "confidence")
-        return {name: getattr(self, name) for name in names}
+        """The tensors: all have one entry (or line) a row."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("score", "rule", "mask_id")}
 
     def rows(self, first: int, last: int) -> PolicyState:
         """The state of the rows ``[first, last)``, sharing memory."""
@@ -157,34 +163,41 @@ class PolicyState:
         score: ScoreName,
         rule: RuleName,
         *,
-        value: float = 0.0,
-        steps: int = 1,
+        value: float | Sequence[float] | Tensor = 0.0,
+        steps: int | Sequence[int] | Tensor = 1,
+        shares: Sequence[float] | Tensor | None = None,
         mask_id: int,
         kv_start: Tensor,
         seed: Tensor,
         slots: int,
-        eos_ids: Sequence[int] = (),
+        eos_ids: Sequence[int] | Tensor = (),
     ) -> PolicyState:
         """The state before the first forward, on the device of ``kv_start``.
 
         Args:
-            score, rule, value, steps, mask_id, eos_ids: as the attributes.
+            score, rule, mask_id: as the attributes.
+            value, steps: one for all rows, or one a row.
+            shares: ``[S]`` for all rows, or ``[B, S]``; needed for ``schedule``, and for no other rule.
             kv_start: ``[B]`` int32.
             seed: ``[B]`` int64.
             slots: ``L``.
+            eos_ids: ``[E]`` for all rows, or a tensor ``[B, E]``.
 
         Raises:
             ValueError: an argument is not valid.
         """
         for name, choice, kind in (("score", score, ScoreName), ("rule", rule, RuleName)):
             require(name, choice, f"one of {', '.join(get_args(kind))}", choice in get_args(kind))
-        require("value", value, "a number or inf", is_number(value) or value == float("inf"))
-        for name, number, least in (("steps", steps, 1), ("slots", slots, 1), ("mask_id", mask_id, 0)):
+        for name, number, least in (("slots", slots, 1), ("mask_id", mask_id, 0)):
             require(name, number, f"an integer of {least} or more", is_int(number) and number >= least)
-        eos_ids = to_ints("eos_ids", eos_ids, "a sequence of token ids")
         if kv_start.dim() != 1 or seed.shape != kv_start.shape:
             raise ValueError(f"kv_start and seed must be of shape [B], got {list(kv_start.shape)} and {list(seed.shape)}")
         rows, device = len(kv_start), kv_start.device
+        if not (isinstance(eos_ids, Tensor) and eos_ids.dim() == 2):
+            eos_ids = torch.tensor(to_ints("eos_ids", eos_ids, "a sequence of token ids, or a tensor [B, E]"), dtype=torch.int64)
+        require("shares", shares, "there for the rule 'schedule', and for no other", (shares is not None) == (rule == "schedule"))
+        shares = torch.as_tensor(() if shares is None else shares, dtype=torch.float32)
+        require("shares", list(shares.shape), "of shape [S] or [B, S], S of 1 or more", rule != "schedule" or shares.numel() > 0)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -192,10 +205,11 @@ class PolicyState:
         return cls(
             score=score,
             rule=rule,
-            value=torch.tensor(value, dtype=torch.float64, device=device),
-            steps=torch.tensor(steps, dtype=torch.int32, device=device),
+            value=_by_row("value", _numbers("value", value), torch.float64, rows, device),
+            steps=_by_row("steps", _counts("steps", steps), torch.int32, rows, device),
+            shares=_by_row("shares", shares, torch.float32, rows, device, dim=2),
             mask_id=to_int(mask_id),
-            eos_ids=torch.tensor(eos_ids, dtype=torch.int64, device=device),
+            eos_ids=_by_row("eos_ids", eos_ids, torch.int64, rows, device, dim=2),
             kv_start=kv_start,
             seed=seed,
             step=zeros(rows),
@@ -203,7 +217,35 @@ class PolicyState:
             remaining=zeros(rows),
             invalid=zeros(rows, dtype=torch.bool),
             ended=zeros(rows, dtype=torch.bool),
-            forward=zeros(),
+            forward=zeros(rows),
             step_map=zeros(rows, to_int(slots)) - 1,
             confidence=torch.full((rows, to_int(slots)), torch.nan, device=device),
         )
+
+
+def _entries(value: Any) -> list[Any]:
+    """One value for all rows, or one a row, as a list; the numbers of a tensor with a dimension are not read."""
+    if isinstance(value, Tensor) and value.dim():
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """The value, checked."""
+    ok = all(is_number(entry) or entry == float("inf") for entry in _entries(value))
+    require(name, value, "a number or inf, or one a row", ok)
+    return value
+
+
+def _counts(name: str, value: Any) -> Any:
+    """The value, checked."""
+    require(name, value, "an integer of 1 or more, or one a row", all(is_int(entry) and entry >= 1 for entry in _entries(value)))
+    return value
+
+
+def _by_row(name: str, value: Any, dtype: torch.dtype, rows: int, device: torch.device, dim: int = 1) -> Tensor:
+    """A tensor of its own, with an entry (or line) a row, from one that may be the same for all rows."""
+    tensor = torch.as_tensor(value, dtype=dtype, device=device)
+    fits = tensor.dim() == dim - 1 or (tensor.dim() == dim and len(tensor) == rows)
+    require(name, list(tensor.shape), f"one for all rows, or one for each of the {rows}", fits)
+    return tensor.expand(rows, *tensor.shape[tensor.dim() - dim + 1 :]).clone(memory_format=torch.contiguous_format)

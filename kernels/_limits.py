@@ -3,7 +3,7 @@
 #: Each forbidden id, and each end token, is compared in code of its own.
 MAX_FORBIDDEN = 64
 MAX_EOS = 16
-#: Rows of a batch: each is a program of one launch, and the arrivals of all are counted in the bits above the forward's index.
+#: Rows of a batch, as many as one program adds up the counters of.
 MAX_ROWS = 1024
 #: Slots of a block: one program holds all of them.
 MAX_BLOCK = 1024

@@ -106,11 +106,21 @@ def tile_choice(noisy, logits, ids):
 
 @triton.jit
 def forbid(logits, ids, start, end, forbidden_ptr, FORBIDDEN: tl.constexpr):
-    """-inf for the forbidden ids of a tile that holds the tokens from ``start`` to ``end``."""
+    """-inf for the forbidden ids of a tile that holds the tokens from ``start`` to ``end``; an id of -1 is in no tile."""
     for j in tl.static_range(FORBIDDEN):
         token = tl.load(forbidden_ptr + j)
         if (token >= start) & (token < end):  # one scalar test spares all other tiles
             logits = tl.where(ids == token, float("-inf"), logits)
+    return logits
+
+
+@triton.jit
+def forbid_by_row(logits, ids, row, in_row, forbidden_ptr, FORBIDDEN: tl.constexpr):
+    """-inf for the ids that each row ``[M]`` of ``logits [M, K]`` forbids, from ``[R, FORBIDDEN]``; -1 is none."""
+    for j in tl.static_range(FORBIDDEN):
+        token = tl.load(forbidden_ptr + row * FORBIDDEN + j, mask=in_row, other=-1)
+        token = tl.minimum(token, NO_ID).to(tl.int32)  # half the registers
+        logits = tl.where(ids == token[:, None], float("-inf"), logits)
     return logits
 
 
@@ -232,12 +242,24 @@ def launch_merge(partial: Tensor, partial_id: Tensor, rows: Tensor | None, out: 
 # --- what both launchers validate -----------------------------------------------------------------------------------------
 
 
-def check_sampling(temperature: float, seed: Any) -> None:
-    """Raises unless the temperature is one, and has a seed where it draws."""
-    if not temperature >= 0:
+def check_sampling(temperature: float | Tensor, seed: Any, rows: int, device: torch.device) -> bool:
+    """Whether tokens are drawn with noise; raises unless the temperature is one, and has a seed where it draws."""
+    if isinstance(temperature, Tensor):
+        fits = temperature.dtype == torch.float32 and temperature.shape == (rows,) and temperature.device == device
+        if not (fits and temperature.is_contiguous()):
+            given = f"{temperature.dtype} {list(temperature.shape)} on {temperature.device}"
+            raise ValueError(f"temperature must be a number or contiguous torch.float32 [{rows}] on {device}, got {given}")
+    elif not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if temperature > 0 and seed is None:
+    sample = isinstance(temperature, Tensor) or temperature > 0
+    if sample and seed is None:
         raise ValueError("temperature > 0 needs a seed")
+    return sample
+
+
+def temperature_arguments(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """What kernels take: the temperatures of the rows or None, and the one of all rows."""
+    return (temperature, 0.0) if isinstance(temperature, Tensor) else (None, float(temperature))
 
 
 def row_keys(name: str, key: int | Tensor, rows: int, device: torch.device) -> Tensor:
@@ -261,17 +283,24 @@ def noise_keys(
     return row_keys("seed", seed, rows, device), positions, row_keys("step", step, rows, device)
 
 
-def forbidden_ids(forbidden: Tensor | Sequence[int] | None, vocabulary: int, device: torch.device) -> Tensor | None:
-    """The forbidden ids on the device, or None. Ids in a tensor are not read on the host; those out of range match nothing."""
-    if forbidden is None or len(forbidden) == 0:
+def forbidden_ids(forbidden: Tensor | Sequence[int] | None, rows: int, vocabulary: int, device: torch.device) -> Tensor | None:
+    """The forbidden ids ``[F]`` or ``[R, F]`` on the device, or None.
+
+    Ids in a tensor are not read on the host; those out of range match nothing.
+    """
+    if forbidden is None:
         return None
-    if len(forbidden) > MAX_FORBIDDEN:
-        raise ValueError(f"forbidden has {len(forbidden)} ids; at most {MAX_FORBIDDEN} are allowed")
     if isinstance(forbidden, Tensor):
-        if forbidden.dim() != 1 or forbidden.is_floating_point() or forbidden.device != device:
-            raise ValueError(
-                f"forbidden must be [F] integers on {device}, got {forbidden.dtype} {list(forbidden.shape)} on {forbidden.device}"
-            )
+        fits = forbidden.dim() == 1 or (forbidden.dim() == 2 and len(forbidden) == rows)
+        if not fits or forbidden.is_floating_point() or forbidden.device != device:
+            given = f"{forbidden.dtype} {list(forbidden.shape)} on {forbidden.device}"
+            raise ValueError(f"forbidden must be [F] or [{rows}, F] integers on {device}, got {given}")
+    count = forbidden.shape[-1] if isinstance(forbidden, Tensor) else len(forbidden)
+    if count == 0:
+        return None
+    if count > MAX_FORBIDDEN:
+        raise ValueError(f"forbidden has {count} ids; at most {MAX_FORBIDDEN} are allowed")
+    if isinstance(forbidden, Tensor):
         return forbidden.to(torch.int64).contiguous()
     ids = tuple(int(token) for token in forbidden)
     if min(ids) < 0 or max(ids) >= vocabulary:

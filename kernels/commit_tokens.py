@@ -36,17 +36,16 @@ from ._statistics import outputs
 # logit_ptr … entropy_ptr         [P]       fp32     what the score does not need is not read
 # window_start_ptr, kv_start_ptr  [B]       int32    caller, read
 # seed_ptr                        [B]       int64    state, read
-# value_ptr, steps_ptr            []        fp64, int32  state, read
-# eos_ptr                         [EOS]     int64    state, read
+# value_ptr, steps_ptr            [B]       fp64, int32  state, read
+# shares_ptr                      [B, S]    fp32     state, read by the schedule
+# eos_ptr                         [B, EOS]  int64    state, read; -1 is none
 # step_ptr … remaining_ptr        [B]       int32    state, read and written
 # invalid_ptr, ended_ptr          [B]       bool     state, read and written
-# forward_ptr                     []        int32    state, counted up
+# forward_ptr                     [B]       int32    state, counted up
 # step_map_ptr, confidence_ptr    [B, L]    int32, fp32  state, written where a token is committed
 
 #: Fourth word of the random counter: numbers that rank slots (reference/_random.py).
 STREAM_SCORE = tl.constexpr(1)
-#: What an arriving program adds to the forward counter, above all forwards of a generation.
-ARRIVED = tl.constexpr(1 << 20)
 
 
 @triton.jit
@@ -113,7 +112,8 @@ def _ordered(cost):
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
 SLICED = [
-    "window_start_ptr", "kv_start_ptr", "seed_ptr", "step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr",
+    "window_start_ptr", "kv_start_ptr", "seed_ptr", "value_ptr", "steps_ptr", "shares_ptr", "eos_ptr", "step_ptr", "masked_ptr",
+    "remaining_ptr", "invalid_ptr", "ended_ptr", "forward_ptr",
 ]  # fmt: skip
 
 
@@ -132,6 +132,7 @@ def _commit_tokens_kernel(
     seed_ptr,
     value_ptr,
     steps_ptr,
+    shares_ptr,
     eos_ptr,
     step_ptr,
     masked_ptr,
@@ -143,6 +144,7 @@ def _commit_tokens_kernel(
     confidence_ptr,
     slots,
     block,
+    shares,
     mask_id,
     stride_x,
     SCORE: tl.constexpr,
@@ -157,7 +159,7 @@ def _commit_tokens_kernel(
     position = start - tl.load(kv_start_ptr + row)
     seed = tl.load(seed_ptr + row)
     step = tl.load(step_ptr + row)
-    value = tl.load(value_ptr)
+    value = tl.load(value_ptr + row)
 
     o = tl.arange(0, BLOCK)
     masked, eligible, cost = _candidates(
@@ -170,13 +172,16 @@ def _commit_tokens_kernel(
     masked_first = tl.where(step == 0, masked_now, tl.load(masked_ptr + row))
 
     if RULE == "quota":
-        steps = tl.load(steps_ptr)
+        steps = tl.load(steps_ptr + row)
         count = masked_first // steps + (step < masked_first % steps).to(tl.int32)
     elif RULE == "threshold":
         fails = cost > -value
         if SCORE == "confidence":
             fails = (1 + cost) * value > 1  # false for inf * 0: a threshold of 0 lets everything pass
         count = tl.sum((eligible & (fails == 0)).to(tl.int32), 0)
+    elif RULE == "schedule":
+        share = tl.load(shares_ptr + row * shares + tl.minimum(step, shares - 1))
+        count = (masked_now.to(tl.float32) * share).to(tl.int32)
 
     rank = tl.zeros((BLOCK,), tl.int32)
     entropies = tl.zeros((BLOCK,), tl.float64)  # of the slots before, their sum and their largest
@@ -213,16 +218,11 @@ def _commit_tokens_kernel(
         count = tl.min(tl.where(eligible & (fits == 0), rank, total), 0)
         if RULE == "factor":
             count = tl.where(count == total - 1, total, count)  # the official code's last rank
-    count = tl.minimum(tl.maximum(count, 1), total)
+    count = tl.minimum(tl.maximum(count, 0 if RULE == "schedule" else 1), total)
     chosen = eligible & (rank < count)
     remaining = masked_now - tl.sum(chosen.to(tl.int32), 0)
     broken = (tl.load(invalid_ptr + row) != 0) | (total < masked_now)
-    # All programs read the forward's index and one counts it up, whatever their order: each adds its arrival in the high
-    # bits and reads the low ones, and the last takes all arrivals off again.
-    arrivals = tl.atomic_add(forward_ptr, ARRIVED, sem="relaxed")
-    forward = arrivals % ARRIVED
-    if arrivals // ARRIVED == tl.num_programs(0) - 1:
-        tl.atomic_add(forward_ptr, 1 - tl.num_programs(0) * ARRIVED, sem="relaxed")
+    forward = tl.load(forward_ptr + row)
 
     at = _entry(place_ptr, row, block, o, chosen)
     token = tl.load(token_ptr + at, mask=chosen, other=0)
@@ -236,6 +236,7 @@ def _commit_tokens_kernel(
     tl.store(remaining_ptr + row, remaining)
     tl.store(invalid_ptr + row, broken)
     tl.store(step_ptr + row, step + unfinished)
+    tl.store(forward_ptr + row, forward + unfinished)
 
     completed = (masked_now > 0) & (remaining == 0)
     if EOS > 0:
@@ -243,10 +244,11 @@ def _commit_tokens_kernel(
         start = tl.load(window_start_ptr + row)  # read again rather than kept
         inside = (o < block) & (start + o >= 0) & (start + o < slots)
         text = tl.load(x_ptr + start + o, mask=inside, other=mask_id)
+        eos_ptr += row * EOS
         ends = text == tl.load(eos_ptr)
         for i in tl.static_range(1, EOS):
             ends = ends | (text == tl.load(eos_ptr + i))
-        ended = completed & (tl.max((ends & inside).to(tl.int32), 0) > 0)
+        ended = completed & (tl.max((ends & (text >= 0) & inside).to(tl.int32), 0) > 0)
         tl.store(ended_ptr + row, ended | (tl.load(ended_ptr + row) != 0))
         # The slots after the block of a row that has ended; of any other row, none.
         for begin in range(tl.where(ended, start + block, slots), slots, BLOCK):
@@ -307,6 +309,7 @@ def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, ru
         if given not in allowed:
             raise ValueError(f"state.{name} must be one of {', '.join(allowed)}, got {given!r}")
     _check_tensor("window_start", window_start, torch.int32, (rows,), device)
+    ends, shares = (state[name].shape[-1] if state[name].dim() else 0 for name in ("eos_ids", "shares"))
     shape: tuple[int, ...] = (rows, block)
     if place is not None:
         _check_tensor("place", place, torch.int32, shape, device)
@@ -314,19 +317,21 @@ def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, ru
     for name, field in statistics.items():
         _check_tensor(f"statistics.{name}", field, torch.int64 if name == "token" else torch.float32, shape, device)
     for names, dtype, shape in (
-        (("kv_start", "step", "masked", "remaining"), torch.int32, (rows,)),
+        (("kv_start", "steps", "step", "masked", "remaining", "forward"), torch.int32, (rows,)),
         (("invalid", "ended"), torch.bool, (rows,)),
-        (("eos_ids",), torch.int64, (len(state["eos_ids"]),)),
         (("seed",), torch.int64, (rows,)),
-        (("steps", "forward"), torch.int32, ()),
-        (("value",), torch.float64, ()),
+        (("value",), torch.float64, (rows,)),
+        (("eos_ids",), torch.int64, (rows, ends)),
+        (("shares",), torch.float32, (rows, shares)),
         (("step_map",), torch.int32, (rows, slots)),
         (("confidence",), torch.float32, (rows, slots)),
     ):
         for name in names:
             _check_tensor(f"state.{name}", state[name], dtype, shape, device)
-    if len(state["eos_ids"]) > MAX_EOS:
-        raise ValueError(f"state.eos_ids must hold at most {MAX_EOS} tokens, got {len(state['eos_ids'])}")
+    if ends > MAX_EOS:
+        raise ValueError(f"state.eos_ids must hold at most {MAX_EOS} tokens a row, got {ends}")
+    if rule == "schedule" and shares == 0:
+        raise ValueError("state.shares must hold at least one share a row for the rule 'schedule', got none")
     return block
 
 
@@ -341,7 +346,6 @@ def commit_tokens(
     """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
 
     Unlike there, slots outside ``[0, L)`` are left alone instead of an error: where a block lies is known on the device only.
-    The forward counter must stay below 2^20.
 
     Args:
         x: ``[B, L]`` int64, last stride 1.
@@ -357,7 +361,6 @@ def commit_tokens(
     block = _check(x, window_start, place, state.score, state.rule, *entries, *(getattr(state, name) for name in _STATE))
     (rows, slots), device = x.shape, x.device
     if rows == 0:
-        state.forward.add_(1)
         return
 
     config = commit_tokens_config(arch_of(device), state.rule, block)
@@ -371,6 +374,7 @@ def commit_tokens(
             state.seed,
             state.value,
             state.steps,
+            state.shares,
             state.eos_ids,
             state.step,
             state.masked,
@@ -382,11 +386,12 @@ def commit_tokens(
             state.confidence,
             slots,
             block,
+            state.shares.shape[1],
             state.mask_id,
             x.stride(0),
             SCORE=state.score,
             RULE=state.rule,
-            EOS=len(state.eos_ids),
+            EOS=state.eos_ids.shape[1],
             BLOCK=config.block,
             CHUNK=config.chunk,
             num_warps=config.num_warps,
@@ -414,6 +419,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
         "seed_ptr": "*i64",
         "value_ptr": "*fp64",
         "steps_ptr": "*i32",
+        "shares_ptr": "*fp32",
         "eos_ptr": "*i64",
     }
     signature |= dict.fromkeys(("step_ptr", "masked_ptr", "remaining_ptr"), "*i32")
@@ -424,7 +430,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
         "step_map_ptr": "*i32",
         "confidence_ptr": "*fp32",
     }
-    signature |= dict.fromkeys(("slots", "block", "mask_id", "stride_x"), "i32")
+    signature |= dict.fromkeys(("slots", "block", "shares", "mask_id", "stride_x"), "i32")
     pointers = tuple(name for name, kind in signature.items() if kind.startswith("*") and name not in SLICED)
     common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
     pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}

@@ -28,6 +28,7 @@ from ._statistics import (
     PARTIAL_FIELDS,
     check_sampling,
     forbid,
+    forbid_by_row,
     forbidden_ids,
     gumbel_noise,
     launch_merge,
@@ -35,6 +36,7 @@ from ._statistics import (
     noise_keys,
     output_of,
     store_partial,
+    temperature_arguments,
     tile_choice,
     tile_distribution,
 )
@@ -47,9 +49,10 @@ from .token_statistics import token_statistics
 # weight_ptr              [V, E]                 same              caller, read; last stride 1
 # bias_ptr                [V] or None            any float         caller, read
 # rows_ptr                [R] or None            int64             caller, read; -1 asks for nothing, None: rows in order
-# forbidden_ptr           [F]                    int64             launcher, read
+# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
 # seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
 # position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
+# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
 # partial_ptr             [6, R, parts]          fp32              workspace, written
 # partial_id_ptr          [R, parts]             int32             workspace, written
 
@@ -82,6 +85,7 @@ def _head_statistics_kernel(
     seed_ptr,
     position_ptr,
     step_ptr,
+    temperature_ptr,
     partial_ptr,
     partial_id_ptr,
     rows,
@@ -96,6 +100,7 @@ def _head_statistics_kernel(
     temperature,
     E: tl.constexpr,
     FORBIDDEN: tl.constexpr,
+    FORBIDDEN_BY_ROW: tl.constexpr,
     SAMPLE: tl.constexpr,
     LOGITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -149,11 +154,17 @@ def _head_statistics_kernel(
 
         ids = (start + o_v)[None, :]
         x = tl.where(in_v[None, :], tl.trans(logits), float("-inf"))  # [BLOCK_R, BLOCK_V]
-        x = forbid(x, ids, start, start + BLOCK_V, forbidden_ptr, FORBIDDEN)
+        if FORBIDDEN_BY_ROW:
+            x = forbid_by_row(x, ids, o_r, in_r, forbidden_ptr, FORBIDDEN)
+        else:
+            x = forbid(x, ids, start, start + BLOCK_V, forbidden_ptr, FORBIDDEN)
         m_x, t_x, r_x, u_x, first = tile_distribution(x, ids)
         if SAMPLE:
             counter = tl.zeros((BLOCK_R, BLOCK_V // 4), tl.int32) + (start // 4 + tl.arange(0, BLOCK_V // 4))[None, :]
-            noisy = x + temperature * gumbel_noise(seed, counter, position, step)
+            scale = temperature
+            if temperature_ptr is not None:  # read again in each tile rather than kept
+                scale = tl.load(temperature_ptr + o_r, mask=in_r, other=0.0)[:, None]
+            noisy = x + scale * gumbel_noise(seed, counter, position, step)
             g_x, i_x, c_x = tile_choice(noisy, x, ids)
             better = g_x > g  # ids only rise, so the first of equals is kept
             g = tl.where(better, g_x, g)
@@ -256,7 +267,7 @@ def head_statistics(
     *,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -280,9 +291,9 @@ def head_statistics(
     _check(hidden, weight, rows, bias, logits_dtype)
     device, (vocabulary, width) = hidden.device, weight.shape
     rows = None if rows is None else rows.contiguous()
-    check_sampling(temperature, seed)
-    count, sample = hidden.shape[0] if rows is None else len(rows), temperature > 0
-    ids = forbidden_ids(forbidden, vocabulary, device)
+    count = hidden.shape[0] if rows is None else len(rows)
+    sample = check_sampling(temperature, seed, count, device)
+    ids = forbidden_ids(forbidden, count, vocabulary, device)
     out = output_of(out, count, device)
     if count == 0:
         return out
@@ -294,6 +305,7 @@ def head_statistics(
         keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
         return token_statistics(logits, forbidden=ids, out=out, rows=rows, **keys)  # type: ignore[arg-type]
 
+    temperatures, temperature = temperature_arguments(temperature)
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
     partial = torch.empty(PARTIAL_FIELDS, count, config.parts, device=device)
     partial_id = torch.empty(count, config.parts, dtype=torch.int32, device=device)
@@ -307,6 +319,7 @@ def head_statistics(
             seeds,
             positions,
             steps,
+            temperatures,
             partial,
             partial_id,
             count,
@@ -318,9 +331,10 @@ def head_statistics(
             0 if positions is None else positions.stride(0),
             0 if steps is None else steps.stride(0),
             count * config.parts,
-            float(temperature),
+            temperature,
             E=width,
-            FORBIDDEN=0 if ids is None else len(ids),
+            FORBIDDEN=0 if ids is None else ids.shape[-1],
+            FORBIDDEN_BY_ROW=ids is not None and ids.dim() == 2,
             SAMPLE=sample,
             LOGITS=_ROUNDED.get(logits_dtype),
             BLOCK_R=config.block_rows,
@@ -394,22 +408,24 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     grid = [("bf16", 2, 4096, rows) for rows in (16, 32, 64)] + [("fp32", 4, 4096, rows) for rows in (16, 32, 64)]
     grid += [("bf16", 2, 3584, 32), ("fp16", 2, 4096, 32), ("fp16", 2, 3584, 64)]
     cases = []
-    for (dtype, size, width, rows), sample in product(grid, (False, True)):
+    for (dtype, size, width, rows), (sample, by_row) in product(grid, ((False, False), (True, False), (True, True))):
         config = head_statistics_config(arch, rows, 126_464 if width == 4096 else 152_064, width, size, sample)
         if config is None:
             continue
         signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "rows_ptr": "*i64", "forbidden_ptr": "*i64"}
         signature |= dict.fromkeys(keys, "*i64") if sample else {}
+        signature |= {"temperature_ptr": "*fp32"} if by_row else {}
         signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32", "rows": "i32", "temperature": "fp32"}
         signature |= dict.fromkeys((*numbers, "stride_seed", "stride_position", "stride_step", "stride_field"), "i32")
         constexprs = {} if sample else dict.fromkeys(keys)
-        constexprs |= {"bias_ptr": None, "E": width, "FORBIDDEN": 1, "SAMPLE": sample}
+        constexprs |= {} if by_row else {"temperature_ptr": None}
+        constexprs |= {"bias_ptr": None, "E": width, "FORBIDDEN": 1, "FORBIDDEN_BY_ROW": by_row, "SAMPLE": sample}
         constexprs |= {"LOGITS": tl.bfloat16 if dtype == "bf16" else None, "BLOCK_R": config.block_rows}
         constexprs |= {"BLOCK_V": config.block_vocabulary, "BLOCK_E": config.block_width}
         case = CompileCase(
             op="head_statistics",
             kernel=_head_statistics_kernel,
-            config=f"{dtype} E={width} rows={rows}{' sample' if sample else ''}",
+            config=f"{dtype} E={width} rows={rows}{' sample' if sample else ''}{' by row' if by_row else ''}",
             signature=signature,
             constexprs=constexprs,
             divisible=(*(name for name, kind in signature.items() if kind.startswith("*")), *numbers),

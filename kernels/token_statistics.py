@@ -43,6 +43,7 @@ from ._statistics import (
     reduce_distribution,
     store_partial,
     store_statistics,
+    temperature_arguments,
     tile_choice,
     tile_distribution,
 )
@@ -51,9 +52,10 @@ from ._tuned import gpu_name, nearest
 # Pointers                shape                  dtype             owned by
 # logits_ptr              [R, V]                 fp32/fp16/bf16    caller, read; any strides
 # rows_ptr                [R] or None            int64             caller, read; negative asks for nothing
-# forbidden_ptr           [F]                    int64             launcher, read
+# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
 # seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
 # position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
+# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
 # token_ptr               [R]                    int64             result, written without SPLIT
 # logit_ptr … entropy_ptr [R]                    fp32              result, written without SPLIT
 # partial_ptr             [6, R, splits]         fp32              workspace, written with SPLIT
@@ -68,6 +70,7 @@ def _token_statistics_kernel(
     seed_ptr,
     position_ptr,
     step_ptr,
+    temperature_ptr,
     token_ptr,
     logit_ptr,
     second_ptr,
@@ -86,6 +89,7 @@ def _token_statistics_kernel(
     stride_field,
     temperature,
     FORBIDDEN: tl.constexpr,
+    FORBIDDEN_BY_ROW: tl.constexpr,
     SAMPLE: tl.constexpr,
     SPLIT: tl.constexpr,
     LANES: tl.constexpr,
@@ -101,7 +105,11 @@ def _token_statistics_kernel(
         asked = tl.load(rows_ptr + row) >= 0
         end = tl.where(asked, end, begin)
     logits_ptr += row * stride_row
+    if FORBIDDEN_BY_ROW:
+        forbidden_ptr += row * FORBIDDEN
     temperature = tl.full((), temperature, tl.float32)  # whatever type the caller gave the number
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
     if SAMPLE:
         seed = tl.load(seed_ptr + row * stride_seed)
         step = tl.load(step_ptr + row * stride_step)
@@ -199,7 +207,7 @@ def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, sample: 
 def token_statistics(
     logits: Tensor,
     *,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -220,12 +228,12 @@ def token_statistics(
     """
     _check(logits, rows)
     (count, vocabulary), device = logits.shape, logits.device
-    check_sampling(temperature, seed)
-    ids = forbidden_ids(forbidden, vocabulary, device)
+    sample = check_sampling(temperature, seed, count, device)
+    temperatures, temperature = temperature_arguments(temperature)
+    ids = forbidden_ids(forbidden, count, vocabulary, device)
     out = output_of(out, count, device)
     if count == 0:
         return out
-    sample = temperature > 0
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
 
     config = token_statistics_config(arch_of(device), count, vocabulary, logits.element_size(), sample, gpu_name(device))
@@ -242,6 +250,7 @@ def token_statistics(
             seeds,
             positions,
             steps,
+            temperatures,
             *outputs(out),
             partial,
             partial_id,
@@ -252,8 +261,9 @@ def token_statistics(
             0 if positions is None else positions.stride(0),
             0 if steps is None else steps.stride(0),
             count * config.splits,
-            float(temperature),
-            FORBIDDEN=0 if ids is None else len(ids),
+            temperature,
+            FORBIDDEN=0 if ids is None else ids.shape[-1],
+            FORBIDDEN_BY_ROW=ids is not None and ids.dim() == 2,
             SAMPLE=sample,
             SPLIT=split,
             LANES=config.lanes,
@@ -288,16 +298,16 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     """The vocabularies of LLaDA and Dream, from one row to 512; one case for all that launch the same code."""
     outs = ("token_ptr", "logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr")
     partials = ("partial_ptr", "partial_id_ptr")
-    ids_and_keys = {"forbidden_ptr": "*i64", "seed_ptr": "*i64", "position_ptr": "*i64", "step_ptr": "*i64"}
+    ids_and_keys = dict.fromkeys(("forbidden_ptr", "seed_ptr", "position_ptr", "step_ptr"), "*i64") | {"temperature_ptr": "*fp32"}
     numbers = ("vocabulary", "chunk", "stride_row", "stride_field")
     cases: dict[str, CompileCase] = {}
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for vocabulary in (126_464, 152_064):
             for rows in (1, 16, 32, 64, 128, 512, 1024):
-                for sample in (False, True):
+                for sample, by_row in ((False, False), (True, False), (True, True)):
                     config = token_statistics_config(arch, rows, vocabulary, size, sample)
                     split = config.splits > 1
-                    label = f"{dtype}{' split' if split else ''}{' sample' if sample else ''}"
+                    label = f"{dtype}{' split' if split else ''}{' sample' if sample else ''}{' by row' if by_row else ''}"
                     signature = {
                         "logits_ptr": f"*{dtype}",
                         **ids_and_keys,
@@ -307,9 +317,16 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
                     signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32"} | dict.fromkeys(numbers, "i32")
                     signature |= {"stride_position": "i32", "stride_seed": "i32", "stride_step": "i32", "temperature": "fp32"}
                     absent = [] if sample else ["seed_ptr", "position_ptr", "step_ptr"]
+                    absent += [] if by_row else ["temperature_ptr"]
                     absent += [] if split else partials
                     constexprs: dict[str, Any] = dict.fromkeys(["rows_ptr", *absent])
-                    constexprs |= {"stride_token": 1, "FORBIDDEN": 1, "SAMPLE": sample, "SPLIT": split}
+                    constexprs |= {
+                        "stride_token": 1,
+                        "FORBIDDEN": 1,
+                        "FORBIDDEN_BY_ROW": by_row,
+                        "SAMPLE": sample,
+                        "SPLIT": split,
+                    }
                     constexprs |= {"LANES": config.lanes, "WIDTH": config.width, "STAGES": config.num_stages}
                     signature = {name: kind for name, kind in signature.items() if name not in constexprs}
                     pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))

@@ -29,6 +29,7 @@ from ._limits import MAX_BLOCK, MAX_ROWS
 # rows_ptr                           [P]       int64
 # place_ptr                          [B, N]    int32
 # keys_ptr                           [3, P]    int64    written with SAMPLE
+# batch_row_ptr                      [P]       int64
 
 SLICED = ["base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr", "seed_ptr", "step_ptr"]
 #: Slots of a window that a program takes.
@@ -49,6 +50,7 @@ def _window_inputs_kernel(
     rows_ptr,
     place_ptr,
     keys_ptr,
+    batch_row_ptr,
     stride_x,
     stride_base,
     rows,
@@ -89,6 +91,7 @@ def _window_inputs_kernel(
         taken = masked & (rank < count) & (first + rank < predicted)
         place = first + rank
         tl.store(place_ptr + row * block + n, tl.where(taken, place, -1), mask=n < block)
+        tl.store(batch_row_ptr + place, row + tl.zeros((BLOCK_N,), tl.int64), mask=taken)
 
         origin = tl.load(kv_start_ptr + row)
         # Position 0 has no slot before it, and predicts itself.
@@ -105,6 +108,7 @@ def _window_inputs_kernel(
             hole = empty + n < end
             none = tl.zeros((BLOCK_N,), tl.int64)
             tl.store(rows_ptr + empty + n, none - 1, mask=hole)
+            tl.store(batch_row_ptr + empty + n, none, mask=hole)
             if SAMPLE:
                 tl.store(keys_ptr + empty + n, none, mask=hole)
                 tl.store(keys_ptr + predicted + empty + n, none, mask=hole)
@@ -174,6 +178,7 @@ def window_inputs(
         rows=empty(predicted),
         place=empty(rows, block, dtype=torch.int32),
         keys=empty(3, predicted if sample else 0),
+        batch_row=empty(predicted),
     )
     with torch.cuda.device_of(x):
         _window_inputs_kernel[(rows, triton.cdiv(window, BLOCK_W))](
@@ -189,6 +194,7 @@ def window_inputs(
             found.rows,
             found.place,
             found.keys if sample else None,
+            found.batch_row,
             x.stride(0),
             base.stride(0) if base.numel() > 1 else 0,
             rows,
@@ -216,7 +222,7 @@ def compile_cases(arch: Arch) -> list[CompileCase]:
     for block, rows, sample in ((32, 128, False), (32, 128, True), (MAX_BLOCK, MAX_ROWS, True)):
         signature = {"x_ptr": "*i64", **dict.fromkeys(("base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr"), "*i32")}
         signature |= keys if sample else {}
-        signature |= {"ids_ptr": "*i64", "start_ptr": "*i32", "rows_ptr": "*i64", "place_ptr": "*i32"}
+        signature |= {"ids_ptr": "*i64", "start_ptr": "*i32", "rows_ptr": "*i64", "place_ptr": "*i32", "batch_row_ptr": "*i64"}
         pointers = tuple(name for name in signature if name not in SLICED)
         cases.append(
             CompileCase(

@@ -16,8 +16,8 @@ def commit_tokens(
 ) -> None:
     """Scores the masked slots of each row's block, applies the rule, and writes the chosen tokens into ``x``.
 
-    Masked slots are ranked by the score, ties by position. Of those, in that order, are committed (at least one, at most
-    all, nothing in a row without masked slots):
+    Masked slots are ranked by the score, ties by position. Of those, in that order, are committed (at least one but by
+    ``schedule``, at most all, nothing in a row without masked slots):
 
     * ``quota``: with ``m`` masked slots at the block's first forward and ``S`` forwards, ``m // S``, and one more in each of
       the first ``m % S`` forwards (LLaDA, arXiv 2502.09992: ``get_num_transfer_tokens``).
@@ -27,8 +27,10 @@ def commit_tokens(
       code, a failure at the very last rank is ignored and that token is committed too.
     * ``entropy_budget``: the longest prefix in which the entropies, less the largest, sum to at most the budget
       (EB-Sampler, arXiv 2505.24857).
+    * ``schedule``: of ``m`` masked slots ``int(m * share)``, possibly none, with the forward's share of the block (Dream, arXiv
+      2508.15487). The product is taken in float32 as in the official code, which decides where it falls just short of an integer.
 
-    A row whose block this completes, and whose block then holds one of ``state.eos_ids``, has ended: its masked slots after
+    A row whose block this completes, and whose block then holds one of its ``state.eos_ids``, has ended: its masked slots after
     the block are filled with the first of them and no longer decoded. What is before the end token stays as it is.
 
     The statistics of slots that are not masked are not read. A row whose masked slot has no token (``-1``) is flagged in
@@ -56,27 +58,29 @@ def commit_tokens(
     cost = _cost(statistics, slot, state)
     order = cost.argsort(dim=1, stable=True)
     order = order.gather(1, (~eligible).gather(1, order).int().argsort(dim=1, stable=True))
-    count = _count(statistics, cost, order, total, state)
-    count = torch.minimum(count.clamp(min=1), total)
+    count = _count(statistics, cost, order, masked.sum(1), total, state)
+    count = torch.minimum(count.clamp(min=0 if state.rule == "schedule" else 1), total)
 
     rank = order.argsort(dim=1)
     chosen = rank < count[:, None]
     x.scatter_(1, slot, torch.where(chosen, statistics.token, current))
 
     state.invalid |= (masked & ~eligible).any(1)
-    state.step_map.scatter_(1, slot, torch.where(chosen, state.forward, state.step_map.gather(1, slot)))
+    state.step_map.scatter_(1, slot, torch.where(chosen, state.forward[:, None], state.step_map.gather(1, slot)))
     confidence = torch.where(chosen, statistics.confidence.float(), state.confidence.gather(1, slot))
     state.confidence.scatter_(1, slot, confidence)
     state.remaining.copy_(masked.sum(1) - chosen.sum(1))
 
-    if len(state.eos_ids):
-        ended = unfinished & state.done & torch.isin(x.gather(1, slot), state.eos_ids).any(1)
+    if state.eos_ids.shape[1]:
+        ids = state.eos_ids[:, None]  # [B, 1, E]
+        ends = (x.gather(1, slot)[:, :, None] == ids) & (ids >= 0)
+        ended = unfinished & state.done & ends.flatten(1).any(1)
         after = torch.arange(x.shape[1], device=x.device) >= window_start[:, None] + block
-        x.masked_fill_(ended[:, None] & after & (x == state.mask_id), state.eos_ids[0])
+        x.copy_(torch.where(ended[:, None] & after & (x == state.mask_id), state.eos_ids[:, :1], x))
         state.ended |= ended
 
     state.step += unfinished
-    state.forward += 1
+    state.forward += unfinished
 
 
 def _spread(statistics: TokenStatistics, place: Tensor) -> TokenStatistics:
@@ -96,20 +100,23 @@ def _cost(statistics: TokenStatistics, slot: Tensor, state: PolicyState) -> Tens
     return -slot_uniform(state.seed, slot - state.kv_start[:, None], state.step[:, None])
 
 
-def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, total: Tensor, state: PolicyState) -> Tensor:
+def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, masked: Tensor, total: Tensor, state: PolicyState) -> Tensor:
     """``[B]``: how many of the ranked slots the rule commits, before the bounds of one and all."""
-    n = torch.arange(1, cost.shape[1] + 1, device=cost.device)  # ranks, from 1
-    within = n <= total[:, None]
     if state.rule == "quota":
         return state.masked // state.steps + (state.step < state.masked % state.steps)
+    if state.rule == "schedule":
+        step = state.step.clamp(max=state.shares.shape[1] - 1).long()
+        return (masked.to(torch.float32) * state.shares.gather(1, step[:, None])[:, 0]).int()
 
+    n = torch.arange(1, cost.shape[1] + 1, device=cost.device)  # ranks, from 1
+    within, value = n <= total[:, None], state.value[:, None]
     if state.rule == "entropy_budget":
         entropy = statistics.entropy.double().gather(1, order)
         others = entropy.cumsum(1) - entropy.cummax(1).values
-        fits = within & (others <= state.value)
+        fits = within & (others <= value)
         return fits.int().cumprod(1).sum(1)
 
-    cost, value = cost.double().gather(1, order), state.value
+    cost = cost.double().gather(1, order)
     if state.rule == "threshold":  # inf * 0 is no failure: a threshold of 0 lets everything pass
         fails = (1 + cost) * value > 1 if state.score == "confidence" else cost > -value
         return (within & ~fails).sum(1)

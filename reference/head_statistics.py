@@ -18,7 +18,7 @@ def head_statistics(
     *,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -35,7 +35,7 @@ def head_statistics(
             NaN elsewhere). All rows in order if not given.
         bias: ``[V]``.
         temperature: as in :func:`token_statistics`, like ``seed``, ``position`` and ``step`` (scalars or ``[R]``).
-        forbidden: token ids that take no part.
+        forbidden: token ids that take no part, ``[F]`` for all rows or ``[R, F]``, padded with -1.
         logits_dtype: rounds each logit to this dtype first, to agree with a model that materialises such logits. Logits
             are float32 otherwise (float64 for float64).
         out: receives the result.
@@ -54,11 +54,11 @@ def head_statistics(
     own = torch.arange(len(rows), device=rows.device)
     found = token_statistics(
         logits,
-        temperature=temperature,
+        temperature=temperature[asked] if isinstance(temperature, Tensor) else temperature,
         seed=None if seed is None else row_keys(seed, len(rows), rows.device)[asked],
         position=(own if position is None else position)[asked],
         step=row_keys(step, len(rows), rows.device)[asked],
-        forbidden=forbidden,
+        forbidden=forbidden[asked] if isinstance(forbidden, Tensor) and forbidden.dim() == 2 else forbidden,
     )
 
     def spread(entries: Tensor, missing: float) -> Tensor:

@@ -17,10 +17,23 @@ def row_keys(key: int | Tensor, rows: int, device: torch.device) -> Tensor:
     return torch.as_tensor(key, dtype=torch.int64, device=device).expand(rows)
 
 
+def draws(temperature: float | Tensor) -> bool:
+    """Whether tokens are drawn with noise: a temperature a row may be 0 for any of them.
+
+    Raises:
+        ValueError: it is negative.
+    """
+    if isinstance(temperature, Tensor):
+        return True
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    return temperature > 0
+
+
 def token_statistics(
     logits: Tensor,
     *,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -39,35 +52,38 @@ def token_statistics(
 
     Args:
         logits: ``[R, V]``.
-        temperature: 0 for the argmax.
-        seed: scalar or ``[R]`` int64; needed with ``temperature > 0``.
+        temperature: 0 for the argmax; a scalar or ``[R]`` float32.
+        seed: scalar or ``[R]`` int64; needed with ``temperature > 0`` and with a temperature a row.
         position: ``[R]`` integers, key of each row's noise; its index if not given.
         step: scalar or ``[R]``, key of the forward, so that a row draws anew in each.
-        forbidden: token ids.
+        forbidden: token ids, ``[F]`` for all rows or ``[R, F]`` int64, padded with -1.
         out: receives the result.
 
     Returns:
         :class:`TokenStatistics` with entries ``[R]``.
 
     Raises:
-        ValueError: ``temperature`` is negative, or positive without a ``seed``.
+        ValueError: ``temperature`` is negative, or draws without a ``seed``.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or more, got {temperature}")
-    if temperature > 0 and seed is None:
+    sample = draws(temperature)
+    if sample and seed is None:
         raise ValueError("temperature > 0 needs a seed")
     rows, vocabulary = logits.shape
     values = accumulate(logits)
     if forbidden is not None:
-        ids = torch.as_tensor(forbidden, dtype=torch.int64, device=logits.device)
-        values = values.index_fill(1, ids, -torch.inf)
+        ids = torch.as_tensor(forbidden, dtype=torch.int64, device=logits.device).expand(rows, -1)
+        # A column behind the others takes what is padded.
+        hidden = torch.zeros(rows, vocabulary + 1, dtype=torch.bool, device=logits.device).scatter(
+            1, torch.where(ids < 0, vocabulary, ids), True
+        )
+        values = values.masked_fill(hidden[:, :vocabulary], -torch.inf)
 
     noisy = values
-    if temperature > 0 and seed is not None:
+    if sample and seed is not None:
         device = logits.device
         position = torch.arange(rows, device=device) if position is None else position
         noise = gumbel(row_keys(seed, rows, device), position, row_keys(step, rows, device), vocabulary)
-        noisy = values + temperature * noise
+        noisy = values + (temperature[:, None] if isinstance(temperature, Tensor) else temperature) * noise
 
     best = noisy.max(dim=1, keepdim=True).values
     ids = torch.arange(vocabulary, device=logits.device)

@@ -75,4 +75,5 @@ def window_inputs(
         rows=packed(source, -1),
         place=torch.where(taken, place, -1).int(),
         keys=torch.stack(keys) if keys else slot.new_empty((3, 0)),
+        batch_row=packed(torch.arange(rows, device=x.device)[:, None], 0),
     )

@@ -11,7 +11,7 @@ import atexit
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import add
 from typing import NamedTuple
@@ -212,6 +212,8 @@ class _Row:
         begun: how many of them it has begun, less one.
         forwards: that it has had in this block.
         left: slots of the block that are still masked, at most.
+        took_part: indices of the forwards that it took part in: the device numbers a row's forwards by themselves.
+        pending: indices of the forwards since the host last read how many of them the row still needed.
     """
 
     origin: int
@@ -219,6 +221,8 @@ class _Row:
     begun: int = -1
     forwards: int = 0
     left: int = 1
+    took_part: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
@@ -245,7 +249,7 @@ class _Run:
         config: GenerationConfig,
         ids: Resolved,
     ) -> None:
-        self.network, self.config, self.ids = network, config, ids
+        self.network, self.config, self.ids, self.answers = network, config, ids, answers
         sequences = [*map(add, prompts, answers)]
         device, self.columns = network.device, max(config.gen_length, *map(len, sequences))
         self.rows_bucket, slots_bucket = buckets(device)
@@ -321,12 +325,16 @@ class _Run:
             self.seconds = _now(self.network.device) - self.started
             self.network.buffers.give(batch)  # The next generation like this one finds its forwards captured.
 
+    def tokens_of(self, answer: list[int], block: int) -> list[int]:
+        """The tokens of a block as they are at the start; fewer in an answer that is shorter than the generation."""
+        missing, length = self.config.gen_length - len(answer), self.config.block_length
+        return answer[max(block * length - missing, 0) : max((block + 1) * length - missing, 0)]
+
     def blocks_to_decode(self, answer: list[int]) -> list[int]:
         """The blocks of a row that have something masked, up to one that has nothing masked and ends the row."""
-        missing, length = self.config.gen_length - len(answer), self.config.block_length
         blocks = []
         for block in range(self.config.blocks):
-            tokens = answer[max(block * length - missing, 0) : max((block + 1) * length - missing, 0)]
+            tokens = self.tokens_of(answer, block)
             if self.ids.mask_id in tokens:
                 blocks.append(block)
             elif self.config.stop_at_eos and not set(tokens).isdisjoint(self.ids.eos_ids):
@@ -400,10 +408,12 @@ class _Run:
 
     def forward(self, refresh: bool, rows: list[_Row], windows: list[tuple[int, int]]) -> Forward:
         """Counts a forward."""
-        for row in rows:
-            row.forwards += 1
         self.refreshes += refresh
         self.steps += not refresh
+        for row in rows:
+            row.forwards += 1
+            if not (refresh and self.skips_commit(row)):
+                row.pending.append(self.refreshes + self.steps - 1)
         columns = [
             (max(first, self.kv_start[row.origin]) - self.padding, last - self.padding)
             for row, (first, last) in zip(rows, windows, strict=True)
@@ -411,9 +421,18 @@ class _Run:
         origins, blocks = tuple(row.origin for row in rows), tuple(row.block for row in rows)
         return Forward(self.refreshes + self.steps - 1, refresh, origins, blocks, tuple(columns), self.ids.mask_id, self)
 
+    def skips_commit(self, row: _Row) -> bool:
+        """Whether a refresh of a row commits nothing: it would commit the first token of the block, and that is fixed."""
+        tokens = self.tokens_of(self.answers[row.origin], row.block)
+        return self.program.first_alone and (len(tokens) < self.config.block_length or tokens[0] != self.ids.mask_id)
+
     def look(self) -> None:
         """Reads how far the rows are: those whose block is done move on, those that are finished leave the batch."""
-        remaining, ended, invalid = self.batch.look(len(self.rows))
+        remaining, ended, invalid, forwards = self.batch.look(len(self.rows))
+        for row, count in zip(self.rows, forwards, strict=True):
+            # A step behind the refresh that completed the block is none of the row's.
+            row.took_part += row.pending[: count - len(row.took_part)]
+            row.pending.clear()
         if any(invalid):
             rows = ", ".join(str(row.origin) for row, bad in zip(self.rows, invalid, strict=True) if bad)
             forward = self.refreshes + self.steps - 1
@@ -466,9 +485,10 @@ class _Run:
     def _record(self, i: int) -> None:
         batch, origin, own = self.batch, self.rows[i].origin, slice(self.padding, None)
         self._x[origin].copy_(batch.x[i, own])
-        self._step_map[origin].copy_(batch.state.step_map[i, own])
+        indices = torch.tensor([*self.rows[i].took_part, *self.rows[i].pending, -1], dtype=torch.int32, device=self._x.device)
+        self._step_map[origin].copy_(indices[batch.state.step_map[i, own]])  # -1, no forward, is the last entry.
         self._confidence[origin].copy_(batch.state.confidence[i, own])
-        self._row_forwards[origin].copy_(batch.forwards[i] + batch.state.step[i])
+        self._row_forwards[origin].copy_(batch.state.forward[i])
 
     def output(self) -> GenerationOutput:
         """The result."""

@@ -104,7 +104,6 @@ class Batch:
         cache: keys and values of ``C R`` rows.
         state: what commits decide with and record.
         block_start: ``[R]`` int32, first slot of the row's block.
-        forwards: ``[R]`` int32, forwards in which the row took part, those of its current block aside.
     """
 
     def __init__(self, network: Transformer, rows: int, slots: int, program: Program) -> None:
@@ -116,7 +115,7 @@ class Batch:
             return torch.zeros(rows * copies, dtype=dtype, device=device)
 
         self.x = zeros(torch.int64)[:, None].repeat(1, slots)
-        self.block_start, self.forwards, self._window_start = zeros(), zeros(), zeros()
+        self.block_start, self._window_start = zeros(), zeros()
         self.cache = network.new_cache(zeros(copies=self._copies), slots)
         self._known = self.x.bool() if program.cfg_scale else None  # [R, L]: what the copies do not see
         self.state = PolicyState.create(
@@ -140,7 +139,7 @@ class Batch:
         cuda = device.type == "cuda"
         self._starts = torch.zeros(rows, dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._ends = torch.zeros(self._copies * rows, dtype=torch.int32, device="cpu", pin_memory=cuda)
-        self._flags = torch.zeros((rows, 3), dtype=torch.int32, device="cpu", pin_memory=cuda)
+        self._flags = torch.zeros((rows, 4), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._looked = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self._graphs = Graphs(device, fall_back=not network.ops.required) if program.captures else None
 
@@ -177,7 +176,7 @@ class Batch:
             filler: a token for slots that hold nothing.
         """
         rows, state, device, self._left = len(sequences), self.state, self.x.device, 0
-        for counter in (state.step, state.masked, state.remaining, state.invalid, state.ended, state.forward, self.forwards):
+        for counter in (state.step, state.masked, state.remaining, state.invalid, state.ended, state.forward):
             counter.zero_()
         state.value.fill_(config.strategy.value)
         # More forwards than slots: one token in each, whatever their number.
@@ -207,7 +206,6 @@ class Batch:
 
     def begin(self, first: int, last: int) -> None:
         """Moves the counters of the rows ``[first, last)`` on to a new block."""
-        self.forwards[first:last] += self.state.step[first:last]
         self.state.step[first:last].zero_()
         self.state.remaining[first:last].fill_(self.program.block_length)
         self._left += (last - first) * self.program.block_length
@@ -229,7 +227,7 @@ class Batch:
         cache = self.cache
         caches = map(self._each, (cache.k.transpose(0, 1), cache.v.transpose(0, 1), cache.kv_start, cache.kv_end))
         known = [] if self._known is None else [self._known]
-        return [self.x, self.block_start, self.forwards, *caches, *known, *self.state.by_row.values()]
+        return [self.x, self.block_start, *caches, *known, *self.state.by_row.values()]
 
     def _each(self, tensor: Tensor) -> Tensor:
         """``[C R, ...]`` of the network's rows as ``[R, C, ...]``."""
@@ -281,22 +279,23 @@ class Batch:
         else:
             self._graphs(key, function)
 
-    def look(self, rows: int) -> tuple[list[int], list[int], list[int]]:
-        """What the host must know of the first rows: masked slots left, whether ended, whether invalid.
+    def look(self, rows: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        """What the host must know of the first rows: masked slots left, whether ended, whether invalid, forwards had.
 
         The one place that reads the device. On a GPU the host waits for an event behind the last forward, not for a stream.
         Reading one forward late would hide these microseconds, and pay for it with a whole forward at the end of each block.
         """
         state = self.state
-        flags = torch.stack((state.remaining[:rows], state.ended[:rows].int(), state.invalid[:rows].int()), dim=1)
+        columns = (state.remaining, state.ended.int(), state.invalid.int(), state.forward)
+        flags = torch.stack(columns, dim=1)[:rows]
         if self._looked is not None:
             self._flags[:rows].copy_(flags, non_blocking=True)
             self._looked.record()
             self._looked.synchronize()
             flags = self._flags[:rows]
-        remaining, ended, invalid = flags.T.tolist()
+        remaining, ended, invalid, forwards = flags.T.tolist()
         self._left = sum(remaining)
-        return remaining, ended, invalid
+        return remaining, ended, invalid, forwards
 
     def _refresh(
         self, network: Transformer, first: int, last: int, window: int, predicted: int, span: tuple[int, int] | None
@@ -306,11 +305,12 @@ class Batch:
             self._advance(network, first, last, state, start, 0, window, length, predicted, span)
             return
         # A block of one token to the commit, whose end is not the row's, unless all others were fixed.
-        alone = replace(state, eos_ids=state.eos_ids[:0])
+        alone = replace(state, eos_ids=state.eos_ids[:, :0])
         self._advance(network, first, last, alone, start, 0, window, 1, predicted, span)
         block = self.x[first:last].gather(1, self.block_start[first:last, None] + self._slots[:length])
         state.remaining.copy_((block == state.mask_id).sum(1))
-        state.ended |= state.done & torch.isin(block, state.eos_ids).any(1)
+        ends = (block[:, :, None] == state.eos_ids[:, None]) & (block >= 0)[:, :, None]
+        state.ended |= state.done & ends.flatten(1).any(1)
 
     def _step(self, network: Transformer, rows: int, window: int, predicted: int) -> None:
         # A done row's window lies behind the cache: nothing of it is written.

@@ -418,13 +418,26 @@ def _as_tensor(value: int | Tensor | Sequence[int] | None, device: torch.device)
     return None if value is None else torch.as_tensor(value, dtype=torch.int64, device=device)
 
 
+def _temperatures(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """A temperature as registered ops take it: one for all rows, or one a row."""
+    return (0.0, temperature) if isinstance(temperature, Tensor) else (temperature, None)
+
+
 _STATISTICS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _token_statistics_op = _register(
     "token_statistics",
     "token_statistics",
-    "(Tensor logits, float temperature, Tensor? seed, Tensor? position, Tensor step, Tensor? forbidden) -> " + _STATISTICS,
-    lambda f, logits, temperature, seed, position, step, forbidden: _entries(
-        f(logits, temperature=temperature, seed=seed, position=position, step=step, forbidden=forbidden)
+    "(Tensor logits, float temperature, Tensor? temperatures, Tensor? seed, Tensor? position, Tensor step, Tensor? forbidden) -> "
+    + _STATISTICS,
+    lambda f, logits, temperature, temperatures, seed, position, step, forbidden: _entries(
+        f(
+            logits,
+            temperature=temperature if temperatures is None else temperatures,
+            seed=seed,
+            position=position,
+            step=step,
+            forbidden=forbidden,
+        )
     ),
     lambda logits, *_: _fake_statistics(logits.shape[0], logits),
 )
@@ -433,28 +446,28 @@ _token_statistics_op = _register(
 def _token_statistics(
     logits: Tensor,
     *,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
     forbidden: Tensor | Sequence[int] | None = None,
 ) -> TokenStatistics:
     seed, steps, ids = (_as_tensor(value, logits.device) for value in (seed, step, forbidden))
-    return TokenStatistics(*_token_statistics_op(logits, temperature, seed, position, steps, ids))
+    return TokenStatistics(*_token_statistics_op(logits, *_temperatures(temperature), seed, position, steps, ids))
 
 
 _head_statistics_op = _register(
     "head_statistics",
     "head_statistics",
-    "(Tensor hidden, Tensor weight, Tensor? rows, Tensor? bias, float temperature, Tensor? seed, Tensor? position, "
-    "Tensor step, Tensor? forbidden, ScalarType? logits_dtype) -> " + _STATISTICS,
-    lambda f, hidden, weight, rows, bias, temperature, seed, position, step, forbidden, logits_dtype: _entries(
+    "(Tensor hidden, Tensor weight, Tensor? rows, Tensor? bias, float temperature, Tensor? temperatures, Tensor? seed, "
+    "Tensor? position, Tensor step, Tensor? forbidden, ScalarType? logits_dtype) -> " + _STATISTICS,
+    lambda f, hidden, weight, rows, bias, temperature, temperatures, seed, position, step, forbidden, logits_dtype: _entries(
         f(
             hidden,
             weight,
             rows=rows,
             bias=bias,
-            temperature=temperature,
+            temperature=temperature if temperatures is None else temperatures,
             seed=seed,
             position=position,
             step=step,
@@ -472,7 +485,7 @@ def _head_statistics(
     *,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -480,8 +493,8 @@ def _head_statistics(
     logits_dtype: torch.dtype | None = None,
 ) -> TokenStatistics:
     seed, steps, ids = (_as_tensor(value, hidden.device) for value in (seed, step, forbidden))
-    found = _head_statistics_op(hidden, weight, rows, bias, temperature, seed, position, steps, ids, logits_dtype)
-    return TokenStatistics(*found)
+    keys = (*_temperatures(temperature), seed, position, steps)
+    return TokenStatistics(*_head_statistics_op(hidden, weight, rows, bias, *keys, ids, logits_dtype))
 
 
 def _run_commit(f: Callable[..., Any], x: Tensor, *args: Any) -> None:
@@ -493,7 +506,7 @@ _commit_tokens_op = _register(
     "commit_tokens",
     "commit_tokens",
     "(Tensor(a!) x, Tensor token, Tensor logit, Tensor second_logit, Tensor logsumexp, Tensor rest, Tensor entropy, "
-    "Tensor window_start, Tensor? place, str score, str rule, Tensor value, Tensor steps, int mask_id, "
+    "Tensor window_start, Tensor? place, str score, str rule, Tensor value, Tensor steps, Tensor shares, int mask_id, "
     "Tensor eos_ids, Tensor kv_start, Tensor seed, "
     "Tensor(b!) step, Tensor(c!) masked, Tensor(d!) remaining, Tensor(f!) invalid, Tensor(k!) ended, "
     "Tensor(g!) forward, Tensor(i!) step_map, Tensor(j!) confidence) -> ()",
@@ -513,7 +526,7 @@ _window_inputs_op = _register(
     "window_inputs",
     "window_inputs",
     "(Tensor x, Tensor base, Tensor block_start, Tensor remaining, Tensor kv_start, int back, int window, int block, "
-    "int predicted, bool shift, int mask_id, Tensor? seed, Tensor? step) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int predicted, bool shift, int mask_id, Tensor? seed, Tensor? step) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda f, *args: tuple(vars(f(*args[:5], **dict(zip(_WINDOW, args[5:], strict=True)))).values()),
     lambda x, base, block_start, remaining, kv_start, back, window, block, predicted, shift, mask_id, seed, step: (
         x.new_empty((len(x), window)),
@@ -521,6 +534,7 @@ _window_inputs_op = _register(
         x.new_empty(predicted),
         x.new_empty((len(x), block), dtype=torch.int32),
         x.new_empty((3, 0 if seed is None else predicted)),
+        x.new_empty(predicted),
     ),
 )
 

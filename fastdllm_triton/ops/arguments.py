@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..types import Activation, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
-from ..utils.checks import check_temperature, is_int, is_number, require, to_ints, told
+from ..utils.checks import MAX_TEMPERATURE, check_temperature, is_int, is_number, require, to_ints, told
 
 
 def token_statistics(
     logits: Tensor,
     *,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -42,7 +42,7 @@ def head_statistics(
     *,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 0.0,
+    temperature: float | Tensor = 0.0,
     seed: int | Tensor | None = None,
     position: Tensor | None = None,
     step: int | Tensor = 0,
@@ -90,11 +90,11 @@ def commit_tokens(
     _check_type("state", state, PolicyState)
     for field, names in (("score", get_args(ScoreName)), ("rule", get_args(RuleName))):
         require(f"state.{field}", getattr(state, field), f"one of {', '.join(names)}", getattr(state, field) in names)
+    columns: dict[str, list[Any]] = {"step_map": [slots], "confidence": [slots], "eos_ids": ["E"], "shares": ["S"]}
     for name, entries in state.by_row.items():
-        shapes(f"state.{name}", entries, rows, *([slots] if name in ("step_map", "confidence") else []))
-    shapes.integers("state.eos_ids", state.eos_ids, "E")
-    for name in ("value", "steps", "forward"):
-        shapes(f"state.{name}", getattr(state, name))
+        shapes(f"state.{name}", entries, rows, *columns.get(name, []))
+    if state.rule == "schedule":
+        _at_least_one("state.shares", "S", state.shares.shape[1])
     return x.device
 
 
@@ -325,8 +325,12 @@ def _check_choice(
     shapes: _Shapes, rows: int, vocabulary: int, temperature: Any, seed: Any, position: Any, step: Any, forbidden: Any, out: Any
 ) -> None:
     """What both ops that choose tokens take."""
-    check_temperature(temperature)
-    if temperature > 0 and seed is None:
+    if isinstance(temperature, Tensor) and temperature.dim():
+        shapes.floats("temperature", temperature, rows, dtype=torch.float32)
+        _check_values("temperature", temperature, 0, MAX_TEMPERATURE)
+    else:
+        check_temperature(temperature)
+    if seed is None and (isinstance(temperature, Tensor) or temperature > 0):
         raise ValueError("temperature > 0 needs a seed")
     for name, key in (("seed", seed), ("step", step)):
         if isinstance(key, Tensor):
@@ -337,8 +341,9 @@ def _check_choice(
     if position is not None:
         shapes.integers("position", position, rows)
     if isinstance(forbidden, Tensor):
-        shapes.integers("forbidden", forbidden, "F")
-        _check_values("forbidden", forbidden, 0, vocabulary - 1)
+        by_row = forbidden.dim() == 2
+        shapes.integers("forbidden", forbidden, *([rows] if by_row else []), "F")
+        _check_values("forbidden", forbidden, -1 if by_row else 0, vocabulary - 1)
     elif forbidden is not None:
         ids = to_ints("forbidden", forbidden, "None, a sequence of token ids, or a tensor of them")
         outside = next((token for token in ids if not 0 <= token < vocabulary), 0)
@@ -352,7 +357,7 @@ def _check_choice(
 def _check_values(name: str, tensor: Tensor, low: int | None, high: int) -> None:
     """The numbers of a tensor are in a range; only where reading them costs no wait."""
     if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.numel():
-        least, most = (int(end) for end in tensor.aminmax())
+        least, most = (end.item() for end in tensor.aminmax())
         value = least if low is not None and least < low else most
         allowed = f"at most {high}" if low is None else f"in [{low}, {high}]"
         require(name, value, allowed, value <= high and (low is None or value >= low))

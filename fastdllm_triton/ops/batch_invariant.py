@@ -86,14 +86,19 @@ def _head_statistics(
     **options: Any,
 ) -> TokenStatistics:
     arch = arch_of(hidden.device)
-    most, sample = min(fused_rows[arch.name]), options.get("temperature", 0) > 0
+    temperature, forbidden = options.get("temperature", 0.0), options.get("forbidden")
+    most, sample = min(fused_rows[arch.name]), isinstance(temperature, Tensor) or temperature > 0
     config = select_config(arch, most, len(weight), weight.shape[1], hidden.element_size(), sample)
     rows = torch.arange(len(hidden), device=hidden.device) if rows is None else rows
     count = len(rows)
     # Always as many rows as the fused kernel takes, for a config of its own; those made up ask for nothing.
     surplus = -count % most
-    keys = {name: key for name in ("seed", "position", "step") if isinstance(key := options.pop(name, None), Tensor)}
+    names = ("seed", "position", "step", "temperature")
+    keys = {name: key for name in names if isinstance(key := options.get(name), Tensor) and key.dim()}
     padded = {name: torch.nn.functional.pad(key, (0, surplus)) for name, key in keys.items()}
+    if isinstance(forbidden, Tensor) and forbidden.dim() == 2:
+        padded["forbidden"] = torch.nn.functional.pad(forbidden, (0, 0, 0, surplus), value=-1)
+    options = {name: option for name, option in options.items() if name not in padded}
     rows = torch.nn.functional.pad(rows, (0, surplus), value=-1)
     found = [
         op(

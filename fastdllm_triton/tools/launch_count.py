@@ -198,7 +198,7 @@ class _Counting:
 
         self.counts["window_inputs"] += launches(self.arch)
         ids, rows, keys = x.new_empty((len(x), window)), x.new_empty(predicted), x.new_empty((3, predicted))
-        return WindowInputs(ids, x.new_empty(len(x)), rows, x.new_empty((len(x), block)), keys)
+        return WindowInputs(ids, x.new_empty(len(x)), rows, x.new_empty((len(x), block)), keys, rows)
 
     def head_statistics(self, hidden: Tensor, weight: Tensor, **options: Any) -> TokenStatistics:
         from ..kernels.head_statistics import launches

@@ -345,14 +345,26 @@ def _statistics(found: TokenStatistics) -> Outputs:
 
 def _token_inputs(
     random: Random, rows: int, vocabulary: int, temperature: float = 0.0, ties: Sequence[int] = (), broken: bool = False,
-    forbidden: Sequence[int] | None = None,
+    forbidden: Sequence[int] | None = None, by_row: bool = False,
 ) -> Inputs:  # fmt: skip
     logits = random(rows, vocabulary, scale=3)
     logits[:, list(ties)] = 40.0
     if broken:  # rows of -inf, with a NaN, and with +inf have no token to choose
         logits[0], logits[1, 2], logits[2, 1] = -torch.inf, torch.nan, torch.inf
         logits[3:, ::2] = -torch.inf
+    if by_row:
+        return {"logits": logits, "seed": 7, **_options_by_row(rows, vocabulary, random.device)}
     return {"logits": logits, "temperature": temperature, "seed": 7 if temperature else None, "forbidden": forbidden}
+
+
+def _options_by_row(rows: int, vocabulary: int, device: torch.device) -> dict[str, Tensor]:
+    """Temperatures of which every other is 0, and none to two forbidden ids a row."""
+    row = torch.arange(rows, device=device)
+    ids = torch.stack((row * 37 % vocabulary, row * 101 % vocabulary), dim=1)
+    return {
+        "temperature": (row % 2) * 0.5 * row,
+        "forbidden": ids.masked_fill(torch.stack((row % 3 == 0, row % 2 == 0), dim=1), -1),
+    }
 
 
 TOKEN_STATISTICS = Grid(
@@ -364,6 +376,7 @@ TOKEN_STATISTICS = Grid(
         Case("rows without a choice", {"rows": 5, "vocabulary": 3000, "broken": True}, "quick"),
         Case("forbidden ids", {"rows": 2, "vocabulary": 500, "ties": (3, 4), "forbidden": (3, 77)}, "quick"),
         Case("samples", {"rows": 4, "vocabulary": 1000, "temperature": 1.0}, "quick"),
+        Case("rows that differ", {"rows": 6, "vocabulary": 1000, "by_row": True}, "quick"),
         Case("the built-in model", {"rows": 130, "vocabulary": 137}),
         Case("an odd vocabulary", {"rows": 2, "vocabulary": 50_257}),
         Case("LLaDA's vocabulary", {"rows": 1, "vocabulary": 126_464}),
@@ -376,11 +389,14 @@ TOKEN_STATISTICS = Grid(
 )
 
 
-def _head_inputs(random: Random, rows: int, vocabulary: int, width: int, asked: Sequence[int] | None = None) -> Inputs:
+def _head_inputs(
+    random: Random, rows: int, vocabulary: int, width: int, asked: Sequence[int] | None = None, by_row: bool = False
+) -> Inputs:
     return {
         "hidden": random(rows, width),
         "weight": random(vocabulary, width, scale=3 / math.sqrt(width)),
         "rows": None if asked is None else torch.tensor(asked, device=random.device),
+        **({"seed": 7, **_options_by_row(rows, vocabulary, random.device)} if by_row else {}),
     }
 
 
@@ -402,7 +418,9 @@ HEAD_STATISTICS = Grid(
         Case("the built-in model", {"rows": 3, "vocabulary": 137, "width": 128}, "quick"),
         Case("nothing divides a tile", {"rows": 5, "vocabulary": 999, "width": 80}, "quick"),
         Case("listed rows, some of them none", {"rows": 6, "vocabulary": 500, "width": 32, "asked": (5, -1, 2, 2, -1)}, "quick"),
+        Case("rows that differ", {"rows": 6, "vocabulary": 500, "width": 32, "by_row": True}, "quick"),
         Case("many rows", {"rows": 66, "vocabulary": 640, "width": 64}),
+        Case("many rows that differ", {"rows": 66, "vocabulary": 640, "width": 64, "by_row": True}),
         Case("a wide one", {"rows": 17, "vocabulary": 4096, "width": 96}),
         *(
             Case(
@@ -462,7 +480,7 @@ _VOCABULARY = 40
 
 
 def _commit_inputs(
-    random: Random, batch: int, block: int, score: str, rule: str, value: float = 0.0, steps: int = 1, eos: Sequence[int] = ()
+    random: Random, batch: int, block: int, score: str, rule: str, value: Any = 0.0, steps: Any = 1, eos: Sequence[int] = ()
 ) -> Inputs:
     logits = random(batch * block, _VOCABULARY, scale=3)
     logits[0] = torch.nan  # a row that has no token to commit
@@ -476,6 +494,7 @@ def _commit_inputs(
         rule,  # type: ignore[arg-type]
         value=value,
         steps=steps,
+        shares=[0.2, 0.6] if rule == "schedule" else None,
         mask_id=_MASK,
         eos_ids=eos,
         kv_start=torch.arange(batch, dtype=torch.int32, device=device) % 3,
@@ -508,6 +527,13 @@ COMMIT_TOKENS = Grid(
             {"batch": 4, "block": 8, "score": "confidence", "rule": "threshold", "value": 0.01, "eos": range(15)},
             "quick",
         ),
+        Case("a schedule", {"batch": 3, "block": 16, "score": "confidence", "rule": "schedule"}, "quick"),
+        Case(
+            "rows that differ",
+            {"batch": 3, "block": 8, "score": "confidence", "rule": "threshold", "value": (0.3, 0.6, 0.9)},
+            "quick",
+        ),
+        Case("quotas that differ", {"batch": 3, "block": 16, "score": "margin", "rule": "quota", "steps": (1, 3, 8)}),
         Case("margin", {"batch": 2, "block": 33, "score": "margin", "rule": "threshold", "value": 0.4}),
         Case("factor by margin", {"batch": 2, "block": 33, "score": "margin", "rule": "factor", "value": 0.8}),
         Case("quota by entropy", {"batch": 2, "block": 32, "score": "neg_entropy", "rule": "quota", "steps": 7}),

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdllm_triton.compat.dream.rules import transfer_count
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
 from fastdllm_triton.kernels.commit_tokens import commit_tokens_config
@@ -24,12 +25,16 @@ MASK = 9
 INF = math.inf
 OPS = {"reference": reference, "triton": kernel}
 SCORES = ["confidence", "margin", "neg_entropy", "random"]
-RULES = ["quota", "threshold", "factor", "entropy_budget"]
+RULES = ["quota", "threshold", "factor", "entropy_budget", "schedule"]
 
 
 @pytest.fixture(params=OPS)
 def op(request):
     return OPS[request.param]
+
+
+#: Shares of a schedule: one commits nothing of a small block, 1/3 falls short of an integer in no rounding but its own.
+SHARES = [0.04, 1 / 3, 0.7, 1.0, 0.25]
 
 
 # --- the rules in plain Python ------------------------------------------------------------------------------------------
@@ -78,6 +83,10 @@ def committed(score: str, rule: str, value: float, steps: int, step: int, masked
     total = len(ranked)
     if total == 0:
         return []
+    if rule == "schedule":
+        # The share in double, the product rounded to float32, and no bound of one.
+        now = sum(slot.masked for slot in slots)
+        return ranked[: min(int(torch.tensor(float(now)) * SHARES[min(step, len(SHARES) - 1)]), total)]
     if rule == "quota":
         count = [masked // steps + (1 if i < masked % steps else 0) for i in range(max(steps, step + 1))][step]
     elif rule == "threshold":
@@ -125,6 +134,7 @@ def state_of(score, rule, value=0.0, steps=1, rows=1, slots=8, seed=0) -> Policy
         rule,
         value=value,
         steps=steps,
+        shares=SHARES if rule == "schedule" else None,
         mask_id=MASK,
         kv_start=torch.zeros(rows, dtype=torch.int32, device=DEVICE),
         seed=torch.full((rows,), seed, device=DEVICE),
@@ -142,9 +152,10 @@ def by_rest(rests: list[float]) -> list[Slot]:
     return [Slot(True, i % MASK, -1.0, rest, 0.1) for i, rest in enumerate(rests)]
 
 
-def run(op, slots: list[Slot], score: str, rule: str, value=0.0, steps=1, **more) -> list[int]:
+def run(op, slots: list[Slot], score: str, rule: str, value=0.0, steps=1, step=0, **more) -> list[int]:
     """One row, one step: the committed slots in ascending order."""
     state = state_of(score, rule, value, steps, slots=len(slots), **more)
+    state.step.fill_(step)
     x = torch.tensor([[MASK if slot.masked else 0 for slot in slots]], device=DEVICE)
     op(x, statistics_of([slots]), int32(0), state)
     return (state.step_map[0] >= 0).nonzero()[:, 0].tolist()
@@ -201,7 +212,7 @@ def test_commits_what_plain_python_commits(name, problem):
     state.kv_start.copy_(int32(*range(rows)))
     state.step.fill_(p["step"])
     state.masked.fill_(p["masked"])
-    state.forward.fill_(40)
+    state.forward.copy_(int32(*range(40, 40 + rows)))
     slots = [[torch_rest(slot) for slot in row] for row in p["slots"]]
     for row, start in enumerate(starts.tolist()):
         for i, slot in enumerate(slots[row]):
@@ -219,16 +230,16 @@ def test_commits_what_plain_python_commits(name, problem):
         chosen = committed(p["score"], p["rule"], p["value"], p["steps"], p["step"], first, slots[row], random)
         for i in chosen:
             expected[row, start + i] = slots[row][i].token
-            step_map[row, start + i] = 40
+            step_map[row, start + i] = 40 + row
             recorded[row, start + i] = confidence[row, i]
         assert state.masked[row].item() == first
         assert state.remaining[row].item() == masked - len(chosen)
         assert state.done[row].item() == (masked == len(chosen))
         assert state.invalid[row].item() == any(slot.masked and slot.token < 0 for slot in slots[row])
         assert state.step[row].item() == p["step"] + (masked > 0)
+        assert state.forward[row].item() == 40 + row + (masked > 0)
     assert x.tolist() == expected.tolist()
     assert state.step_map.tolist() == step_map.tolist()
-    assert state.forward.item() == 41
     torch.testing.assert_close(state.confidence.cpu(), recorded, equal_nan=True, rtol=1e-6, atol=0)
 
 
@@ -294,10 +305,10 @@ def test_quotas_of_a_block_are_those_of_llada(op, masked, steps, quotas):
 @pytest.mark.parametrize("rule", RULES)
 def test_ties_go_to_the_first_position(op, rule):
     slots = [Slot(True, 1, -1.0, 1.0, 0.5)] * 6
-    value = {"quota": 0.0, "threshold": 0.9, "factor": 0.1, "entropy_budget": 0.5}[rule]
-    expected = {"quota": [0, 1], "threshold": [0], "factor": [0], "entropy_budget": [0, 1]}[rule]
+    value = {"threshold": 0.9, "factor": 0.1, "entropy_budget": 0.5}.get(rule, 0.0)
+    expected = {"quota": [0, 1], "threshold": [0], "factor": [0], "entropy_budget": [0, 1], "schedule": [0, 1]}[rule]
     for score in SCORES[:3]:
-        assert run(op, slots, score, rule, value, steps=3) == expected
+        assert run(op, slots, score, rule, value, steps=3, step=1 if rule == "schedule" else 0) == expected
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -306,12 +317,15 @@ def test_a_finished_row_is_untouched(op, score, rule):
     x = torch.tensor([[1, 2, 3, 4], [MASK, MASK, 3, MASK]], device=DEVICE)
     state = state_of(score, rule, 0.5, 2, rows=2, slots=4)
     state.step.copy_(int32(3, 0))
+    if rule == "schedule":
+        state.shares.fill_(0.7)
     slots = by_rest([0.0, 0.0, 0.0, 0.0])
     op(x, statistics_of([slots, slots]), int32(0, 0), state)
     assert x[0].tolist() == [1, 2, 3, 4]
     assert state.step_map[0].tolist() == [-1] * 4 and state.confidence[0].isnan().all()
     assert state.remaining[0].item() == 0 and state.done.tolist()[0] is True
     assert state.step[0].item() == 3 and not state.invalid.any()
+    assert state.forward.tolist() == [0, 1]
     assert (x[1] != MASK).sum() > 1 and state.step[1].item() == 1
 
 
@@ -321,7 +335,7 @@ def test_what_is_not_masked_is_not_read(op, score, rule):
     rubbish = Slot(False, -1, math.nan, math.nan, math.nan)
     slots = [rubbish, Slot(True, 4, -1.0, 1.0, 0.5), rubbish, Slot(True, 5, -1.0, 1.0, 0.5)]
     assert set(run(op, slots, score, rule, 0.25, steps=1)) <= {1, 3}
-    assert run(op, slots, score, rule, 0.25, steps=2)
+    assert run(op, slots, score, rule, 0.25, steps=2, step=2)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -388,23 +402,11 @@ def test_blocks_of_a_thousand_slots(op, score, rule, value):
 # --- the kernel alone ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64])
-def test_every_launch_counts_one_forward(rows):
-    slots = by_rest([1.0, 2.0])
-    state = state_of("confidence", "quota", steps=2, rows=rows, slots=2)
-    x = torch.full((rows, 2), MASK, device=DEVICE)
-    for forward in (1, 2, 3):
-        kernel(x, statistics_of([slots] * rows), int32(*[0] * rows), state)
-        assert state.forward.item() == forward
-    assert state.step_map.tolist() == [[0, 1]] * rows
-    assert state.step.tolist() == [2] * rows
-
-
-def test_no_rows_still_count_a_forward():
+def test_no_rows_are_no_launch():
     state = state_of("confidence", "quota", rows=0)
-    statistics = TokenStatistics(torch.zeros(0, 4, dtype=torch.int64), *(torch.zeros(0, 4) for _ in range(5)))
+    statistics = TokenStatistics(*(torch.zeros(0, 4, dtype=d, device=DEVICE) for d in (torch.int64, *[torch.float32] * 5)))
     kernel(torch.zeros(0, 8, dtype=torch.int64, device=DEVICE), statistics, int32(), state)
-    assert state.forward.item() == 1
+    assert state.forward.shape == (0,)
 
 
 def test_a_block_that_leaves_the_row_touches_nothing_else():
@@ -459,8 +461,11 @@ def bad(**changes):
         ({"statistics__entropy": torch.zeros(2, 4).double()}, "statistics.entropy must be a contiguous torch.float32"),
         ({"window_start": torch.zeros(2, dtype=torch.int64)}, "window_start must be a contiguous torch.int32"),
         ({"state__score": "entropy"}, "state.score must be one of confidence, margin, neg_entropy, random, got 'entropy'"),
-        ({"state__rule": "all"}, "state.rule must be one of quota, threshold, factor, entropy_budget, got 'all'"),
+        ({"state__rule": "all"}, "state.rule must be one of quota, threshold, factor, entropy_budget, schedule, got 'all'"),
         ({"state__value": torch.zeros(())}, "state.value must be a contiguous torch.float64"),
+        ({"state__eos_ids": torch.zeros(3, 1, dtype=torch.int64)}, r"state.eos_ids must be a contiguous torch.int64 \[2, 1\]"),
+        ({"state__shares": torch.zeros(2, 3, 1)}, r"state.shares must be a contiguous torch.float32 \[2, 1\]"),
+        ({"state__rule": "schedule"}, "state.shares must hold at least one share a row for the rule 'schedule', got none"),
         ({"state__kv_start": int32(0)}, r"state.kv_start must be a contiguous torch.int32 \[2\]"),
         ({"state__step_map": torch.zeros(2, 4, dtype=torch.int32)}, r"state.step_map must be a contiguous torch.int32 \[2, 8\]"),
     ],
@@ -472,9 +477,10 @@ def test_bad_arguments_are_named(changes, message):
 
 def test_the_state_starts_empty():
     state = state_of("confidence", "threshold", 0.9, rows=2, slots=5)
-    assert state.value.dtype == torch.float64 and state.value.item() == 0.9
+    assert state.value.dtype == torch.float64 and state.value.tolist() == [0.9, 0.9]
     assert state.step_map.shape == state.confidence.shape == (2, 5)
     assert {field.name for field in fields(state)} >= {"seed", "kv_start", "invalid"}
+    assert all(len(tensor) == 2 for tensor in state.by_row.values())
 
 
 # --- the end of a row -----------------------------------------------------------------------------------------------------
@@ -498,7 +504,7 @@ EOS, EOT, WORD = 1, 2, 3
 def test_a_row_ends_with_the_block_that_holds_an_end_token(op, block, eos_ids, before, tokens, ended):
     length = 1 + block + 70
     state = state_of("confidence", "quota", steps=2 if before.count(MASK) == 2 else 1, slots=length)
-    state.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=DEVICE)
+    state.eos_ids = torch.tensor([eos_ids], dtype=torch.int64, device=DEVICE)
     filler = [WORD] * (block - 3)
     x = torch.tensor([[EOS, *before, *filler, *[MASK] * 69, WORD]], device=DEVICE)
     slots = [Slot(token == MASK, new, -1.0, 0.5, 0.1) for token, new in zip(before, tokens, strict=True)]
@@ -514,7 +520,7 @@ def test_a_row_ends_with_the_block_that_holds_an_end_token(op, block, eos_ids, b
 
 def test_rows_end_apart(op):
     state = state_of("confidence", "quota", rows=3, slots=6)
-    state.eos_ids = torch.tensor([EOS], device=DEVICE)
+    state.eos_ids = torch.tensor([[EOS]] * 3, device=DEVICE)
     x = torch.tensor([[MASK] * 6] * 3, device=DEVICE)
     blocks = [[Slot(True, token, -1.0, 0.5, 0.1)] * 2 for token in (WORD, EOS, WORD)]
     op(x, statistics_of(blocks), int32(0, 2, 4), state)
@@ -522,11 +528,84 @@ def test_rows_end_apart(op):
     assert x.tolist() == [[WORD] * 2 + [MASK] * 4, [MASK] * 2 + [EOS] * 4, [MASK] * 4 + [WORD] * 2]
 
 
+def test_each_row_has_end_tokens_of_its_own(op):
+    state = state_of("confidence", "quota", rows=4, slots=6)
+    state.eos_ids = torch.tensor([[EOT, EOS], [EOT, -1], [-1, -1], [EOS, -1]], device=DEVICE)
+    x = torch.tensor([[MASK] * 6] * 4, device=DEVICE)
+    op(x, statistics_of([[Slot(True, EOS, -1.0, 0.5, 0.1)] * 2] * 4), int32(0, 0, 0, 4), state)
+    assert state.ended.tolist() == [True, False, False, True]
+    assert x.tolist() == [[EOS] * 2 + [EOT] * 4, [EOS] * 2 + [MASK] * 4, [EOS] * 2 + [MASK] * 4, [MASK] * 4 + [EOS] * 2]
+
+
 def test_too_many_end_tokens_are_refused():
     state = state_of("confidence", "quota")
-    state.eos_ids = torch.arange(17, device=DEVICE)
-    with pytest.raises(ValueError, match=r"state.eos_ids must hold at most 16 tokens, got 17"):
+    state.eos_ids = torch.arange(17, device=DEVICE)[None]
+    with pytest.raises(ValueError, match=r"state.eos_ids must hold at most 16 tokens a row, got 17"):
         kernel(torch.zeros(1, 8, dtype=torch.int64, device=DEVICE), statistics_of([by_rest([1.0] * 8)]), int32(0), state)
+
+
+# --- rows that differ -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_of_different_options_decide_as_they_do_alone(op, score, rule):
+    generator = torch.Generator().manual_seed(4)
+    rows, block, forwards = 4, 12, 3
+    statistics = [
+        token_statistics(torch.randn(rows * block, 40, generator=generator).mul(3).to(DEVICE), forbidden=[MASK]).view(rows, block)
+        for _ in range(forwards)
+    ]
+    options = {"value": [0.0, 0.3, 0.7, 1.5], "steps": [1, 3, 5, 12], "seed": [5, 6, 7, 8]}
+    shares = torch.rand(rows, 2, generator=generator)
+    eos_ids = torch.tensor([[3, 5], [4, -1], [-1, -1], [6, 1]])
+
+    def decode(i: slice) -> dict[str, torch.Tensor]:
+        count = len(options["seed"][i])
+        state = PolicyState.create(
+            score,
+            rule,
+            value=options["value"][i],
+            steps=options["steps"][i],
+            shares=shares[i] if rule == "schedule" else None,
+            mask_id=MASK,
+            kv_start=torch.zeros(count, dtype=torch.int32, device=DEVICE),
+            seed=torch.tensor(options["seed"][i], device=DEVICE),
+            slots=16,
+            eos_ids=eos_ids[i],
+        )
+        x = torch.full((count, 16), MASK, device=DEVICE)
+        for entries in statistics:
+            part = TokenStatistics(*(field[i].contiguous() for field in vars(entries).values()))
+            op(x, part, int32(*[2] * count), state)
+        return {"x": x, **state.by_row}
+
+    together = decode(slice(0, rows))
+    assert len({tuple(row) for row in together["step_map"].tolist()}) > 1
+    for row in range(rows):
+        for name, tensor in decode(slice(row, row + 1)).items():
+            torch.testing.assert_close(together[name][row : row + 1], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize(("masked", "counts"), [(10, [0, 3, 4, 3]), (24, [0, 8, 11, 5]), (25, [1, 8, 11, 5])])
+def test_a_schedule_commits_what_dream_does_possibly_nothing(op, masked, counts):
+    slots = [Slot(True, 1, -1.0, 0.1 * i, 0.1) for i in range(masked)]
+    state = state_of("confidence", "schedule", slots=masked)
+    x = torch.full((1, masked), MASK, device=DEVICE)
+    left, committed_in = masked, []
+    for share in SHARES[:4]:
+        expected = transfer_count(torch.tensor([left]), share).item()
+        op(x, statistics_of([slots]), int32(0), state)
+        committed_in.append(left - state.remaining.item())
+        assert committed_in[-1] == expected
+        left = state.remaining.item()
+    assert committed_in == counts
+    assert state.step.item() == state.forward.item() == 4
+
+
+def test_forwards_beyond_the_last_share_take_the_last(op):
+    slots = [Slot(True, 1, -1.0, 0.5, 0.1)] * 8
+    assert run(op, slots, "confidence", "schedule", step=4) == run(op, slots, "confidence", "schedule", step=99) == [0, 1]
 
 
 # --- statistics in another order ------------------------------------------------------------------------------------------
@@ -549,6 +628,8 @@ def test_entries_in_any_order_commit_what_those_of_the_block_do(op, score, rule)
         getattr(entries, name)[masked] = field[order]
     start = torch.full((2,), 2, dtype=torch.int32, device=DEVICE)
     found, want = ((x.clone(), state_of(score, rule, 0.5, 2, rows=2)) for _ in range(2))
+    if rule == "schedule":
+        found[1].shares.fill_(0.7), want[1].shares.fill_(0.7)
     op(found[0], statistics, start, found[1], place=place)
     op(want[0], entries, start, want[1])
     assert torch.equal(found[0], want[0])

@@ -154,6 +154,32 @@ def test_samples_are_those_of_token_statistics(op, repeat):
     torch.testing.assert_close(found.rest[asked].double(), exact.rest, atol=0, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [5, 70])  # 70: more than the fused kernel takes
+def test_options_of_a_row_give_what_they_give_for_all_rows(op, rows):
+    hidden, weight = head(rows, 200, 32)
+    asked = torch.arange(rows, device=DEVICE).roll(1)
+    asked[3] = -1
+    temperature = torch.tensor([0.4, 1.3, 2.0, 1.0, 0.7], device=DEVICE).repeat(rows // 5)
+    forbidden = torch.randint(0, 200, (rows, 40), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    forbidden[:, 20:] = -1
+    together = op(hidden, weight, rows=asked, temperature=temperature, forbidden=forbidden, seed=7)
+    assert together.token[3] == -1
+    for row in range(5):
+        options = {"temperature": temperature[row].item(), "forbidden": forbidden[row, :20]}
+        alone = op(hidden, weight, rows=asked, seed=7, **options)
+        for found, want in zip(vars(together).values(), vars(alone).values(), strict=True):
+            assert torch.equal(found[row], want[row]) or (found[row].isnan() and want[row].isnan())
+
+
+def test_a_row_of_temperature_zero_takes_the_argmax_among_rows_that_draw(op):
+    hidden, weight = head(4, 200, 32)
+    found = op(hidden, weight, temperature=torch.tensor([0.0, 5.0, 0.0, 5.0], device=DEVICE), seed=7)
+    want = op(hidden, weight)
+    assert found.token[::2].tolist() == want.token[::2].tolist()
+    assert found.token[1::2].tolist() == op(hidden, weight, temperature=5.0, seed=7).token[1::2].tolist()
+    torch.testing.assert_close(found.rest[::2], want.rest[::2])
+
+
 def test_a_row_draws_the_same_in_any_company(op):
     hidden, weight = head(3, 300, 32)
     assert op(hidden, weight, temperature=1.3, seed=7).token.tolist() == [

@@ -318,6 +318,42 @@ def test_what_is_impossible_or_forbidden_is_never_drawn(op):
     assert set(drawn.tolist()) <= set(range(4, 40, 2)) and len(set(drawn.tolist())) > 8
 
 
+def rows_of(statistics: TokenStatistics, i) -> list[torch.Tensor]:
+    return [field[i] for field in vars(statistics).values()]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([0.0, 0.3, 1.0, 7.5]), st.lists(st.integers(-1, 29), min_size=3, max_size=3)),
+        min_size=1,
+        max_size=5,
+    ),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.parametrize("name", OPS)
+def test_options_of_a_row_give_what_they_give_for_all_rows(name, rows, seed):
+    logits, keys = normal(len(rows), 30, seed=seed), {"seed": seed, "step": 4}
+    temperature = torch.tensor([t for t, _ in rows], device=DEVICE)
+    forbidden = torch.tensor([ids for _, ids in rows], device=DEVICE)
+    together = OPS[name](logits, temperature=temperature, forbidden=forbidden, **keys)
+    for row, (t, ids) in enumerate(rows):
+        alone = OPS[name](logits, temperature=t, forbidden=[i for i in ids if i >= 0], **keys)
+        for found, want in zip(rows_of(together, row), rows_of(alone, row), strict=True):
+            assert found.item() == want.item() or (found.isnan() and want.isnan())
+
+
+def test_rows_of_a_split_vocabulary_have_options_of_their_own():
+    logits = normal(2, 20_000)
+    best = logits.argmax(1, keepdim=True)
+    forbidden = torch.cat((best, best.flip(0)), dim=1)  # the other row's best token lies in another chunk
+    together = kernel(logits, temperature=torch.tensor([0.0, 1.5], device=DEVICE), forbidden=forbidden, seed=3)
+    for row, temperature in enumerate((0.0, 1.5)):
+        alone = kernel(logits, temperature=temperature, forbidden=forbidden[row], seed=3)
+        assert [f.item() for f in rows_of(together, row)] == [f.item() for f in rows_of(alone, row)]
+    assert together.token[0] != best[0]
+
+
 def test_rows_without_a_choice_are_not_drawn_from(op):
     logits = torch.zeros(3, 40, device=DEVICE)
     logits[0] = -INF
@@ -407,6 +443,11 @@ def test_unwritten_workspace_would_show(monkeypatch):
         ({"forbidden": [-1]}, "forbidden must hold ids"),
         ({"forbidden": list(range(65))}, "forbidden has 65 ids; at most 64"),
         ({"forbidden": torch.tensor([0.5])}, "forbidden must be .* integers"),
+        ({"forbidden": torch.zeros(2, 1, dtype=torch.int64)}, r"forbidden must be \[F\] or \[3, F\] integers"),
+        ({"forbidden": torch.zeros(3, 65, dtype=torch.int64)}, "forbidden has 65 ids; at most 64"),
+        ({"temperature": torch.zeros(3)}, "temperature > 0 needs a seed"),
+        ({"temperature": torch.zeros(2), "seed": 1}, r"temperature must be a number or contiguous torch.float32 \[3\]"),
+        ({"temperature": torch.zeros(3).double(), "seed": 1}, "temperature must be .* got torch.float64"),
         ({"temperature": 1.0, "seed": torch.zeros(2, dtype=torch.int64)}, "seed must be one integer or .3. integers"),
         ({"temperature": 1.0, "seed": 1, "position": torch.zeros(3)}, "position must be .* integers"),
         ({"temperature": 1.0, "seed": 1, "step": torch.zeros(3, 1, dtype=torch.int64)}, "step must be"),

@@ -43,6 +43,7 @@ def test_masked_slots_are_packed_in_order_and_places_that_nobody_takes_are_none(
     assert found.start.tolist() == [8, 4]
     assert found.place.tolist() == [[0, -1, 1, -1], [2, 3, 4, 5]]
     assert found.rows.tolist() == [0, 2, 4, 5, 6, 7, -1, -1]
+    assert found.batch_row.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
     assert found.keys.shape == (3, 0)
 
 
@@ -50,6 +51,7 @@ def test_rows_with_fewer_masks_than_their_counter_leave_holes_and_nothing_moves(
     found = call(op, text("12345678_0_2", "1234____5678"), [8, 4], [4, 4])
     assert found.place.tolist() == [[0, -1, 1, -1], [4, 5, 6, 7]]
     assert found.rows.tolist() == [0, 2, -1, -1, 4, 5, 6, 7]
+    assert found.batch_row.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_a_slot_beyond_its_rows_places_or_the_lists_end_has_none(op):

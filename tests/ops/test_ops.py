@@ -131,13 +131,17 @@ def registered_calls() -> dict[str, tuple]:
         "window_attention": (*attention, None, None, None),
         "window_attention skip": (*attention, start + 3, start + 5, 0.3),
         "window_attention_lse": (*attention, None, None, None),
-        "token_statistics": (randn(5, 11, dtype=torch.float32), 0.0, None, None, step, None),
+        "token_statistics": (randn(5, 11, dtype=torch.float32), 0.0, None, None, None, step, None),
         "token_statistics sampled": (
-            randn(5, 11, dtype=torch.float32), 1.0, torch.arange(5), torch.arange(5), step, torch.tensor([3])
+            randn(5, 11, dtype=torch.float32), 1.0, None, torch.arange(5), torch.arange(5), step, torch.tensor([3])
         ),
-        "head_statistics": (randn(5, 8), randn(11, 8), None, None, 0.0, None, None, step, None, None),
+        "token_statistics by row": (
+            randn(5, 11, dtype=torch.float32), 0.0, torch.rand(5), torch.arange(5), None, step, torch.tensor([[3, -1]] * 5)
+        ),
+        "head_statistics": (randn(5, 8), randn(11, 8), None, None, 0.0, None, None, None, step, None, None),
         "head_statistics rows": (
-            randn(5, 8), randn(11, 8), torch.tensor([4, 0]), randn(11), 0.0, None, None, step, None, torch.bfloat16
+            randn(5, 8), randn(11, 8), torch.tensor([4, 0]), randn(11), 0.0, torch.rand(2), torch.arange(2), None, step,
+            torch.tensor([[3, -1]] * 2), torch.bfloat16,
         ),
         "commit_tokens": (tokens, *module._entries(statistics(2, 4)), start + 4, None, *held),
         "commit_tokens place": (tokens, *module._entries(statistics(2, 4).view(8)), start + 4, place, *held),
@@ -314,17 +318,24 @@ def test_a_bad_argument_is_named(op, arguments, options, message):
     ("changes", "message"),
     [
         ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, got 'best'"),
-        ({"rule": "all"}, r"rule must be one of quota, threshold, factor, entropy_budget, got 'all'"),
-        ({"value": "0.9"}, r"value must be a number or inf, got '0.9'"),
-        ({"steps": 0}, r"steps must be an integer of 1 or more, got 0"),
+        ({"rule": "all"}, r"rule must be one of quota, threshold, factor, entropy_budget, schedule, got 'all'"),
+        ({"value": "0.9"}, r"value must be a number or inf, or one a row, got '0.9'"),
+        ({"steps": 0}, r"steps must be an integer of 1 or more, or one a row, got 0"),
         ({"mask_id": None}, r"mask_id must be an integer of 0 or more, got None"),
-        ({"eos_ids": 5}, r"eos_ids must be a sequence of token ids, got 5"),
+        ({"value": [0.5, "0.9"]}, r"value must be a number or inf, or one a row, got \[0.5, '0.9'\]"),
+        ({"value": [0.5] * 3}, r"value must be one for all rows, or one for each of the 2, got \[3\]"),
+        ({"steps": torch.ones(2, 1)}, r"steps must be one for all rows, or one for each of the 2, got \[2, 1\]"),
+        ({"eos_ids": 5}, r"eos_ids must be a sequence of token ids, or a tensor \[B, E\], got 5"),
+        ({"eos_ids": torch.ones(3, 1)}, r"eos_ids must be one for all rows, or one for each of the 2, got \[3, 1\]"),
+        ({"rule": "schedule"}, r"shares must be there for the rule 'schedule', and for no other, got None"),
+        ({"shares": [0.5]}, r"shares must be there for the rule 'schedule', and for no other, got \[0.5\]"),
+        ({"rule": "schedule", "shares": []}, r"shares must be of shape \[S\] or \[B, S\], S of 1 or more, got \[0\]"),
         ({"seed": torch.arange(3)}, r"kv_start and seed must be of shape \[B\], got \[2\] and \[3\]"),
     ],
 )
 def test_a_bad_policy_is_refused_when_it_is_made(changes, message):
     arguments = {"score": "confidence", "rule": "quota", "mask_id": 10, "kv_start": START, "seed": torch.arange(2), "slots": 12}
-    assert PolicyState.create(**arguments | {"steps": np.int64(2), "eos_ids": np.array([3])}).eos_ids.tolist() == [3]
+    assert PolicyState.create(**arguments | {"steps": np.int64(2), "eos_ids": np.array([3])}).eos_ids.tolist() == [[3], [3]]
     with pytest.raises(ValueError, match=message):
         PolicyState.create(**arguments | changes)
 
