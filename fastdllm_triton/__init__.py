@@ -18,7 +18,7 @@ from .utils.moved import install
 
 if TYPE_CHECKING:
     from .decoding.config import GenerationConfig
-    from .decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+    from .decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
     from .engine.engine import Committed, Forward, Generation
     from .engine.outputs import GenerationOutput
     from .integrations.transformers.accelerate import accelerate, restore
@@ -43,6 +43,7 @@ __all__ = [
     "MaskedDiffusionLM",
     "Strategy",
     "Threshold",
+    "Timesteps",
     "accelerate",
     "load",
     "restore",
@@ -61,6 +62,7 @@ _HOMES = {
     "MaskedDiffusionLM": "model",
     "Strategy": "decoding",
     "Threshold": "decoding",
+    "Timesteps": "decoding",
     "accelerate": "integrations.transformers",
     "load": "loading",
     "restore": "integrations.transformers",

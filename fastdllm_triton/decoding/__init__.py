@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .cache_policy import CacheName, CachePolicy, Window
-from .strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+from .strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
 
 if TYPE_CHECKING:
     from .config import GenerationConfig
@@ -22,6 +22,7 @@ __all__ = [
     "GenerationConfig",
     "Strategy",
     "Threshold",
+    "Timesteps",
     "Window",
 ]
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..utils.checks import is_int, is_number, require, to_int, to_number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..types import RuleName, ScoreName
 
 
@@ -71,8 +73,12 @@ class Strategy(ABC):
         return 0.0
 
     def steps_per_block(self, blocks: int) -> int:
-        """Forwards that a block is spread over, for strategies that fix them (:class:`FixedSteps`)."""
+        """Forwards that a block is spread over, for strategies that fix them (:class:`FixedSteps`, :class:`Timesteps`)."""
         return 1
+
+    def shares(self, blocks: int) -> tuple[float, ...]:
+        """The share of its masked tokens that each forward of a block commits; of the rule ``schedule`` only."""
+        return ()
 
     def expected_forwards(self, gen_length: int) -> float:
         """A guess of the forwards that a generation takes: 4 tokens each, where the model's confidence decides."""
@@ -121,11 +127,7 @@ class FixedSteps(Strategy):
         Raises:
             ValueError: the blocks do not divide the steps.
         """
-        if self.steps < blocks or self.steps % blocks:
-            raise ValueError(
-                f"steps must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {self.steps}"
-            )
-        return self.steps // blocks
+        return _divided("steps", self.steps, blocks)
 
     def expected_forwards(self, gen_length: int) -> float:
         return self.steps
@@ -221,8 +223,79 @@ class EntropyBudget(Strategy):
         return float(self.gamma)
 
 
+@dataclass(frozen=True)
+class Timesteps(Strategy):
+    """Dream's schedule (arXiv 2508.15487): timesteps go down evenly from 1 to ``eps``. The forward from ``t`` to ``s`` commits
+    the share ``1 - s / t`` of the tokens that are still masked, rounded down, and the last one all of them. A forward may
+    commit nothing.
+
+    Attributes:
+        steps: timesteps for the whole generation, a multiple of the number of blocks. Each block goes through its share of them,
+            from 1 to ``eps``; with one block this is Dream's own decoding.
+        eps: the last timestep, in (0, 1).
+        score: ``confidence`` (Dream's ``maskgit_plus``), ``margin`` (``topk_margin``) or ``neg_entropy`` (``entropy``).
+    """
+
+    name: ClassVar[str] = "timesteps"
+    symbol: ClassVar[str] = "N"
+    gloss: ClassVar[str] = "Dream's schedule of N forwards"
+    option: ClassVar[str] = "timesteps"
+    number: ClassVar[type[int] | type[float]] = int
+    help: ClassVar[str] = "Commit along Dream's schedule of this many timesteps."
+    label: ClassVar[str] = "n timesteps"
+    rule: ClassVar[RuleName] = "schedule"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "neg_entropy")
+
+    steps: int
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("timesteps", self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
+        require("eps", self.eps, "above 0 and below 1", is_number(self.eps) and 0 < self.eps < 1)
+        object.__setattr__(self, "steps", to_int(self.steps))
+        object.__setattr__(self, "eps", to_number(self.eps))
+
+    @classmethod
+    def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
+        return cls(int(value) if float(value).is_integer() else value, **score)  # type: ignore[arg-type]
+
+    def steps_per_block(self, blocks: int) -> int:
+        """``steps / blocks``.
+
+        Raises:
+            ValueError: the blocks do not divide the steps.
+        """
+        return _divided("timesteps", self.steps, blocks)
+
+    def shares(self, blocks: int) -> tuple[float, ...]:
+        return tuple(transfer_shares(linear_timesteps(self.steps_per_block(blocks), self.eps)))
+
+    def expected_forwards(self, gen_length: int) -> float:
+        return self.steps
+
+
+def linear_timesteps(steps: int, eps: float) -> Tensor:
+    """``[steps + 1]`` float32 on the CPU, from 1 to ``eps``."""
+    import torch
+
+    return torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
+
+
+def transfer_shares(timesteps: Tensor) -> list[float]:
+    """The share of the masked tokens that each step commits, 1 in the last: none for fewer than two ``timesteps``."""
+    shares: list[float] = (1 - timesteps[1:] / timesteps[:-1]).tolist()
+    return [*shares[:-1], 1.0] if shares else []
+
+
+def _divided(name: str, steps: int, blocks: int) -> int:
+    if steps < blocks or steps % blocks:
+        raise ValueError(f"{name} must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {steps}")
+    return steps // blocks
+
+
 #: The strategies by name, in the order in which they are listed everywhere.
-STRATEGIES: dict[str, type[Strategy]] = {kind.name: kind for kind in (FixedSteps, Threshold, Factor, EntropyBudget)}
+STRATEGIES: dict[str, type[Strategy]] = {kind.name: kind for kind in (FixedSteps, Threshold, Factor, EntropyBudget, Timesteps)}
 
 
 def strategy_names() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pytest
+import torch
 
 import fastdllm_triton as fdt
 from fastdllm_triton.decoding import options
@@ -58,10 +59,59 @@ def test_each_strategy_says_how_it_is_asked_for() -> None:
     assert strategy_names().startswith("FixedSteps, Threshold, Factor")
 
 
-@pytest.mark.parametrize("text", ["fixed:inf", "fixed:nan", "fixed:1.5", "fixed:0", "threshold:nan", "factor:inf", "entropy:-1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fixed:inf",
+        "fixed:nan",
+        "fixed:1.5",
+        "fixed:0",
+        "threshold:nan",
+        "factor:inf",
+        "entropy:-1",
+        "timesteps:1.5",
+        "timesteps:nan",
+    ],
+)
 def test_a_number_that_a_strategy_does_not_take_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=f"strategy: '{text}'"):
         StrategySpec.parse(text)
+
+
+def _official_counts(masks: int, steps: int, eps: float) -> list[int]:
+    """How many tokens each step commits in Dream's generation_utils.py."""
+    timesteps, counts = torch.linspace(1, eps, steps + 1), []
+    for i in range(steps):
+        t, s = timesteps[i], timesteps[i + 1]
+        num_mask_token = torch.tensor(masks) / 1  # the mean over one row
+        counts.append(int(num_mask_token * (1 - s / t)) if i < steps - 1 else int(num_mask_token))
+        masks -= counts[-1]
+    return counts
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.3, 1e-6])
+@pytest.mark.parametrize(("masks", "steps"), [(32, 32), (256, 256), (512, 512), (97, 31), (7, 1), (5, 64), (1024, 100)])
+def test_timesteps_commit_as_many_tokens_as_the_official_schedule(masks: int, steps: int, eps: float) -> None:
+    for blocks in (1, 3):
+        shares = fdt.Timesteps(steps * blocks, eps).shares(blocks)
+        assert len(shares) == steps
+        left, counts = torch.tensor([masks]), []
+        for share in torch.tensor(shares, dtype=torch.float32):
+            counts.append(int((left.to(torch.float32) * share).int()))  # as commit_tokens has it
+            left -= counts[-1]
+        assert counts == _official_counts(masks, steps, eps)
+        assert sum(counts) == masks
+
+
+def test_only_a_schedule_has_shares() -> None:
+    strategies = (fdt.FixedSteps(4), fdt.Threshold(), fdt.Factor(), fdt.EntropyBudget(0.1))
+    assert all(strategy.shares(2) == () for strategy in strategies)
+    assert fdt.Timesteps(4).shares(4) == (1.0,)
+    assert fdt.Timesteps(6).steps_per_block(3) == 2
+    for steps in (2, 7):
+        with pytest.raises(ValueError, match=f"timesteps must be a multiple of the number of blocks, 3 .*, got {steps}"):
+            fdt.Timesteps(steps).shares(3)
+    assert StrategySpec.parse("timesteps:6:margin").strategy(12, 4) == fdt.Timesteps(6, score="margin")
 
 
 @pytest.mark.usefixtures("leftmost")
