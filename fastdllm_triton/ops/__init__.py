@@ -591,7 +591,7 @@ def _dispatched(op: str) -> Callable[..., Any]:
 
 
 @wraps(reference_merge)
-def statistics_merge(a: TokenStatistics, b: TokenStatistics) -> TokenStatistics:  # noqa: D103
+def statistics_merge(a: TokenStatistics, b: TokenStatistics) -> TokenStatistics:
     op_arguments.statistics_merge(a, b)
     return reference_merge(a, b)
 
