@@ -44,6 +44,7 @@ class Program:
         commit_last, never_or_last: token ids that are committed once nothing else is left; those and the forbidden ones.
         cfg_scale: of guidance.
         temperature: of the noise, where all rows have the same; None where each has its own.
+        tempered: whether tokens are ranked by the distribution at that temperature.
         forbidden: token ids, where all rows have the same; else how many a row has at most.
         eos_count, share_count: end tokens that a row has at most, and forwards that a schedule spreads a block over at most.
     """
@@ -58,6 +59,7 @@ class Program:
     never_or_last: tuple[int, ...]
     cfg_scale: float
     temperature: float | None
+    tempered: bool
     forbidden: tuple[int, ...] | int
     eos_count: int
     share_count: int
@@ -79,6 +81,7 @@ class Program:
             never_or_last=ids.never_or_last if ids.commit_last else (),
             cfg_scale=config.cfg_scale,
             temperature=temperatures.pop() if len(temperatures) == 1 else None,
+            tempered=config.tempered and any(request.config.temperature > 0 for request in requests),
             forbidden=forbidden.pop() if len(forbidden) == 1 else _width(max(map(len, forbidden))),
             eos_count=max(_width(len(_eos_ids(request))) for request in requests),
             share_count=max(_width(len(_shares(request))) for request in requests),
@@ -99,6 +102,7 @@ def group_of(request: Request) -> Hashable:
         ids.commit_last,
         ids.never_or_last if ids.commit_last else (),
         config.cfg_scale,
+        config.tempered,
     )
 
 
@@ -117,7 +121,7 @@ def _eos_ids(request: Request) -> tuple[int, ...]:
 
 
 def _shares(request: Request) -> tuple[float, ...]:
-    return request.config.strategy.shares(request.config.blocks)
+    return request.config.shares
 
 
 def _forbidden(request: Request) -> tuple[int, ...]:
@@ -540,20 +544,26 @@ class ModelRunner:
     ) -> TokenStatistics:
         """Statistics ``[P]`` of the predictions, from normed hidden states ``[C P, E]``."""
         ops = network.ops
+        if program.tempered:
+            # The states instead of the logits, which need not be in memory then: one more rounding like the norm's own.
+            hidden, temperature = _divided(hidden, sampling["temperature"])
+            sampling = sampling | {"temperature": temperature}
         logits = self._guided_logits(network, program, hidden) if program.cfg_scale else None
 
-        def without(ids: Tensor) -> TokenStatistics:
+        def without(ids: Tensor, **options: Any) -> TokenStatistics:
             statistics: TokenStatistics = (
-                ops.head_statistics(hidden, network.head, logits_dtype=program.logits_dtype, forbidden=ids, **sampling)
+                ops.head_statistics(hidden, network.head, logits_dtype=program.logits_dtype, forbidden=ids, **options)
                 if logits is None
-                else ops.token_statistics(logits, forbidden=ids, **sampling)
+                else ops.token_statistics(logits, forbidden=ids, **options)
             )
             return statistics
 
-        chosen = without(forbidden)
+        chosen = without(forbidden, **sampling)
+        if program.tempered and program.score == "margin":  # Dream's is that of the two likeliest tokens, whichever is sampled.
+            return replace(without(forbidden), token=chosen.token)
         if not program.commit_last:
             return chosen
-        others = without(self._ids_of(program.never_or_last))
+        others = without(self._ids_of(program.never_or_last), **sampling)
         last = (chosen.token[:, None] == self._ids_of(program.commit_last)).any(1)
         return replace(others, token=chosen.token, rest=torch.where(last, torch.inf, others.rest))
 
@@ -564,6 +574,14 @@ class ModelRunner:
         # Rounded where the official code rounds: every result is of the logits' dtype.
         logits, unguided = logits.to(program.logits_dtype or exact).chunk(2)
         return unguided + (program.cfg_scale + 1) * (logits - unguided)
+
+
+def _divided(hidden: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """Hidden states over their temperature, where that is above 0, and the temperature that is left."""
+    if isinstance(temperature, Tensor):
+        divisor = torch.where(temperature > 0, temperature, 1.0)
+        return hidden / divisor[:, None].to(hidden.dtype), (temperature > 0).to(temperature.dtype)
+    return hidden / temperature, 1.0
 
 
 def _line(name: str, width: int, request: Request) -> list[Any]:
