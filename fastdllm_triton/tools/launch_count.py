@@ -116,7 +116,7 @@ def _count(model: ModelConfig, counting: _Counting, rows: int, length: int, slot
     program = runner.program_of(requests, requests)
     window = len(requests[0].policy.step(requests[0].block_state))
     with _Calls(counting.counts), torch.no_grad():
-        runner.step(network, program, 0, rows, window, rows * length)
+        runner.run(network, runner.step_shape(program, 0, rows, window, rows * length))
     return counting.counts
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...decoding.config import GenerationConfig
 from ...decoding.strategies import Strategy
 from ...engine.engine import HasNetwork
-from ...engine.generation import Forward, Generation, run
+from ...engine.generation import Forward, Generation
 from ...engine.modes import decoding_modes
 from ...kernels._limits import MAX_BLOCK
 from ...models.transformer import Transformer
@@ -105,7 +105,7 @@ def _by_engine(
     def remember(forward: Forward) -> None:
         history.append(torch.cat((inputs, forward.x[:, -config.max_new_tokens :]), dim=1))
 
-    output = run(Generation(model, prompts, options), remember if config.history else None)
+    output = Generation(model, prompts, options).run(remember if config.history else None)
     sequences = torch.cat((inputs, output.generated), dim=1)
     return DiffusionOutput(sequences, tuple(history) if config.history else None, output.nfe)
 
