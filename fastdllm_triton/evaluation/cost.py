@@ -30,7 +30,6 @@ class Meter:
     _seen: list[tuple[int, int, int, int, int]] = field(default_factory=list)
 
     def __call__(self, forward: Forward) -> None:
-        """Notes a forward."""
         for row, block, (first, end) in zip(forward.rows, forward.blocks, forward.windows, strict=True):
             self._seen.append((forward.index, row, block, first, end))
 
@@ -49,6 +48,5 @@ class Meter:
         return forwards
 
     def costs(self, output: GenerationOutput) -> list[Cost]:
-        """Bytes and FLOPs of each row."""
         rows = self.forwards(output)
         return [sum((forward_cost(self.shape, 1, *sizes) for sizes in row), Cost(0, 0)) for row in rows]

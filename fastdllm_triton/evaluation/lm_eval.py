@@ -116,7 +116,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The end token."""
         return int(self.lm.config.eos_ids[0])
 
     @property
@@ -127,7 +126,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model takes."""
         return int(self.lm.config.max_length)
 
     @property
@@ -198,7 +196,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         return _Job(tokens, until, self._config(length, temperature), self.seed + index)
 
     def _generate(self, batch: Sequence[_Job]) -> None:
-        """Decodes a batch and puts its results on disk."""
         config = batch[0].config
         output = self.lm.generate([job.tokens for job in batch], config, seed=[job.seed for job in batch])
         entries = {}

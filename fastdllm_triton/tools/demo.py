@@ -40,12 +40,10 @@ class Variant:
 
     @property
     def texts(self) -> list[str]:
-        """The answers."""
         return [output.texts[0] for output in self.outputs]
 
     @property
     def forwards(self) -> int:
-        """Forwards of all answers."""
         return sum(output.nfe for output in self.outputs)
 
     @property
@@ -55,11 +53,9 @@ class Variant:
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
         return sum(output.committed for output in self.outputs) / sum(output.seconds for output in self.outputs)
 
     def right(self, asked: Sequence[Problem]) -> int:
-        """How many answers end in the right number."""
         return sum(score(problem, text)[0] for problem, text in zip(asked, self.texts, strict=False))
 
 
