@@ -182,7 +182,9 @@ def test_kernel_cuts_ranges_at_the_cache():
     torch.testing.assert_close(kernel(**args, config=PLAIN), want)
     args["kv_end"] += 9
     out, layout = torch.empty_like(want), module._layout(*args.values(), None, None, None)
-    module._launch(module.arch_of(DEVICE), PLAIN, layout, *args.values(), None, None, 0.25, out, None, None)
+    module._launch(
+        module.arch_of(DEVICE), PLAIN, layout, *args.values(), None, None, 0.25, out, None, None, module.DEFAULT_LAUNCH
+    )
     torch.testing.assert_close(out, want)
 
 
