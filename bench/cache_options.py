@@ -61,7 +61,7 @@ def main() -> None:
             cache=spec.name,
             strategy=fdt.FixedSteps(steps),
             stop_at_eos=False,
-            **dict(spec.knobs),  # type: ignore[arg-type]
+            **dict(spec.options),  # type: ignore[arg-type]
         )
         meter = Meter(shape, [arguments.prompt], config)
         output = lm.generate([prompt], config, callback=meter)

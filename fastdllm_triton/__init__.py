@@ -18,7 +18,7 @@ from .utils.moved import install
 
 if TYPE_CHECKING:
     from .decoding.config import GenerationConfig
-    from .decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+    from .decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
     from .engine.engine import Engine
     from .engine.generation import Forward, Generation
     from .engine.outputs import Committed, GenerationOutput, StepOutput
@@ -48,6 +48,7 @@ __all__ = [
     "StepOutput",
     "Strategy",
     "Threshold",
+    "Timesteps",
     "accelerate",
     "load",
     "restore",
@@ -69,6 +70,7 @@ _HOMES = {
     "StepOutput": "engine",
     "Strategy": "decoding",
     "Threshold": "decoding",
+    "Timesteps": "decoding",
     "accelerate": "integrations.transformers",
     "load": "loading",
     "restore": "integrations.transformers",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -36,10 +37,26 @@ def load_model(model: str, *, device: str | None, dtype: str | None, backend: st
     """As :func:`fastdllm_triton.load`, with a word on what takes its time."""
     from ..loading import load
 
-    if announce_lookup(model):  # The hub's client draws bars of its own.
+    # The hub's client draws bars of its own.
+    with nullcontext() if announce_lookup(model) else status(f"loading {model}"):
         return load(model, device=device, dtype=dtype, backend=backend)
-    with status(f"loading {model}"):
-        return load(model, device=device, dtype=dtype, backend=backend)
+
+
+def as_words(context: typer.Context) -> list[str]:
+    """The command line of a command again, every option of it, for another process."""
+    words = [str(context.info_name)]
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        for entry in value if isinstance(value, list | tuple) else (value,):
+            if entry is None:
+                continue
+            if parameter.param_type_name == "argument":
+                words.append(str(entry))
+            elif not isinstance(entry, bool):
+                words += [parameter.opts[0], str(entry)]
+            elif entry or parameter.secondary_opts:
+                words.append((parameter.opts if entry else parameter.secondary_opts)[0])
+    return words
 
 
 def require_triton(command: str) -> None:
@@ -55,7 +72,7 @@ def progress(*columns: str | ProgressColumn, **options: Any) -> Progress:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows on standard error how much is done, as the function that it gives is told: how many, of how many."""
+    """Gives a function ``(done, total)`` that shows on standard error how much is done."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn(compact=True))
     with progress(*columns, transient=True) as bar:
         task = bar.add_task(what, total=None)

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how it answers errors. What each of them does is in ``commands/``."""
+"""The command line: which commands there are, and how it answers errors. What each of them does is in a module of its name."""
 
 from __future__ import annotations
 
@@ -133,7 +133,3 @@ app.command("compile-report", rich_help_panel=_COMPUTE, epilog=examples("compile
 app.command(
     "performance-report", rich_help_panel=_COMPUTE, epilog=examples("performance-report --arch sm_90 --op window_attention")
 )(performance_report)
-
-
-if __name__ == "__main__":
-    app()

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from ..utils.files import check_folder, check_writable, locked, naming
 from . import options as cli
-from ._shared import require_triton
+from ._shared import as_words, require_triton
 from .console import console, errors, say, show, status
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class SuiteChoice(StrEnum):
-    """Suites."""
+    """What :func:`bench` can measure."""
 
     ops = "ops"
     step = "step"
@@ -38,6 +38,7 @@ NO_GPU = "No GPU: every provider ran once on small shapes. This checks correctne
 
 
 def bench(
+    context: typer.Context,
     suite: Annotated[SuiteChoice, typer.Argument(help="What to measure.")] = SuiteChoice.all,
     op: Annotated[list[str] | None, typer.Option(help="A bench of the suite. All if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A baseline to run beside ours. All if not given.")] = None,
@@ -80,25 +81,23 @@ def bench(
         from ..bench._page import check_installed
 
         check_installed()
-    from .. import verify as proof
+    from .. import verify
     from ..bench._report import Report, changes, changes_table, check_unmixed
     from ..bench._run import run
     from ..bench._session import benches
-    from ..tools import environment as machine
+    from ..tools import environment
     from ..verify.ledger import proven
 
-    target = proof.check_device(device)
-    if target.type == "cpu" and proof.needs_interpreter(target):
-        arguments = _arguments(suite, op, only, quick, out, resume, compare, html, as_json)
-        arguments += [word for path in verified or () for word in ("--verified", str(path))] + ["--unverified"] * unverified
-        raise typer.Exit(proof.rerun_in_interpreter(arguments))
+    target = verify.check_device(device)
+    if target.type == "cpu" and verify.needs_interpreter(target):
+        raise typer.Exit(verify.rerun_in_interpreter(as_words(context)))
     chosen = benches(suite.value, op or ())
     check_baselines(chosen, only or ())
     earlier = None if compare is None else _earlier(compare)
     if target.type == "cpu" and not quick:
         say(errors if as_json else console, "torch sees no GPU here, so nothing is measured; --quick tries the plumbing.")
         return
-    report = Report(machine.describe(target))
+    report = Report(environment.describe(target))
     records = proven(verified or (), report.machine)
     if out is not None:
         check_folder("--out", out)
@@ -119,8 +118,10 @@ def bench(
             on_status=lambda text: line.update(Text(text)),
         )
     if as_json:
-        told = {"machine": report.machine, "verification": report.verification, "rows": report.rows}
-        typer.echo(json.dumps(told | {"changes": [asdict(change) for change in changes(earlier, report)]} if earlier else told))
+        results: dict[str, Any] = {"machine": report.machine, "verification": report.verification, "rows": report.rows}
+        if earlier is not None:
+            results["changes"] = [asdict(change) for change in changes(earlier, report)]
+        typer.echo(json.dumps(results))
     else:
         show_report(report, target)
         if earlier is not None:
@@ -141,13 +142,13 @@ def bench(
 
 
 def show_report(report: Report, device: torch.device) -> None:
-    """All tables."""
-    from .. import verify as proof
+    """Prints what was verified, a table an op, and the ceilings."""
+    from .. import verify
     from ..bench._report import table
-    from ..tools import environment as machine
+    from ..tools import environment
 
-    records = [proof.Record.from_json(record) for record in report.verification]
-    show(proof.render(records, f"Verified on {machine.device_name(device)}"))
+    records = [verify.Record.from_json(record) for record in report.verification]
+    show(verify.render(records, f"Verified on {environment.device_name(device)}"))
     for op, rows in report.by_op():
         show(table(rows, op))
     if report.ceilings is None:
@@ -190,23 +191,3 @@ def _resumed(new: Report, folder: Path) -> Report:
             raise ValueError(f"--resume: {folder} was measured with {name} = {old.machine[name]}, here it is {new.machine[name]}")
     old.rows = [row for row in old.rows if not row.get("refused")]
     return old
-
-
-def _arguments(
-    suite: SuiteChoice,
-    op: list[str] | None,
-    only: list[str] | None,
-    quick: bool,
-    out: Path | None,
-    resume: bool,
-    compare: Path | None,
-    html: Path | None,
-    as_json: bool,
-) -> list[str]:
-    """The command line again, for the process that interprets."""
-    found = ["bench", suite.value, "--device", "cpu"]
-    for option, values in (("--op", op), ("--only", only)):
-        found += [part for value in values or () for part in (option, value)]
-    for option, path in (("--out", out), ("--compare", compare), ("--html", html)):
-        found += [option, str(path)] if path is not None else []
-    return found + ["--quick"] * quick + ["--resume"] * resume + ["--json"] * as_json

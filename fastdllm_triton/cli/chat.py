@@ -16,29 +16,12 @@ from .console import console, errors, say
 _FORGETS = "This model has no chat template: each line is a problem of its own, and nothing of the lines before it is seen."
 
 
+@cli.with_decoding_options(before="model")
 def chat(
     context: typer.Context,
     system: Annotated[
         str | None, typer.Option(help="A message to the model before all others.", rich_help_panel=cli.PROMPTS)
     ] = None,
-    gen_length: cli.GenLengthOption = None,
-    block_length: cli.BlockLengthOption = None,
-    strategy: cli.StrategyOption = None,
-    threshold: cli.ThresholdOption = None,
-    factor: cli.FactorOption = None,
-    steps: cli.StepsOption = None,
-    entropy_budget: cli.EntropyBudgetOption = None,
-    score: cli.ScoreOption = None,
-    temperature: cli.TemperatureOption = 0.0,
-    cfg_scale: cli.CfgScaleOption = 0.0,
-    seed: cli.SeedOption = 0,
-    stop_at_eos: cli.StopAtEosOption = True,
-    cache: cli.CacheOption = cli.CacheChoice.dual,
-    refresh_every: cli.RefreshEveryOption = None,
-    prompt_refresh: cli.PromptRefreshOption = None,
-    suffix_window: cli.SuffixWindowOption = None,
-    look_back: cli.LookBackOption = 0,
-    look_ahead: cli.LookAheadOption = 0,
     model: cli.ModelOption = "tiny",
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
@@ -53,15 +36,14 @@ def chat(
     /help lists what else can be typed. Where the input is no terminal, its lines are read in turn and only answers are printed;
     the status is 2 if a line failed.
     """
-    from ..decoding.options import changed, named_in, strategy_of
+    from ..decoding.options import changed, strategy_of
     from ._terminal import Terminal
     from .conversation import Conversation
 
-    # The options of decoding and of the cache are settings by their names.
-    given = named_in(context.params | {"cache": cache.value})
-    strategy_of(given)  # refused before the model is loaded
+    options = cli.decoding_values(context)
+    strategy_of(options)  # refused before the model is loaded
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
-    conversation = Conversation(lm, changed(lm.defaults, given), system)
+    conversation = Conversation(lm, changed(lm.defaults, options), system)
     interactive = sys.stdin.isatty()
     if interactive:
         with suppress(ImportError):  # Where there is one, lines can be edited and recalled.

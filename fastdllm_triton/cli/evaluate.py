@@ -16,7 +16,7 @@ from ._shared import check_matplotlib, load_model, progress, say_written, warn_o
 from .console import console, errors, say, show
 
 if TYPE_CHECKING:
-    from ..evaluation.grid import Way
+    from ..evaluation.grid import Variant
     from ..evaluation.runner import Evaluation, Result
     from ..evaluation.summary import Record
 
@@ -56,10 +56,7 @@ def evaluate(
     ] = None,
     strategies: Annotated[
         str,
-        typer.Option(
-            help="fixed:K (K tokens a forward), threshold:T, factor:F or entropy:NATS; each may add :SCORE.",
-            rich_help_panel=cli.DECODING,
-        ),
+        typer.Option(help=cli.STRATEGY_HELP, rich_help_panel=cli.DECODING),
     ] = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0",
     batch_size: Annotated[int, typer.Option(help="Requests decoded together.", rich_help_panel=cli.DECODING)] = 32,
     caches: Annotated[
@@ -94,18 +91,18 @@ def evaluate(
         requests = read_requests(data, problems)
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     length = lm.defaults.gen_length if gen_length is None else gen_length
-    ways = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
+    variants = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
     with Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat) as run:
-        _evaluate(run, ways, out, as_json, json_copy)
+        _evaluate(run, variants, out, as_json, json_copy)
 
 
-def _evaluate(run: Evaluation, ways: list[Way], out: Path, as_json: bool, json_copy: Path | None) -> None:
-    """Runs all ways, shows what came of them, and writes it."""
+def _evaluate(run: Evaluation, variants: list[Variant], out: Path, as_json: bool, json_copy: Path | None) -> None:
+    """Runs all variants, shows what came of them, and writes it."""
     from ..evaluation.summary import compare, compare_caches, summarize
 
-    say(errors if as_json else console, f"{run.model!r}: {len(run.requests)} requests, {len(ways)} ways")
+    say(errors if as_json else console, f"{run.model!r}: {len(run.requests)} requests, {len(variants)} variants")
     try:
-        results = _run(run, ways)
+        results = _run(run, variants)
     except KeyboardInterrupt:
         say(errors, f"interrupted; what is finished stays in {out}, run the same command to go on", style="red")
         raise typer.Exit(130) from None
@@ -134,10 +131,10 @@ def _evaluate(run: Evaluation, ways: list[Way], out: Path, as_json: bool, json_c
             write_json(json_copy, summary)
 
 
-def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
-    """Runs every way under a progress bar, whose time left weighs what each way costs."""
+def _run(run: Evaluation, variants: list[Variant]) -> dict[Variant, list[Result]]:
+    """Runs every variant under a progress bar, whose time left weighs what each variant costs."""
     prompt = sum(map(len, run.prompts)) / len(run.prompts)
-    results: dict[Way, list[Result]] = {}
+    results: dict[Variant, list[Result]] = {}
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -147,19 +144,19 @@ def _run(run: Evaluation, ways: list[Way]) -> dict[Way, list[Result]]:
         TimeRemainingColumn(compact=True),
     )
     with progress(*columns) as bar:
-        costs = [way.cost(prompt, run.gen_length) for way in ways]
+        costs = [variant.cost(prompt, run.gen_length) for variant in variants]
         task = bar.add_task("", total=sum(costs) * len(run.requests), done="")
-        for number, way in enumerate(ways):
+        for number, variant in enumerate(variants):
 
-            def show(done: int, number: int = number, way: Way = way) -> None:
+            def show(done: int, number: int = number, variant: Variant = variant) -> None:
                 bar.update(
                     task,
                     completed=sum(costs[:number]) * len(run.requests) + costs[number] * done,
-                    description=f"{number + 1}/{len(ways)} {way.strategy} {way.cache} {way.block_length}",
+                    description=f"{number + 1}/{len(variants)} {variant.strategy} {variant.cache} {variant.block_length}",
                     done=f"{done}/{len(run.requests)}",
                 )
 
-            results[way] = run.run(way, show)
+            results[variant] = run.run(variant, show)
     return results
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .live import Painter
 
 
+@cli.with_decoding_options(before="forbidden")
 def generate(
     context: typer.Context,
     prompt: Annotated[
@@ -53,30 +54,12 @@ def generate(
             help="POS=TEXT: what stands at a position of the answer, from 0. Can be repeated.", rich_help_panel=cli.PROMPTS
         ),
     ] = None,
-    gen_length: cli.GenLengthOption = None,
-    block_length: cli.BlockLengthOption = None,
-    strategy: cli.StrategyOption = None,
-    threshold: cli.ThresholdOption = None,
-    factor: cli.FactorOption = None,
-    steps: cli.StepsOption = None,
-    entropy_budget: cli.EntropyBudgetOption = None,
-    score: cli.ScoreOption = None,
-    temperature: cli.TemperatureOption = 0.0,
-    cfg_scale: cli.CfgScaleOption = 0.0,
-    seed: cli.SeedOption = 0,
-    stop_at_eos: cli.StopAtEosOption = True,
     forbidden: Annotated[
         list[int] | None, typer.Option(help="A token id that is never committed.", rich_help_panel=cli.DECODING)
     ] = None,
     lockstep: Annotated[
         bool, typer.Option("--lockstep", help="Rows of a batch begin each block together.", rich_help_panel=cli.DECODING)
     ] = False,
-    cache: cli.CacheOption = cli.CacheChoice.dual,
-    refresh_every: cli.RefreshEveryOption = None,
-    prompt_refresh: cli.PromptRefreshOption = None,
-    suffix_window: cli.SuffixWindowOption = None,
-    look_back: cli.LookBackOption = 0,
-    look_ahead: cli.LookAheadOption = 0,
     model: cli.ModelOption = "tiny",
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
@@ -96,31 +79,30 @@ def generate(
     """
     if live and as_json:
         raise ValueError("--live and --json exclude each other")
-    for option, is_given in (("--chat", chat), ("--constraint", constraint), ("--gen-length", gen_length is not None)):
+    exclusive = {"--chat": chat, "--constraint": constraint, "--gen-length": context.params["gen_length"] is not None}
+    for option, is_given in exclusive.items():
         if infill and is_given:
             raise ValueError(f"--infill and {option} exclude each other")
     constraints = read_constraints(constraint or [])
     prompts = read_prompts(prompt, prompt_file, chat)
     from ..decoding.fixed_tokens import masked_length
-    from ..decoding.options import changed, named_in, strategy_of
+    from ..decoding.options import changed, strategy_of
     from ..engine.outputs import GenerationOutput
     from ..engine.trace import check_target
     from .live import LiveView, Painter
 
     if trace is not None:
         check_target("--trace", trace)
-    # The options of decoding and of the cache are settings by their names.
-    given = named_in(context.params | {"cache": cache.value, "forbidden": tuple(forbidden or ())})
-    strategy_of(given)  # refused before the model is loaded
+    options = cli.decoding_values(context, forbidden=tuple(forbidden or ()))
+    strategy_of(options)  # refused before the model is loaded
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     if infill:
         rows = [lm.encode_masks(str(prompt)) for prompt in prompts]
-        length = lm.defaults.block_length if block_length is None else block_length
-        decoded = masked_length(rows, length, lm.config.mask_id)
-        config = changed(lm.defaults, given | {"gen_length": decoded, "stop_at_eos": False})
+        decoded = masked_length(rows, options.get("block_length", lm.defaults.block_length), lm.config.mask_id)
+        config = changed(lm.defaults, options | {"gen_length": decoded, "stop_at_eos": False})
         decode = partial(lm.infill, rows, config)
     else:
-        config = changed(lm.defaults, given)
+        config = changed(lm.defaults, options)
         rows = [lm.encode(prompt.text, chat=chat) for prompt in prompts]
         _check_lengths(prompts, rows, config, lm)
         decode = partial(lm.generate, rows, config, constraints=constraints or None)

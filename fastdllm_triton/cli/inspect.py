@@ -32,10 +32,7 @@ def inspect(
     block_length: cli.BlockLengthOption = None,
     strategy: Annotated[
         str,
-        typer.Option(
-            help="fixed:K (K tokens a forward), threshold:T, factor:F or entropy:NATS; each may add :SCORE.",
-            rich_help_panel=cli.DECODING,
-        ),
+        typer.Option(help=cli.STRATEGY_HELP, rich_help_panel=cli.DECODING),
     ] = "threshold:0.9",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Prompts decoded together for the agreement.", rich_help_panel=cli.DECODING)
@@ -61,10 +58,11 @@ def inspect(
     warn_of_repeats("--caches", caches)
     check_folder("--out", out)
     check_writable("--json-copy", json_copy)
+    from ..decoding.strategies import StrategySpec
     from ..engine.limits import check_prompts
     from ..evaluation.agreement import agreement, answers, decode
     from ..evaluation.drift import drift, similarity
-    from ..evaluation.grid import CacheSpec, StrategySpec, Way
+    from ..evaluation.grid import CacheSpec, Variant
     from ..evaluation.runner import use_few_threads
 
     texts = _texts(prompt, data, problems, problem_seed)
@@ -73,8 +71,8 @@ def inspect(
     length = lm.defaults.gen_length if gen_length is None else gen_length
     size = lm.defaults.block_length if block_length is None else block_length
     rule = StrategySpec.parse(strategy)
-    exact = Way(rule, CacheSpec("none"), size).config(length)
-    ways = {str(spec): Way(rule, spec, size).config(length) for spec in map(CacheSpec.parse, caches.split(","))}
+    exact = Variant(rule, CacheSpec("none"), size).config(length)
+    variants = {str(spec): Variant(rule, spec, size).config(length) for spec in map(CacheSpec.parse, caches.split(","))}
     rows = [lm.encode(text, chat=chat) for text in texts]
     check_prompts(rows, exact, lm.network)
     measured = rows[:drift_prompts]
@@ -86,12 +84,12 @@ def inspect(
     )
     records: list[dict[str, Any]] = []
     with locked(out, "--out"), progress(*columns) as bar:
-        total = (len(ways) + 1) * -(-len(rows) // batch_size) + len(ways) * len(measured) + 1
+        total = (len(variants) + 1) * -(-len(rows) // batch_size) + len(variants) * len(measured) + 1
         task = bar.add_task("without a cache", total=total)
         batches = -(-len(rows) // batch_size)
         wanted = answers(decode(lm, rows, exact, batch_size))
         bar.advance(task, batches)
-        for name, config in ways.items():
+        for name, config in variants.items():
             bar.update(task, description=name)
             record = {"cache": name, **agreement(wanted, decode(lm, rows, config, batch_size))}
             bar.advance(task, batches)

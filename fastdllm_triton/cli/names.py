@@ -6,6 +6,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..decoding.strategies import STRATEGIES
+from .bench import SuiteChoice
+
 #: Command, old name, name. A name that has become a flag is an old one where a value follows it.
 RENAMED = (
     ("generate", "--forbid", "--forbidden"),
@@ -30,7 +33,6 @@ RENAMED = (
 #: What the API calls an argument, and how the command line's parameter is called where that differs.
 _PARAMETERS = {
     "path_or_hub_id": "model",
-    "gamma": "entropy_budget",
     "strategy": "strategies",
     "cache": "caches",
     "block_lengths": "block_length",
@@ -40,7 +42,7 @@ _PARAMETERS = {
 #: Options that may be given as nothing: no system message is not the same as an empty one.
 _MAY_BE_EMPTY = {"--system"}
 #: Words that a command takes by themselves, so that none of them is the value of a flag before it.
-_POSITIONAL = {"bench": ("ops", "step", "generate", "host", "all")}
+_POSITIONAL = {"bench": tuple(SuiteChoice)}
 #: Options whose value may be given twice.
 _MAY_REPEAT = {"--prompt"}
 
@@ -51,7 +53,7 @@ def renamed(command: Any, words: Sequence[str], warn: Callable[[str], None]) -> 
     Args:
         command: as typer made it.
         words: what was typed.
-        warn: told of each old name, and of a value that is given twice.
+        warn: called with a message for each old name, and for a value that is given twice.
 
     Raises:
         ValueError: an option is given as nothing.
@@ -87,7 +89,8 @@ def renamed(command: Any, words: Sequence[str], warn: Callable[[str], None]) -> 
 def option_names(command: Any) -> dict[str, str]:
     """What messages call the arguments of a command, to what a user types."""
     names = {p.name: p.opts[0] for p in command.params if p.param_type_name == "option"}
-    return {api: names[own] for api, own in _PARAMETERS.items() if own in names} | names
+    parameters = {kind.parameter_name(): kind.option for kind in STRATEGIES.values()} | _PARAMETERS
+    return {argument: names[parameter] for argument, parameter in parameters.items() if parameter in names} | names
 
 
 def as_typed(message: str, names: Mapping[str, str]) -> str:

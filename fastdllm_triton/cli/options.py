@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable
+from enum import Enum, StrEnum
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ..decoding.cache_policy import CACHE_POLICIES, cache_options
+from ..decoding.strategies import STRATEGIES, strategy_forms
 
 #: Panels of ``--help``.
 PROMPTS, DECODING, CACHE, MODEL, OUTPUT = "Prompts", "Decoding", "Cache", "Model", "Output"
@@ -30,73 +36,27 @@ class BackendChoice(StrEnum):
 BackendOption = Annotated[BackendChoice, typer.Option(help="Who runs the ops.", rich_help_panel=MODEL)]
 
 
-class CacheChoice(StrEnum):
-    """Caches."""
-
-    none = "none"
-    prefix = "prefix"
-    dual = "dual"
-
+CacheChoice = StrEnum("CacheChoice", {name: name for name in CACHE_POLICIES})  # type: ignore[misc]
+DEFAULT_CACHE = CacheChoice("dual")
 
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.", rich_help_panel=PROMPTS)
 ]
 
-# How to decode. A field of GenerationConfig each, or a strategy's parameter (fastdllm_triton.decoding.options).
 GenLengthOption = Annotated[
     int | None, typer.Option(help="Tokens to generate (the model's default, or 128).", rich_help_panel=DECODING)
 ]
 BlockLengthOption = Annotated[
     int | None, typer.Option(help="Slots decoded together (the model's default, or 32).", rich_help_panel=DECODING)
 ]
-StrategyOption = Annotated[
-    str | None,
-    typer.Option(
-        help="fixed:K (K tokens a forward), threshold:T, factor:F or entropy:NATS; each may add :SCORE. Short forms follow.",
-        rich_help_panel=DECODING,
-    ),
-]
-ThresholdOption = Annotated[
-    float | None, typer.Option(help="Commit every token this sure, in (0, 1]. The default, at 0.9.", rich_help_panel=DECODING)
-]
-FactorOption = Annotated[float | None, typer.Option(help="Commit by the factor rule, above 0.", rich_help_panel=DECODING)]
-StepsOption = Annotated[
-    int | None, typer.Option(help="Spread the generation evenly over this many forwards.", rich_help_panel=DECODING)
-]
-EntropyBudgetOption = Annotated[
-    float | None, typer.Option(help="Commit while the entropies sum to this many nats.", rich_help_panel=DECODING)
-]
-ScoreOption = Annotated[
-    str | None,
-    typer.Option(help="confidence, margin, neg_entropy or random, where the strategy allows it.", rich_help_panel=DECODING),
-]
-TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token.", rich_help_panel=DECODING)]
-CfgScaleOption = Annotated[
-    float,
-    typer.Option(help="Classifier-free guidance, above 0; each forward then has twice the rows.", rich_help_panel=DECODING),
-]
-SeedOption = Annotated[int, typer.Option(help="Of sampling: row b draws with seed + b.", rich_help_panel=DECODING)]
-StopAtEosOption = Annotated[bool, typer.Option(help="Leave out the blocks after an end token.", rich_help_panel=DECODING)]
-
+#: How strategies are written, as every command says it.
+STRATEGY_HELP = f"{strategy_forms(glosses=True)}; each may add :SCORE."
 CacheOption = Annotated[
     CacheChoice,
-    typer.Option(help="What a step recomputes: everything, from the block on, or the block.", rich_help_panel=CACHE),
-]
-RefreshEveryOption = Annotated[
-    int | None, typer.Option(help="Forwards between refreshes of the cache within a block.", rich_help_panel=CACHE)
-]
-PromptRefreshOption = Annotated[
-    int | None,
-    typer.Option(help="Blocks between refreshes of the prompt's part of the cache (every block).", rich_help_panel=CACHE),
-]
-SuffixWindowOption = Annotated[
-    int | None, typer.Option(help="Masked slots behind the block that are computed (all of them).", rich_help_panel=CACHE)
-]
-LookBackOption = Annotated[
-    int, typer.Option(help="Slots before the block that a step recomputes with it.", rich_help_panel=CACHE)
-]
-LookAheadOption = Annotated[
-    int, typer.Option(help="Slots behind the block that a step recomputes with it (dual cache).", rich_help_panel=CACHE)
+    typer.Option(
+        help=f"What a step recomputes: {'; '.join(f'{name}: {kind.recomputes}' for name, kind in CACHE_POLICIES.items())}.",
+        rich_help_panel=CACHE,
+    ),
 ]
 
 # What is measured, and where the results go.
@@ -107,6 +67,67 @@ ArchsOption = Annotated[list[str] | None, typer.Option(help="An architecture, su
 OpsOption = Annotated[list[str] | None, typer.Option(help="An op, such as window_attention. All if not given.")]
 ReportOutOption = Annotated[Path | None, typer.Option(help="Write the records to this file.", rich_help_panel=OUTPUT)]
 CompareOption = Annotated[Path | None, typer.Option(help="An earlier report: say what changed, and fail if anything did.")]
+
+
+def decoding_options() -> list[Parameter]:
+    """How to decode, as parameters of a command: fields of ``GenerationConfig``, and strategies."""
+    scores = dict.fromkeys(score for kind in STRATEGIES.values() for score in kind.scores)
+    score = f"{', '.join(scores)}: what ranks the tokens, where the strategy allows it."
+    decoding: list[tuple[str, Any, Any, str]] = [
+        ("strategy", str | None, None, f"{STRATEGY_HELP} Short forms follow."),
+        *((kind.option, kind.number | None, None, kind.help) for kind in STRATEGIES.values()),
+        ("score", str | None, None, score),
+        ("temperature", float, 0.0, "0 takes the likeliest token."),
+        ("cfg_scale", float, 0.0, "Classifier-free guidance, above 0; each forward then has twice the rows."),
+        ("seed", int, 0, "Of sampling: row b draws with seed + b."),
+        ("stop_at_eos", bool, True, "Leave out the blocks after an end token."),
+    ]
+    cache = [
+        (name, int | None if option.default is None else int, option.default, option.metadata["help"])
+        for name, option in cache_options().items()
+    ]
+    return [
+        _parameter("gen_length", GenLengthOption, None),
+        _parameter("block_length", BlockLengthOption, None),
+        *(_parameter(name, _annotated(kind, text, DECODING), default) for name, kind, default, text in decoding),
+        _parameter("cache", CacheOption, DEFAULT_CACHE),
+        *(_parameter(name, _annotated(kind, text, CACHE), default) for name, kind, default, text in cache),
+    ]
+
+
+def _annotated(kind: Any, text: str, panel: str) -> Any:
+    return Annotated[kind, typer.Option(help=text, rich_help_panel=panel)]
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def decoding_values(context: typer.Context, **others: Any) -> dict[str, Any]:
+    """The values of :func:`decoding_options` and of others that a command has, by name; those without one are left out."""
+    from ..decoding.options import named_in
+
+    values = named_in(context.params | others)
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def with_decoding_options(before: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command :func:`decoding_options`, listed before one of its parameters; their values are in ``context.params``."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        plain = signature(command, eval_str=True)
+
+        @wraps(command)
+        def wrapped(**values: Any) -> None:
+            command(**{name: values[name] for name in plain.parameters})
+
+        parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in plain.parameters.values()]
+        place = list(plain.parameters).index(before)
+        parameters[place:place] = decoding_options()
+        wrapped.__signature__ = plain.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return wrapped
+
+    return decorate
 
 
 def examples(*commands: str) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..decoding.cache_policy import cache_options
 from ..tools import roofline as model_of
 from ..tools.roofline import GPUS, SHAPES, Floor, Gpu, Setting, Shape
 from . import options as cli
 from .console import console, say, say_list, show
+
+if TYPE_CHECKING:
+    from ..decoding.cache_policy import CacheName
 
 
 def roofline(
@@ -32,8 +36,10 @@ def roofline(
         int | None,
         typer.Option(help="Tokens up to the end token: decoding stops after its block.", rich_help_panel=cli.DECODING),
     ] = None,
-    cache: cli.CacheOption = cli.CacheChoice.dual,
-    prompt_refresh: cli.PromptRefreshOption = None,
+    cache: cli.CacheOption = cli.DEFAULT_CACHE,
+    prompt_refresh: Annotated[
+        int | None, typer.Option(help=cache_options()["prompt_refresh"].metadata["help"], rich_help_panel=cli.CACHE)
+    ] = None,
     model: Annotated[
         str, typer.Option(help=f"{', '.join(SHAPES)}, tiny, or a config.json.", rich_help_panel=cli.MODEL)
     ] = "llada-8b",
@@ -53,7 +59,7 @@ def roofline(
         prompt_length,
         gen_length,
         block_length,
-        cache.value,
+        cast("CacheName", cache.value),
         tokens_per_forward,
         batch_size,
         1 if prompt_refresh is None else prompt_refresh,

@@ -10,9 +10,9 @@ import typer
 from rich.text import Text
 
 from ..utils.environment import BACKEND
-from ..utils.files import check_writable, naming
+from ..utils.files import check_writable
 from . import options as cli
-from ._shared import require_triton
+from ._shared import as_words, require_triton
 from .console import console, errors, say, show, status
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def verify(
+    context: typer.Context,
     op: Annotated[list[str] | None, typer.Option(help="An op, such as swiglu, or 'models'. All if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A part: seconds on a GPU, a minute or two on a CPU.")] = False,
     device: cli.DeviceOption = None,
@@ -38,38 +39,33 @@ def verify(
     check_writable("--out", out)
     if resume and out is None:
         raise ValueError("--resume: needs --out FILE, which says what to go on with")
-    from .. import verify as proof
-    from ..tools import environment as machine
+    from .. import verify as verification
+    from ..tools import environment
     from ..verify.ledger import Ledger
 
-    names = proof.check_names(op)
-    target = proof.check_device(device)
-    if proof.needs_interpreter(target):
-        arguments = ["verify", "--device", "cpu", *(part for name in names for part in ("--op", name))]
-        arguments += ["--quick"] * quick + ["--json"] * as_json + ["--resume"] * resume
-        arguments += (["--out", str(out)] if out else []) + (["--jobs", str(jobs)] if jobs else [])
-        raise typer.Exit(proof.rerun_in_interpreter(arguments))
-    where = machine.device_name(target)
-    ledger = Ledger(machine.describe(target), quick, out)
+    names = verification.check_names(op)
+    target = verification.check_device(device)
+    if verification.needs_interpreter(target):
+        raise typer.Exit(verification.rerun_in_interpreter(as_words(context)))
+    where = environment.device_name(target)
+    ledger = Ledger(environment.describe(target), quick, out)
     if resume:
         ledger.resume()
     with status(f"verifying on {where}") as line:
 
         def on_record(record: Record) -> None:
-            with naming("--out", out or Path()):
-                ledger.add(record)
+            ledger.add(record)
             line.update(Text(f"verified {record.check} {record.dtype}"))
 
-        records = proof.verify(
-            names, target, quick=quick, jobs=jobs or proof.jobs_for(target), known=ledger.records, on_record=on_record
+        records = verification.verify(
+            names, target, quick=quick, jobs=jobs or verification.jobs_for(target), known=ledger.records, on_record=on_record
         )
         ledger.records = records  # in order
-        with naming("--out", out or Path()):
-            ledger.write()
+        ledger.write()
     if as_json:
         typer.echo(json.dumps(ledger.as_json()))
     else:
-        show(proof.render(records, f"Verified on {where}"))
+        show(verification.render(records, f"Verified on {where}"))
         if target.type == "cpu":
             say(console, "No GPU: this shows that the kernels compute the right thing, and nothing about speed.", style="dim")
     failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]

@@ -1,8 +1,17 @@
-"""How a block is decoded: strategies, the options of a generation, tokens that are fixed."""
+"""How a block is decoded: strategies, the options of a generation, tokens that are fixed.
+
+Strategies and cache policies need no torch; :class:`GenerationConfig`, which does, is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from .cache_policy import CacheName, CachePolicy, Window
-from .config import GenerationConfig
-from .strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+from .strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
+
+if TYPE_CHECKING:
+    from .config import GenerationConfig
 
 __all__ = [
     "CacheName",
@@ -13,5 +22,16 @@ __all__ = [
     "GenerationConfig",
     "Strategy",
     "Threshold",
+    "Timesteps",
     "Window",
 ]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Imports :class:`GenerationConfig` (PEP 562)."""
+        if name != "GenerationConfig":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from .config import GenerationConfig
+
+        return GenerationConfig

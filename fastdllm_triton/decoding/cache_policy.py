@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 CacheName = Literal["none", "prefix", "dual"]
@@ -59,15 +59,21 @@ class CachePolicy(ABC):
     Attributes:
         name: what the option ``cache`` calls it.
         reuses: whether a step attends keys and values that an earlier forward wrote.
+        recomputes: what a step recomputes, in words.
         refresh_every: forwards from one refresh to the next within a block; only at its start if None.
         suffix_window: masked slots after the block that are computed and attended (cf. DPad, arXiv 2508.14148); all if None.
     """
 
     name: ClassVar[CacheName]
     reuses: ClassVar[bool]
+    recomputes: ClassVar[str]
 
-    refresh_every: int | None = None
-    suffix_window: int | None = None
+    refresh_every: int | None = field(
+        default=None, metadata={"help": "Forwards between refreshes of the cache within a block (only at its start)."}
+    )
+    suffix_window: int | None = field(
+        default=None, metadata={"help": "Masked slots after the block that are computed (all of them)."}
+    )
 
     def next_window(self, block: BlockState) -> Window:
         """The window of a row's next forward."""
@@ -97,6 +103,7 @@ class NoCache(CachePolicy):
 
     name: ClassVar[CacheName] = "none"
     reuses: ClassVar[bool] = False
+    recomputes: ClassVar[str] = "everything"
 
     def step(self, block: BlockState) -> Window:
         """The window of a step: everything."""
@@ -117,9 +124,12 @@ class PrefixCache(CachePolicy):
 
     name: ClassVar[CacheName] = "prefix"
     reuses: ClassVar[bool] = True
+    recomputes: ClassVar[str] = "from the block on"
 
-    prompt_refresh: int | None = None
-    look_back: int = 0
+    prompt_refresh: int | None = field(
+        default=None, metadata={"help": "Blocks between refreshes of the prompt's part of the cache (every block)."}
+    )
+    look_back: int = field(default=0, metadata={"help": "Slots before the block that a step recomputes with it."})
 
     def refresh(self, block: BlockState) -> Window:
         """The window of a refresh: everything, or everything after the prompt."""
@@ -145,8 +155,9 @@ class DualCache(PrefixCache):
     """
 
     name: ClassVar[CacheName] = "dual"
+    recomputes: ClassVar[str] = "the block"
 
-    look_ahead: int = 0
+    look_ahead: int = field(default=0, metadata={"help": "Slots after the block that a step recomputes with it (dual cache)."})
 
     def step(self, block: BlockState) -> Window:
         """The window of a step: the block."""
@@ -158,7 +169,12 @@ class DualCache(PrefixCache):
 CACHE_POLICIES: dict[CacheName, type[CachePolicy]] = {kind.name: kind for kind in (NoCache, PrefixCache, DualCache)}
 
 #: The options of each policy.
-CACHE_OPTIONS = {name: tuple(field.name for field in fields(kind)) for name, kind in CACHE_POLICIES.items()}
+CACHE_OPTIONS = {name: tuple(option.name for option in fields(kind)) for name, kind in CACHE_POLICIES.items()}
+
+
+def cache_options() -> dict[str, Field[Any]]:
+    """The options of all policies by name, each with its default and, as ``metadata["help"]``, what it does."""
+    return {option.name: option for kind in CACHE_POLICIES.values() for option in fields(kind)}
 
 
 def cache_policy(name: CacheName, **options: Any) -> CachePolicy:

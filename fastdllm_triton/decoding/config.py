@@ -11,7 +11,7 @@ import torch
 from ..models.config import ModelConfig
 from ..utils.checks import check_temperature, is_bool, is_int, require, to_int, to_ints, to_number
 from .cache_policy import CACHE_OPTIONS, CACHE_POLICIES, CacheName, CachePolicy, cache_policy
-from .strategies import FixedSteps, Strategy, Threshold
+from .strategies import FixedSteps, Strategy, Threshold, strategy_names
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class GenerationConfig:
             arXiv 2510.08666, section 3).
         look_ahead: slots after the block that a step over the dual cache recomputes with it.
         refresh_commits: ``rule``: a refresh commits what the strategy says. ``first``: it commits the block's first token alone,
-            however sure, as Dream's official code does, and steps do not recompute the slot that predicts it. For models with
-            shifted predictions, a cache, and any strategy but :class:`FixedSteps`.
+            whatever its confidence, as Dream's official code does, and steps do not recompute the slot that predicts it. For
+            models with shifted predictions, a cache, and any strategy but :class:`FixedSteps`.
         lockstep: the rows of a batch begin each block together, as in the official code, instead of each when it can. Decides
             no token, only the number of forwards.
         logits_dtype: rounds logits before anything is decided, to agree with code that materialises them in it.
@@ -81,7 +81,7 @@ class GenerationConfig:
             raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
         require("cache", self.cache, f"one of {', '.join(CACHE_POLICIES)}", self.cache in tuple(CACHE_POLICIES))
         if not isinstance(self.strategy, Strategy):
-            raise ValueError(f"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got {self.strategy!r}")
+            raise ValueError(f"strategy must be {strategy_names()}, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
         for name in ("temperature", "cfg_scale"):
             check_temperature(getattr(self, name), name)

@@ -1,21 +1,45 @@
-"""Decoding strategies: a score that ranks the masked tokens of a block, and a rule that says how many of them to commit."""
+"""Decoding strategies: a score that ranks the masked tokens of a block, and a rule that says how many of them to commit.
+
+A strategy is one class and its entry in :data:`STRATEGIES`. The command line, settings of a conversation, the grid of an
+evaluation and its plots read the class attributes, so that a new strategy needs no edit there. What its rule does on the device
+is in ``kernels/commit_tokens.py`` and ``reference/commit_tokens.py``. Importing this needs neither torch nor numpy.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+import math
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..types import RuleName, ScoreName
 from ..utils.checks import is_int, is_number, require, to_int, to_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..types import RuleName, ScoreName
 
 
 @dataclass(frozen=True)
-class Strategy:
+class Strategy(ABC):
     """A score and a rule: what ranks the masked tokens of a block, and how many of them a forward commits.
 
-    Use one of the subclasses. Every rule commits at least one token in each unfinished row.
+    Use one of the subclasses. Class attributes say how each is asked for:
+
+    * ``name``, ``symbol``, ``gloss``: as text it is ``name:symbol``, such as ``threshold:T``; the gloss says more where needed.
+    * ``option``, ``number``, ``help``: the option of the command line, and the setting, that takes its parameter as a number.
+    * ``label``: in the legend of a plot.
+    * ``rule``, ``scores``: the rule of ``commit_tokens``, and the scores that it can rank by.
     """
 
+    name: ClassVar[str]
+    symbol: ClassVar[str]
+    gloss: ClassVar[str] = ""
+    option: ClassVar[str]
+    number: ClassVar[type[int] | type[float]] = float
+    help: ClassVar[str]
+    label: ClassVar[str]
     rule: ClassVar[RuleName]
     scores: ClassVar[tuple[ScoreName, ...]]
     #: Whether every forward commits a token of each row that has a masked one.
@@ -27,23 +51,48 @@ class Strategy:
         if self.score not in self.scores:
             raise ValueError(f"score must be one of {', '.join(self.scores)} for {type(self).__name__}, got {self.score!r}")
 
+    @classmethod
+    def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
+        """The strategy that ``name:value`` asks for in a generation of these lengths.
+
+        Raises:
+            ValueError: the value or the score is not allowed.
+        """
+        return cls(value, **score)  # type: ignore[call-arg, arg-type]
+
+    @classmethod
+    def parameter_name(cls) -> str:
+        """The field that ``option`` sets: the first."""
+        return next(entry.name for entry in fields(cls) if entry.name != "score")
+
+    @property
+    def parameter(self) -> Any:
+        return getattr(self, self.parameter_name())
+
     @property
     def value(self) -> float:
-        """The rule's parameter."""
+        """What the rule compares with; 0 where it compares with nothing."""
         return 0.0
 
     def steps_per_block(self, blocks: int) -> int:
-        """Forwards that a block is spread over; means something for :class:`FixedSteps` only."""
+        """Forwards that a block is spread over, for strategies that fix them (:class:`FixedSteps`, :class:`Timesteps`)."""
         return 1
 
     def shares(self, blocks: int) -> tuple[float, ...]:
-        """The share of a block's masked tokens that each of its forwards commits; means something for the rule ``schedule``."""
+        """The share of its masked tokens that each forward of a block commits; of the rule ``schedule`` only."""
         return ()
+
+    def expected_forwards(self, gen_length: int) -> float:
+        """A guess of the forwards that a generation takes: 4 tokens each, where the model's confidence decides."""
+        return gen_length / 4
 
 
 @dataclass(frozen=True)
 class FixedSteps(Strategy):
     """LLaDA's schedule: every block is spread evenly over its share of ``steps`` forwards (arXiv 2502.09992, appendix B).
+
+    As text it is ``fixed:K`` with K tokens a forward: ``ceil(block_length / K)`` forwards a block, which is
+    ``FixedSteps(gen_length / K)`` where K divides the block.
 
     Attributes:
         steps: forwards for the whole generation, a multiple of the number of blocks. ``gen_length`` of them is one token
@@ -51,6 +100,13 @@ class FixedSteps(Strategy):
         score: ``confidence`` (LLaDA's ``low_confidence`` remasking), ``random``, ``margin`` or ``neg_entropy``.
     """
 
+    name: ClassVar[str] = "fixed"
+    symbol: ClassVar[str] = "K"
+    gloss: ClassVar[str] = "K tokens a forward"
+    option: ClassVar[str] = "steps"
+    number: ClassVar[type[int] | type[float]] = int
+    help: ClassVar[str] = "Spread the generation evenly over this many forwards."
+    label: ClassVar[str] = "fixed k tokens a forward"
     rule: ClassVar[RuleName] = "quota"
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "random", "margin", "neg_entropy")
 
@@ -61,28 +117,38 @@ class FixedSteps(Strategy):
         require("steps", self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
         object.__setattr__(self, "steps", to_int(self.steps))
 
+    @classmethod
+    def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
+        if not (value >= 1 and float(value).is_integer()):
+            raise ValueError("K must be a whole number of tokens a forward, 1 or more")
+        return cls(gen_length // block_length * math.ceil(block_length / value), **score)
+
     def steps_per_block(self, blocks: int) -> int:
         """``steps / blocks``.
 
         Raises:
             ValueError: the blocks do not divide the steps.
         """
-        if self.steps < blocks or self.steps % blocks:
-            raise ValueError(
-                f"steps must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {self.steps}"
-            )
-        return self.steps // blocks
+        return _divided("steps", self.steps, blocks)
+
+    def expected_forwards(self, gen_length: int) -> float:
+        return self.steps
 
 
 @dataclass(frozen=True)
 class Threshold(Strategy):
-    """Commits every token whose score reaches ``t`` (Fast-dLLM, arXiv 2505.22618, section 3.3).
+    """Commits every token whose score reaches ``t`` (Fast-dLLM, arXiv 2505.22618, section 3.3), and always the best one.
 
     Attributes:
         t: in (0, 1]. 0.9 is the paper's choice.
         score: ``confidence``, ``margin`` or ``random``.
     """
 
+    name: ClassVar[str] = "threshold"
+    symbol: ClassVar[str] = "T"
+    option: ClassVar[str] = "threshold"
+    help: ClassVar[str] = "Commit every token of at least this confidence, in (0, 1]. The default, at 0.9."
+    label: ClassVar[str] = "threshold t"
     rule: ClassVar[RuleName] = "threshold"
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "random")
 
@@ -95,13 +161,12 @@ class Threshold(Strategy):
 
     @property
     def value(self) -> float:
-        """The rule's parameter."""
         return float(self.t)
 
 
 @dataclass(frozen=True)
 class Factor(Strategy):
-    """Commits the n best tokens while ``(n + 1) (1 - score_n) <= f``: fewer at once, the less sure the least sure of them is
+    """Commits the n best tokens while ``(n + 1) (1 - score_n) <= f``: the less confident the last of them is, the fewer at once
     (Fast-dLLM, arXiv 2505.22618, factor-based decoding; the exact edge cases are those of the official code).
 
     Attributes:
@@ -109,6 +174,11 @@ class Factor(Strategy):
         score: ``confidence``, ``margin`` or ``random``.
     """
 
+    name: ClassVar[str] = "factor"
+    symbol: ClassVar[str] = "F"
+    option: ClassVar[str] = "factor"
+    help: ClassVar[str] = "Commit by the factor rule, above 0."
+    label: ClassVar[str] = "factor f"
     rule: ClassVar[RuleName] = "factor"
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "random")
 
@@ -121,7 +191,6 @@ class Factor(Strategy):
 
     @property
     def value(self) -> float:
-        """The rule's parameter."""
         return float(self.f)
 
 
@@ -135,6 +204,11 @@ class EntropyBudget(Strategy):
         score: ``neg_entropy``, ``confidence`` or ``margin``.
     """
 
+    name: ClassVar[str] = "entropy"
+    symbol: ClassVar[str] = "NATS"
+    option: ClassVar[str] = "entropy_budget"
+    help: ClassVar[str] = "Commit while the entropies sum to this many nats."
+    label: ClassVar[str] = "entropy budget (nats)"
     rule: ClassVar[RuleName] = "entropy_budget"
     scores: ClassVar[tuple[ScoreName, ...]] = ("neg_entropy", "confidence", "margin")
 
@@ -148,5 +222,145 @@ class EntropyBudget(Strategy):
 
     @property
     def value(self) -> float:
-        """The rule's parameter."""
         return float(self.gamma)
+
+
+@dataclass(frozen=True)
+class Timesteps(Strategy):
+    """Dream's schedule (arXiv 2508.15487): timesteps go down evenly from 1 to ``eps``. The forward from ``t`` to ``s`` commits
+    the share ``1 - s / t`` of the tokens that are still masked, rounded down, and the last one all of them. A forward may
+    commit nothing.
+
+    Attributes:
+        steps: timesteps for the whole generation, a multiple of the number of blocks. Each block goes through its share of them,
+            from 1 to ``eps``; with one block this is Dream's own decoding.
+        eps: the last timestep, in (0, 1).
+        score: ``confidence`` (Dream's ``maskgit_plus``), ``margin`` (``topk_margin``) or ``neg_entropy`` (``entropy``).
+    """
+
+    name: ClassVar[str] = "timesteps"
+    symbol: ClassVar[str] = "N"
+    gloss: ClassVar[str] = "Dream's schedule of N forwards"
+    option: ClassVar[str] = "timesteps"
+    number: ClassVar[type[int] | type[float]] = int
+    help: ClassVar[str] = "Commit along Dream's schedule of this many timesteps."
+    label: ClassVar[str] = "n timesteps"
+    always_commits: ClassVar[bool] = False
+    rule: ClassVar[RuleName] = "schedule"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "neg_entropy")
+
+    steps: int
+    eps: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("timesteps", self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
+        require("eps", self.eps, "above 0 and below 1", is_number(self.eps) and 0 < self.eps < 1)
+        object.__setattr__(self, "steps", to_int(self.steps))
+        object.__setattr__(self, "eps", to_number(self.eps))
+
+    @classmethod
+    def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
+        return cls(int(value) if float(value).is_integer() else value, **score)  # type: ignore[arg-type]
+
+    def steps_per_block(self, blocks: int) -> int:
+        """``steps / blocks``.
+
+        Raises:
+            ValueError: the blocks do not divide the steps.
+        """
+        return _divided("timesteps", self.steps, blocks)
+
+    def shares(self, blocks: int) -> tuple[float, ...]:
+        return tuple(transfer_shares(linear_timesteps(self.steps_per_block(blocks), self.eps)))
+
+    def expected_forwards(self, gen_length: int) -> float:
+        return self.steps
+
+
+def linear_timesteps(steps: int, eps: float) -> Tensor:
+    """``[steps + 1]`` float32 on the CPU, from 1 to ``eps``."""
+    import torch
+
+    return torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
+
+
+def transfer_shares(timesteps: Tensor) -> list[float]:
+    """The share of the masked tokens that each step commits, 1 in the last: none for fewer than two ``timesteps``."""
+    shares: list[float] = (1 - timesteps[1:] / timesteps[:-1]).tolist()
+    return [*shares[:-1], 1.0] if shares else []
+
+
+def _divided(name: str, steps: int, blocks: int) -> int:
+    if steps < blocks or steps % blocks:
+        raise ValueError(f"{name} must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {steps}")
+    return steps // blocks
+
+
+#: The strategies by name, in the order in which they are listed everywhere.
+STRATEGIES: dict[str, type[Strategy]] = {kind.name: kind for kind in (FixedSteps, Threshold, Factor, EntropyBudget, Timesteps)}
+
+
+def strategy_names() -> str:
+    """The classes, for an error: ``FixedSteps, Threshold or Factor``."""
+    return _alternatives([kind.__name__ for kind in STRATEGIES.values()])
+
+
+def strategy_forms(*, glosses: bool = False) -> str:
+    """How strategies are written: ``fixed:K, threshold:T or factor:F``."""
+    forms = [f"{kind.name}:{kind.symbol}" for kind in STRATEGIES.values()]
+    if glosses:
+        forms = [f"{form} ({kind.gloss})" if kind.gloss else form for form, kind in zip(forms, STRATEGIES.values(), strict=True)]
+    return _alternatives(forms)
+
+
+def _alternatives(names: Sequence[str]) -> str:
+    return " or ".join((", ".join(names[:-1]), names[-1]))
+
+
+@dataclass(frozen=True)
+class StrategySpec:
+    """A strategy as text: ``fixed:4``, ``threshold:0.9``, ``factor:1.0``, ``entropy:0.3``, or with a score, ``fixed:4:margin``.
+
+    It becomes a :class:`Strategy` once the lengths of a generation are known.
+
+    Attributes:
+        kind: the class.
+        value: the number after its name.
+        score: what ranks the tokens; the strategy's default if None.
+        text: as it was written.
+    """
+
+    kind: type[Strategy]
+    value: float
+    score: str | None
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> StrategySpec:
+        """Reads ``name:value`` or ``name:value:score``.
+
+        Raises:
+            ValueError: it is not of that form, or its value or score is not allowed.
+        """
+        name, *rest = text.strip().split(":")
+        if name not in STRATEGIES or len(rest) not in (1, 2):
+            raise ValueError(f"strategy must be {strategy_forms()}, each with an optional :score, got {text!r}")
+        try:
+            value = float(rest[0])
+        except ValueError:
+            raise ValueError(f"strategy: {text!r} needs a number after its name, got {rest[0]!r}") from None
+        spec = cls(STRATEGIES[name], value, rest[1] if len(rest) == 2 else None, text.strip())
+        try:
+            spec.strategy(1, 1)
+        except ValueError as error:
+            raise ValueError(f"strategy: {text!r}: {error}") from None
+        return spec
+
+    def __str__(self) -> str:
+        return self.text
+
+    def strategy(self, gen_length: int, block_length: int) -> Strategy:
+        """The strategy for these lengths."""
+        score = {"score": self.score} if self.score else {}
+        return self.kind.from_text(self.value, gen_length, block_length, **score)

@@ -126,10 +126,11 @@ class Request:
         """What was generated.
 
         Raises:
-            RuntimeError: it is not finished.
+            RuntimeError: it is not finished, or was aborted before it began.
         """
         if self.record is None:
-            raise RuntimeError(f"request {self.request_id!r} is not finished; step the engine until it is")
+            rest = "was aborted before it began" if self.error else "is not finished; step the engine until it is"
+            raise RuntimeError(f"request {self.request_id!r} {rest}")
         refreshes = sum(index in self.refresh_indices for index in self.history)
         generated = slice(len(self) - self.config.gen_length, None) if self.prompt_length >= 0 else slice(None)
         return GenerationOutput(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ..decoding.cache_policy import BlockState
 from ..decoding.config import GenerationConfig
 from ..engine.generation import Forward
 from ..engine.outputs import GenerationOutput
@@ -34,18 +35,17 @@ class Meter:
 
     def forwards(self, output: GenerationOutput) -> list[list[tuple[int, int, int]]]:
         """For each row its forwards: slots recomputed, slots attended, and slots that were masked in its block."""
-        length, suffix = self.config.block_length, self.config.suffix_window
-        columns = output.sequences.shape[1]
-        generated = columns - output.gen_length
+        length, policy = self.config.block_length, self.config.cache_policy()
+        generated = output.sequences.shape[1] - output.gen_length
         steps = output.step_map.tolist()
-        found: list[list[tuple[int, int, int]]] = [[] for _ in self.prompts]
+        forwards: list[list[tuple[int, int, int]]] = [[] for _ in self.prompts]
         for index, row, block, first, end in self._seen:
-            start = generated + block * length
-            attended = columns if suffix is None else min(columns, start + length + suffix)
-            own = generated - self.prompts[row]  # the first column that is no padding
+            prompt = self.prompts[row]
+            start = prompt + block * length
+            attended = policy.attend_end(BlockState(prompt, prompt + output.gen_length, start, start + length))
             masked = sum(step >= index for step in steps[row][block * length : (block + 1) * length])
-            found[row].append((end - max(first, own), attended - own, masked))
-        return found
+            forwards[row].append((end - max(first, generated - prompt), attended, masked))  # without the padding
+        return forwards
 
     def costs(self, output: GenerationOutput) -> list[Cost]:
         rows = self.forwards(output)

@@ -16,19 +16,13 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from ..decoding.strategies import STRATEGIES
 from ..utils.files import write_atomically
-from .grid import FAMILIES
 from .summary import Record
 
 #: Colours that the colour-blind can tell apart (Okabe and Ito), and markers for who prints in grey.
-_COLORS = {"fixed": "#555555", "threshold": "#0072B2", "factor": "#D55E00", "entropy": "#009E73"}
-_MARKERS = {"fixed": "s", "threshold": "o", "factor": "^", "entropy": "D"}
-_NAMES = {
-    "fixed": "fixed k tokens a forward",
-    "threshold": "threshold t",
-    "factor": "factor f",
-    "entropy": "entropy budget (nats)",
-}
+_COLORS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "so^Dv<>P"
 CACHE_COLORS = ("#000000", "#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#F0E442")
 MARKERS = "os^Dv<>P"
 _SCORES = {"exact_match": "exact match", "whole": "whole text right"}
@@ -104,7 +98,7 @@ def accuracy_against_speed(records: Sequence[Record]) -> Figure:
     figure, axes = _grid(len(scores), len(caches), sharey="row", width=4.4, height=3.6)
     labels: list[Annotation] = []
     for (score, cache), ax in zip([(s, c) for s in scores for c in caches], axes, strict=True):
-        for family in FAMILIES:
+        for family in STRATEGIES:
             points = sorted(
                 (r for r in records if r["cache"] == cache and _family(r) == family), key=lambda r: float(r["tokens_per_forward"])
             )
@@ -136,9 +130,7 @@ def tokens_in_block(summary: Sequence[Record]) -> Figure:
             ax = axes[row * len(blocks) + column]
             for r in _representatives([r for r in summary if r["cache"] == cache and r["block_length"] == block]):
                 values, family = r[key], _family(r)
-                ax.plot(
-                    range(1, len(values) + 1), values, color=_COLORS[family], marker=_MARKERS[family], ms=3, label=r["strategy"]
-                )
+                ax.plot(range(1, len(values) + 1), values, ms=3, label=r["strategy"], **_style(family))
             ax.set_ylim(bottom=0)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.set_xlabel(label)
@@ -200,12 +192,12 @@ def threshold_sweep(records: Sequence[Record]) -> Figure:
         here = [r for r in records if r["cache"] == cache]
         sweep = sorted((r for r in here if _family(r) == "threshold"), key=lambda r: float(r["strategy"].split(":")[1]))
         ax = axes[column]
-        for family in FAMILIES:
+        for family in STRATEGIES:
             points = [r for r in here if _family(r) == family]
             if points:
                 faint = 1.0 if family == "threshold" else 0.45
                 x, y = [r["tokens_per_forward"] for r in points], [r["exact_match"] for r in points]
-                ax.plot(x, y, ls="", marker=_MARKERS[family], color=_COLORS[family], alpha=faint, label=_NAMES[family])
+                ax.plot(x, y, ls="", alpha=faint, label=STRATEGIES[family].label, **_style(family))
         front = pareto([(r["tokens_per_forward"], r["exact_match"]) for r in here])
         ax.step(
             [x for x, _ in front],
@@ -224,7 +216,7 @@ def threshold_sweep(records: Sequence[Record]) -> Figure:
         below = axes[len(caches) + column]
         t = [float(r["strategy"].split(":")[1]) for r in sweep]
         bars = [[abs(r["exact_match"] - r["exact_match_ci"][side]) for r in sweep] for side in (0, 1)]
-        below.errorbar(t, [r["exact_match"] for r in sweep], yerr=bars, color=_COLORS["threshold"], marker="o", capsize=2)
+        below.errorbar(t, [r["exact_match"] for r in sweep], yerr=bars, capsize=2, **_style("threshold"))
         below.set_xlabel("threshold t")
         speed = below.twinx()
         speed.plot(t, [r["tokens_per_forward"] for r in sweep], color="#D55E00", marker="^", ls=":")
@@ -232,10 +224,10 @@ def threshold_sweep(records: Sequence[Record]) -> Figure:
         speed.grid(False)
         speed.spines["right"].set_visible(True)
         speed.tick_params(axis="y", colors="#D55E00")
-        below.tick_params(axis="y", colors=_COLORS["threshold"])
+        below.tick_params(axis="y", colors=_style("threshold")["color"])
         if column == 0:
             ax.set_ylabel("exact match")
-            below.set_ylabel("exact match", color=_COLORS["threshold"])
+            below.set_ylabel("exact match", color=_style("threshold")["color"])
         if column == len(caches) - 1:
             speed.set_ylabel("tokens per forward", color="#D55E00")
     figure.suptitle(f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals")
@@ -255,7 +247,7 @@ def gain_over_fixed(comparison: Sequence[Record]) -> Figure:
             if r["score"] == score:
                 y, family = rows.index((r["block_length"], r["cache"], r["strategy"])), _family(r)
                 bars = [[r["gain"] - r["gain_ci"][0]], [r["gain_ci"][1] - r["gain"]]]
-                ax.errorbar(r["gain"], y, xerr=bars, color=_COLORS[family], marker=_MARKERS[family], ms=4, capsize=2)
+                ax.errorbar(r["gain"], y, xerr=bars, ms=4, capsize=2, **_style(family))
         ax.axvline(0, color="#000000", lw=0.8)
         ax.set_title(_SCORES.get(score, score))
         ax.set_xlabel("gain over fixed steps at equal tokens per forward")
@@ -329,13 +321,12 @@ def _line_with_bars(ax: Axes, points: Sequence[Record], score: str, family: str)
     xerr, yerr = (
         [[abs(r[key] - r[f"{key}_ci"][side]) for r in points] for side in (0, 1)] for key in ("tokens_per_forward", score)
     )
-    line = {"color": _COLORS[family], "marker": _MARKERS[family], "label": _NAMES[family]}
-    ax.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.9, capsize=2, **line)  # type: ignore[arg-type]
+    ax.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.9, capsize=2, label=STRATEGIES[family].label, **_style(family))
 
 
 def _label(ax: Axes, record: Record, score: str) -> Annotation:
     """The name of a point, such as "threshold 0.9", to be placed by :func:`_place`."""
-    color, text = _COLORS[_family(record)], record["strategy"].replace(":", " ")
+    color, text = _style(_family(record))["color"], record["strategy"].replace(":", " ")
     return ax.annotate(
         text,
         (record["tokens_per_forward"], record[score]),
@@ -358,7 +349,7 @@ def _place(figure: Figure, labels: Sequence[Annotation]) -> None:
     figure.draw_without_rendering()  # Where the points are is known once the panels have their sizes.
     pixels = figure.dpi / 72
     angles = np.arange(16) * np.pi / 8
-    ways = np.stack([np.sin(angles), np.cos(angles)], axis=1)  # the first one up
+    directions = np.stack([np.sin(angles), np.cos(angles)], axis=1)  # the first one up
     distances = pixels * np.array([5, 10, 16, 24, 34, 46, 60, 80])
     taken: dict[Axes, np.ndarray] = {}
     for label in labels:
@@ -367,7 +358,7 @@ def _place(figure: Figure, labels: Sequence[Annotation]) -> None:
         if ax not in taken:
             taken[ax] = _drawn(ax, pixels)
         half = np.array(label.get_window_extent().size) / 2
-        offsets = (ways[None] * (distances[:, None, None] + half)).reshape(-1, 2)
+        offsets = (directions[None] * (distances[:, None, None] + half)).reshape(-1, 2)
         centres = ax.transData.transform(label.xy) + offsets
         boxes = np.concatenate([centres - half, centres + half], axis=1)
         hidden = _overlaps(boxes, taken[ax]).sum(1) + 4 * half.prod() - _overlaps(boxes, np.array([ax.bbox.extents]))[:, 0]
@@ -414,12 +405,12 @@ def _representatives(records: Sequence[Record], *, slowest: bool = False) -> lis
     by_speed = sorted(records, key=lambda r: float(r["tokens_per_forward"]))
     middle = [r for r in by_speed if _family(r) == "threshold"] or by_speed
     target = min(middle, key=lambda r: (r["strategy"] != "threshold:0.9", middle.index(r)))["tokens_per_forward"]
-    found = by_speed[:1] if slowest else []
-    for family in FAMILIES:
+    chosen = by_speed[:1] if slowest else []
+    for family in STRATEGIES:
         members = [r for r in by_speed if _family(r) == family]
         if members:
-            found.append(min(members, key=lambda r: abs(float(r["tokens_per_forward"]) - target)))
-    return list({r["strategy"]: r for r in found}.values())
+            chosen.append(min(members, key=lambda r: abs(float(r["tokens_per_forward"]) - target)))
+    return list({r["strategy"]: r for r in chosen}.values())
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
@@ -429,6 +420,12 @@ def _legend(figure: Figure, ax: Axes) -> None:
 
 def _context(records: Sequence[Record]) -> str:
     return f"{records[0]['n']} requests, {records[0]['gen_length']} tokens"
+
+
+def _style(family: str) -> dict[str, Any]:
+    """Colour and marker of a strategy, by its place in the registry."""
+    place = list(STRATEGIES).index(family)
+    return {"color": _COLORS[place % len(_COLORS)], "marker": _MARKERS[place % len(_MARKERS)]}
 
 
 def _family(record: Record) -> str:

@@ -1,9 +1,9 @@
 """Runs the grid of an evaluation and keeps what is finished on disk, so that it can be interrupted at any time.
 
-A folder holds ``run.json`` (what the results depend on: a later run in the folder must match it) and a JSONL file for each way
-in ``requests/``. Batches are the same in every run: requests ``i * batch_size`` and on, in order. A batch is appended when it is
-finished, times included, and everything that is reported is computed from these files, so an interrupted and resumed evaluation
-reports, byte for byte, what its files say.
+A folder holds ``run.json`` (what the results depend on: a later run in the folder must match it) and a JSONL file for each
+variant in ``requests/``. Batches are the same in every run: requests ``i * batch_size`` and on, in order. A batch is appended
+when it is finished, times included, and everything that is reported is computed from these files, so an interrupted and resumed
+evaluation reports, byte for byte, what its files say.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..tools.environment import commit
 from ..tools.roofline import Shape
 from ..utils.files import locked, naming, write_atomically, write_json
 from .cost import Meter
-from .grid import Way
+from .grid import Variant
 from .scoring import Request, Scorer, digest
 
 #: Parameters below which threads cost more than they bring.
@@ -35,7 +35,7 @@ _SMALL = 20_000_000
 
 @dataclass(frozen=True)
 class Result:
-    """One request decoded in one way: a line of a way's file.
+    """One request decoded by one variant: a line of a variant's file.
 
     Attributes:
         index: of the request.
@@ -46,7 +46,7 @@ class Result:
         bytes, flops: what these cost on their own by the roofline model (:mod:`~fastdllm_triton.evaluation.cost`).
         seconds: the request's share of the time of its batch.
         step_map: for each generated slot the forward of the batch that committed it, ``-1`` where none did.
-        scores: by name; None as long as the way is not complete.
+        scores: by name; None as long as the variant is not complete.
     """
 
     index: int
@@ -133,7 +133,7 @@ class Evaluation:
         if not path.exists():
             with naming("--out", self.folder):
                 (self.folder / "requests").mkdir(exist_ok=True)
-                # The commit is told, but may change: not every change of the code changes a result.
+                # The commit is written down, but may change: not every change of the code changes a result.
                 write_json(path, {**self.identity, "commit": commit()})
             return
         try:
@@ -142,14 +142,14 @@ class Evaluation:
             raise ValueError(f"--out: {path} is not JSON ({error}); give another folder") from None
         for key, value in self.identity.items():
             if there.get(key) != value:
-                told = f"{key} = {there.get(key)!r}, this one has {value!r}"
-                raise ValueError(f"--out: {self.folder} holds a run with {told}; give another folder")
+                difference = f"{key} = {there.get(key)!r}, this one has {value!r}"
+                raise ValueError(f"--out: {self.folder} holds a run with {difference}; give another folder")
 
-    def finished(self, way: Way) -> list[Result]:
-        """The results of a way that are on disk: whole batches from the first on, up to one that was cut off."""
+    def finished(self, variant: Variant) -> list[Result]:
+        """The results of a variant that are on disk: whole batches from the first on, up to one that was cut off."""
         results: list[Result] = []
         try:
-            lines = self._path(way).read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = self._path(variant).read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return []
         for line, request in zip(lines, self.requests, strict=False):
@@ -164,22 +164,22 @@ class Evaluation:
             del results[len(results) // self.batch_size * self.batch_size :]
         return results
 
-    def run(self, way: Way, progress: Callable[[int], None] = lambda done: None) -> list[Result]:
-        """Decodes what is missing of a way, and scores it.
+    def run(self, variant: Variant, progress: Callable[[int], None] = lambda done: None) -> list[Result]:
+        """Decodes what is missing of a variant, and scores it.
 
         Args:
-            way: how to decode.
-            progress: told how many requests are done: those on disk first, then after each batch.
+            variant: how to decode.
+            progress: called with the number of requests that are done: those on disk first, then after each batch.
 
         Raises:
             RuntimeError: the scorer raised; the texts are on disk.
             OSError: a file cannot be written; the batches before are on disk.
         """
-        results = self.finished(way)
+        results = self.finished(variant)
         progress(len(results))
-        config = way.config(self.gen_length)
+        config = variant.config(self.gen_length)
         if len(results) < len(self.requests):
-            self._write(way, results)  # Less what was cut off.
+            self._write(variant, results)  # Less what was cut off.
             if self.model.device.type == "cuda":
                 # The first generation of a shape compiles and allocates.
                 self.model.generate(self.prompts[len(results) : len(results) + self.batch_size], config)
@@ -204,7 +204,7 @@ class Evaluation:
                 )
                 for row, request in enumerate(batch)
             ]
-            with naming("--out", self.folder), self._path(way).open("a", encoding="utf-8") as file:
+            with naming("--out", self.folder), self._path(variant).open("a", encoding="utf-8") as file:
                 file.write(_lines(fresh))
                 file.flush()
                 os.fsync(file.fileno())
@@ -219,16 +219,16 @@ class Evaluation:
             if (result.scores or {}).keys() != (scored[0].scores or {}).keys():
                 names = " and ".join(", ".join(sorted(r.scores or {})) for r in (scored[0], result))
                 raise RuntimeError(f"scorer {self.scorer.name} must give the same scores for every request, got {names}")
-        if self._path(way).read_bytes() != _lines(scored).encode():
-            self._write(way, scored)
+        if self._path(variant).read_bytes() != _lines(scored).encode():
+            self._write(variant, scored)
         return scored
 
-    def _path(self, way: Way) -> Path:
-        return self.folder / "requests" / f"{way.name}.jsonl"
+    def _path(self, variant: Variant) -> Path:
+        return self.folder / "requests" / f"{variant.name}.jsonl"
 
-    def _write(self, way: Way, results: Sequence[Result]) -> None:
+    def _write(self, variant: Variant, results: Sequence[Result]) -> None:
         with naming("--out", self.folder):
-            write_atomically(self._path(way), _lines(results))
+            write_atomically(self._path(variant), _lines(results))
 
 
 def device_name(device: torch.device) -> str:

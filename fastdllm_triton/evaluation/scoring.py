@@ -81,7 +81,7 @@ def read_requests(path: Path, limit: int | None = None) -> list[Request]:
 
     Args:
         path: the file.
-        limit: take this many at most.
+        limit: read this many at most; all if None or negative.
 
     Raises:
         ValueError: a line is not that, with its number; or there is none.
@@ -89,9 +89,7 @@ def read_requests(path: Path, limit: int | None = None) -> list[Request]:
     """
     requests: list[Request] = []
     source = f"--data {path}"
-    for where, record in read_objects(source, read_bytes("--data", path)):
-        if limit is not None and len(requests) == limit:
-            break
+    for where, record in islice(read_objects(source, read_bytes("--data", path)), None if limit is None or limit < 0 else limit):
         if "answer" not in record:
             raise ValueError(f"{where}: has no 'answer'; it has {', '.join(map(repr, record))}")
         if isinstance(record["answer"], (dict, list, type(None))):

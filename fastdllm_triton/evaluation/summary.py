@@ -1,4 +1,4 @@
-"""What an evaluation reports: a record for each way, and how every strategy stands against fixed steps at its own speed."""
+"""What an evaluation reports: a record for each variant, and how every strategy stands against fixed steps at its own speed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from .grid import CacheSpec, Way
+from ..decoding.strategies import FixedSteps
+from .grid import CacheSpec, Variant
 from .runner import Result
 from .statistics import Floats, interval, paired_interval, ratio_interval, resample, wilson
 
 Record = dict[str, Any]
 
 
-def summarize(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
-    """One record a way, in the order given.
+def summarize(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
+    """One record a variant, in the order given.
 
     ``exact_match`` and ``whole`` (None where the task has no such score) with Wilson intervals; ``other_scores`` of a scorer of
     the user's, each a mean and the ends of its interval; ``tokens_per_forward``, committed tokens over forwards, and ``nfe``,
@@ -27,18 +28,18 @@ def summarize(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
     ``tokens_by_forward[i]``: tokens that forward ``i`` of a block commits, over the blocks that have one;
     ``tokens_by_position[p]``: tokens committed by the forward that commits slot ``p`` of a block.
     """
-    return [_record(way, found) for way, found in results.items()]
+    return [_record(variant, rows) for variant, rows in results.items()]
 
 
-def _record(way: Way, results: Sequence[Result]) -> Record:
+def _record(variant: Variant, results: Sequence[Result]) -> Record:
     n = len(results)
     tokens, forwards = _column(results, "tokens"), _column(results, "forwards")
     seconds = sum(result.seconds for result in results)
     names = sorted({name for result in results for name in result.scores or {}})
     record: Record = {
-        "strategy": str(way.strategy),
-        "cache": str(way.cache),
-        "block_length": way.block_length,
+        "strategy": str(variant.strategy),
+        "cache": str(variant.cache),
+        "block_length": variant.block_length,
         "gen_length": len(results[0].step_map),
         "n": n,
         "exact_match": None,
@@ -57,7 +58,7 @@ def _record(way: Way, results: Sequence[Result]) -> Record:
             others[name] = _round([values.mean(), *ci])
     if others:
         record["other_scores"] = others
-    by_forward, by_position = _profile(results, way.block_length)
+    by_forward, by_position = _profile(results, variant.block_length)
     return record | {
         "tokens_per_forward": _round(tokens.sum() / forwards.sum()),
         "tokens_per_forward_ci": _round(ratio_interval(tokens, forwards)),
@@ -73,28 +74,28 @@ def _record(way: Way, results: Sequence[Result]) -> Record:
     }
 
 
-def compare(results: Mapping[Way, Sequence[Result]], score: str = "exact_match") -> list[Record]:
+def compare(results: Mapping[Variant, Sequence[Result]], score: str = "exact_match") -> list[Record]:
     """Each strategy against fixed steps at equal tokens per forward, over the same cache and blocks.
 
     The score of fixed steps at a strategy's speed is read off the line through the fixed ones in the grid. ``gain`` is what the
-    strategy scores above it, with the 95 % interval of a bootstrap that resamples requests for all ways at once: the requests are
-    the same, so the differences are paired. Strategies faster or slower than every fixed one are left out.
+    strategy scores above it, with the 95 % interval of a bootstrap that resamples requests for all variants at once: the
+    requests are the same, so the differences are paired. Strategies faster or slower than every fixed one are left out.
     """
-    groups: dict[tuple[str, int], list[Way]] = defaultdict(list)
-    for way in results:
-        groups[str(way.cache), way.block_length].append(way)
+    groups: dict[tuple[str, int], list[Variant]] = defaultdict(list)
+    for variant in results:
+        groups[str(variant.cache), variant.block_length].append(variant)
     records: list[Record] = []
-    for ways in groups.values():
-        fixed = [way for way in ways if way.strategy.family == "fixed" and way.strategy.score is None]
-        if len(fixed) < 2 or any(score not in (result.scores or {}) for way in ways for result in results[way]):
+    for variants in groups.values():
+        fixed = [variant for variant in variants if variant.strategy.kind is FixedSteps and variant.strategy.score is None]
+        if len(fixed) < 2 or any(score not in (result.scores or {}) for variant in variants for result in results[variant]):
             continue
         n = len(results[fixed[0]])
         weights = np.vstack((np.ones(n), resample(n)))  # Line 0 is the sample itself.
         speeds, means = _curve(results, fixed, score, weights)
-        for way in ways:
-            if way in fixed:
+        for variant in variants:
+            if variant in fixed:
                 continue
-            (speed,), (mean,) = _curve(results, [way], score, weights)
+            (speed,), (mean,) = _curve(results, [variant], score, weights)
             if not speeds[:, 0].min() <= speed[0] <= speeds[:, 0].max():
                 continue
             baseline = np.array([_interpolate(speed[i], speeds[:, i], means[:, i]) for i in range(len(speed))])
@@ -102,9 +103,9 @@ def compare(results: Mapping[Way, Sequence[Result]], score: str = "exact_match")
             low, high = interval(gain[1:])
             records.append(
                 {
-                    "strategy": str(way.strategy),
-                    "cache": str(way.cache),
-                    "block_length": way.block_length,
+                    "strategy": str(variant.strategy),
+                    "cache": str(variant.cache),
+                    "block_length": variant.block_length,
                     "n": n,
                     "score": score,
                     "tokens_per_forward": _round(speed[0]),
@@ -117,7 +118,7 @@ def compare(results: Mapping[Way, Sequence[Result]], score: str = "exact_match")
     return records
 
 
-def compare_caches(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
+def compare_caches(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
     """Each cache with options against the same cache without them: accuracy, agreement, and what a request costs.
 
     ``exact_match_gain`` and ``whole_gain`` are paired differences with their 95 % intervals, ``same`` the share of
@@ -126,38 +127,40 @@ def compare_caches(results: Mapping[Way, Sequence[Result]]) -> list[Record]:
     left out.
     """
     records: list[Record] = []
-    for way, found in results.items():
-        base = replace(way, cache=CacheSpec(way.cache.name))
-        if not way.cache.knobs or base not in results:
+    for variant, rows in results.items():
+        base = replace(variant, cache=CacheSpec(variant.cache.name))
+        if not variant.cache.options or base not in results:
             continue
-        plain, n = results[base], len(found)
-        same = sum(one.text == other.text for one, other in zip(found, plain, strict=True))
+        plain, n = results[base], len(rows)
+        same = sum(one.text == other.text for one, other in zip(rows, plain, strict=True))
         record: Record = {
-            "strategy": str(way.strategy),
-            "cache": str(way.cache),
+            "strategy": str(variant.strategy),
+            "cache": str(variant.cache),
             "base": str(base.cache),
-            "block_length": way.block_length,
+            "block_length": variant.block_length,
             "n": n,
             "same": _round(same / n),
             "same_ci": _round(wilson(same, n)),
         }
         for name in ("exact_match", "whole"):
-            if name not in (found[0].scores or {}):
+            if name not in (rows[0].scores or {}):
                 continue
-            gain = _scores(found, name) - _scores(plain, name)
+            gain = _scores(rows, name) - _scores(plain, name)
             counted = paired_interval(float((gain == 1).sum()), float((gain == -1).sum()), n)
             ci = counted if np.isin(gain, (-1, 0, 1)).all() else interval(resample(n) @ gain / n)
             record |= {f"{name}_gain": _round(gain.mean()), f"{name}_gain_ci": _round(ci)}
         for name in ("bytes", "flops", "forwards"):
-            record[f"{name}_ratio"] = _round(_column(found, name).sum() / _column(plain, name).sum())
+            record[f"{name}_ratio"] = _round(_column(rows, name).sum() / _column(plain, name).sum())
         records.append(record)
     return records
 
 
-def _curve(results: Mapping[Way, Sequence[Result]], ways: Sequence[Way], score: str, weights: Floats) -> tuple[Floats, Floats]:
-    """``[ways, draws]`` tokens per forward and mean score under each line of weights."""
-    tokens, forwards = (np.array([_column(results[way], name) for way in ways]) for name in ("tokens", "forwards"))
-    scores = np.array([_scores(results[way], score) for way in ways])
+def _curve(
+    results: Mapping[Variant, Sequence[Result]], variants: Sequence[Variant], score: str, weights: Floats
+) -> tuple[Floats, Floats]:
+    """``[variants, draws]`` tokens per forward and mean score under each line of weights."""
+    tokens, forwards = (np.array([_column(results[variant], name) for variant in variants]) for name in ("tokens", "forwards"))
+    scores = np.array([_scores(results[variant], score) for variant in variants])
     return (tokens @ weights.T) / (forwards @ weights.T), (scores @ weights.T) / weights.sum(1)
 
 

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ..decoding.config import GenerationConfig
 from ..decoding.options import strategy_of
+from ..decoding.strategies import STRATEGIES
 from ..evaluation.finished import Finished
 from ..evaluation.likelihood import MonteCarlo
 from ..evaluation.runner import checkpoint_digest, use_few_threads
@@ -44,8 +45,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
     Args:
         pretrained: a checkpoint folder, a hub id, or ``tiny``.
         cache: ``none``, ``prefix`` or ``dual``.
-        threshold, factor, steps, entropy_budget: one of them, or threshold 0.9.
-        score: what ranks the tokens, where the strategy allows it.
         gen_length: tokens to generate; without it a task's ``max_gen_toks``, rounded up to whole blocks.
         block_length: slots of a block; the checkpoint's default, or 32.
         temperature: without it a task's, where it asks for samples; else 0.
@@ -55,7 +54,9 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         is_check_greedy: also say whether a continuation is what greedy decoding gives (a forward a token). Few tasks ask.
         save_dir: keep each finished request in this folder; the same run goes on from there.
         device, dtype, backend: as :func:`fastdllm_triton.load`.
-        options: other fields of :class:`~fastdllm_triton.GenerationConfig`, such as ``refresh_every``.
+        options: ``strategy``, as in ``strategy=fixed:4``, or a strategy's parameter, as in ``threshold=0.9`` (the default), with
+            ``score``, what ranks the tokens; and other fields of :class:`~fastdllm_triton.GenerationConfig`, such as
+            ``refresh_every``.
 
     Raises:
         ValueError: an argument is not valid.
@@ -65,11 +66,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         self,
         pretrained: str = "tiny",
         cache: str = "dual",
-        threshold: float | None = None,
-        factor: float | None = None,
-        steps: int | None = None,
-        entropy_budget: float | None = None,
-        score: str | None = None,
         gen_length: int | None = None,
         block_length: int | None = None,
         temperature: float | None = None,
@@ -98,14 +94,9 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         use_few_threads(self.lm)
         self.tokenizer = self.lm.tokenizer
         self.batch_size, self.gen_length, self.temperature, self.seed = int(batch_size), gen_length, temperature, seed
-        asked: dict[str, Any] = {
-            "threshold": threshold,
-            "factor": factor,
-            "steps": steps,
-            "entropy_budget": entropy_budget,
-            "score": score or None,
-        }
-        self.strategy = strategy_of({name: value for name, value in asked.items() if value is not None})
+        names = ("strategy", "score", *(kind.option for kind in STRATEGIES.values()))
+        strategy = {name: options.pop(name) for name in names if name in options}
+        self.strategy = strategy_of({name: value for name, value in strategy.items() if value not in (None, "")})
         try:
             block = self.lm.defaults.block_length if block_length is None else block_length
             self.options: dict[str, Any] = {"cache": cache, "block_length": block, **options}

@@ -24,13 +24,13 @@ _BLOCK = 16
 _WORDS = (
     ("forward", "one pass through the model"),
     ("block", f"{_BLOCK} tokens decoded together; blocks follow each other from left to right"),
-    ("commit", "to write a token for good: the surest one, or all at least 90 % sure"),
+    ("commit", "to write a token for good: the most confident one, or all of at least 90 % confidence"),
     ("cache", "prefix keeps what is before the block, dual all but the block"),
 )
 
 
 @dataclass
-class Way:
+class Variant:
     """One way to decode, and what it has made of the problems so far."""
 
     cache: CacheName
@@ -60,10 +60,10 @@ class Way:
 
 
 def demo(console: Console, count: int, seed: int, device: str | None, backend: str) -> None:
-    """Decodes ``count`` problems one at a time in each way; a table fills in meanwhile, and a line says what came of it.
+    """Decodes ``count`` problems one at a time in each variant; a table fills in meanwhile, and a line says what came of it.
 
-    The first way, no cache and one token a forward, is the plain loop that the others are compared with. All ways stop at the
-    end token, so the ratios are those of the decoding alone.
+    The first one, no cache and one token a forward, is the plain loop that the others are compared with. All stop at the end
+    token, so the ratios are those of the decoding alone.
     """
     console.print(Text(f"{_number(count, 'word problem')} that the built-in model never saw, one at a time\n"))
     torch.set_num_threads(1)  # The model is so small that threads only get in each other's way.
@@ -72,33 +72,33 @@ def demo(console: Console, count: int, seed: int, device: str | None, backend: s
     prompts = [model.encode(problem.prompt) for problem in asked]
     strategies = (("1 a forward", FixedSteps(MAX_ANSWER_TOKENS)), ("threshold 0.9", Threshold(0.9)))
     caches: tuple[CacheName, ...] = ("none", "prefix", "dual")
-    ways = [Way(cache, commits, strategy) for commits, strategy in strategies for cache in caches]
+    variants = [Variant(cache, commits, strategy) for commits, strategy in strategies for cache in caches]
 
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for way in ways:
-            config = GenerationConfig(MAX_ANSWER_TOKENS, _BLOCK, way.cache, way.strategy)
+        for variant in variants:
+            config = GenerationConfig(MAX_ANSWER_TOKENS, _BLOCK, variant.cache, variant.strategy)
             model.generate([prompts[0]], config)  # The first call of a shape pays for what is allocated once.
             for prompt in prompts:
-                way.outputs.append(model.generate([prompt], config))
-                live.update(_table(ways, asked, console.width), refresh=True)
-    print_results(console, ways, asked, str(model.device))
+                variant.outputs.append(model.generate([prompt], config))
+                live.update(_table(variants, asked, console.width), refresh=True)
+    print_results(console, variants, asked, str(model.device))
 
 
-def print_results(console: Console, ways: Sequence[Way], asked: Sequence[Problem], device: str) -> None:
+def print_results(console: Console, variants: Sequence[Variant], asked: Sequence[Problem], device: str) -> None:
     """The table, what came of it in a sentence, the words that it uses, and an example."""
-    console.print(_table(ways, asked, console.width))
-    console.print(Text(f"\n{verdict(ways[0], ways[-1], asked)} on {device}.\n", style="bold"))
+    console.print(_table(variants, asked, console.width))
+    console.print(Text(f"\n{verdict(variants[0], variants[-1], asked)} on {device}.\n", style="bold"))
     words = Table.grid(padding=(0, 2, 0, 0))
     for word, meaning in _WORDS:
         words.add_row(Text(word, style="bold"), meaning)
     console.print(words)
-    _print_examples(console, ways[0], ways[-1], asked)
+    _print_examples(console, variants[0], variants[-1], asked)
     console.print(Text("\nSee it happen, with a problem of your own:"))
     console.print(Text(f'  fastdllm-triton generate --live --prompt "{asked[0].prompt}"'), soft_wrap=True)
 
 
-def verdict(plain: Way, fast: Way, asked: Sequence[Problem]) -> str:
-    """What the fast way changed, as a sentence without its end; every number is of this run."""
+def verdict(plain: Variant, fast: Variant, asked: Sequence[Problem]) -> str:
+    """What the fast variant changed, as a sentence without its end; every number is of this run."""
     same, count = sum(a == b for a, b in zip(plain.texts, fast.texts, strict=True)), len(asked)
     if same == count:
         answers = f"The same {_number(count, 'answer')}" if count > 1 else "The same answer"
@@ -112,36 +112,36 @@ def verdict(plain: Way, fast: Way, asked: Sequence[Problem]) -> str:
     )
 
 
-def _table(ways: Sequence[Way], asked: Sequence[Problem], width: int) -> Table:
-    """A row a way; what has not been decoded yet is empty."""
+def _table(variants: Sequence[Variant], asked: Sequence[Problem], width: int) -> Table:
+    """A row a variant; what has not been decoded yet is empty."""
     table = Table(box=None, padding=(0, 2 if width >= 72 else 1, 0, 0))
     for column in ("cache", "commits"):
         table.add_column(column, no_wrap=True)
     for column in ("right", "forwards", "tokens/forward" if width >= 72 else "tok/fwd", "tokens/s", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
-    for way in ways:
+    for variant in variants:
         figures = ["", "", "", "", ""]
-        if done := len(way.outputs):
+        if done := len(variant.outputs):
             figures = [
-                f"{way.right(asked)}/{done}",
-                str(way.forwards),
-                f"{way.tokens_per_forward:.1f}",
-                f"{way.rate:.0f}",
-                f"{way.rate / ways[0].rate:.1f}x",
+                f"{variant.right(asked)}/{done}",
+                str(variant.forwards),
+                f"{variant.tokens_per_forward:.1f}",
+                f"{variant.rate:.0f}",
+                f"{variant.rate / variants[0].rate:.1f}x",
             ]
-        table.add_row(way.cache, way.commits, *figures, style="" if done == len(asked) else "dim")
+        table.add_row(variant.cache, variant.commits, *figures, style="" if done == len(asked) else "dim")
     return table
 
 
-def _print_examples(console: Console, plain: Way, fast: Way, asked: Sequence[Problem]) -> None:
-    """One answer that both ways gave; of those that differ, up to three, with both answers."""
+def _print_examples(console: Console, plain: Variant, fast: Variant, asked: Sequence[Problem]) -> None:
+    """One answer that both variants gave; of those that differ, up to three, with both answers."""
     pairs = list(zip(asked, plain.texts, fast.texts, strict=True))
     for problem, before, after in [pair for pair in pairs if pair[1] != pair[2]][:3] or pairs[:1]:
         console.print(Text(f"\n{problem.prompt}", style="bold"))
-        for way, text in ((plain, before), (fast, after)) if before != after else ((None, after),):
-            told = "" if way is None else f"{way.cache}, {way.commits}: "
+        for variant, text in ((plain, before), (fast, after)) if before != after else ((None, after),):
+            label = "" if variant is None else f"{variant.cache}, {variant.commits}: "
             outcome = "right" if score(problem, text)[0] else "wrong"
-            console.print(Padding(Text(f"{told}{text.strip()}  ({outcome})"), (0, 0, 0, 2)))
+            console.print(Padding(Text(f"{label}{text.strip()}  ({outcome})"), (0, 0, 0, 2)))
 
 
 def _short(value: float) -> str:

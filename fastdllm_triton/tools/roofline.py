@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import tiny
-from ..decoding import CacheName
+from ..decoding.cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockState, CacheName, Window, cache_policy
 from ..models.config import ModelConfig
 from ..models.published import PUBLISHED
 
@@ -280,8 +280,8 @@ class Setting:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         if self.gen_length % self.block_length:
             raise ValueError(f"block_length must divide gen_length, {self.gen_length}, got {self.block_length}")
-        if self.cache not in ("none", "prefix", "dual"):
-            raise ValueError(f"cache must be none, prefix or dual, got {self.cache!r}")
+        if self.cache not in CACHE_POLICIES:
+            raise ValueError(f"cache must be one of {', '.join(CACHE_POLICIES)}, got {self.cache!r}")
         if not 0 < self.tokens_per_forward <= self.block_length:
             raise ValueError(f"tokens_per_forward must be in (0, block_length], got {self.tokens_per_forward}")
         if self.stop_at is not None and not 1 <= self.stop_at <= self.gen_length:
@@ -308,23 +308,24 @@ class Setting:
         A block takes ``block_length / tokens_per_forward`` forwards. Before its first one all its rows are masked; before
         the others, half of them on average.
         """
-        found: dict[Phase, float] = {}
-        slots, forwards = self.slots, self.block_length / self.tokens_per_forward
+        counts: dict[Phase, float] = {}
+        forwards = self.block_length / self.tokens_per_forward
+        options = {"prompt_refresh": self.prompt_refresh} if "prompt_refresh" in CACHE_OPTIONS[self.cache] else {}
+        policy = cache_policy(self.cache, **options)
 
-        def add(name: str, count: float, window: int, head_rows: float) -> None:
+        def add(window: Window, count: float, head_rows: float) -> None:
             if count > 0:
-                kind = Phase(name, 1, self.batch_size, window, slots, head_rows)
-                found[kind] = found.get(kind, 0.0) + count
+                # Without a cache every forward is a whole one, and none of them is called a refresh.
+                name = window.kind if policy.reuses else "step"
+                phase = Phase(name, 1, self.batch_size, len(window), window.attend_end, head_rows)
+                counts[phase] = counts.get(phase, 0.0) + count
 
-        for block in range(self.blocks):
-            start = self.prompt_length + block * self.block_length
-            step = {"none": slots, "prefix": slots - start, "dual": self.block_length}[self.cache]
-            refreshed = self.gen_length if block % self.prompt_refresh else slots
-            # Without a cache every forward is a whole one, and none of them is called a refresh.
-            first = ("step", step) if self.cache == "none" else ("refresh", refreshed)
-            add(*(first[0], 1, first[1]), self.block_length)
-            add("step", forwards - 1, step, self.block_length / 2)
-        return [replace(kind, forwards=count) for kind, count in found.items()]
+        for index in range(self.blocks):
+            start = self.prompt_length + index * self.block_length
+            block = BlockState(self.prompt_length, self.slots, start, start + self.block_length, ordinal=index)
+            add(policy.next_window(block), 1, self.block_length)
+            add(policy.next_window(replace(block, forwards=1)), forwards - 1, self.block_length / 2)
+        return [replace(phase, forwards=count) for phase, count in counts.items()]
 
 
 @dataclass(frozen=True)
@@ -384,5 +385,5 @@ def what_if(setting: Setting) -> list[tuple[str, Setting]]:
         ("prompt refresh 4", {"prompt_refresh": 4}),
         ("twice the tokens", {"tokens_per_forward": min(2 * setting.tokens_per_forward, setting.block_length)}),
     ]
-    found = [(name, replace(setting, **change)) for name, change in changes]  # type: ignore[arg-type]
-    return [(name, changed) for i, (name, changed) in enumerate(found) if i == 0 or changed != setting]
+    settings = [(name, replace(setting, **change)) for name, change in changes]  # type: ignore[arg-type]
+    return [(name, changed) for i, (name, changed) in enumerate(settings) if i == 0 or changed != setting]

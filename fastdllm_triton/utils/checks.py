@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-
 #: Far beyond what leaves anything of a model's choice, and far below where float32 logits with noise overflow.
 MAX_TEMPERATURE = 1_000_000
 
@@ -28,7 +26,7 @@ def told(value: object) -> str:
 
 def is_bool(value: object) -> bool:
     """``True`` or ``False``, of Python or numpy; nothing that is merely truthy."""
-    return isinstance(value, (bool, np.bool_))
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
 
 
 def is_number(value: Any) -> bool:

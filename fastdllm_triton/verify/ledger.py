@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_json
+from ..utils.files import naming, write_json
 from .records import Record
 
 #: What must be the same where records are to hold for another run.
@@ -71,8 +71,14 @@ class Ledger:
         self.write()
 
     def write(self) -> None:
+        """Writes the file, if there is to be one.
+
+        Raises:
+            OSError: it cannot be written; says that ``--out`` named it.
+        """
         if self.path is not None:
-            write_json(self.path, self.as_json())
+            with naming("--out", self.path):
+                write_json(self.path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
         return {

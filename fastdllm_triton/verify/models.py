@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold
+from ..decoding.options import strategy_of
+from ..decoding.strategies import STRATEGIES, EntropyBudget, Factor, FixedSteps, Threshold
 from ..engine.outputs import GenerationOutput
 from ..loading import load
 from ..model import MaskedDiffusionLM
@@ -92,12 +93,6 @@ def verify_model(name: str, device: torch.device, *, quick: bool = False) -> Rec
     return Record(name, DTYPE, cases, time.perf_counter() - began)
 
 
-def _strategy(kind: str, value: Any) -> Strategy:
-    if kind == "fixed":
-        return FixedSteps(value)
-    return Threshold(value) if kind == "threshold" else Factor(value)
-
-
 def golden_cases() -> list[dict[str, Any]]:
     return [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -124,7 +119,7 @@ def _golden(setup: Setup) -> Iterator[CaseRecord]:
             gen_length=case["gen_length"],
             block_length=case["block_length"],
             cache=case["cache"],
-            strategy=_strategy(case["strategy"], case["value"]),
+            strategy=strategy_of({STRATEGIES[case["strategy"]].option: case["value"]}),
             stop_at_eos=False,
             lockstep=True,  # as the recorded batches were
         )

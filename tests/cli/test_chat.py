@@ -226,7 +226,7 @@ def test_a_line_that_fails_is_told_and_the_session_goes_on(line: str, message: s
     ("arguments", "message"),
     [
         (("--threshold", "2"), "threshold must be in (0, 1], got 2.0"),
-        (("--threshold", "0.5", "--steps", "48"), "--threshold and --steps exclude each other"),
+        (("--threshold", "0.5", "--steps", "48"), "--steps and --threshold exclude each other"),
         (("--gen-length", "50"), "--gen-length must be a multiple of --block-length = 16, got 50"),
         (("--system", "x"), "has no chat template"),
         (("--model", str(GOLDEN / "llada-gqa")), "has no tokenizer, and a conversation needs one"),

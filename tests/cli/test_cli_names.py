@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
 from fastdllm_triton import loading
+from fastdllm_triton.cli._shared import as_words
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.names import RENAMED, as_typed, option_names, renamed
+from fastdllm_triton.decoding.strategies import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -97,7 +99,7 @@ def test_the_documented_names_of_the_api_are_there_and_are_those_of_the_options(
 def test_options_of_a_generation_are_fields_of_its_configuration() -> None:
     known = {field.name for field in fields(fdt.GenerationConfig)}
     decoding = {p.name for p in _options("generate") if p.rich_help_panel in ("Decoding", "Cache")}
-    assert decoding - known == {"threshold", "factor", "steps", "entropy_budget", "score"}  # parameters of strategies
+    assert decoding - known == {"score", *(kind.option for kind in STRATEGIES.values())}
     # chat has all that /set has.
     assert {p.name for p in _options("chat")} >= decoding - {"forbidden", "lockstep"}
 
@@ -196,6 +198,38 @@ def test_with_json_standard_output_holds_json_and_nothing_else(arguments: str, t
         assert told == json.loads((tmp_path / "out" / "summary.json").read_text())
     elif arguments.startswith("inspect"):
         assert told == json.loads((tmp_path / "out" / "inspect.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "verify --op swiglu --op linear --quick --out x.json --resume --jobs 2 --device cpu --json",
+        "verify",
+        "bench ops --op swiglu --only torch --quick --minutes 2.5 --verified a.json --verified b.json --unverified "
+        "--compare then --out now --resume --html page.html --json",
+        "bench",
+        "generate --prompt a --prompt -b --no-stop-at-eos --steps 4 --cache prefix --forbidden 3",
+    ],
+)
+def test_a_command_line_is_repeated_for_another_process(words: str) -> None:
+    name, *rest = words.split()
+    context = COMMANDS[name].make_context(name, rest)
+    again, *repeated = as_words(context)
+    assert again == name
+    assert COMMANDS[name].make_context(name, repeated).params == context.params
+    assert set(rest) <= set(repeated)
+
+
+def test_the_interpreting_process_is_given_every_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdllm_triton import verify
+
+    calls: list[list[str]] = []
+    monkeypatch.setattr(verify, "needs_interpreter", lambda device: True)
+    monkeypatch.setattr(verify, "rerun_in_interpreter", lambda words: calls.append(words) or 3)
+    assert _run("bench", "ops", "--quick", "--device", "cpu", "--minutes", "2").exit_code == 3
+    assert _run("verify", "--quick", "--device", "cpu", "--op", "swiglu").exit_code == 3
+    assert calls[0][calls[0].index("--minutes") + 1] == "2.0"
+    assert calls[1] == ["verify", "--op", "swiglu", "--quick", "--device", "cpu"]
 
 
 # --- quick, and on every way in -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from rich.console import Console
 
 import fastdllm_triton as fdt
 from fastdllm_triton.tiny.problems import problems
-from fastdllm_triton.tools.demo import Way, demo, print_results, verdict
+from fastdllm_triton.tools.demo import Variant, demo, print_results, verdict
 
 ASKED = list(islice(problems(1, test=True), 2))
 
@@ -36,16 +36,16 @@ def output(model: fdt.MaskedDiffusionLM, text: str, forwards: int, seconds: floa
 
 
 @pytest.fixture
-def plain(tiny: fdt.MaskedDiffusionLM) -> Way:
+def plain(tiny: fdt.MaskedDiffusionLM) -> Variant:
     answers = [output(tiny, problem.answer, 40, 2.0) for problem in ASKED]
-    return Way("none", "1 a forward", fdt.FixedSteps(48), answers)
+    return Variant("none", "1 a forward", fdt.FixedSteps(48), answers)
 
 
-def fast(model: fdt.MaskedDiffusionLM, *answers: str) -> Way:
-    return Way("dual", "threshold 0.9", fdt.Threshold(0.9), [output(model, answer, 16, 0.5) for answer in answers])
+def fast(model: fdt.MaskedDiffusionLM, *answers: str) -> Variant:
+    return Variant("dual", "threshold 0.9", fdt.Threshold(0.9), [output(model, answer, 16, 0.5) for answer in answers])
 
 
-def test_the_sentence_tells_what_is_the_same_and_what_is_not(tiny: fdt.MaskedDiffusionLM, plain: Way) -> None:
+def test_the_sentence_tells_what_is_the_same_and_what_is_not(tiny: fdt.MaskedDiffusionLM, plain: Variant) -> None:
     same = fast(tiny, *(problem.answer for problem in ASKED))
     assert verdict(plain, same, ASKED) == (
         "The same 2 answers with 32 forwards instead of 80: 2.5 tokens a forward instead of 1, 4x as fast"
@@ -58,7 +58,7 @@ def test_the_sentence_tells_what_is_the_same_and_what_is_not(tiny: fdt.MaskedDif
 
 
 @pytest.mark.parametrize("width", [80, 60])
-def test_nothing_is_cut_and_what_differs_is_shown(tiny: fdt.MaskedDiffusionLM, plain: Way, width: int) -> None:
+def test_nothing_is_cut_and_what_differs_is_shown(tiny: fdt.MaskedDiffusionLM, plain: Variant, width: int) -> None:
     told = io.StringIO()
     print_results(Console(file=told, width=width), [plain, fast(tiny, ASKED[0].answer, " 5 #### 5")], ASKED, "cpu")
     lines = [line.rstrip() for line in told.getvalue().splitlines()]

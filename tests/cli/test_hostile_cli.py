@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 import typer
@@ -45,10 +45,10 @@ def _options() -> Iterator[tuple[str, str, str]]:
     """Command, option and type of every option that takes a value."""
     commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name in BASES:
-        hints = get_type_hints(inspect.unwrap(commands[name].callback))
+        parameters = inspect.signature(commands[name].callback, eval_str=True).parameters
         for parameter in commands[name].params:
             if parameter.param_type_name == "option" and not parameter.is_flag and not parameter.hidden:
-                yield name, parameter.opts[0], str(hints[parameter.name])
+                yield name, parameter.opts[0], str(parameters[parameter.name].annotation.__origin__)
 
 
 def _values(kind: str) -> list[str]:

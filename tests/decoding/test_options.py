@@ -38,9 +38,10 @@ def idle(llada: fdt.MaskedDiffusionLM) -> fdt.MaskedDiffusionLM:
         ({"block_length": -4}, r"block_length must be an integer of 1 or more, got -4"),
         ({"gen_length": 20, "block_length": 8}, r"gen_length must be a multiple of block_length = 8, got 20"),
         ({"cache": "both"}, r"cache must be one of none, prefix, dual, got 'both'"),
-        ({"strategy": 0.9}, r"strategy must be FixedSteps, Threshold, Factor or EntropyBudget, got 0.9"),
+        ({"strategy": 0.9}, r"strategy must be FixedSteps, Threshold, Factor, EntropyBudget or Timesteps, got 0.9"),
         ({"strategy": fdt.FixedSteps(3)}, r"steps must be a multiple of the number of blocks, 2 .*, got 3"),
         ({"strategy": fdt.FixedSteps(1)}, r"steps must be a multiple of the number of blocks, 2 .*, got 1"),
+        ({"strategy": fdt.Timesteps(3)}, r"timesteps must be a multiple of the number of blocks, 2 .*, got 3"),
         ({"temperature": -1}, r"temperature must be 0 or more, got -1"),
         ({"temperature": float("nan")}, r"temperature must be 0 or more, got nan"),
         ({"refresh_every": 0}, r"refresh_every must be None or an integer of 1 or more, got 0"),
@@ -96,6 +97,11 @@ def test_an_unknown_option(idle: fdt.MaskedDiffusionLM) -> None:
         (lambda: fdt.EntropyBudget(-0.1), r"gamma must be 0 or more, got -0.1"),
         (lambda: fdt.Threshold(0.9, score="neg_entropy"), r"score must be one of confidence, margin, random for Threshold"),
         (lambda: fdt.EntropyBudget(1, score="random"), r"score must be one of neg_entropy, confidence, margin for EntropyBudget"),
+        (lambda: fdt.Timesteps(0), r"timesteps must be an integer of 1 or more, got 0"),
+        (lambda: fdt.Timesteps(2.5), r"timesteps must be an integer of 1 or more, got 2.5"),  # type: ignore[arg-type]
+        (lambda: fdt.Timesteps(8, 1.0), r"eps must be above 0 and below 1, got 1.0"),
+        (lambda: fdt.Timesteps(8, eps=0), r"eps must be above 0 and below 1, got 0"),
+        (lambda: fdt.Timesteps(8, score="random"), r"score must be one of confidence, margin, neg_entropy for Timesteps"),
         (lambda: fdt.FixedSteps(8, score="low_confidence"), r"score must be one of confidence, random, margin, neg_entropy"),  # type: ignore[arg-type]
     ],
 )

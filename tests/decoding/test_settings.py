@@ -40,7 +40,7 @@ def test_settings_change_together_or_not_at_all() -> None:
     assert changed(CONFIG, {"gen_length": 20, "block_length": 10}).blocks == 2  # neither goes alone
     with pytest.raises(ValueError, match="gen_length must be a multiple of block_length = 16, got 20"):
         changed(CONFIG, {"gen_length": 20})
-    with pytest.raises(ValueError, match="threshold and steps exclude each other"):
+    with pytest.raises(ValueError, match="steps and threshold exclude each other"):
         changed(CONFIG, {"steps": 48, "threshold": 0.5})
     with pytest.raises(TypeError, match="blocks"):
         changed(CONFIG, {"blocks": 3})

@@ -19,9 +19,10 @@ import fastdllm_triton as fdt
 from fastdllm_triton import loading
 from fastdllm_triton.cli import evaluate as command
 from fastdllm_triton.cli.app import app
+from fastdllm_triton.decoding.strategies import StrategySpec
 from fastdllm_triton.evaluation import plots, runner
 from fastdllm_triton.evaluation.cost import Meter
-from fastdllm_triton.evaluation.grid import CacheSpec, StrategySpec, Way, parse_grid
+from fastdllm_triton.evaluation.grid import CacheSpec, Variant, parse_grid
 from fastdllm_triton.evaluation.runner import Evaluation, Result
 from fastdllm_triton.evaluation.scoring import builtin_requests, builtin_scorer, final_number, find_scorer, read_requests
 from fastdllm_triton.evaluation.statistics import paired_interval, ratio_interval, wilson
@@ -47,9 +48,9 @@ FIXED, QUICK = "fixed:8", "threshold:0.9"
     ],
 )
 def test_strategies_as_text(text: str, strategy: fdt.Strategy) -> None:
-    way = parse_grid(text, "dual", "16", 48)[0]
-    assert way.config(48).strategy == strategy
-    assert str(way.strategy) == text
+    variant = parse_grid(text, "dual", "16", 48)[0]
+    assert variant.config(48).strategy == strategy
+    assert str(variant.strategy) == text
 
 
 @pytest.mark.parametrize(
@@ -76,11 +77,11 @@ def test_a_grid_that_cannot_be_run_is_refused(strategies: str, caches: str, bloc
 
 
 def test_the_grid_is_every_combination_once() -> None:
-    ways = parse_grid("fixed:1,fixed:4,fixed:1", "none,dual+refresh_every=4", "16,48", 48)
-    assert [way.name for way in ways] == [
+    variants = parse_grid("fixed:1,fixed:4,fixed:1", "none,dual+refresh_every=4", "16,48", 48)
+    assert [variant.name for variant in variants] == [
         f"{s}_{c}_block={b}" for b in (16, 48) for c in ("none", "dual+refresh_every=4") for s in ("fixed=1", "fixed=4")
     ]
-    assert ways[2].config(48).refresh_every == 4
+    assert variants[2].config(48).refresh_every == 4
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,18 @@ def test_the_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
 )
 def test_the_final_number(text: str, number: str | None) -> None:
     assert final_number(text) == number
+
+
+def test_lines_after_the_limit_are_not_read(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "p", "answer": "1"}\n\n{"prompt": "q", "answer": "2"}\nnot JSON\n')
+    assert [request.prompt for request in read_requests(data, 2)] == ["p", "q"]
+    assert [request.prompt for request in read_requests(data, 1)] == ["p"]
+    for limit in (None, -1, 3):
+        with pytest.raises(ValueError, match="line 4: not JSON"):
+            read_requests(data, limit)
+    with pytest.raises(ValueError, match="holds no request"):
+        read_requests(data, 0)
 
 
 def test_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,12 +226,12 @@ def test_the_command_reports_what_single_generations_give(tiny: fdt.MaskedDiffus
 
 
 def test_the_profile_of_a_block_counts_what_its_forwards_commit() -> None:
-    way = parse_grid("fixed:2", "none", "4", 8)[0]
+    variant = parse_grid("fixed:2", "none", "4", 8)[0]
     maps = ([0, 0, 1, 2, 3, 3, 3, 3], [0, 1, 1, 1, -1, -1, -1, -1])
     results = [
         Result(i, "p", "a", "t", 8 - 4 * i, 4 - 2 * i, 10.0, 20.0, 1.0, m, {"exact_match": 1.0}) for i, m in enumerate(maps)
     ]
-    (record,) = summarize({way: results})
+    (record,) = summarize({variant: results})
     assert record["tokens_by_forward"] == pytest.approx([(2 + 4 + 1) / 3, (1 + 3) / 2, 1], abs=1e-6)
     assert record["tokens_by_position"] == pytest.approx([7 / 3, 9 / 3, 8 / 3, 8 / 3], abs=1e-6)
     assert (record["tokens_per_forward"], record["nfe"], record["seconds"], record["whole"]) == (2.0, 3.0, 2.0, None)
@@ -263,10 +276,10 @@ def test_the_cost_of_a_request_is_that_of_its_windows(tiny: fdt.MaskedDiffusionL
 
 
 def test_a_cache_with_options_is_compared_with_the_same_without() -> None:
-    def results(cache: str, right: int, texts: str, flops: float) -> dict[Way, list[Result]]:
-        way = parse_grid("threshold:0.9", cache, "16", 48)[0]
+    def results(cache: str, right: int, texts: str, flops: float) -> dict[Variant, list[Result]]:
+        variant = parse_grid("threshold:0.9", cache, "16", 48)[0]
         scores = [{"exact_match": float(i < right)} for i in range(100)]
-        return {way: [Result(i, "p", "a", texts[i], 9, 3, 4.0, flops, 1.0, [0], scores[i]) for i in range(100)]}
+        return {variant: [Result(i, "p", "a", texts[i], 9, 3, 4.0, flops, 1.0, [0], scores[i]) for i in range(100)]}
 
     plain, changed = results("dual", 90, "a" * 100, 8.0), results("dual+suffix_window=8", 84, "a" * 75 + "b" * 25, 6.0)
     (record,) = compare_caches(plain | changed | results("none", 99, "a" * 100, 9.0))
@@ -384,7 +397,7 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
     syncs = count(1)
 
     def fsync(_: int) -> None:
-        if next(syncs) == 5:  # run.json, the emptied file of the way, two batches, and the third
+        if next(syncs) == 5:  # run.json, the emptied file of the variant, two batches, and the third
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -393,9 +406,9 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
     assert result.exit_code == 2
     told = f"error: --out: {tmp_path} cannot be written: No space left on device"
     assert _flat(result.stderr) == f"{told}; what is finished stays in {tmp_path}, run the same command to go on"
-    way = parse_grid(FIXED, "none", "16", 48)[0]
+    variant = parse_grid(FIXED, "none", "16", 48)[0]
     run = Evaluation(fdt.load("tiny"), builtin_requests(11, 0), builtin_scorer(), tmp_path, gen_length=48, batch_size=4)
-    assert len(run.finished(way)) >= 8
+    assert len(run.finished(variant)) >= 8
     assert not list(tmp_path.rglob("*.part"))
     assert _evaluate(tmp_path, *GRID).exit_code == 0
 
@@ -452,7 +465,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_work(tmp_path: Path) -> 
 
 def test_time_left_weighs_what_a_way_costs() -> None:
     def cost(strategy: str, cache: str) -> float:
-        return Way(StrategySpec.parse(strategy), CacheSpec.parse(cache), 16).cost(28, 48)
+        return Variant(StrategySpec.parse(strategy), CacheSpec.parse(cache), 16).cost(28, 48)
 
     assert cost("fixed:1", "none") > cost("fixed:1", "prefix") > cost("fixed:1", "dual") > cost("fixed:4", "dual")
     assert cost("fixed:2", "none") == cost("fixed:1", "none") / 2

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...decoding import CacheName
+from ...decoding.strategies import linear_timesteps
+from ...decoding.strategies import transfer_shares as transfer_shares
 from ...utils.checks import is_int, is_number, require, to_number
 
 AlgName = Literal["origin", "maskgit_plus", "topk_margin", "entropy", "confidence_threshold"]
@@ -117,13 +119,7 @@ class DiffusionConfig:
 
     def timesteps(self) -> Tensor:
         """``[steps + 1]`` float32, of the whole sequence or of a block, from 1 to ``eps``."""
-        return torch.linspace(1, self.eps, self.steps // self.blocks + 1, dtype=torch.float32, device="cpu")
-
-
-def transfer_shares(timesteps: Tensor) -> list[float]:
-    """The share of the masked tokens that each step unmasks, 1 in the last: none for fewer than two ``timesteps``."""
-    shares: list[float] = (1 - timesteps[1:] / timesteps[:-1]).tolist()
-    return [*shares[:-1], 1.0] if shares else []
+        return linear_timesteps(self.steps // self.blocks, self.eps)
 
 
 @dataclass(frozen=True)
