@@ -324,7 +324,8 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     from fastdllm_triton import bench as package
 
     modules = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("bench_")]
-    found: list[Measurable] = [importlib.import_module(f"{package.__name__}.{name}").BENCH for name in modules]
+    files = [vars(importlib.import_module(f"{package.__name__}.{name}")) for name in modules]
+    found: list[Measurable] = [bench for file in files for bench in file.get("BENCHES") or [file["BENCH"]]]
     unknown = sorted(set(names) - {bench.op for bench in found})
     if unknown:
         raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in found)}")
@@ -338,10 +339,10 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     return sorted(found, key=rank)
 
 
-def main(op: str) -> None:
-    """A bench as a script: ``fastdllm-triton bench --op`` with the script's arguments."""
+def main(op: str | None = None) -> None:
+    """A bench as a script: ``fastdllm-triton bench`` with the script's arguments, of one op if it is given."""
     import sys
 
     from fastdllm_triton.cli.app import app
 
-    app(["bench", "all", "--op", op, *sys.argv[1:]])
+    app(["bench", "all", *(() if op is None else ("--op", op)), *sys.argv[1:]])

@@ -396,5 +396,6 @@ def host_of(side: OurStep, device: Timing) -> float:
 
 BENCH = StepBench()
 
+
 if __name__ == "__main__":
     main(BENCH.op)

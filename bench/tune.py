@@ -28,9 +28,9 @@ import triton
 import typer
 from torch import Tensor
 
-from fastdllm_triton.bench import bench_linear
 from fastdllm_triton.bench._session import Shape, check, label, sets_and_results
 from fastdllm_triton.bench._timing import Run, Timer, Timing, sets_of_inputs, time_in_turns
+from fastdllm_triton.bench.bench_ops import library_linear
 from fastdllm_triton.kernels import (
     _tuned,
     head_statistics,
@@ -284,7 +284,7 @@ SWEEPS = {
             _linear_key,
             _linear,
             LINEAR,
-            rule=bench_linear.library,
+            rule=library_linear,
         ),
         Sweep(
             "window_attention",
