@@ -26,8 +26,6 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from itertools import product
 from types import MappingProxyType
 from typing import Any
@@ -44,13 +42,9 @@ from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
 from fastdllm_triton.engine.request import batch_requests
 from fastdllm_triton.engine.runner import ModelRunner
-from fastdllm_triton.kernels import _pdl
-from fastdllm_triton.kernels.linear import MAX_ROWS
-from fastdllm_triton.kernels.linear import linear as linear_kernel
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.tools.roofline import forward_cost
 from fastdllm_triton.utils.environment import GRAPHS
-from fastdllm_triton.verify.cases.linear import chosen_config
 
 #: Along each axis from a middle point; the most asked for first.
 SHAPES: list[dict[str, Any]] = [
@@ -249,25 +243,13 @@ def op_of(kernel: str) -> str:
     return next((op for op, pattern in OPS.items() if re.search(pattern, kernel)), "other")
 
 
-@contextmanager
-def serial() -> Iterator[None]:
-    kept = _pdl.has_dependent_launch
-    _pdl.has_dependent_launch = lambda arch: False
-    try:
-        yield
-    finally:
-        _pdl.has_dependent_launch = kept
+#: Providers that are ours with a choice made otherwise.
+OPTIONS = {"triton serial": {"pdl": False}, "triton fused": {"fuse_linear": True}}
 
 
-def fused(network: Transformer) -> Transformer:
-    """The same model with every product of few rows by our own kernel, in the configuration of its pure function."""
-
-    def linear(x: Tensor, weight: Tensor, **around: Any) -> Tensor:
-        config = chosen_config({"x": x, "weight": weight, "activation": None, **around})
-        return linear_kernel(x, weight, config=config if x.shape[:-1].numel() <= MAX_ROWS else None, **around)
-
-    ops = replace(network.ops, linear=linear, fuses_residual=lambda x, weight: x.shape[:-1].numel() <= MAX_ROWS)
-    return Transformer(network.config, network.weights, ops)
+def launched(network: Transformer, provider: str) -> Transformer:
+    """The same model with the launch options of a provider."""
+    return Transformer(network.config, network.weights, network.ops.with_options(**OPTIONS[provider]))
 
 
 class StepBench(ModelBench):
@@ -275,7 +257,7 @@ class StepBench(ModelBench):
 
     op = suite = "step"
     shapes, quick, key = SHAPES, QUICK, KEY
-    baselines = ("official", "triton serial", "triton fused")
+    baselines = ("official", *OPTIONS)
     first = MappingProxyType({"forward": "step"})
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
@@ -330,10 +312,9 @@ class StepBench(ModelBench):
         """A step of ours with another choice."""
         if ours.network.ops.name != "triton":
             return {"missing": "needs a GPU"}
-        network = fused(ours.network) if provider == "triton fused" else ours.network
         try:
-            with serial() if provider == "triton serial" else nullcontext():
-                return self.measured("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
+            step = OurStep(launched(ours.network, provider), ours.sequences, shape["window"])
+            return self.measured("step", step, shape, session)
         except Exception as error:
             return {"missing": reason(error)}
 

@@ -51,7 +51,7 @@ def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
         return [name for name, run in providers.items() if not _runs(f"{what} {name}", partial(run, inputs))]
     network = network_of(shape["model"], target, torch.float32 if quick else dtype, layers=1)
     ids = prompt_of(shape["model"], shape["batch"], shape["context"], target)
-    networks = {"triton": network} if quick else {"triton": network, "triton fused": bench_step.fused(network)}
+    networks = {"triton": network} if quick else {"triton": network, "triton fused": bench_step.launched(network, "triton fused")}
 
     def one(network: Transformer) -> None:
         step = bench_step.OurStep(network, ids, shape["window"])

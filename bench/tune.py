@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,34 +109,12 @@ def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
             yield replace(rule, **dict(zip(choices, values, strict=True)))
 
 
-@contextmanager
-def instead(module: Any, name: str, config: Any) -> Iterator[None]:
-    """A launcher of the module finds this config, whatever it asks its config function."""
-    before = getattr(module, name)
-    setattr(module, name, lambda *args, **kwargs: config)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def _with(module: Any, name: str, config: Any) -> Function:
-    """The op of a kernel module, with a config in the place of what its config function returns."""
-    op = module.__name__.rsplit(".", 1)[1]
-
-    def launch(**inputs: Any) -> Any:
-        with instead(module, name, config):
-            return getattr(module, op)(**inputs)
-
-    return launch
-
-
 def _rms_norm(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     rule = rms_norm.select_config(arch, shape["width"])
     for num_warps in (1, 2, 4, 8, 16):
         if num_warps != rule.num_warps:
             config = replace(rule, num_warps=num_warps)
-            yield Candidate({"num_warps": num_warps}, _with(rms_norm, "select_config", config))
+            yield Candidate({"num_warps": num_warps}, partial(rms_norm.rms_norm, config=config))
 
 
 def _swiglu(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
@@ -145,7 +122,7 @@ def _swiglu(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]
     for block, num_warps in itertools.product((256, 512, 1024, 2048), (1, 2, 4, 8)):
         config = swiglu.Config(block, num_warps)
         if config != rule and 4 * num_warps * arch.warp_size <= block <= triton.next_power_of_2(shape["width"]):
-            yield Candidate(asdict(config), _with(swiglu, "select_config", config))
+            yield Candidate(asdict(config), partial(swiglu.swiglu, config=config))
 
 
 def _rope(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
@@ -155,35 +132,34 @@ def _rope(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
         config = rope_kv_write.Config(block, num_warps)
         enough = block <= triton.next_power_of_2(kv_heads) and 2 <= block * dim // (num_warps * arch.warp_size) <= 64
         if config != rule and enough:
-            yield Candidate(asdict(config), _with(rope_kv_write, "select_config", config))
+            yield Candidate(asdict(config), partial(rope_kv_write.rope_kv_write, config=config))
 
 
 def _token(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     rows, vocabulary, sample = shape["rows"], shape["vocabulary"], shape["temperature"] > 0
     itemsize = _itemsize(shape, dtype)
-    rule = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
+    rule = token_statistics.select_config(arch, rows, vocabulary, itemsize, sample)
     seen = {rule}
     # Splits follow from programs an SM, and tiles from warps.
     wanted = replace(rule, splits=4)
     for guess in nearest_first(wanted, splits=(4, 8, 2, 1), num_stages=(4, 3, 2, 1), num_warps=(4, 8, 2)):
         found = {"num_warps": guess.num_warps, "num_stages": guess.num_stages}
         found["splits"] = max(triton.cdiv(guess.splits * arch.sms, rows), 1)
-        with instead(token_statistics, "nearest", found):
-            config = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
+        config = token_statistics.tiling(arch, rows, vocabulary, itemsize, **found)
         if config not in seen:
             seen.add(config)
-            yield Candidate(found, _with(token_statistics, "token_statistics_config", config))
+            yield Candidate(found, partial(token_statistics.token_statistics, config=config))
 
 
 def _head(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     rows, vocabulary, width, sample = shape["rows"], shape["vocabulary"], shape["width"], shape["temperature"] > 0
-    rule = head_statistics.head_statistics_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
+    rule = head_statistics.select_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
     if rule is not None:
-        yield Candidate(head_statistics.BY_LIBRARY, _with(head_statistics, "head_statistics_config", None))
+        yield Candidate(head_statistics.BY_LIBRARY, head_statistics.by_library)
     else:  # beyond what is sure not to spill
         block_rows = max(16, triton.next_power_of_2(rows))
         part = triton.cdiv(triton.cdiv(vocabulary, arch.sms), 16) * 16
-        rule = head_statistics.HeadStatisticsConfig(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
+        rule = head_statistics.Config(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
     choices = {"block_vocabulary": (64, 128), "num_warps": (8, 4), "num_stages": (4, 3, 5, 6), "block_width": (64, 128)}
     for resident in (1, 2, 3):
         part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
@@ -194,7 +170,7 @@ def _head(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
                 continue
             if config.num_stages * stage <= min(arch.shared_bytes_per_sm // resident - 1024, arch.shared_bytes):
                 found = {name: getattr(config, name) for name in choices} | {"parts": resident * arch.sms}
-                yield Candidate(found, _with(head_statistics, "head_statistics_config", config))
+                yield Candidate(found, partial(head_statistics.head_statistics, config=config))
 
 
 def _attention(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:

@@ -18,7 +18,6 @@ from .models.fields import Fields
 from .models.registry import architecture_of
 from .models.transformer import Transformer, Weights, expected_shapes
 from .ops import Ops, resolve
-from .ops.batch_invariant import invariant
 from .utils.checks import is_bool, require, to_path, told
 
 #: What of a hub repository is fetched: data, never code.
@@ -67,7 +66,7 @@ def load(
 
     ops = ops_for(backend, target, wanted)
     if deterministic:
-        ops = invariant(ops)
+        ops = ops.with_options(batch_invariant=True)
     needed, available = Memory.of(config, 0, 0, wanted.itemsize).weights, available_bytes(target)
     if available is not None and needed > available:
         raise MemoryError(f"path_or_hub_id: the weights take {needed:,} bytes as {wanted}, {target} has {available:,} left")

@@ -9,6 +9,22 @@ Costs are float64, as the reference's decisions are: odds of 1e-9 and 2e-9 must 
 integers of the same order, since GPUs without fast float64 compare those at full rate.
 
 The rules and their sources are in ``reference/commit_tokens.py``.
+
+| pointer                        | shape          | dtype       | owned by                                         |
+|--------------------------------|----------------|-------------|--------------------------------------------------|
+| x_ptr                          | [B, L]         | int64       | caller, read and written; stride_x between rows  |
+| place_ptr                      | [B, N] or None | int32       | caller, read: a slot's entry; None: all in order |
+| token_ptr                      | [P]            | int64       | statistics, read, as are the five below in fp32  |
+| logit_ptr … entropy_ptr        | [P]            | fp32        | what the score does not need is not read         |
+| window_start_ptr, kv_start_ptr | [B]            | int32       | caller, read                                     |
+| seed_ptr                       | [B]            | int64       | state, read                                      |
+| value_ptr, steps_ptr           | [B]            | fp64, int32 | state, read                                      |
+| shares_ptr                     | [B, S]         | fp32        | state, read by the schedule                      |
+| eos_ptr                        | [B, EOS]       | int64       | state, read; -1 is none                          |
+| step_ptr … remaining_ptr       | [B]            | int32       | state, read and written                          |
+| invalid_ptr, ended_ptr         | [B]            | bool        | state, read and written                          |
+| forward_ptr                    | [B]            | int32       | state, counted up                                |
+| step_map_ptr, confidence_ptr   | [B, L]         | int32, fp32 | state, written where a token is committed        |
 """
 
 from __future__ import annotations
@@ -26,21 +42,6 @@ from ._arch import Arch, arch_of
 from ._check import check_device, once
 from ._limits import MAX_BLOCK, MAX_EOS, MAX_ROWS
 from ._statistics import outputs
-
-# Pointers                        shape     dtype    owned by
-# x_ptr                           [B, L]    int64    caller, read and written; stride_x between rows
-# place_ptr                       [B, N] or None  int32  caller, read: a slot's entry of the statistics; None: [B, N] in order
-# token_ptr                       [P]       int64    statistics, read, as are the five below in fp32
-# logit_ptr … entropy_ptr         [P]       fp32     what the score does not need is not read
-# window_start_ptr, kv_start_ptr  [B]       int32    caller, read
-# seed_ptr                        [B]       int64    state, read
-# value_ptr, steps_ptr            [B]       fp64, int32  state, read
-# shares_ptr                      [B, S]    fp32     state, read by the schedule
-# eos_ptr                         [B, EOS]  int64    state, read; -1 is none
-# step_ptr … remaining_ptr        [B]       int32    state, read and written
-# invalid_ptr, ended_ptr          [B]       bool     state, read and written
-# forward_ptr                     [B]       int32    state, counted up
-# step_map_ptr, confidence_ptr    [B, L]    int32, fp32  state, written where a token is committed
 
 #: Fourth word of the random counter: numbers that rank slots (reference/_random.py).
 STREAM_SCORE = tl.constexpr(1)
@@ -256,7 +257,7 @@ def _commit_tokens_kernel(
 
 
 @dataclass(frozen=True)
-class CommitTokensConfig:
+class Config:
     """How a program holds its block.
 
     Attributes:
@@ -270,7 +271,7 @@ class CommitTokensConfig:
     num_warps: int
 
 
-def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfig:
+def select_config(arch: Arch, rule: str, block: int) -> Config:
     """Bounds a tile of comparisons to few a thread, and half of them where float64 sums are taken: more would spill.
 
     The compile report chose the numbers.
@@ -280,7 +281,7 @@ def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfi
     if arch.backend == "hip":  # which keeps the outcome of every comparison in scalar registers
         a_thread = 2
     tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
-    return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
+    return Config(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 
 @once
@@ -334,7 +335,13 @@ _STATE = tuple(field.name for field in fields(PolicyState) if field.name not in 
 
 
 def commit_tokens(
-    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+    x: Tensor,
+    statistics: TokenStatistics,
+    window_start: Tensor,
+    state: PolicyState,
+    *,
+    place: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:
     """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
 
@@ -346,6 +353,7 @@ def commit_tokens(
         window_start: ``[B]`` int32.
         state: updated in place.
         place: ``[B, N]`` int32, contiguous.
+        config: launch parameters; :func:`select_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -356,7 +364,7 @@ def commit_tokens(
     if rows == 0:
         return
 
-    config = commit_tokens_config(arch_of(device), state.rule, block)
+    config = config or select_config(arch_of(device), state.rule, block)
     with torch.cuda.device_of(x):
         _commit_tokens_kernel[(rows,)](
             x,

@@ -6,19 +6,33 @@ running state a row, so that a program leaves 28 bytes a row for the merge kerne
 product: on Hopper only an M of 64 or more reaches wgmma, and the vocabulary is the long side.
 
 For more rows than :data:`FUSED_ROWS` the product is left to cuBLAS and ``token_statistics`` reads its logits.
+
+| pointer            | shape              | dtype          | owned by                                                 |
+|--------------------|--------------------|----------------|----------------------------------------------------------|
+| hidden_ptr         | [N, E]             | fp32/fp16/bf16 | caller, read; last stride 1                              |
+| weight_ptr         | [V, E]             | same           | caller, read; last stride 1                              |
+| bias_ptr           | [V] or None        | any float      | caller, read                                             |
+| rows_ptr           | [R] or None        | int64          | caller, read; -1 asks for nothing, None: rows in order   |
+| forbidden_ptr      | [F] or [R, F]      | int64          | launcher, read; -1 forbids nothing                       |
+| seed_ptr, step_ptr | [R], stride 0 or 1 | int64          | launcher, read with SAMPLE                               |
+| position_ptr       | [R] or None        | int64          | launcher, read with SAMPLE; None: the row's index        |
+| temperature_ptr    | [R] or None        | fp32           | caller, read with SAMPLE; None: one for all, an argument |
+| partial_ptr        | [6, R, parts]      | fp32           | workspace, written                                       |
+| partial_id_ptr     | [R, parts]         | int32          | workspace, written                                       |
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import TokenStatistics
+from ..types import DEFAULT_LAUNCH, LaunchOptions, TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import INTERPRETED, check_device, once
 from ._statistics import (
@@ -33,6 +47,7 @@ from ._statistics import (
     merge_distribution,
     noise_keys,
     output_of,
+    outputs,
     store_partial,
     temperature_arguments,
     tile_choice,
@@ -40,18 +55,6 @@ from ._statistics import (
 )
 from ._tuned import gpu_name, tuned
 from .token_statistics import token_statistics
-
-# Pointers                shape                  dtype             owned by
-# hidden_ptr              [N, E]                 fp32/fp16/bf16    caller, read; last stride 1
-# weight_ptr              [V, E]                 same              caller, read; last stride 1
-# bias_ptr                [V] or None            any float         caller, read
-# rows_ptr                [R] or None            int64             caller, read; -1 asks for nothing, None: rows in order
-# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
-# seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
-# position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
-# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
-# partial_ptr             [6, R, parts]          fp32              workspace, written
-# partial_id_ptr          [R, parts]             int32             workspace, written
 
 #: Most rows of the fused kernel, without and with noise. Published figures of a like kernel (FlashSampling, arXiv 2603.15854,
 #: against cuBLAS and a separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows.
@@ -179,7 +182,7 @@ def _head_statistics_kernel(
 
 
 @dataclass(frozen=True)
-class HeadStatisticsConfig:
+class Config:
     """How the fused kernel tiles ``[R, V, E]``.
 
     Attributes:
@@ -220,9 +223,9 @@ def _tile(arch: Arch, block_rows: int, element_size: int, sample: bool) -> tuple
     return block, 8 if load <= 32 and not sample and arch.name != "sm_100" else 4, 2
 
 
-def head_statistics_config(
+def select_config(
     arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None
-) -> HeadStatisticsConfig | None:
+) -> Config | None:
     """The fused kernel's tiling, or None where cuBLAS and a separate pass are the better choice.
 
     As many programs as are resident at once share the vocabulary equally: a whole number of tiles each would leave a
@@ -242,9 +245,7 @@ def head_statistics_config(
         block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
         num_warps, num_stages = found["num_warps"], found["num_stages"]
     part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
-    return HeadStatisticsConfig(
-        block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
-    )
+    return Config(block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages)
 
 
 def head_statistics(
@@ -260,7 +261,8 @@ def head_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     logits_dtype: torch.dtype | None = None,
     out: TokenStatistics | None = None,
-    config: HeadStatisticsConfig | None = None,
+    config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> TokenStatistics:
     """Statistics of ``hidden[rows] @ weight.T``: :func:`fastdllm_triton.reference.head_statistics`, which states the contract.
 
@@ -269,7 +271,8 @@ def head_statistics(
         weight: ``[V, E]``, same dtype, last stride 1.
         rows: ``[R]`` int64 on the device; indices are not checked, they are not known on the host.
         bias, temperature, seed, position, step, forbidden, logits_dtype, out: as there.
-        config: run the fused kernel so; :func:`head_statistics_config` chooses if not given.
+        config: run the fused kernel so; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -283,13 +286,14 @@ def head_statistics(
     out = output_of(out, count, device)
     if count == 0:
         return out
+    choice: dict[str, Any] = {"temperature": temperature, "seed": seed, "position": position, "step": step, "forbidden": ids}
+    if config is None and options.batch_invariant:
+        return _batch_invariant(hidden, weight, rows, count, sample, out, choice, bias=bias, logits_dtype=logits_dtype)
     sizes = (count, vocabulary, width, hidden.element_size(), sample)
     if config is None:
-        config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
+        config = select_config(arch_of(device), *sizes, gpu_name(device))
     if config is None:
-        logits = _logits(hidden, weight, rows, bias, logits_dtype)
-        keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
-        return token_statistics(logits, forbidden=ids, out=out, rows=rows, **keys)  # type: ignore[arg-type]
+        return by_library(hidden, weight, rows=rows, bias=bias, logits_dtype=logits_dtype, out=out, **choice)
 
     temperatures, temperature = temperature_arguments(temperature)
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
@@ -331,6 +335,51 @@ def head_statistics(
         )
         launch_merge(partial, partial_id, rows, out, sample)
     return out
+
+
+def by_library(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    **choice: Any,
+) -> TokenStatistics:
+    """The same by cuBLAS, whose logits ``token_statistics`` reads."""
+    return token_statistics(_logits(hidden, weight, rows, bias, logits_dtype), rows=rows, **choice)
+
+
+def _batch_invariant(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, sample: bool, out: TokenStatistics, choice: dict[str, Any],
+    **logits: Any,
+) -> TokenStatistics:  # fmt: skip
+    """One tiling for any number of rows: always as many at a time, those made up ask for nothing."""
+    arch = arch_of(hidden.device)
+    tile = min(FUSED_ROWS[arch.name])
+    config = select_config(arch, tile, weight.shape[0], weight.shape[1], hidden.element_size(), sample)
+    rows = torch.arange(count, device=hidden.device) if rows is None else rows
+    surplus = -count % tile
+    rows = torch.nn.functional.pad(rows, (0, surplus), value=-1)
+    if choice["position"] is None:
+        choice["position"] = torch.arange(count, device=hidden.device)
+    by_row = {
+        name: value for name, value in choice.items() if isinstance(value, Tensor) and value.dim() == 1 + (name == "forbidden")
+    }
+    padded = {name: torch.cat((value, value.new_zeros(surplus, *value.shape[1:]))) for name, value in by_row.items()}
+    parts = [
+        head_statistics(
+            hidden,
+            weight,
+            rows=rows[i : i + tile],
+            config=config,
+            **logits,
+            **choice | {name: value[i : i + tile] for name, value in padded.items()},
+        )
+        for i in range(0, len(rows), tile)
+    ]
+    entries = zip(*map(outputs, parts), strict=True)
+    return out.copy_(TokenStatistics(*(torch.cat(entry)[:count] for entry in entries)))
 
 
 #: Triton's name of a dtype that logits are rounded to.

@@ -43,9 +43,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Activation
+from ..types import DEFAULT_LAUNCH, Activation, LaunchOptions
 from ._arch import Arch, arch_of
-from ._check import INTERPRETED, check_floats, check_shape, check_workspace, collapsed, once, require, row_stride_of
+from ._check import INTERPRETED, check_floats, check_shape, collapsed, once, require, row_stride_of, scratch
 from ._pdl import dependent_launch, prefetch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 from .rms_norm import rms_norm
@@ -322,9 +322,22 @@ def measured_config(
     return None if found is None else Config(**found)
 
 
-def fuses_residual(x: Tensor, weight: Tensor) -> bool:
+def chosen_config(
+    arch: Arch, gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None,
+    residual: bool, options: LaunchOptions,
+) -> Config | None:  # fmt: skip
+    """What a call without a config runs: this kernel with launch parameters, or None, the library."""
+    if options.batch_invariant:
+        return invariant_config(arch, n, k, getattr(torch, dtype).itemsize, activation)
+    if options.fuse_linear and rows <= MAX_ROWS:
+        return select_config(arch, rows, n, k, getattr(torch, dtype).itemsize, activation)
+    return measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
+
+
+def fuses_residual(x: Tensor, weight: Tensor, options: LaunchOptions = DEFAULT_LAUNCH) -> bool:
     """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
-    return measured_config(gpu_name(x.device), *_product(x, weight), False, None, True) is not None
+    product = _product(x, weight)
+    return chosen_config(arch_of(x.device), gpu_name(x.device), *product, False, None, True, options) is not None
 
 
 @once
@@ -358,15 +371,15 @@ def _layout(
 ) -> tuple[int, ...]:  # fmt: skip
     """Checks the arguments of :func:`linear`; the shape of the result."""
     check_floats(x=x, weight=weight, norm_weight=norm_weight, residual=residual, out=out)
-    require(x.ndim > 0, "x", "no dimension", "[..., K]")
-    require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "two dimensions, [N, K]")
+    require("x", "no dimension", "[..., K]", x.ndim > 0)
+    require("weight", f"shape {list(weight.shape)}", "of two dimensions, [N, K]", weight.ndim == 2)
     (n, k), gated = weight.shape, activation == "swiglu"
-    require(k > 0 and x.shape[-1] == k, "x", f"a last dimension of {x.shape[-1]}", f"that of weight, {k}, at least 1")
-    require(activation in (None, "swiglu"), "activation", repr(activation), "'swiglu' or None")
-    require(not gated or n % 2 == 0, "weight", f"{n} rows", "an even number: gate, then up")
+    require("x", f"one of {x.shape[-1]}", f"of the last dimension of weight, {k}, at least 1", k > 0 and x.shape[-1] == k)
+    require("activation", repr(activation), "'swiglu' or None", activation in (None, "swiglu"))
+    require("weight", f"{n} rows", "of an even number of rows, gate and up", not gated or n % 2 == 0)
     check_shape("norm_weight", norm_weight, k)
     given = "nothing" if eps is None else eps
-    require((eps is None) == (norm_weight is None), "eps", given, "a number with norm_weight, and nothing without")
+    require("eps", given, "a number with norm_weight, and nothing without", (eps is None) == (norm_weight is None))
     shape = (*x.shape[:-1], n // 2 if gated else n)
     check_shape("residual", residual, *shape)
     check_shape("out", out, *shape)
@@ -384,6 +397,7 @@ def linear(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor:
     """``residual + activation(rms_norm(x) @ weight.T)``, each part optional.
 
@@ -401,7 +415,8 @@ def linear(
         activation: ``"swiglu"`` or nothing.
         out: receives the result; may be ``residual`` itself.
         workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
-        config: run this kernel with these launch parameters, measured or not.
+        config: run this kernel with these launch parameters, measured or not; :func:`chosen_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``[..., N]``, with ``activation="swiglu"`` ``[..., F]``.
@@ -413,50 +428,47 @@ def linear(
     gated = activation == "swiglu"
     if config is None:
         around = (norm_weight is not None, activation, residual is not None)
-        config = measured_config(gpu_name(x.device), *_product(x, weight), *around)
+        config = chosen_config(arch_of(x.device), gpu_name(x.device), *_product(x, weight), *around, options)
     if config is None:
-        return _by_library(x, weight, norm_weight, eps, residual, gated, out)
+        return _by_library(x, weight, norm_weight, eps, residual, gated, out, options)
 
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.numel():
         needed = config.workspace_elements(math.prod(shape[:-1]), weight.shape[0])
-        if workspace is None:
-            workspace = torch.empty(needed, dtype=torch.float32, device=x.device) if needed else None
-        else:
-            check_workspace(workspace, needed, x.device)
+        workspace = scratch(workspace, needed, x.device)
         with torch.cuda.device_of(x):
-            _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace)
+            _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace, options)
     return out
 
 
 def _by_library(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, gated: bool,
-    out: Tensor | None,
+    out: Tensor | None, options: LaunchOptions,
 ) -> Tensor:  # fmt: skip
     """The product by cuBLAS, what stands around it by kernels of their own."""
     if norm_weight is not None:
         assert eps is not None
-        x = rms_norm(x, norm_weight, eps)  # type: ignore[assignment]
+        x = rms_norm(x, norm_weight, eps, options=options)  # type: ignore[assignment]
     last = residual is None
     if last and not gated and out is not None:
         return torch.matmul(x, weight.T, out=out)
     y = F.linear(x, weight)
     if gated:
-        y = swiglu(y, out=out if last else None)
+        y = swiglu(y, out=out if last else None, options=options)
     return y if residual is None else torch.add(residual, y, out=out)
 
 
 def _launch(
     config: Config, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None,
-    gated: bool, out: Tensor, workspace: Tensor | None,
+    gated: bool, out: Tensor, workspace: Tensor | None, options: LaunchOptions,
 ) -> None:  # fmt: skip
     """One launch, and the sum of the splits if there are several."""
     arch, k, outputs = arch_of(x.device), x.shape[-1], out.shape[-1]
-    x, residual = collapsed(x), None if residual is None else collapsed(residual)
+    x, stride_x = collapsed(x)
+    residual, stride_r = (None, 0) if residual is None else collapsed(residual)
     count, split = out.shape[:-1].numel(), config.splits > 1
-    stride_x, stride_o = row_stride_of("x", x), row_stride_of("out", out)
-    stride_r = 0 if residual is None else row_stride_of("residual", residual)
-    launch = dependent_launch(arch)
+    stride_o = row_stride_of("out", out)
+    launch = dependent_launch(arch, options)
     epilogue = {"SWIGLU": gated, "RESIDUAL": residual is not None, "enable_fp_fusion": True, **launch}
     tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outputs, config.block_n)
     _linear_kernel[(tiles, config.splits)](

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from ..engine.request import batch_requests
 from ..engine.runner import ModelRunner
 from ..models.config import ModelConfig
 from ..models.transformer import Transformer, Weights
+from ..types import LaunchOptions
 
 if TYPE_CHECKING:
     from ..kernels._arch import Arch
@@ -112,25 +114,22 @@ def _count(
     model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, sizes: tuple[int, int, int], dtype: torch.dtype
 ) -> Counter[str]:
     from ..kernels.linear import fuses_residual
-    from ..verify.cases.linear import chosen_config
     from .recorder import META, launchers, recorded
 
-    (rows, length, slots), calls = sizes, _Calls()
+    (rows, length, slots), calls, options = sizes, _Calls(), LaunchOptions(fuse_linear=fused)
     with recorded(arch, gpu) as launches, calls:
 
         def counted(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 calls.op, before = op, len(launches)
-                if op == "linear" and fused:
-                    kwargs["config"] = chosen_config({"x": args[0], "weight": args[1], "activation": None} | kwargs)
-                result = function(*args, **kwargs)
+                result = function(*args, **kwargs, **({"options": options} if op == "linear" else {}))
                 calls.counts[op] += len(launches) - before
                 calls.op = None
                 return result
 
             return call
 
-        ops = launchers(counted, lambda x, weight: fused or fuses_residual(x, weight))
+        ops = launchers(counted, partial(fuses_residual, options=options))
         network = Transformer(model, Weights.allocate(model, META, dtype), ops)
         config = GenerationConfig(gen_length=length, block_length=length)
         requests = batch_requests([[1]] * rows, None, config, model)

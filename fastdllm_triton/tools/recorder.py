@@ -154,5 +154,5 @@ def recorded(arch: Arch, gpu: str | None = None, stand_in: Callable[[Any], Any] 
 def launchers(wrapped: Callable[[str, Callable[..., Any]], Callable[..., Any]], fuses_residual: Callable[..., bool]) -> Ops:
     """The kernels' launchers, each wrapped by its name, as the ops of a network on the meta device."""
     functions = {op: getattr(importlib.import_module(f"{kernels.__name__}.{op}"), op) for op in NAMES}
-    ops = {op: wrapped(op, function) for op, function in functions.items()}
+    ops: dict[str, Any] = {op: wrapped(op, function) for op, function in functions.items()}
     return Ops(name="recorded", reason="no launches", required=True, fuses_residual=fuses_residual, **ops)

@@ -81,12 +81,12 @@ def chosen(op: str, shape: dict[str, Any], gpu: str | None) -> dict[str, Any]:
     if op == "prefetch":
         return {"bytes": prefetch.prefetched_bytes(gpu, shape["n"], shape["k"], 2)}
     if op == "head_statistics":
-        found = head_statistics.head_statistics_config(ARCH, shape["rows"], shape["vocabulary"], shape["width"], 2, False, gpu)
+        found = head_statistics.select_config(ARCH, shape["rows"], shape["vocabulary"], shape["width"], 2, False, gpu)
         return head_statistics.BY_LIBRARY if found is None else asdict(found)
     if op == "rope_kv_write":
         return asdict(rope_kv_write.select_config(ARCH, 4, 128, gpu))
     if op == "token_statistics":
-        return asdict(token_statistics.token_statistics_config(ARCH, shape["rows"], shape["vocabulary"], 2, False, gpu))
+        return asdict(token_statistics.select_config(ARCH, shape["rows"], shape["vocabulary"], 2, False, gpu))
     return asdict({"rms_norm": rms_norm, "swiglu": swiglu}[op].select_config(ARCH, shape["width"], gpu))
 
 

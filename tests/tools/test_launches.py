@@ -14,7 +14,7 @@ from fastdllm_triton.kernels import _pdl, _statistics
 from fastdllm_triton.kernels._arch import ARCHS, arch_of
 from fastdllm_triton.kernels.linear import Config, select_config
 from fastdllm_triton.tools.recorder import META, recorded
-from fastdllm_triton.types import PolicyState
+from fastdllm_triton.types import DEFAULT_LAUNCH, LaunchOptions, PolicyState
 from fastdllm_triton.verify.cases import OPS
 from fastdllm_triton.verify.cases.linear import PROJECTIONS
 
@@ -69,10 +69,13 @@ def test_token_statistics_launches_a_merge_where_rows_are_split(rows, vocabulary
 
 def test_what_is_recorded_is_what_was_measured_on_a_gpu(monkeypatch):
     splits = {"NVIDIA Test 5": 1, "NVIDIA Test 6": 4}
-    common = {"block_m": 32, "block_n": 64, "swap": False, "num_warps": 4, "num_stages": 2}
-    for op in ("window_attention", "token_statistics"):
-        module = importlib.import_module(f"fastdllm_triton.kernels.{op}")
-        monkeypatch.setattr(module, "nearest", lambda gpu, *_, **__: {**common, "splits": splits[gpu]} if gpu else None)
+    tiles: dict[str, dict[str, Any]] = {"window_attention": {"block_m": 32, "block_n": 64, "swap": False}, "token_statistics": {}}
+
+    def nearest(gpu: str | None, op: str, *_: Any, **__: Any) -> dict[str, Any] | None:
+        return tiles[op] | {"num_warps": 4, "num_stages": 2, "splits": splits[gpu]} if gpu and op in tiles else None
+
+    for op in tiles:
+        monkeypatch.setattr(importlib.import_module(f"fastdllm_triton.kernels.{op}"), "nearest", nearest)
     sizes = {
         "window_attention": {"model": "llada", "window": 32, "slots": 3072},
         "token_statistics": {"rows": 32, "vocabulary": 126_464, "bits": 32},
@@ -140,24 +143,24 @@ def test_linear_of_the_library_launches_a_kernel_for_each_part_around_the_produc
 def test_launches_overlap_from_hopper_on_and_never_in_the_interpreter(monkeypatch):
     monkeypatch.setattr(_pdl, "INTERPRETED", False)
     assert [name for name, arch in ARCHS.items() if _pdl.has_dependent_launch(arch)] == ["sm_90", "sm_100", "sm_120"]
-    assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": True, "launch_pdl": True}
+    assert _pdl.dependent_launch(ARCHS["sm_90"], DEFAULT_LAUNCH) == {"PDL": True, "launch_pdl": True}
+    assert _pdl.dependent_launch(ARCHS["sm_90"], LaunchOptions(pdl=False)) == {"PDL": False}
     # Other backends and the interpreter do not know the launch option.
-    assert _pdl.dependent_launch(ARCHS["sm_89"]) == _pdl.dependent_launch(ARCHS["gfx942"]) == {"PDL": False}
+    for arch in ("sm_89", "gfx942"):
+        assert _pdl.dependent_launch(ARCHS[arch], DEFAULT_LAUNCH) == {"PDL": False}
     monkeypatch.setattr(_pdl, "INTERPRETED", True)
-    assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": False}
+    assert _pdl.dependent_launch(ARCHS["sm_90"], DEFAULT_LAUNCH) == {"PDL": False}
 
 
 def layers(
-    x: torch.Tensor, weights: dict[str, torch.Tensor], start: torch.Tensor, end: torch.Tensor, *, fused: bool
+    x: torch.Tensor, weights: dict[str, torch.Tensor], start: torch.Tensor, end: torch.Tensor, **options: bool
 ) -> torch.Tensor:
     """A chain of eight small layers over the same buffers, each kernel reading what the one before it wrote."""
     k, v = torch.zeros(1, 4, 256, 32, device=x.device, dtype=x.dtype), torch.zeros(1, 4, 256, 32, device=x.device, dtype=x.dtype)
-    run = ops.resolve("triton", x.device)
+    run = ops.resolve("triton", x.device).with_options(**options)
 
     def project(x: torch.Tensor, name: str, **kwargs: Any) -> torch.Tensor:
-        weight = weights[name]
-        config = select_config(arch_of(x.device), 32, *weight.shape, 2, kwargs.get("activation")) if fused else None
-        y: torch.Tensor = run.linear(x, weight, config=config, **kwargs)
+        y: torch.Tensor = run.linear(x, weights[name], **kwargs)
         return y
 
     for _ in range(8):
@@ -170,7 +173,7 @@ def layers(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_captured_chain_of_overlapping_kernels_gives_what_it_gives_one_by_one(fused, monkeypatch):
+def test_a_captured_chain_of_overlapping_kernels_gives_what_it_gives_one_by_one(fused):
     def normal(*size: int, seed: int) -> torch.Tensor:
         return (randn(*size, seed=seed) / size[-1] ** 0.5).to(DEVICE, torch.bfloat16)
 
@@ -178,14 +181,12 @@ def test_a_captured_chain_of_overlapping_kernels_gives_what_it_gives_one_by_one(
     weights = {name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     weights["norm"] = torch.ones(128, device=DEVICE, dtype=torch.bfloat16)
     x, start, end = normal(1, 32, 128, seed=9), ints([0], DEVICE), ints([256], DEVICE)
-    with monkeypatch.context() as patch:
-        patch.setattr(_pdl, "has_dependent_launch", lambda arch: False)
-        want = layers(x, weights, start, end, fused=fused)
-        torch.cuda.synchronize()
-    assert torch.equal(layers(x, weights, start, end, fused=fused), want)  # also compiles what is captured
+    want = layers(x, weights, start, end, pdl=False, fuse_linear=fused)
+    torch.cuda.synchronize()
+    assert torch.equal(layers(x, weights, start, end, fuse_linear=fused), want)  # also compiles what is captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = layers(x, weights, start, end, fused=fused)
+        got = layers(x, weights, start, end, fuse_linear=fused)
     for _ in range(200):
         got.fill_(torch.nan)
         graph.replay()

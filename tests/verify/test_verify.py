@@ -64,9 +64,9 @@ def test_a_record_is_of_a_dtype_and_all_its_cases(op: str) -> None:
 @pytest.fixture(autouse=True)
 def ops_of_this_test_alone() -> Iterator[None]:
     """A kernel that a test replaced is neither missed because its op was kept before, nor kept for the tests after it."""
-    ops._resolved.cache_clear()
+    ops.backends._resolved.cache_clear()
     yield
-    ops._resolved.cache_clear()
+    ops.backends._resolved.cache_clear()
 
 
 def slightly_wrong(kernel: Any) -> Any:
