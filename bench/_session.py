@@ -24,6 +24,8 @@ from __future__ import annotations
 import gc
 import importlib
 import pkgutil
+import runpy
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -341,8 +343,10 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
 
 def main(op: str | None = None) -> None:
     """A bench as a script: ``fastdllm-triton bench`` with the script's arguments, of one op if it is given."""
-    import sys
+    run_command("bench", "all", *(() if op is None else ("--op", op)))
 
-    from fastdllm_triton.cli.app import app
 
-    app(["bench", "all", *(() if op is None else ("--op", op)), *sys.argv[1:]])
+def run_command(*words: str) -> None:
+    """A command of ``fastdllm-triton`` with these words, and the script's arguments behind them."""
+    sys.argv[1:1] = words
+    runpy.run_module("fastdllm_triton", run_name="__main__")

@@ -115,11 +115,12 @@ class OurStep:
     def refresh(self) -> None:
         """The first forward of the block."""
         masked = self.rows * self.config.block_length
-        self.batch.refresh(self.network, self.program, 0, self.rows, 0, self.batch.slots, masked)
+        self.batch.run(self.network, self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, masked))
 
     def step(self) -> None:
         """Another forward."""
-        self.batch.step(self.network, self.program, 0, self.rows, self.window, self.rows * self.config.block_length)
+        masked = self.rows * self.config.block_length
+        self.batch.run(self.network, self.batch.step_shape(self.program, 0, self.rows, self.window, masked))
 
     @torch.no_grad()
     def logits(self) -> Tensor:

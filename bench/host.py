@@ -87,9 +87,9 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
         for _ in range(REPEATS):
             seconds.clear()
             if refresh:
-                runner.refresh(network, program, 0, 1, 0, prompt + length, length)
+                runner.run(network, runner.refresh_shape(program, 0, 1, 0, prompt + length, length))
             else:
-                runner.step(network, program, 0, 1, window, length)
+                runner.run(network, runner.step_shape(program, 0, 1, window, length))
             best = {op: min(1e6 * time_, best.get(op, float("inf"))) for op, time_ in seconds.items()}
     return best
 

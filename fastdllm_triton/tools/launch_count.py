@@ -138,5 +138,5 @@ def _count(
         window = len(requests[0].policy.step(requests[0].block_state))
         for _ in range(2):  # the first one also makes what is kept
             calls.counts.clear()
-            runner.step(network, program, 0, rows, window, rows * length)
+            runner.run(network, runner.step_shape(program, 0, rows, window, rows * length))
     return calls.counts

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import fastdllm_triton as fdt
 from fastdllm_triton.decoding.cache_policy import CACHE_POLICIES
+from fastdllm_triton.engine.program import group_of
 from fastdllm_triton.engine.request import Aborted, Request, batch_requests
-from fastdllm_triton.engine.runner import group_of
 from fastdllm_triton.engine.scheduler import ForwardPlan, RowFlags, Scheduler
 
 OPTIONS: dict[str, Any] = {"gen_length": 16, "block_length": 8}

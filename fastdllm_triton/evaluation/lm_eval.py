@@ -29,11 +29,11 @@ from tqdm import tqdm
 from ..decoding.config import GenerationConfig
 from ..decoding.options import strategy_of
 from ..decoding.strategies import STRATEGIES
-from ..evaluation.finished import Finished
-from ..evaluation.likelihood import MonteCarlo
-from ..evaluation.runner import checkpoint_digest, use_few_threads
 from ..loading import load
 from ..models.tokenizer import apply_template
+from .finished import Finished
+from .likelihood import MonteCarlo
+from .runner import checkpoint_digest, use_few_threads
 
 log = logging.getLogger(__name__)
 
