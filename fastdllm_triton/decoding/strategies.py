@@ -358,6 +358,5 @@ class StrategySpec:
         return self.text
 
     def strategy(self, gen_length: int, block_length: int) -> Strategy:
-        """The strategy for these lengths."""
         score = {"score": self.score} if self.score else {}
         return self.kind.from_text(self.value, gen_length, block_length, **score)

@@ -116,7 +116,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def eot_token_id(self) -> int:
-        """The end token."""
         return int(self.lm.config.eos_ids[0])
 
     @property
@@ -127,7 +126,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model takes."""
         return int(self.lm.config.max_length)
 
     @property
@@ -224,7 +222,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's length."""
+        """Log-likelihoods of whole texts, in windows of the model's length."""
         results = []
         for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
             (text,) = request.args

@@ -80,7 +80,6 @@ class Shape:
 
     @classmethod
     def of(cls, config: ModelConfig, name: str = "") -> Shape:
-        """The sizes of a loaded model."""
         sizes = {field: getattr(config, field) for field in cls.__dataclass_fields__ if field != "name"}
         return cls(name=name or config.architecture, **sizes)
 
@@ -136,11 +135,9 @@ class Cost:
         return Cost(self.bytes * times, self.flops * times)
 
     def seconds(self, gpu: Gpu) -> float:
-        """The floor on a GPU."""
         return max(self.bytes / gpu.bandwidth, self.flops / gpu.matrix_rate)
 
     def bound(self, gpu: Gpu) -> Literal["memory", "matrix"]:
-        """What the floor comes from."""
         return "memory" if self.bytes / gpu.bandwidth >= self.flops / gpu.matrix_rate else "matrix"
 
 
@@ -314,12 +311,11 @@ class Setting:
 
     @property
     def blocks(self) -> int:
-        """Blocks that are decoded."""
         return math.ceil((self.stop_at or self.gen_length) / self.block_length)
 
     @property
     def tokens(self) -> int:
-        """Tokens of use: up to the end token."""
+        """Useful tokens: those up to the end token."""
         return self.stop_at or self.gen_length
 
     def schedule(self) -> list[Phase]:
@@ -356,7 +352,7 @@ class Floor:
         forwards: of all phases.
         refresh_seconds, step_seconds: of all refreshes and of all other forwards.
         cost: bytes and FLOPs of the whole generation.
-        tokens: of use, the batch's together.
+        tokens: useful ones, of the whole batch.
     """
 
     forwards: float
@@ -367,12 +363,11 @@ class Floor:
 
     @property
     def seconds(self) -> float:
-        """Of the whole generation."""
         return self.refresh_seconds + self.step_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of use over time."""
+        """Useful tokens over time."""
         return self.tokens / self.seconds
 
 
@@ -387,7 +382,7 @@ def generation_cost(
 def generation_floor(
     shape: Shape, schedule: Sequence[Phase], gpu: Gpu, tokens: float, *, weight_bits: float = 16, cache_bits: float = 16
 ) -> Floor:
-    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are those of use, of all rows."""
+    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are the useful ones of all rows."""
     costs = generation_cost(shape, schedule, weight_bits=weight_bits, cache_bits=cache_bits)
 
     def seconds(refresh: bool) -> float:
@@ -398,7 +393,6 @@ def generation_floor(
 
 
 def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
-    """The floor of a setting."""
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
     return generation_floor(shape, setting.schedule(), gpu, setting.batch_size * setting.tokens, **bits)
 
