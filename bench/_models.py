@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.models.config import ModelConfig
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import resolve
@@ -66,11 +67,11 @@ def network_of(
     return Transformer(config, weights, resolve(backend, device))
 
 
-def release(network: Transformer) -> None:
+def release(model: MaskedDiffusionLM) -> None:
     """Gives the memory of buffers and captured steps that generations left behind back, before something else is measured."""
-    network.buffers.clear()
+    model.release()
     gc.collect()
-    if network.device.type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.empty_cache()
 
 

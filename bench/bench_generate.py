@@ -37,8 +37,8 @@ from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
 from fastdllm_triton.decoding import CacheName, GenerationConfig
 from fastdllm_triton.decoding.strategies import FixedSteps
-from fastdllm_triton.engine.engine import Generation
-from fastdllm_triton.models.transformer import Transformer
+from fastdllm_triton.engine.generation import Generation
+from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.tools.roofline import Gpu, Setting
 from fastdllm_triton.tools.roofline import floor as floor_of
 
@@ -91,12 +91,12 @@ def blocks_until(end: int) -> int:
     return -(-end // BLOCK)
 
 
-def run_ours(network: Transformer, prompts: Tensor, cache: CacheName, counts: Sequence[int], gen_length: int) -> Tensor:
+def run_ours(model: MaskedDiffusionLM, prompts: Tensor, cache: CacheName, counts: Sequence[int], gen_length: int) -> Tensor:
     """Decodes ``len(counts)`` blocks, each in its number of forwards, and returns the sequences."""
     config = GenerationConfig(
         gen_length=gen_length, block_length=BLOCK, cache=cache, strategy=FixedSteps(gen_length // BLOCK), stop_at_eos=False
     )
-    generation = Generation(network, prompts.tolist(), config)
+    generation = Generation(model, prompts.tolist(), config)
     # The strategy is one token count for all blocks; the schedule has one for each.
     steps = generation.batch.state.steps
     begins = dict(zip(accumulate(counts, initial=0), counts, strict=False))
@@ -167,6 +167,7 @@ class GenerateBench:
         device, timed = session.device, session.timer is not None
         base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": "batch"}
         network = network_of(shape["model"], device, torch.bfloat16 if timed else torch.float32)
+        ours = MaskedDiffusionLM(network, None)
         prompts = prompt_of(shape["model"], shape["batch"], shape["prompt"], device)
         model = OfficialModel(network)
         gen_length, cache = shape["gen_length"], shape["cache"]
@@ -175,15 +176,15 @@ class GenerateBench:
         single = model.config.architecture == "dream" and shape["batch"] > 1
         rows: dict[str, Row] = {}
         for provider, run, kept in (
-            ("triton", lambda: run_ours(network, prompts, cache, counts, gen_length), counts),
-            ("triton eos", lambda: run_ours(network, prompts, cache, until_end, gen_length), until_end),
+            ("triton", lambda: run_ours(ours, prompts, cache, counts, gen_length), counts),
+            ("triton eos", lambda: run_ours(ours, prompts, cache, until_end, gen_length), until_end),
             ("official", lambda: run_official(model, prompts, cache, counts, gen_length), counts),
             ("vanilla", lambda: self.vanilla(model, prompts, gen_length), [BLOCK] * len(counts)),
         ):
             if not session.wants(provider):
                 continue
             if not provider.startswith("triton"):
-                release(network)  # our buffers take no room from the official loop
+                release(ours)  # our buffers take no room from the official loop
             try:
                 if single and not provider.startswith("triton"):
                     raise NotImplementedError("the official loop is for one row")
@@ -197,7 +198,7 @@ class GenerateBench:
             except Exception as error:  # too little memory for a float64 softmax over a long context
                 rows[provider] = {"missing": reason(error)}
             yield [base | {"provider": name} | row | ratios(row, rows) for name, row in rows.items()]
-        release(network)
+        release(ours)
 
     def vanilla(self, model: OfficialModel, prompts: Tensor, gen_length: int) -> None:
         """Some forwards of the official loop without a cache."""

@@ -41,13 +41,15 @@ from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commi
 from fastdllm_triton.bench.official_step import shift as shift_logits
 from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
-from fastdllm_triton.engine.runner import Batch, Program
+from fastdllm_triton.engine.request import batch_requests
+from fastdllm_triton.engine.runner import ModelRunner
 from fastdllm_triton.kernels import _pdl
 from fastdllm_triton.kernels._arch import arch_of
 from fastdllm_triton.kernels.linear import MAX_ROWS, select_config
 from fastdllm_triton.kernels.linear import linear as linear_kernel
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.tools.roofline import forward_cost
+from fastdllm_triton.utils.environment import GRAPHS
 
 #: Along each axis from a middle point; the most asked for first.
 SHAPES: list[dict[str, Any]] = [
@@ -98,36 +100,41 @@ class OurStep:
             gen_length=gen_length, block_length=window, cache="dual", strategy=Threshold(0.9), stop_at_eos=False
         )
         self.start, self.rows = context - gen_length // 2, rows
-        resolved = self.config.resolve(network.config, rows)
         self.network = network
-        self.batch = Batch(network, rows, context, Program.of(network, self.config, resolved))
         self.sequences = ids.clone()
-        self.sequences[:, self.start :] = resolved.mask_id
-        self.window = window + self.batch.program.look_back
-        self.batch.fill(self.sequences, [0] * rows, resolved.seeds, self.config, resolved.filler)
-        self.batch.place([self.start] * rows, [context] * rows)
+        self.sequences[:, self.start :] = network.config.mask_id
+        begin = context - gen_length
+        prompts, answers = self.sequences[:, :begin].tolist(), self.sequences[:, begin:].tolist()
+        self.requests = batch_requests(prompts, answers, self.config, network.config)
+        self.batch = ModelRunner(network, rows, context, use_cuda_graphs=GRAPHS.value == "1")
+        self.batch.fill(0, self.requests)
+        self.program = self.batch.program_of(self.requests, self.requests)
+        for request in self.requests:
+            request.begin_block()
+        self.window = len(self.requests[0].policy.step(self.requests[0].block_state))
 
     def reset(self) -> None:
         """Masks the block again."""
         self.batch.x.copy_(self.sequences)
-        self.batch.begin(0, self.rows)
+        self.batch.begin_blocks(range(self.rows), self.requests)
 
     def refresh(self) -> None:
         """The first forward of the block."""
-        self.batch.refresh(self.network, 0, self.rows, 0, self.batch.slots)
+        masked = self.rows * self.config.block_length
+        self.batch.refresh(self.network, self.program, 0, self.rows, 0, self.batch.slots, masked)
 
     def step(self) -> None:
         """Another forward."""
-        self.batch.step(self.network, self.rows, self.window)
+        self.batch.step(self.network, self.program, 0, self.rows, self.window, self.rows * self.config.block_length)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
         """``[B, N, V]``: of the masked block, over the cache of a refresh."""
-        network, batch, back = self.network, self.batch, self.batch.program.look_back
+        network, batch, back = self.network, self.batch, self.window - self.config.block_length
         self.reset()
         self.refresh()
         block = self.sequences[:, self.start - back : self.start - back + self.window]
-        hidden = network.forward(block, batch.block_start - back, batch.cache)
+        hidden = network.forward(block, batch.window_start, batch.cache)
         return (network.final_norm(hidden) @ network.head.T)[:, back:]
 
 
@@ -407,7 +414,7 @@ def host_of(side: OurStep, device: Timing) -> float:
         began = time.perf_counter()
         for _ in range(STEPS):
             side.step()
-            side.batch.look(side.rows)
+            side.batch.sync_flags(side.rows)
         times.append((time.perf_counter() - began) / STEPS * 1e3)
     return percentiles(times).median - device.median
 

@@ -22,7 +22,8 @@ from torch import Tensor
 from fastdllm_triton import ops
 from fastdllm_triton.bench._models import config_of
 from fastdllm_triton.decoding.config import GenerationConfig
-from fastdllm_triton.engine.runner import Batch, Program
+from fastdllm_triton.engine.request import batch_requests
+from fastdllm_triton.engine.runner import ModelRunner
 from fastdllm_triton.kernels import _check, _pdl, _statistics
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.models.transformer import Transformer, Weights
@@ -104,14 +105,16 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
         )  # fmt: skip
         network = Transformer(config, Weights.allocate(config, META, torch.bfloat16), backend)
         options = GenerationConfig(gen_length=length, block_length=length)
-        program = Program.of(network, options, options.resolve(config, 1))
-        batch = Batch(network, 1, prompt + length, program)
+        requests = batch_requests([[1] * prompt], None, options, config)
+        runner = ModelRunner(network, 1, prompt + length)
+        program = runner.program_of(requests, requests)
+        window = len(requests[0].policy.step(requests[0].block_state))
         for _ in range(REPEATS):
             seconds.clear()
             if refresh:
-                batch.refresh(network, 0, 1, 0, prompt + length)
+                runner.refresh(network, program, 0, 1, 0, prompt + length, length)
             else:
-                batch.step(network, 1, length + program.look_back)
+                runner.step(network, program, 0, 1, window, length)
             best = {op: min(1e6 * time_, best.get(op, float("inf"))) for op, time_ in seconds.items()}
     return best
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 import fastdllm_triton as fdt
-from fastdllm_triton.engine.engine import Committed
+from fastdllm_triton.engine.outputs import Committed
 from fastdllm_triton.tiny.problems import problems, score
 
 #: Test problems of the built-in task with this seed; the first of PROBLEMS is the one that is drawn alone.

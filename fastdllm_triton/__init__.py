@@ -19,8 +19,10 @@ from .utils.moved import install
 if TYPE_CHECKING:
     from .decoding.config import GenerationConfig
     from .decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
-    from .engine.engine import Committed, Forward, Generation
-    from .engine.outputs import GenerationOutput
+    from .engine.engine import Engine
+    from .engine.generation import Forward, Generation
+    from .engine.outputs import Committed, GenerationOutput, StepOutput
+    from .engine.request import Request
     from .integrations.transformers.accelerate import accelerate, restore
     from .loading import load
     from .model import MaskedDiffusionLM
@@ -33,6 +35,7 @@ install()
 __all__ = [
     "CheckpointError",
     "Committed",
+    "Engine",
     "EntropyBudget",
     "Factor",
     "FixedSteps",
@@ -41,6 +44,8 @@ __all__ = [
     "GenerationConfig",
     "GenerationOutput",
     "MaskedDiffusionLM",
+    "Request",
+    "StepOutput",
     "Strategy",
     "Threshold",
     "Timesteps",
@@ -52,6 +57,7 @@ __all__ = [
 _HOMES = {
     "CheckpointError": "models",
     "Committed": "engine",
+    "Engine": "engine",
     "EntropyBudget": "decoding",
     "Factor": "decoding",
     "FixedSteps": "decoding",
@@ -60,6 +66,8 @@ _HOMES = {
     "GenerationConfig": "decoding",
     "GenerationOutput": "engine",
     "MaskedDiffusionLM": "model",
+    "Request": "engine",
+    "StepOutput": "engine",
     "Strategy": "decoding",
     "Threshold": "decoding",
     "Timesteps": "decoding",

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .decoding.config import GenerationConfig
 from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
-from .engine.engine import Forward, Generation, run
+from .engine.buffer_pool import BufferPool
+from .engine.generation import Forward, Generation, run
+from .engine.modes import decoding_modes
 from .engine.outputs import GenerationOutput
 from .engine.trace import Trace
 from .models.checkpoint import failures_as, read_json
@@ -43,11 +45,13 @@ class MaskedDiffusionLM:
 
     Attributes:
         network: the transformer.
+        buffers: on a GPU, the buffers and captured forwards of generations that have ended, for the next ones.
         hub_id: the repository that it was fetched from, if it was.
     """
 
     def __init__(self, network: Transformer, folder: Path | None, hub_id: str | None = None) -> None:
         self.network = network
+        self.buffers = BufferPool.of(network.device)
         self._folder = folder
         self.hub_id = hub_id
 
@@ -197,7 +201,7 @@ class MaskedDiffusionLM:
 
         The next generation allocates anew. Generations that are under way keep theirs.
         """
-        self.network.buffers.clear()
+        self.buffers.clear()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -214,8 +218,12 @@ class MaskedDiffusionLM:
             TypeError, ValueError: ``ids`` is nothing of the kind, is empty, holds an id outside the vocabulary, or is longer than
                 the model takes.
         """
-        with torch.no_grad():
-            return self.network.logits(id_tensor("ids", ids, self.config).to(self.device))
+        return self._logits("ids", ids)
+
+    def _logits(self, name: str, ids: Any) -> Tensor:
+        """:meth:`logits` of what its caller calls ``name``."""
+        with decoding_modes(self.device):
+            return self.network.logits(id_tensor(name, ids, self.config).to(self.device))
 
     def generate(
         self,
@@ -315,7 +323,7 @@ class MaskedDiffusionLM:
         """Runs a generation to its end, and records it where that is asked for."""
 
         def start() -> Generation:
-            return Generation(self.network, rows, config, self.tokenizer, answers=answers, whole=whole)
+            return Generation(self, rows, config, self.tokenizer, answers=answers, whole=whole)
 
         if trace is None:
             return run(start(), callback)
@@ -353,7 +361,7 @@ class MaskedDiffusionLM:
             ValueError, TypeError, MemoryError: as :meth:`generate`, before any forward.
         """
         config, rows = self.options(config, **options), self._rows(prompts)
-        return Generation(self.network, rows, config, self.tokenizer, answers=self._answers(rows, config, constraints))
+        return Generation(self, rows, config, self.tokenizer, answers=self._answers(rows, config, constraints))
 
     def _answers(
         self, rows: list[list[int]], config: GenerationConfig, constraints: Constraints | None

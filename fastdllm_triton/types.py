@@ -194,9 +194,10 @@ class PolicyState:
             raise ValueError(f"kv_start and seed must be of shape [B], got {list(kv_start.shape)} and {list(seed.shape)}")
         rows, device = len(kv_start), kv_start.device
         if not (isinstance(eos_ids, Tensor) and eos_ids.dim() == 2):
-            eos_ids = torch.tensor(to_ints("eos_ids", eos_ids, "a sequence of token ids, or a tensor [B, E]"), dtype=torch.int64)
+            ids = to_ints("eos_ids", eos_ids, "a sequence of token ids, or a tensor [B, E]")
+            eos_ids = torch.tensor(ids, dtype=torch.int64, device="cpu")
         require("shares", shares, "there for the rule 'schedule', and for no other", (shares is not None) == (rule == "schedule"))
-        shares = torch.as_tensor(() if shares is None else shares, dtype=torch.float32)
+        shares = shares if isinstance(shares, Tensor) else torch.tensor(shares or (), dtype=torch.float32, device="cpu")
         require("shares", list(shares.shape), "of shape [S] or [B, S], S of 1 or more", rule != "schedule" or shares.numel() > 0)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import fastdllm_triton as fdt
 from fastdllm_triton.engine import buckets as shapes
-from fastdllm_triton.engine import engine
-from fastdllm_triton.engine import runner as batches
+from fastdllm_triton.engine import engine as engines
+from fastdllm_triton.engine import generation as generations
+from fastdllm_triton.engine import runner as runners
 from fastdllm_triton.engine.cuda_graphs import Graphs
 from fastdllm_triton.ops import NAMES
 
@@ -74,14 +75,14 @@ class _Recorder(TorchDispatchMode):
 class _Capture(AbstractContextManager[None]):
     """Stands for ``torch.cuda.graph``. What the captured function wrote is taken back: a capture computes nothing."""
 
-    batch: batches.Batch
+    runner: runners.ModelRunner
 
     def __init__(self, graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "") -> None:
         assert capture_error_mode == "thread_local"
         self.graph, self.recorder = graph, _Recorder(graph)
 
     def __enter__(self) -> None:
-        self.written = list(tensors_of(list(vars(self.batch).values())))
+        self.written = list(tensors_of(list(vars(self.runner).values())))
         self.before = [tensor.clone() for tensor in self.written]
         Graph.capturing = self.graph
         self.recorder.__enter__()
@@ -112,29 +113,29 @@ def emulate(patch: pytest.MonkeyPatch, *models: fdt.MaskedDiffusionLM) -> None:
     for model in models:
         ops = {name: recorded(getattr(model.network.ops, name)) for name in NAMES}
         model.network.ops = replace(model.network.ops, **ops)
-        model.network.buffers.limit = 2**40
-    run = batches.Batch._run
+        model.buffers.limit = 2**40
+    run = runners.ModelRunner._run
 
-    def run_of(self: batches.Batch, *args: Any) -> None:
-        _Capture.batch = self
+    def run_of(self: runners.ModelRunner, *args: Any) -> None:
+        _Capture.runner = self
         run(self, *args)
 
-    predictions = batches.Batch._predictions
+    predictions = runners.ModelRunner._predictions
 
-    def as_captured(self: batches.Batch, rows: int) -> int:
+    def as_captured(self: runners.ModelRunner, *args: Any) -> int:
         graphs, self._graphs = self._graphs, Graphs(torch.device("cpu"), fall_back=False)
         try:
-            return predictions(self, rows)
+            return predictions(self, *args)
         finally:
             self._graphs = graphs
 
     # As many as in a capture also where there is none, for products of the same shape have the same bits.
-    patch.setattr(batches.Batch, "_predictions", as_captured)
-    patch.setattr(batches.Batch, "_run", run_of)
-    patch.setattr(batches, "can_capture", lambda network: True)
-    patch.setattr(batches, "window_bucket", lambda device: shapes._window_bucket)
-    patch.setattr(engine, "window_bucket", lambda device: shapes._window_bucket)
-    patch.setattr(engine, "buckets", lambda device: (shapes.rows_bucket, shapes.slots_bucket))
+    patch.setattr(runners.ModelRunner, "_predictions", as_captured)
+    patch.setattr(runners.ModelRunner, "_run", run_of)
+    patch.setattr(runners, "can_capture", lambda network: True)
+    patch.setattr(runners, "window_bucket", lambda device: shapes._window_bucket)
+    for module in (engines, generations, runners):
+        patch.setattr(module, "buckets", lambda device: (shapes.rows_bucket, shapes.slots_bucket))
     stubs = {"CUDAGraph": Graph, "graph": _Capture, "Stream": lambda device: "stream"}
     stubs |= {"current_stream": lambda device: "before", "set_stream": lambda stream: None}
     for name, stub in stubs.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..decoding.config import GenerationConfig
 from ..decoding.options import changed, parse
-from ..engine.engine import Forward
+from ..engine.generation import Forward
 from ..model import MaskedDiffusionLM
 
 

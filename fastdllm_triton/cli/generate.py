@@ -195,7 +195,7 @@ def read_prompts(texts: Sequence[str] | None, file: Path | None, chat: bool) -> 
 
 def _check_lengths(prompts: Sequence[Prompt], rows: Sequence[list[int]], config: GenerationConfig, lm: MaskedDiffusionLM) -> None:
     """Raises for a prompt that does not fit, with the place that it comes from."""
-    from ..engine.engine import check_prompts
+    from ..engine.limits import check_prompts
 
     for prompt, row in zip(prompts, rows, strict=True):
         try:

@@ -59,7 +59,7 @@ def inspect(
     check_folder("--out", out)
     check_writable("--json-copy", json_copy)
     from ..decoding.strategies import StrategySpec
-    from ..engine.engine import check_prompts
+    from ..engine.limits import check_prompts
     from ..evaluation.agreement import agreement, answers, decode
     from ..evaluation.drift import drift, similarity
     from ..evaluation.grid import CacheSpec, Variant

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from ..engine.engine import Forward
+from ..engine.generation import Forward
 from ..model import MaskedDiffusionLM
 from .console import can_show, visible
 

@@ -134,6 +134,11 @@ class GenerationConfig:
         return self.gen_length // self.block_length
 
     @property
+    def commits_first_alone(self) -> bool:
+        """Whether a refresh commits the first token of its block alone."""
+        return self.refresh_commits == "first" and self.block_length > 1
+
+    @property
     def rows_per_sequence(self) -> int:
         """Rows of the network that decode one sequence: two with guidance."""
         return 2 if self.cfg_scale else 1
@@ -150,7 +155,7 @@ class GenerationConfig:
             options["look_back"] = max(options["look_back"], 1)
         return cache_policy(self.cache, **options)
 
-    def resolve(self, model: ModelConfig, rows: int) -> Resolved:
+    def resolve(self, model: ModelConfig, rows: int) -> ResolvedIds:
         """Fills in what the model decides, and checks token ids against its vocabulary.
 
         Args:
@@ -180,11 +185,11 @@ class GenerationConfig:
             raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
         for seed in seeds:
             require("seed", seed, "in [-2^63, 2^63)", -(2**63) <= seed < 2**63)
-        return Resolved(mask_id, eos_ids, forbidden, tuple(sorted({*self.commit_last})), seeds)
+        return ResolvedIds(mask_id, eos_ids, forbidden, tuple(sorted({*self.commit_last})), seeds)
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedIds:
     """Options that depend on the model and the batch: token ids and one seed a row."""
 
     mask_id: int

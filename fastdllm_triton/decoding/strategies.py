@@ -31,6 +31,7 @@ class Strategy(ABC):
     * ``option``, ``number``, ``help``: the option of the command line, and the setting, that takes its parameter as a number.
     * ``label``: in the legend of a plot.
     * ``rule``, ``scores``: the rule of ``commit_tokens``, and the scores that it can rank by.
+    * ``always_commits``: whether every forward commits a token of each row that has a masked one.
     """
 
     name: ClassVar[str]
@@ -42,6 +43,7 @@ class Strategy(ABC):
     label: ClassVar[str]
     rule: ClassVar[RuleName]
     scores: ClassVar[tuple[ScoreName, ...]]
+    always_commits: ClassVar[bool] = True
 
     score: ScoreName = field(default="confidence", kw_only=True)
 
@@ -245,6 +247,7 @@ class Timesteps(Strategy):
     label: ClassVar[str] = "n timesteps"
     rule: ClassVar[RuleName] = "schedule"
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "neg_entropy")
+    always_commits: ClassVar[bool] = False
 
     steps: int
     eps: float = 1e-3

@@ -7,23 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..utils.environment import GRAPHS
+
 if TYPE_CHECKING:
-    from .runner import Batch, Program
+    from .runner import ModelRunner
 
 #: Share of a GPU's memory that buffers which nobody uses may hold.
 KEPT_SHARE = 0.25
 
 
 class BufferPool:
-    """Batches by when they were used last. Safe to use from several threads.
+    """Runners by when they were used last. Safe to use from several threads.
 
     Attributes:
-        limit: bytes that are kept; the batch used last is kept whatever it holds, unless the limit is 0.
+        limit: bytes that are kept; the runner used last is kept whatever it holds, unless the limit is 0.
+        use_cuda_graphs: whether runners capture forwards, on a GPU and with the Triton kernels.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._batches: list[Batch] = []  # the one used last at the end
+        self.use_cuda_graphs = GRAPHS.value == "1"
+        self._runners: list[ModelRunner] = []  # the one used last at the end
         self._lock = Lock()
 
     @classmethod
@@ -38,49 +42,53 @@ class BufferPool:
         return BufferPool, (self.limit,)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._runners)
 
     @property
     def nbytes(self) -> int:
         """Of all buffers that are kept."""
-        return sum(batch.nbytes for batch in self._batches)
+        return sum(runner.nbytes for runner in self._runners)
 
-    def serves(self, program: Program, rows: int, slots: int) -> bool:
-        """Whether :meth:`take` would find a batch."""
-        return any(batch.serves(program, rows, slots) for batch in self._batches)
+    def serves(self, rows: int, slots: int, copies: int) -> bool:
+        """Whether :meth:`take` would find a runner."""
+        return any(self._fits(runner, rows, slots, copies) for runner in self._runners)
 
-    def take(self, program: Program, rows: int, slots: int) -> Batch | None:
-        """The smallest batch that runs a program and is large enough, no longer kept; None if there is none."""
+    def take(self, rows: int, slots: int, copies: int) -> ModelRunner | None:
+        """The smallest runner that is large enough, no longer kept; None if there is none."""
         with self._lock:
-            fitting = [batch for batch in self._batches if batch.serves(program, rows, slots)]
+            fitting = [runner for runner in self._runners if self._fits(runner, rows, slots, copies)]
             if not fitting:
                 return None
-            batch = min(fitting, key=lambda batch: batch.nbytes)
-            self._batches.remove(batch)
-            return batch
+            runner = min(fitting, key=lambda runner: runner.nbytes)
+            self._runners.remove(runner)
+            return runner
 
-    def give(self, batch: Batch) -> None:
-        """Keeps a batch that nobody uses any more, and frees those used least recently where it is too much."""
+    def give(self, runner: ModelRunner) -> None:
+        """Keeps a runner that nobody uses any more, and frees those used least recently where it is too much."""
         if not self.limit:
             return
         with self._lock:
-            self._batches.append(batch)
-            while len(self._batches) > 1 and self.nbytes > self.limit:
-                self._batches.pop(0).release()
+            self._runners.append(runner)
+            while len(self._runners) > 1 and self.nbytes > self.limit:
+                self._runners.pop(0).release()
 
     def free_one(self) -> bool:
-        """Frees the batch used least recently.
+        """Frees the runner used least recently.
 
         Returns:
             Whether there was one.
         """
         with self._lock:
-            if not self._batches:
+            if not self._runners:
                 return False
-            self._batches.pop(0).release()
+            self._runners.pop(0).release()
             return True
 
     def clear(self) -> None:
-        """Frees all batches."""
+        """Frees all runners."""
         while self.free_one():
             pass
+
+    def _fits(self, runner: ModelRunner, rows: int, slots: int, copies: int) -> bool:
+        large_enough = rows <= runner.rows and slots <= runner.slots
+        return large_enough and copies == runner.copies and self.use_cuda_graphs == runner.wants_cuda_graphs

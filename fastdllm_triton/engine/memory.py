@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from ..decoding.config import GenerationConfig
 from ..models.config import ModelConfig
 from ..models.transformer import Transformer
 from .buckets import Bucket, buckets
@@ -53,15 +52,14 @@ class Memory:
         return cls(weights * itemsize, cache * itemsize, workspace * itemsize)
 
 
-def check_memory(network: Transformer, rows: int, capacity: int, slots: int, config: GenerationConfig) -> None:
-    """Raises before the first forward where a generation would not fit.
+def check_memory(network: Transformer, rows: int, slots: int, *, copies: int = 1, described: str) -> None:
+    """Raises before the first forward where buffers would not fit.
 
     Args:
         network: the model, loaded.
-        rows: sequences asked for.
-        capacity: rows that are allocated for them.
-        slots: slots of each.
-        config: the options.
+        rows, slots: rows that are allocated, and slots of each.
+        copies: sequences of the network that decode one row.
+        described: what is asked for, as the error calls it.
 
     Raises:
         MemoryError: says what is needed, what there is, and the largest batch that fits.
@@ -69,15 +67,15 @@ def check_memory(network: Transformer, rows: int, capacity: int, slots: int, con
     available = available_bytes(network.device)
     if available is None:
         return
-    need = Memory.of(network.config, capacity * config.rows_per_sequence, slots, network.dtype.itemsize)
-    if (wanted := need.cache + need.workspace) <= available:
+    itemsize = network.dtype.itemsize
+    need = Memory.of(network.config, rows * copies, slots, itemsize)
+    if (needed := need.cache + need.workspace) <= available:
         return
-    share = available // config.rows_per_sequence
-    most = largest_batch(network.config, slots, network.dtype.itemsize, share, buckets(network.device)[0])
+    most = largest_batch(network.config, slots, itemsize, available // copies, buckets(network.device)[0])
     advice = f"the largest batch that fits is {most}" if most else "not even one row fits; shorten prompts or gen_length"
     raise MemoryError(
-        f"prompts: {rows} rows of {slots} slots (gen_length = {config.gen_length}) need {wanted:,} bytes on {network.device} "
-        f"({need.cache:,} cache, {need.workspace:,} workspace), {available:,} are available; {advice}"
+        f"{described} need {needed:,} bytes on {network.device} ({need.cache:,} cache, {need.workspace:,} workspace), "
+        f"{available:,} are available; {advice}"
     )
 
 

@@ -5,8 +5,60 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Committed(NamedTuple):
+    """A token that a forward committed.
+
+    Attributes:
+        row: of the batch.
+        position: within the generation, from 0.
+        token: its id.
+        confidence: the model's probability of it at that forward.
+    """
+
+    row: int
+    position: int
+    token: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step of the engine did for a request. A value: it stays as it is.
+
+    Attributes:
+        request_id: the request.
+        block: the block that it stood at, from 0; None if it had nothing to decode.
+        forwards: of the request in this step: a refresh, a step, or one behind the other.
+        committed: tokens that these forwards committed, from left to right; ``row`` is 0.
+        finished: whether the request is over.
+        error: what stopped it, if something did.
+    """
+
+    request_id: int | str
+    block: int | None
+    forwards: int
+    committed: tuple[Committed, ...]
+    finished: bool
+    error: Exception | None = None
+
+
+class RowRecord(NamedTuple):
+    """A row of the batch at the end of its request; ``L`` tokens of prompt and generation.
+
+    Attributes:
+        tokens: ``[L]`` int64.
+        step_map: ``[L]`` int32, the row's own forward that committed each token, from 0; ``-1`` where none did.
+        confidence: ``[L]`` float32, NaN where no forward committed.
+    """
+
+    tokens: Tensor
+    step_map: Tensor
+    confidence: Tensor
 
 
 @dataclass

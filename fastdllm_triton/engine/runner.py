@@ -1,8 +1,8 @@
 """The static buffers of a batch, and the forward that advances rows of it: from token ids to committed tokens.
 
-Everything a forward reads or writes is allocated once and addressed by row. Block starts, key ranges, seeds, counters and
-flags are device tensors, so that one captured step serves every block, and the host only says which rows and how wide a
-window. Which rows do what and when is the engine's business (:mod:`fastdllm_triton.engine`).
+Everything a forward reads or writes is allocated once and addressed by row. Block starts, windows, key ranges, thresholds,
+seeds, counters and flags are device tensors, so that one captured step serves every block and every request, and the host only
+says which rows and how wide a window. Which rows do what and when is the scheduler's business.
 """
 
 from __future__ import annotations
@@ -10,76 +10,96 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..decoding.config import GenerationConfig, Resolved
 from ..models.transformer import Transformer
 from ..types import PolicyState, RuleName, ScoreName, TokenStatistics, WindowInputs
-from .buckets import window_bucket
+from .buckets import buckets, window_bucket
 from .cuda_graphs import Graphs
+from .outputs import Committed, RowRecord
+from .request import Request
+from .scheduler import ForwardPlan, RowFlags
 
 #: Tokens up to which a refresh is captured. Larger ones are bound by arithmetic, and hide the host's time.
 MAX_CAPTURED_TOKENS = 8192
 
+#: Predictions up to which a head takes as long as reading its weight: fewer are not worth a capture of their own.
+LEAST_PREDICTIONS = 64
+
 
 @dataclass(frozen=True)
 class Program:
-    """What a captured forward has fixed. All other options are data on the device, or the host's business alone.
+    """What a captured forward has fixed. All else is data on the device, or the host's business alone.
 
     Attributes:
         block_length: slots of a block.
         score, rule: of the strategy.
-        temperature: of the noise.
-        whole: whether a step recomputes everything.
-        look_back: slots before the block that a step recomputes.
-        first_alone: whether a refresh commits the first token of its block alone.
+        commits_first_alone: whether a refresh commits the first token of its block alone.
         logits_dtype: rounds logits.
         mask_id: the token of a masked slot.
-        forbidden, eos_ids: token ids; no end tokens where they end nothing.
         commit_last, never_or_last: token ids that are committed once nothing else is left; those and the forbidden ones.
         cfg_scale: of guidance.
-        captures: whether forwards are captured.
+        temperature: of the noise, where all rows have the same; None where each has its own.
+        forbidden: token ids, where all rows have the same; else how many a row has at most.
+        eos_count, share_count: end tokens that a row has at most, and forwards that a schedule spreads a block over at most.
     """
 
     block_length: int
     score: ScoreName
     rule: RuleName
-    temperature: float
-    whole: bool
-    look_back: int
-    first_alone: bool
+    commits_first_alone: bool
     logits_dtype: torch.dtype | None
     mask_id: int
-    forbidden: tuple[int, ...]
-    eos_ids: tuple[int, ...]
     commit_last: tuple[int, ...]
     never_or_last: tuple[int, ...]
     cfg_scale: float
-    captures: bool
+    temperature: float | None
+    forbidden: tuple[int, ...] | int
+    eos_count: int
+    share_count: int
 
     @classmethod
-    def of(cls, network: Transformer, config: GenerationConfig, ids: Resolved) -> Program:
-        """The program of a generation."""
+    def of(cls, requests: Sequence[Request]) -> Program:
+        """The program of requests that share a forward."""
+        config, ids = requests[0].config, requests[0].ids
+        temperatures = {request.config.temperature for request in requests}
+        forbidden = {request.ids.forbidden for request in requests}
         return cls(
             block_length=config.block_length,
             score=config.strategy.score,
             rule=config.strategy.rule,
-            temperature=config.temperature,
-            whole=config.cache == "none",
-            look_back=getattr(config.cache_policy(shift=network.config.shift), "look_back", 0),
-            first_alone=config.refresh_commits == "first" and config.block_length > 1,
+            commits_first_alone=config.commits_first_alone,
             logits_dtype=config.logits_dtype,
             mask_id=ids.mask_id,
-            forbidden=ids.forbidden,
-            eos_ids=ids.eos_ids if config.stop_at_eos else (),
             commit_last=ids.commit_last,
-            never_or_last=ids.never_or_last,
+            never_or_last=ids.never_or_last if ids.commit_last else (),
             cfg_scale=config.cfg_scale,
-            captures=network.captures and can_capture(network),
+            temperature=temperatures.pop() if len(temperatures) == 1 else None,
+            forbidden=forbidden.pop() if len(forbidden) == 1 else _width(max(map(len, forbidden))),
+            eos_count=max(_width(len(_eos_ids(request))) for request in requests),
+            share_count=max(_width(len(_shares(request))) for request in requests),
         )
+
+
+def group_of(request: Request) -> Hashable:
+    """What of a request's program cannot differ between rows of a forward, and its cache."""
+    config, ids = request.config, request.ids
+    return (
+        request.policy.name,
+        config.block_length,
+        config.strategy.score,
+        config.strategy.rule,
+        config.commits_first_alone,
+        config.logits_dtype,
+        ids.mask_id,
+        ids.commit_last,
+        ids.never_or_last if ids.commit_last else (),
+        config.cfg_scale,
+    )
 
 
 def can_capture(network: Transformer) -> bool:
@@ -87,61 +107,86 @@ def can_capture(network: Transformer) -> bool:
     return network.device.type == "cuda" and network.ops.name == "triton"
 
 
-#: Predictions up to which a head takes as long as reading its weight: fewer are not worth a capture of their own.
-LEAST_PREDICTIONS = 64
+def _width(count: int) -> int:
+    """A few widths for all counts, so that few programs serve: 0 and powers of two."""
+    return 1 << (count - 1).bit_length() if count else 0
 
 
-class Batch:
-    """Buffers for ``R`` rows of ``L`` slots, decoded in blocks of ``N``.
+def _eos_ids(request: Request) -> tuple[int, ...]:
+    return request.ids.eos_ids if request.config.stop_at_eos else ()
 
-    A row that has nothing masked in its block, and a row that was never filled, is a no-op of every forward. With guidance
-    the network has ``C = 2`` rows for each: the sequence, and behind it the copy in which all that was given is masked. The
-    network is an argument of what runs it: buffers that nobody uses keep no model alive.
+
+def _shares(request: Request) -> tuple[float, ...]:
+    return request.config.strategy.shares(request.config.blocks)
+
+
+def _forbidden(request: Request) -> tuple[int, ...]:
+    return request.ids.forbidden
+
+
+#: Tables with a line a row, as wide as a program asks for: what the line of a request holds, its dtype, and what pads it.
+_TABLES: dict[str, tuple[Callable[[Request], tuple[Any, ...]], torch.dtype, float]] = {
+    "eos_ids": (_eos_ids, torch.int64, -1),
+    "shares": (_shares, torch.float32, 1.0),
+    "forbidden": (_forbidden, torch.int64, -1),
+}
+
+
+class ModelRunner:
+    """Buffers for ``R`` rows of ``L`` slots.
+
+    Sequences end at the last slot. A row that has nothing masked in its block, and a row that nobody has, is a no-op of every
+    forward. With guidance the network has ``C = 2`` rows for each: the sequence, and behind it the copy in which all that was
+    given is masked. The network is an argument of what runs it: buffers that nobody uses keep no model alive.
 
     Attributes:
-        program: what its forwards compute.
+        copies: ``C``.
+        wants_cuda_graphs: whether forwards are to be captured where they can be.
         x: ``[R, L]`` int64, the sequences.
         cache: keys and values of ``C R`` rows.
         state: what commits decide with and record.
         block_start: ``[R]`` int32, first slot of the row's block.
+        window_start: ``[R]`` int32, first slot of the window of the row's steps.
+
+    Args:
+        network: what it runs.
+        rows, slots: ``R`` and ``L``.
+        copies: ``C``.
+        use_cuda_graphs: whether forwards are captured.
     """
 
-    def __init__(self, network: Transformer, rows: int, slots: int, program: Program) -> None:
+    def __init__(self, network: Transformer, rows: int, slots: int, *, copies: int = 1, use_cuda_graphs: bool = False) -> None:
         device = network.device
-        self.program = program
-        self._copies = 2 if program.cfg_scale else 1
+        self.copies, self.wants_cuda_graphs = copies, use_cuda_graphs
 
-        def zeros(dtype: torch.dtype = torch.int32, copies: int = 1) -> Tensor:
-            return torch.zeros(rows * copies, dtype=dtype, device=device)
+        def zeros(dtype: torch.dtype = torch.int32, count: int = rows) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
 
         self.x = zeros(torch.int64)[:, None].repeat(1, slots)
-        self.block_start, self._window_start = zeros(), zeros()
-        self.cache = network.new_cache(zeros(copies=self._copies), slots)
-        self._known = self.x.bool() if program.cfg_scale else None  # [R, L]: what the copies do not see
+        self.block_start, self.window_start, self._refresh_start = zeros(), zeros(), zeros()
+        self.cache = network.new_cache(zeros(count=rows * copies), slots)
+        self._known = self.x.bool() if copies > 1 else None  # [R, L]: what the copies do not see
+        self._temperature = zeros(torch.float32)
         self.state = PolicyState.create(
-            program.score,
-            program.rule,
-            mask_id=program.mask_id,
-            kv_start=zeros(),
-            eos_ids=program.eos_ids,
-            seed=zeros(torch.int64),
-            slots=slots,
+            "confidence", "threshold", mask_id=0, kv_start=zeros(), seed=zeros(torch.int64), slots=slots
         )
-        self._forbidden = torch.tensor(program.forbidden, device=device)
-        self._commit_last = torch.tensor(program.commit_last, device=device) if program.commit_last else None
-        self._never_or_last = torch.tensor(program.never_or_last, device=device)
-        longest = max(window_bucket(device)(slots), rows * program.block_length)
-        self._slots = torch.arange(longest, device=device)
-        self._first = torch.zeros((), dtype=torch.int32, device=device)
-        self._left = rows * program.block_length  # masked slots left in the blocks of all rows, or more
+        self._tables: dict[tuple[str, int], Tensor] = {}
+        self._ids: dict[tuple[int, ...], Tensor] = {}
+        self._slots = torch.arange(slots, device=device)
 
         # The host writes and reads through pinned memory: a copy that it need not wait for.
         cuda = device.type == "cuda"
-        self._starts = torch.zeros(rows, dtype=torch.int32, device="cpu", pin_memory=cuda)
-        self._ends = torch.zeros(self._copies * rows, dtype=torch.int32, device="cpu", pin_memory=cuda)
+        self._bounds = torch.zeros((3, rows), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._flags = torch.zeros((rows, 4), dtype=torch.int32, device="cpu", pin_memory=cuda)
-        self._looked = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        self._graphs = Graphs(device, fall_back=not network.ops.required) if program.captures else None
+        self._flags_are_read = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self._graphs = Graphs(device, fall_back=not network.ops.required) if use_cuda_graphs and can_capture(network) else None
+        self._rows_bucket, _ = buckets(device)
+        self._window_bucket = window_bucket(device)
+
+    @property
+    def rows(self) -> int:
+        """``R``."""
+        return self.x.shape[0]
 
     @property
     def slots(self) -> int:
@@ -154,121 +199,242 @@ class Batch:
         tensors = (self.x, self.cache.k, self.cache.v, self.state.step_map, self.state.confidence)
         return sum(tensor.nbytes for tensor in tensors)
 
-    def serves(self, program: Program, rows: int, slots: int) -> bool:
-        """Whether these buffers run a program and are large enough."""
-        return program == self.program and rows <= self.x.shape[0] and slots <= self.slots
-
     def release(self) -> None:
         """Frees the captured forwards; the buffers go with their last user."""
         if self._graphs is not None:
             self._graphs.reset()
 
-    def fill(
-        self, sequences: Tensor, kv_start: Sequence[int], seeds: Sequence[int], config: GenerationConfig, filler: int
-    ) -> None:
-        """Begins anew; the rows after those given stay empty.
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Leaves every row empty."""
+        self.state.remaining.zero_()
+        self.state.kv_start.fill_(self.slots)
+        self.cache.kv_start.fill_(self.slots)
+
+    def fill(self, first: int, requests: Sequence[Request]) -> None:
+        """Puts requests into the rows from ``first`` on."""
+        rows, state, slots = slice(first, first + len(requests)), self.state, self.slots
+        for counter in (state.step, state.masked, state.remaining, state.invalid, state.ended, state.forward):
+            counter[rows].zero_()
+        state.step_map[rows].fill_(-1)
+        state.confidence[rows].fill_(torch.nan)
+
+        def put(tensor: Tensor, values: Sequence[Any]) -> None:
+            tensor[rows].copy_(torch.tensor(values, dtype=tensor.dtype, device="cpu"))
+
+        put(self.x, [[request.ids.filler] * (slots - len(request)) + request.tokens for request in requests])
+        put(state.kv_start, [slots - len(request) for request in requests])
+        put(state.seed, [request.seed for request in requests])
+        put(state.value, [request.config.strategy.value for request in requests])
+        # More forwards than slots: one token in each, whatever their number.
+        put(state.steps, [min(c.strategy.steps_per_block(c.blocks), c.block_length) for c in (r.config for r in requests)])
+        put(self._temperature, [request.config.temperature for request in requests])
+        self._each(self.cache.kv_start)[rows].copy_(state.kv_start[rows, None])
+        self._each(self.cache.kv_end)[rows].fill_(slots)
+        for (name, width), table in self._tables.items():
+            put(table, [_line(name, width, request) for request in requests])
+        if self._known is not None:
+            masks = torch.tensor([[request.ids.mask_id] for request in requests], device=self.x.device)
+            self._known[rows].copy_(self.x[rows] != masks)
+
+    def begin_blocks(self, indices: Sequence[int], requests: Sequence[Request]) -> None:
+        """Moves rows on to new blocks: their counters, and where block, window and keys of theirs are.
 
         Args:
-            sequences: ``[B, C]`` int64, which end at the last slot.
-            kv_start: first slot of each sequence.
-            seeds: of each sequence.
-            config: says what of a strategy is data.
-            filler: a token for slots that hold nothing.
+            indices: of the rows that begin one.
+            requests: of all rows that somebody has.
         """
-        rows, state, device, self._left = len(sequences), self.state, self.x.device, 0
-        for counter in (state.step, state.masked, state.remaining, state.invalid, state.ended, state.forward):
-            counter.zero_()
-        state.value.fill_(config.strategy.value)
-        # More forwards than slots: one token in each, whatever their number.
-        state.steps.fill_(min(config.strategy.steps_per_block(config.blocks), config.block_length))
-        state.step_map.fill_(-1)
-        state.confidence.fill_(torch.nan)
-        self.block_start.zero_()
+        state, rows = self.state, len(requests)
+        for first, last in _ranges(indices):
+            state.step[first:last].zero_()
+            state.remaining[first:last].copy_(torch.tensor([r.config.block_length for r in requests[first:last]], device="cpu"))
+        bounds = []
+        for request in requests:
+            block, offset = request.block_state, self.slots - len(request)
+            bounds.append(
+                (offset + block.start, step_window_start(request, self.slots), offset + request.policy.attend_end(block))
+            )
+        self._bounds[:, :rows] = torch.tensor(bounds, dtype=torch.int32, device="cpu").T
+        for target, source in zip((self.block_start, self.window_start), self._bounds[:2], strict=True):
+            target[:rows].copy_(source[:rows], non_blocking=True)
+        self._each(self.cache.kv_end)[:rows].copy_(self._bounds[2, :rows, None], non_blocking=True)
 
-        self.x.fill_(filler)
-        self.x[:rows, self.slots - sequences.shape[1] :].copy_(sequences)
-        state.kv_start.fill_(self.slots)
-        state.kv_start[:rows].copy_(torch.tensor(kv_start, device=device))
-        self._each(self.cache.kv_start).copy_(state.kv_start[:, None])
-        if self._known is not None:
-            self._known.copy_(self.x != self.program.mask_id)
-        self.cache.kv_end.fill_(self.slots)
-        state.seed[:rows].copy_(torch.tensor(seeds, device=device))
-        self._first.fill_(min(kv_start))
-
-    def place(self, starts: Sequence[int], ends: Sequence[int]) -> None:
-        """Tells the device where the blocks of the first rows begin, and where the keys that they attend end."""
-        rows, copies = len(starts), self._copies * len(starts)
-        self._starts[:rows] = torch.tensor(starts, device="cpu")
-        self._ends[:copies] = torch.tensor(ends, device="cpu").repeat_interleave(self._copies)
-        self.block_start[:rows].copy_(self._starts[:rows], non_blocking=True)
-        self.cache.kv_end[:copies].copy_(self._ends[:copies], non_blocking=True)
-
-    def begin(self, first: int, last: int) -> None:
-        """Moves the counters of the rows ``[first, last)`` on to a new block."""
-        self.state.step[first:last].zero_()
-        self.state.remaining[first:last].fill_(self.program.block_length)
-        self._left += (last - first) * self.program.block_length
-
-    def swap(self, i: int, j: int) -> None:
+    def swap_rows(self, i: int, j: int) -> None:
         """Exchanges two rows."""
         for tensor in self._by_row():
-            kept = tensor[i].clone()
+            former = tensor[i].clone()
             tensor[i].copy_(tensor[j])
-            tensor[j].copy_(kept)
+            tensor[j].copy_(former)
 
-    def move(self, source: int, target: int) -> None:
+    def move_row(self, source: int, target: int) -> None:
         """Puts a row in the place of another, and leaves its own empty."""
         for tensor in self._by_row():
             tensor[target].copy_(tensor[source])
-        self.state.remaining[source].zero_()
+        self.clear_row(source)
+
+    def clear_row(self, row: int) -> None:
+        """Leaves a row empty."""
+        self.state.remaining[row].zero_()
+
+    def read_row(self, row: int, request: Request) -> RowRecord:
+        """A row as it is now."""
+        return self._record(request, *(tensor[row].clone() for tensor in self._records))
+
+    def read_rows(self, requests: Sequence[Request]) -> dict[Request, RowRecord]:
+        """The first rows as they are now."""
+        tensors = [tensor[: len(requests)].clone() for tensor in self._records]
+        return {request: self._record(request, *(tensor[i] for tensor in tensors)) for i, request in enumerate(requests)}
+
+    @property
+    def _records(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.x, self.state.step_map, self.state.confidence
+
+    def _record(self, request: Request, *lines: Tensor) -> RowRecord:
+        return RowRecord(*(line[self.slots - len(request) :] for line in lines))
+
+    def read_committed(self, since: Sequence[tuple[Request, int]]) -> list[tuple[Committed, ...]]:
+        """What forwards committed in the blocks that the first rows stand at.
+
+        Args:
+            since: of each row its request, and the forwards that it had had before.
+        """
+        rows, length = len(since), max(request.config.block_length for request, _ in since)
+        slots = (self.block_start[:rows, None] + torch.arange(length, device=self.x.device)).clamp(max=self.slots - 1).long()
+        sources = (self.x, self.state.step_map, self.state.confidence)
+        lines = zip(*(source[:rows].gather(1, slots).tolist() for source in sources), strict=True)
+        committed = []
+        for (request, known), line in zip(since, lines, strict=True):
+            first, own = request.block * request.config.block_length, zip(*line, strict=True)
+            tokens = list(own)[: request.config.block_length]
+            committed.append(tuple(Committed(0, first + i, t, c) for i, (t, step, c) in enumerate(tokens) if step >= known))
+        return committed
+
+    def sync_flags(self, rows: int) -> list[RowFlags]:
+        """What the host must know of the first rows.
+
+        The one place that reads the device. On a GPU the host waits for an event behind the last forward, not for a stream.
+        Reading one forward late would hide these microseconds, and pay for it with a whole forward at the end of each block.
+        """
+        state = self.state
+        flags = torch.stack((state.remaining, state.ended.int(), state.invalid.int(), state.forward), dim=1)[:rows]
+        if self._flags_are_read is not None:
+            self._flags[:rows].copy_(flags, non_blocking=True)
+            self._flags_are_read.record()
+            self._flags_are_read.synchronize()
+            flags = self._flags[:rows]
+        return [RowFlags(masked, bool(ended), bool(invalid), count) for masked, ended, invalid, count in flags.tolist()]
 
     def _by_row(self) -> list[Tensor]:
         cache = self.cache
         caches = map(self._each, (cache.k.transpose(0, 1), cache.v.transpose(0, 1), cache.kv_start, cache.kv_end))
         known = [] if self._known is None else [self._known]
-        return [self.x, self.block_start, *caches, *known, *self.state.by_row.values()]
+        own = [self.x, self.block_start, self.window_start, self._temperature]
+        return [*own, *caches, *known, *self._tables.values(), *self.state.by_row.values()]
 
     def _each(self, tensor: Tensor) -> Tensor:
         """``[C R, ...]`` of the network's rows as ``[R, C, ...]``."""
-        return tensor.view(-1, self._copies, *tensor.shape[1:])
+        return tensor.view(-1, self.copies, *tensor.shape[1:])
+
+    def program_of(self, requests: Sequence[Request], all_requests: Sequence[Request]) -> Program:
+        """The program of requests that share a forward. Makes the tables that it reads, where it is the first one to do so.
+
+        Args:
+            requests: that take part.
+            all_requests: of all rows that somebody has.
+        """
+        program = Program.of(requests)
+        widths = {"eos_ids": program.eos_count, "shares": program.share_count}
+        if isinstance(program.forbidden, int):
+            widths["forbidden"] = program.forbidden
+        for name, width in widths.items():
+            if (name, width) not in self._tables:
+                _, dtype, padding = _TABLES[name]
+                table = torch.full((self.rows, width), padding, dtype=dtype, device=self.x.device)
+                if width:
+                    lines = [_line(name, width, request) for request in all_requests]
+                    table[: len(lines)].copy_(torch.tensor(lines, dtype=dtype, device="cpu"))
+                self._tables[name, width] = table
+        return program
+
+    def _ids_of(self, ids: tuple[int, ...]) -> Tensor:
+        """Token ids on the device, kept: a capture could not copy them."""
+        if ids not in self._ids:
+            self._ids[ids] = torch.tensor(ids, dtype=torch.int64, device=self.x.device)
+        return self._ids[ids]
+
+    # --- forwards -----------------------------------------------------------------------------------------------------
+
+    def run(self, network: Transformer, plan: ForwardPlan, requests: Sequence[Request]) -> None:
+        """Runs a forward: recomputes the windows of its rows, takes the statistics of masked slots, commits.
+
+        Args:
+            network: the model.
+            plan: which rows, and their windows.
+            requests: of all rows that somebody has.
+        """
+        program = self.program_of(plan.requests, requests)
+        # Where each row's first position is, and its window.
+        windows = [(self.slots - len(request), window) for request, window in zip(plan.requests, plan.windows, strict=True)]
+        ends = [offset + window.end for offset, window in windows]
+        if plan.kind == "refresh" and plan.requests[0].policy.reuses:
+            start = max(min(offset + window.start for offset, window in windows), 0)
+            spans = {(offset, offset + window.attend_end) for offset, window in windows}
+            span = spans.pop() if len(spans) == 1 else None
+            self.refresh(network, program, plan.first, plan.last, start, max(ends) - start, plan.masked, span)
+        else:
+            widths = (end - step_window_start(request, self.slots) for end, request in zip(ends, plan.requests, strict=True))
+            count = plan.last - plan.first
+            last = plan.first + self._rows_bucket(count) if plan.is_last_group else plan.last
+            self.step(network, program, plan.first, min(last, self.rows), self._window_bucket(max(widths)), plan.masked)
 
     def refresh(
         self,
         network: Transformer,
+        program: Program,
         first: int,
         last: int,
-        window_start: int,
+        start: int,
         window: int,
+        masked: int,
         span: tuple[int, int] | None = None,
     ) -> None:
         """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits.
 
-        ``span`` is what all of these rows attend, if it is the same.
+        Args:
+            network: the model.
+            program: what these rows have in common.
+            first, last: the rows.
+            start, window: the slots.
+            masked: slots that are masked in the blocks of these rows, at most.
+            span: what all of these rows attend, if it is the same.
         """
-        self._window_start[first:last].fill_(window_start)
-        predicted = last - first if self.program.first_alone else self._predictions(last - first)
-        function = partial(self._refresh, network, first, last, window, predicted, span)
+        self._refresh_start[first:last].fill_(start)
+        predicted = last - first if program.commits_first_alone else self._predictions(last - first, program, masked)
+        function = partial(self._refresh, network, program, first, last, window, predicted, span)
         if (last - first) * window <= MAX_CAPTURED_TOKENS:
-            self._run(("refresh", first, last, window, predicted, span), function)
+            self._run(("refresh", program, first, last, window, predicted, span), function)
         else:
             function()
 
-    def step(self, network: Transformer, rows: int, window: int) -> None:
-        """Recomputes the step windows of the first ``rows`` rows, and commits."""
-        predicted = self._predictions(rows)
-        self._run(("step", rows, window, predicted), partial(self._step, network, rows, window, predicted))
+    def step(self, network: Transformer, program: Program, first: int, last: int, window: int, masked: int) -> None:
+        """Recomputes the step windows, ``window`` slots wide, of the rows ``[first, last)``, and commits."""
+        predicted = self._predictions(last - first, program, masked)
+        self._run(
+            ("step", program, first, last, window, predicted),
+            partial(self._step, network, program, first, last, window, predicted),
+        )
 
-    def _predictions(self, rows: int) -> int:
+    def _predictions(self, rows: int, program: Program, masked: int) -> int:
         """How many slots a forward of so many rows predicts at most, as far as the host knows: what its head is as tall as.
 
         Exactly, where nothing is captured; else all of them, halved while they fit and the head is not fused with its statistics
         anyway, so that few captures serve.
         """
-        most = rows * self.program.block_length
+        most = rows * program.block_length
         if self._graphs is None:
-            return max(min(self._left, most), 1)
-        while most // 2 >= max(self._left, LEAST_PREDICTIONS):
+            return max(min(masked, most), 1)
+        while most // 2 >= max(masked, LEAST_PREDICTIONS):
             most //= 2
         return most
 
@@ -279,68 +445,63 @@ class Batch:
         else:
             self._graphs(key, function)
 
-    def look(self, rows: int) -> tuple[list[int], list[int], list[int], list[int]]:
-        """What the host must know of the first rows: masked slots left, whether ended, whether invalid, forwards had.
-
-        The one place that reads the device. On a GPU the host waits for an event behind the last forward, not for a stream.
-        Reading one forward late would hide these microseconds, and pay for it with a whole forward at the end of each block.
-        """
-        state = self.state
-        columns = (state.remaining, state.ended.int(), state.invalid.int(), state.forward)
-        flags = torch.stack(columns, dim=1)[:rows]
-        if self._looked is not None:
-            self._flags[:rows].copy_(flags, non_blocking=True)
-            self._looked.record()
-            self._looked.synchronize()
-            flags = self._flags[:rows]
-        remaining, ended, invalid, forwards = flags.T.tolist()
-        self._left = sum(remaining)
-        return remaining, ended, invalid, forwards
+    def _state(self, program: Program, first: int, last: int) -> PolicyState:
+        """The state of some rows, as a program reads it."""
+        eos_ids, shares = self._tables["eos_ids", program.eos_count], self._tables["shares", program.share_count]
+        state = replace(
+            self.state, score=program.score, rule=program.rule, mask_id=program.mask_id, eos_ids=eos_ids, shares=shares
+        )
+        return state.rows(first, last)
 
     def _refresh(
-        self, network: Transformer, first: int, last: int, window: int, predicted: int, span: tuple[int, int] | None
+        self,
+        network: Transformer,
+        program: Program,
+        first: int,
+        last: int,
+        window: int,
+        predicted: int,
+        span: tuple[int, int] | None,
     ) -> None:
-        start, length, state = self._window_start[first:last], self.program.block_length, self.state.rows(first, last)
-        if not self.program.first_alone:
-            self._advance(network, first, last, state, start, 0, window, length, predicted, span)
+        start, state, length = self._refresh_start[first:last], self._state(program, first, last), program.block_length
+        if not program.commits_first_alone:
+            self._advance(network, program, first, last, state, start, window, length, predicted, span)
             return
         # A block of one token to the commit, whose end is not the row's, unless all others were fixed.
         alone = replace(state, eos_ids=state.eos_ids[:, :0])
-        self._advance(network, first, last, alone, start, 0, window, 1, predicted, span)
+        self._advance(network, program, first, last, alone, start, window, 1, predicted, span)
         block = self.x[first:last].gather(1, self.block_start[first:last, None] + self._slots[:length])
         state.remaining.copy_((block == state.mask_id).sum(1))
         ends = (block[:, :, None] == state.eos_ids[:, None]) & (block >= 0)[:, :, None]
         state.ended |= state.done & ends.flatten(1).any(1)
 
-    def _step(self, network: Transformer, rows: int, window: int, predicted: int) -> None:
+    def _step(self, network: Transformer, program: Program, first: int, last: int, window: int, predicted: int) -> None:
         # A done row's window lies behind the cache: nothing of it is written.
-        base, back = (self._first, 0) if self.program.whole else (self.block_start[:rows], self.program.look_back)
-        state, length = self.state.rows(0, rows), self.program.block_length
-        self._advance(network, 0, rows, state, base, min(back, self.slots), window, length, predicted)
+        start, state = self.window_start[first:last], self._state(program, first, last)
+        self._advance(network, program, first, last, state, start, window, program.block_length, predicted)
 
     def _advance(
         self,
         network: Transformer,
+        program: Program,
         first: int,
         last: int,
         state: PolicyState,
-        base: Tensor,
-        back: int,
+        start: Tensor,
         window: int,
         length: int,
         predicted: int,
         span: tuple[int, int] | None = None,
     ) -> None:
         """Recomputes a window of some rows, takes the statistics of the first masked slots of their blocks, and commits."""
-        x, block_start, copies = self.x[first:last], self.block_start[first:last], self._copies
-        keys = {"seed": state.seed, "step": state.step} if self.program.temperature > 0 else {}
+        x, block_start, copies = self.x[first:last], self.block_start[first:last], self.copies
+        keys = {"seed": state.seed, "step": state.step} if program.temperature != 0 else {}
         inputs = network.ops.window_inputs(
             x,
-            base,
+            start,
             block_start,
             state.remaining,
             state.kv_start,
-            back=back,
             window=window,
             block=length,
             predicted=predicted,
@@ -349,46 +510,82 @@ class Batch:
             **keys,
         )
         noise = dict(zip(("seed", "position", "step"), inputs.keys, strict=True)) if keys else {}
-        ids, start, rows = (inputs.ids, inputs.start, inputs.rows) if self._known is None else self._with_copies(first, inputs)
+        ids, starts, rows = (
+            (inputs.ids, inputs.start, inputs.rows) if self._known is None else self._with_copies(first, inputs, program.mask_id)
+        )
         # Only the rows that predict a masked slot pass the final norm and the head.
-        hidden = network.forward(ids, start, self.cache.rows(copies * first, copies * last, span), rows)  # [C P, E]
-        statistics = self._statistics(network, hidden, noise)
+        hidden = network.forward(ids, starts, self.cache.rows(copies * first, copies * last, span), rows)  # [C P, E]
+        # What differs between rows is gathered for each prediction.
+        temperature: float | Tensor = 0.0 if program.temperature is None else program.temperature
+        if program.temperature is None:
+            temperature = self._temperature[first:last][inputs.batch_row]
+        if isinstance(program.forbidden, int):
+            forbidden = self._tables["forbidden", program.forbidden][first:last][inputs.batch_row]
+        else:
+            forbidden = self._ids_of(program.forbidden)
+        statistics = self._statistics(network, program, hidden, {"temperature": temperature, **noise}, forbidden)
         network.ops.commit_tokens(x, statistics, block_start, state, place=inputs.place)
 
-    def _with_copies(self, first: int, inputs: WindowInputs) -> tuple[Tensor, Tensor, Tensor]:
+    def _with_copies(self, first: int, inputs: WindowInputs, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, starts and predicting rows of sequences, each with its copy that does not see what was given behind it."""
         (rows, window), at = inputs.ids.shape, inputs.rows
-        slots = (inputs.start[:, None] + self._slots[:window]).clamp(0, self.slots - 1)
+        slots = (inputs.start[:, None] + torch.arange(window, device=at.device)).clamp(0, self.slots - 1)
         known = self._known[first : first + rows].gather(1, slots)  # type: ignore[index]
-        ids = torch.stack((inputs.ids, inputs.ids.masked_fill(known, self.program.mask_id)), dim=1).flatten(0, 1)
+        ids = torch.stack((inputs.ids, inputs.ids.masked_fill(known, mask_id)), dim=1).flatten(0, 1)
         of_copies = [torch.where(at < 0, at, (at // window * 2 + copy) * window + at % window) for copy in range(2)]
         return ids, inputs.start.repeat_interleave(2), torch.cat(of_copies)
 
-    def _statistics(self, network: Transformer, hidden: Tensor, noise: dict[str, Tensor]) -> TokenStatistics:
+    def _statistics(
+        self, network: Transformer, program: Program, hidden: Tensor, sampling: dict[str, Any], forbidden: Tensor
+    ) -> TokenStatistics:
         """Statistics ``[P]`` of the predictions, from normed hidden states ``[C P, E]``."""
-        program, ops = self.program, network.ops
-        logits = self._guided_logits(network, hidden) if program.cfg_scale else None
+        ops = network.ops
+        logits = self._guided_logits(network, program, hidden) if program.cfg_scale else None
 
-        def without(forbidden: Tensor) -> TokenStatistics:
-            options = {"temperature": program.temperature, "forbidden": forbidden, **noise}
+        def without(ids: Tensor) -> TokenStatistics:
             statistics: TokenStatistics = (
-                ops.head_statistics(hidden, network.head, logits_dtype=program.logits_dtype, **options)
+                ops.head_statistics(hidden, network.head, logits_dtype=program.logits_dtype, forbidden=ids, **sampling)
                 if logits is None
-                else ops.token_statistics(logits, **options)
+                else ops.token_statistics(logits, forbidden=ids, **sampling)
             )
             return statistics
 
-        chosen = without(self._forbidden)
-        if self._commit_last is None:
+        chosen = without(forbidden)
+        if not program.commit_last:
             return chosen
-        others = without(self._never_or_last)
-        last = (chosen.token[:, None] == self._commit_last).any(1)
+        others = without(self._ids_of(program.never_or_last))
+        last = (chosen.token[:, None] == self._ids_of(program.commit_last)).any(1)
         return replace(others, token=chosen.token, rest=torch.where(last, torch.inf, others.rest))
 
-    def _guided_logits(self, network: Transformer, hidden: Tensor) -> Tensor:
+    def _guided_logits(self, network: Transformer, program: Program, hidden: Tensor) -> Tensor:
         """``[P, V]``: logits moved away from those of the copies that do not see what was given."""
         logits = F.linear(hidden, network.head)
         exact = torch.float64 if logits.dtype == torch.float64 else torch.float32
         # Rounded where the official code rounds: every result is of the logits' dtype.
-        logits, unguided = logits.to(self.program.logits_dtype or exact).chunk(2)
-        return unguided + (self.program.cfg_scale + 1) * (logits - unguided)
+        logits, unguided = logits.to(program.logits_dtype or exact).chunk(2)
+        return unguided + (program.cfg_scale + 1) * (logits - unguided)
+
+
+def _line(name: str, width: int, request: Request) -> list[Any]:
+    """What a table of some width says of a request; what does not fit is for a wider table."""
+    values, _, padding = _TABLES[name]
+    line = list(values(request))[:width]
+    return line + [padding] * (width - len(line))
+
+
+def step_window_start(request: Request, slots: int) -> int:
+    """First slot of the window of a request's steps, in a batch of ``slots`` slots."""
+    block = request.block_state
+    # A text that is shorter than its generation has a block that begins before it.
+    return max(slots - len(request) + min(request.policy.step(block).start, block.start), 0)
+
+
+def _ranges(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending indices as ranges ``[first, last)``."""
+    ranges: list[tuple[int, int]] = []
+    for index in indices:
+        if ranges and ranges[-1][1] == index:
+            ranges[-1] = (ranges[-1][0], index + 1)
+        else:
+            ranges.append((index, index + 1))
+    return ranges

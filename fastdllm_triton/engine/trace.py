@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoding.config import GenerationConfig
 from ..utils.checks import to_path
 from ..utils.files import check_writable, naming, write_atomically
-from .engine import Forward, Generation, run
+from .generation import Forward, Generation, run
 from .outputs import GenerationOutput
 
 if TYPE_CHECKING:

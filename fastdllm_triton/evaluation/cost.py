@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..decoding.cache_policy import BlockState
 from ..decoding.config import GenerationConfig
-from ..engine.engine import Forward
+from ..engine.generation import Forward
 from ..engine.outputs import GenerationOutput
 from ..tools.roofline import Cost, Shape, forward_cost
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..engine.engine import check_prompts
+from ..engine.limits import check_prompts
 from ..model import MaskedDiffusionLM
 from ..tools.environment import commit
 from ..tools.roofline import Shape

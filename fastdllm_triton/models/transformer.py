@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..engine.buffer_pool import BufferPool
 from ..ops import Ops
-from ..utils.environment import GRAPHS
 from .config import ModelConfig, NameMap
 from .kv_cache import KVCache
 
@@ -132,16 +130,12 @@ class Transformer:
         config: the model's shape.
         weights: its parameters.
         ops: the backend that runs.
-        captures: whether forwards are captured as CUDA graphs, on a GPU and with the Triton kernels.
-        buffers: on a GPU, the buffers and captured forwards of generations that have ended, for the next ones.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
-        self.captures = GRAPHS.value == "1"
-        self.buffers = BufferPool.of(self.device)
 
     @property
     def device(self) -> torch.device:

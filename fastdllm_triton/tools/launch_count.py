@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..decoding.config import GenerationConfig
-from ..engine.runner import Batch, Program
+from ..engine.request import batch_requests
+from ..engine.runner import ModelRunner
 from ..models.config import ModelConfig
 from ..models.transformer import Transformer, Weights
 from ..ops import Ops
@@ -110,10 +111,12 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _count(model: ModelConfig, counting: _Counting, rows: int, length: int, slots: int, dtype: torch.dtype) -> Counter[str]:
     network = Transformer(model, Weights.allocate(model, torch.device("meta"), dtype), counting.ops())
     config = GenerationConfig(gen_length=length, block_length=length)
-    program = Program.of(network, config, config.resolve(model, rows))
-    batch = Batch(network, rows, slots, program)
+    requests = batch_requests([[1]] * rows, None, config, model)
+    runner = ModelRunner(network, rows, slots)
+    program = runner.program_of(requests, requests)
+    window = len(requests[0].policy.step(requests[0].block_state))
     with _Calls(counting.counts), torch.no_grad():
-        batch.step(network, rows, length + program.look_back)
+        runner.step(network, program, 0, rows, window, rows * length)
     return counting.counts
 
 

@@ -53,7 +53,7 @@ class Setup:
         captured steps have a check of their own.
         """
         model = load(GOLDEN, device=self.device, dtype=DTYPE, backend="triton")
-        model.network.captures = False
+        model.buffers.use_cuda_graphs = False
         return model
 
     @cached_property
@@ -188,10 +188,10 @@ def _captured(setup: Setup) -> Iterator[CaseRecord]:
         if setup.interpreted:
             yield CaseRecord(name, 0.0, 0.0, ok=True, skipped="captured steps need a GPU")
             continue
-        network = setup.tiny.network
+        buffers = setup.tiny.buffers
         runs = []
         for captures in (False, True, True):  # the last one replays from its first step on
-            network.captures = captures
+            buffers.use_cuda_graphs = captures
             runs.append(setup.tiny.generate(_PROMPTS, **setup.lengths, **options))
         plain, *captured = map(_results, runs)
         wrong = sum(not bitwise(a, b) for run in captured for a, b in zip(plain, run, strict=True))

@@ -23,6 +23,7 @@ from fastdllm_triton.bench.official_step import OfficialModel
 from fastdllm_triton.kernels import _pdl
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels._statistics import merge_statistics_kernel
+from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.tools.roofline import SHAPES
 
 CPU = torch.device("cpu")
@@ -141,7 +142,7 @@ def test_ours_and_the_official_loop_follow_the_same_schedule_to_the_same_tokens(
     network = _models.network_of("tiny llada", CPU, torch.float32)
     prompts = _models.prompt_of("tiny llada", 2, 9, CPU)
     counts = [2, 5]
-    ours = bench_generate.run_ours(network, prompts, cache, counts, 96)
+    ours = bench_generate.run_ours(MaskedDiffusionLM(network, None), prompts, cache, counts, 96)
     official = bench_generate.run_official(OfficialModel(network), prompts, cache, counts, 96)
     assert torch.equal(ours, official)
     masked = ours == network.config.mask_id
@@ -278,11 +279,11 @@ def test_what_generations_keep_is_given_back_before_the_official_loop_runs(monke
     monkeypatch.setattr(bench_generate.GenerateBench, "vanilla", lambda *args: log.append("vanilla"))
     list(bench_generate.BENCH.rows_of(bench_generate.QUICK[0], Session(CPU)))
     assert log == ["run_ours", "run_ours", "release", "run_official", "release", "vanilla", "release"]
-    network = _models.network_of("tiny llada", CPU, torch.float32)
-    network.buffers.limit = 1
-    network.buffers.give(SimpleNamespace(nbytes=1, release=lambda: log.append("freed")))
-    _models.release(network)
-    assert log[-1] == "freed" and len(network.buffers) == 0
+    model = MaskedDiffusionLM(_models.network_of("tiny llada", CPU, torch.float32), None)
+    model.buffers.limit = 1
+    model.buffers.give(SimpleNamespace(nbytes=1, release=lambda: log.append("freed")))
+    _models.release(model)
+    assert log[-1] == "freed" and len(model.buffers) == 0
 
 
 def test_a_generation_is_written_provider_by_provider(monkeypatch):

@@ -36,8 +36,9 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-def _references(network: Transformer) -> dict[str, weakref.ref[Any]]:
-    (batch,) = network.buffers._batches
+def _references(model: fdt.MaskedDiffusionLM) -> dict[str, weakref.ref[Any]]:
+    (batch,) = model.buffers._runners
+    network = model.network
     weight = network.weights.layers[0].qkv.weight
     return {"network": weakref.ref(network), "weight": weakref.ref(weight), "cache": weakref.ref(batch.cache.k)}
 
@@ -50,7 +51,7 @@ def _alive(references: dict[str, weakref.ref[Any]]) -> list[str]:
 def test_a_dropped_model_frees_its_weights_and_buffers_at_once() -> None:
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu")
     model.generate(PROMPTS, **OPTIONS)
-    references = _references(model.network)
+    references = _references(model)
     assert len(_alive(references)) == 3
     del model
     assert _alive(references) == []
@@ -73,7 +74,7 @@ def test_restore_and_a_dropped_module_free_everything_at_once() -> None:
         module = load_module(GOLDEN / "llada-gqa")
         fdt.accelerate(module)
         module.generate(PROMPTS, **OPTIONS)
-        references = _references(runtime_of(module).network)
+        references = _references(runtime_of(module))
         if drop:
             del module
         else:
@@ -86,7 +87,7 @@ def test_a_module_that_moved_is_fused_again_without_its_former_memory() -> None:
     module = load_module(GOLDEN / "llada-gqa")
     fdt.accelerate(module)
     module.generate(PROMPTS, **OPTIONS)
-    references = _references(runtime_of(module).network)
+    references = _references(runtime_of(module))
     module.to(torch.float64)
     module.generate(PROMPTS, **OPTIONS)
     assert _alive(references) == []
@@ -97,20 +98,20 @@ def test_release_gives_the_buffers_back_at_once_and_the_model_stays_usable() -> 
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu")
     module = load_module(GOLDEN / "llada-gqa")
     fdt.accelerate(module)
-    for owner, network in ((model, model.network), (module, runtime_of(module).network)):
+    for owner, runtime in ((model, model), (module, runtime_of(module))):
         before = owner.generate(PROMPTS, **OPTIONS)
-        cache = _references(network)["cache"]
+        cache = _references(runtime)["cache"]
         owner.release()
         assert cache() is None
         assert owner.generate(PROMPTS, **OPTIONS).sequences.tolist() == before.sequences.tolist()
 
 
-def test_larger_buffers_serve_and_smaller_or_other_ones_do_not() -> None:
+def test_larger_buffers_serve_any_options_and_smaller_or_guided_ones_do_not() -> None:
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu")
     model.generate([[1] * 40, [2] * 3], **OPTIONS)
-    (batch,) = model.network.buffers._batches
+    (batch,) = model.buffers._runners
     model.generate([[5, 6, 7]], **OPTIONS, seed=3, strategy=fdt.Threshold(0.5))
-    assert model.network.buffers._batches == [batch]
+    assert model.buffers._runners == [batch]
     changes: list[dict[str, Any]] = [
         {"temperature": 0.5},
         {"block_length": 4},
@@ -119,21 +120,22 @@ def test_larger_buffers_serve_and_smaller_or_other_ones_do_not() -> None:
     ]
     for change in changes:
         model.generate([[5, 6, 7]], **OPTIONS | change)
-        assert model.network.buffers._batches[-1] is not batch
-    model.generate([[1] * 60], **OPTIONS)
-    assert model.network.buffers._batches[-1] is not batch
-    assert len(model.network.buffers) == 2 + len(changes)
+        assert model.buffers._runners == [batch]
+    for other in ({"prompts": [[1] * 60]}, {"prompts": [[1]] * 3}, {"prompts": [[1]], "cfg_scale": 1.0}):
+        model.generate(**other, **OPTIONS)
+        assert model.buffers._runners[-1] is not batch
+    assert len(model.buffers) == 4
 
 
 def test_what_is_kept_is_bounded_and_the_ones_used_least_recently_go() -> None:
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu")
-    pool = model.network.buffers
+    pool = model.buffers
     model.generate([[1] * 10], **OPTIONS)
     pool.limit = 3 * pool.nbytes
     for length in (20, 30, 40, 50):
         model.generate([[1] * length], **OPTIONS)
     assert pool.nbytes <= pool.limit
-    assert [batch.slots for batch in pool._batches] == [66]
+    assert [batch.slots for batch in pool._runners] == [66]
     pool.limit = 1
     model.generate([[1] * 20], **OPTIONS)
     assert len(pool) == 1, "the one used last stays"
@@ -146,15 +148,15 @@ def test_kept_buffers_make_room_for_a_generation_that_would_not_fit_beside_them(
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu")
     model.generate([[1] * 10], **OPTIONS)
 
-    def short(network: Transformer, *sizes: Any) -> None:
-        if len(network.buffers):
+    def short(network: Transformer, *sizes: Any, **more: Any) -> None:
+        if len(model.buffers):
             raise MemoryError("it does not fit")
 
     monkeypatch.setattr(engine, "check_memory", short)
     assert model.generate([[1] * 90], **OPTIONS).nfe
-    assert [batch.slots for batch in model.network.buffers._batches] == [106]
+    assert [batch.slots for batch in model.buffers._runners] == [106]
 
-    monkeypatch.setattr(engine, "check_memory", lambda *sizes: (_ for _ in ()).throw(MemoryError("it does not fit")))
+    monkeypatch.setattr(engine, "check_memory", lambda *sizes, **more: (_ for _ in ()).throw(MemoryError("it does not fit")))
     with pytest.raises(MemoryError, match="it does not fit"):
         model.generate([[1] * 200], **OPTIONS)
 
@@ -163,19 +165,19 @@ def test_a_generation_that_is_never_begun_takes_nothing() -> None:
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu")
     model.generate(PROMPTS, **OPTIONS)
     stream = model.stream(PROMPTS, **OPTIONS)
-    assert len(model.network.buffers) == 1
+    assert len(model.buffers) == 1
     out = stream.output()
     assert out.sequences[0].tolist() == [*PROMPTS[0], *[model.config.mask_id] * 16]
     assert (out.nfe, out.committed) == (0, 0)
     stream.close()
-    assert len(model.network.buffers) == 1
+    assert len(model.buffers) == 1
 
 
 def test_generations_at_once_have_buffers_of_their_own() -> None:
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu")
     alone = model.generate(PROMPTS, **OPTIONS)
     streams = [model.stream(PROMPTS, **OPTIONS) for _ in range(3)]
-    for forwards in zip(*streams, strict=True):
-        assert len({id(forward._run.batch) for forward in forwards}) == 3
+    for _ in zip(*streams, strict=True):
+        assert len({id(stream.batch) for stream in streams}) == 3
     assert all(stream.output().sequences.tolist() == alone.sequences.tolist() for stream in streams)
-    assert len(model.network.buffers) == 3
+    assert len(model.buffers) == 3

@@ -10,7 +10,7 @@ from _cuda_graphs import Graph, emulate
 from conftest import GOLDEN, GOLDEN_DREAM
 
 import fastdllm_triton as fdt
-from fastdllm_triton.engine.runner import Batch
+from fastdllm_triton.engine.runner import ModelRunner
 
 OPTIONS: dict[str, Any] = {"gen_length": 32, "block_length": 8, "strategy": fdt.Threshold(0.6), "stop_at_eos": False}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,16 +39,16 @@ def _prompts(rows: int, step: int) -> list[list[int]]:
 
 def _plain(model: fdt.MaskedDiffusionLM, prompts: list[list[int]], **options: Any) -> fdt.GenerationOutput:
     """The same sizes without captures, and nothing kept of it."""
-    model.network.captures = False
+    model.buffers.use_cuda_graphs = False
     out = model.generate(prompts, **options)
-    model.network.captures = True
+    model.buffers.use_cuda_graphs = True
     model.release()
     return out
 
 
-def _steps(batch: Batch) -> dict[Any, Graph]:
+def _steps(runner: ModelRunner) -> dict[Any, Graph]:
     """The captured steps."""
-    return {key: graph for key, graph in batch._graphs._graphs.items() if key[0] == "step"}
+    return {key: graph for key, graph in runner._graphs._graphs.items() if key[0] == "step"}
 
 
 def _same(a: fdt.GenerationOutput, b: fdt.GenerationOutput) -> bool:
@@ -71,7 +71,7 @@ def test_captured_forwards_decode_what_plain_ones_do(
     for _ in range(2):  # captured here, replayed there
         assert _same(model.generate(prompts, **options), plain)
         assert _same(model.generate(others, **options), plain_others)
-    (batch,) = model.network.buffers._batches
+    (batch,) = model.buffers._runners
     assert batch._graphs is not None and len(batch._graphs) > 0
     kinds = {key[0] for key, graph in batch._graphs._graphs.items() if graph.replays}
     assert kinds == ({"step"} if options["cache"] == "none" else {"step", "refresh"})
@@ -87,11 +87,11 @@ def test_values_that_are_data_on_the_device_need_no_capture_of_their_own(monkeyp
     emulate(monkeypatch, model)
     expected = [_plain(model, [[5, 6, 7]], **OPTIONS | change) for change in changes]
     model.generate([[5, 6, 7, 8, 9]], **OPTIONS)
-    (batch,) = model.network.buffers._batches
+    (batch,) = model.buffers._runners
     steps = _steps(batch)
     for change, plain in zip(changes, expected, strict=True):
         assert _same(model.generate([[5, 6, 7]], **OPTIONS | change), plain)
-    assert model.network.buffers._batches == [batch]
+    assert model.buffers._runners == [batch]
     assert _steps(batch) == steps
 
 
@@ -101,11 +101,11 @@ def test_prompts_of_other_lengths_neither_allocate_nor_capture_again(monkeypatch
     emulate(monkeypatch, model)
     expected = [_plain(model, prompt, **OPTIONS) for prompt in prompts]
     model.generate([[1] * 100, [2] * 50], **OPTIONS)
-    (batch,) = model.network.buffers._batches
+    (batch,) = model.buffers._runners
     for prompt, plain in zip(prompts, expected, strict=True):
         assert _same(model.generate(prompt, **OPTIONS), plain)
-    assert model.network.buffers._batches == [batch]
-    assert {key[1:] for key in _steps(batch)} == {(2, 8, 16), (1, 8, 8)}
+    assert model.buffers._runners == [batch]
+    assert {key[2:] for key in _steps(batch)} == {(0, 2, 8, 16), (0, 1, 8, 8)}
 
 
 def test_the_prefix_cache_captures_a_bounded_number_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +114,8 @@ def test_the_prefix_cache_captures_a_bounded_number_of_windows(monkeypatch: pyte
     emulate(monkeypatch, model)
     plain = _plain(model, [[5, 6, 7]], **options)
     assert _same(model.generate([[5, 6, 7]], **options), plain)
-    (batch,) = model.network.buffers._batches
-    windows = {window for _, _, window, _ in _steps(batch)}
+    (batch,) = model.buffers._runners
+    windows = {key[4] for key in _steps(batch)}
     assert {window for window in windows if window > 128} <= {144, 160, 176, 192, 208, 224, 240, 256}
     assert len(windows) <= 24 < 256 // 8
 

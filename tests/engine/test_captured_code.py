@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 import fastdllm_triton as fdt
 from fastdllm_triton.bench import host
 from fastdllm_triton.bench._models import config_of
-from fastdllm_triton.engine.runner import Batch, Program
+from fastdllm_triton.engine.request import batch_requests
+from fastdllm_triton.engine.runner import ModelRunner
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import NAMES, Ops
 from fastdllm_triton.tools.launch_count import _FREE, count_launches
@@ -84,16 +85,18 @@ def forwards(
         ops = Ops(name="triton", reason="", required=True, fuses_residual=lambda x, weight: False, **functions)
         network = Transformer(config, Weights.allocate(config, META, torch.bfloat16), ops)
         asked = fdt.GenerationConfig(**{"gen_length": 128, "block_length": LENGTH} | options)
-        program = Program.of(network, asked, asked.resolve(config, rows))
-        batch = Batch(network, rows, SLOTS, program)
-        window = SLOTS if program.whole else LENGTH + program.look_back
-        batch.refresh(network, 0, rows, 0, SLOTS)  # Constants are copied to the device in a first call, which is not captured.
+        requests = batch_requests([[1] * (SLOTS - 128)] * rows, None, asked, config)
+        runner = ModelRunner(network, rows, SLOTS, copies=asked.rows_per_sequence)
+        program = runner.program_of(requests, requests)
+        window, masked = len(requests[0].policy.step(requests[0].block_state)), rows * LENGTH
+        # Constants are copied to the device in a first call, which is not captured.
+        runner.refresh(network, program, 0, rows, 0, SLOTS, masked)
         Launched.counts = step
         with Watch(step):
-            batch.step(network, rows, window)
+            runner.step(network, program, 0, rows, window, masked)
         Launched.counts = refresh
         with Watch(refresh):
-            batch._refresh(network, 0, rows, SLOTS, rows * LENGTH, None)
+            runner._refresh(network, program, 0, rows, SLOTS, masked, None)
     return step, refresh
 
 

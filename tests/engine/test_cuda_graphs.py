@@ -168,14 +168,14 @@ WINDOWS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("windows", WINDOWS, ids=str)
 def test_captured_steps_decode_what_uncaptured_ones_do(windows: dict[str, Any]) -> None:
     lm = fdt.load("tiny", device="cuda", backend="triton")
-    lm.network.captures = False
+    lm.buffers.use_cuda_graphs = False
     expected = lm.generate(PROMPTS, **windows, **OPTIONS)
-    lm.network.captures = True
+    lm.buffers.use_cuda_graphs = True
     for _ in range(3):  # run, capture and replay, replay from the first forward on
         found = lm.generate(PROMPTS, **windows, **OPTIONS)
         assert found.sequences.tolist() == expected.sequences.tolist()
         assert found.step_map.tolist() == expected.step_map.tolist()
-    (batch,) = lm.network.buffers._batches
+    (batch,) = lm.buffers._runners
     assert batch._graphs is not None and len(batch._graphs)
 
 

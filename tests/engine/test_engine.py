@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton.engine.cuda_graphs import Graphs
-from fastdllm_triton.engine.runner import Batch, Program
+from fastdllm_triton.engine.request import batch_requests
+from fastdllm_triton.engine.runner import ModelRunner, Program
 from fastdllm_triton.tiny.problems import problems
 
 CACHES = ("none", "prefix", "dual")
@@ -139,16 +140,16 @@ def test_only_masked_rows_of_the_block_go_through_the_head(llada: fdt.MaskedDiff
 
 def test_where_steps_are_captured_few_numbers_of_predictions_serve(llada: fdt.MaskedDiffusionLM) -> None:
     config = fdt.GenerationConfig(gen_length=32, block_length=32)
-    batch = Batch(llada.network, 8, 40, Program.of(llada.network, config, config.resolve(llada.config, 8)))
+    runner = ModelRunner(llada.network, 8, 40)
+    program = Program.of(batch_requests([[1]] * 8, None, config, llada.config))
 
-    def predictions(left: int) -> int:
-        batch._left = left
-        return batch._predictions(8)
+    def predictions(masked: int, rows: int = 8) -> int:
+        return runner._predictions(rows, program, masked)
 
     assert (predictions(256), predictions(100), predictions(0)) == (256, 100, 1)
-    batch._graphs = Graphs(torch.device("cpu"), fall_back=False)
-    assert [predictions(left) for left in (256, 129, 128, 65, 64, 1, 0)] == [256, 256, 128, 128, 64, 64, 64]
-    assert [batch._predictions(rows) for rows in (1, 2, 3)] == [32, 64, 96]
+    runner._graphs = Graphs(torch.device("cpu"), fall_back=False)
+    assert [predictions(masked) for masked in (256, 129, 128, 65, 64, 1, 0)] == [256, 256, 128, 128, 64, 64, 64]
+    assert [predictions(0, rows) for rows in (1, 2, 3)] == [32, 64, 96]
 
 
 @pytest.mark.parametrize("cache", CACHES)

@@ -126,9 +126,9 @@ def test_the_variables_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setenv("FASTDLLM_BACKEND", "reference")
     assert fdt.load("tiny", device="cpu").network.ops.reason == "asked for"
-    assert fdt.load("tiny", device="cpu").network.captures
+    assert fdt.load("tiny", device="cpu").buffers.use_cuda_graphs
     monkeypatch.setenv("FASTDLLM_GRAPHS", "0")
-    assert not fdt.load("tiny", device="cpu").network.captures
+    assert not fdt.load("tiny", device="cpu").buffers.use_cuda_graphs
     monkeypatch.setattr(_pdl, "INTERPRETED", False)
     for value, overlaps in (("1", True), ("0", False)):
         monkeypatch.setenv("FASTDLLM_PDL", value)

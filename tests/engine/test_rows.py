@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton.engine import buckets as shapes
-from fastdllm_triton.engine import engine, memory
+from fastdllm_triton.engine import engine, generation, memory
+from fastdllm_triton.engine.runner import Program
 from fastdllm_triton.tiny.problems import problems
 
 CACHES = ("none", "prefix", "dual")
@@ -231,7 +232,7 @@ def test_a_stream_can_be_left_and_the_model_used_again(golden: fdt.MaskedDiffusi
 def test_an_interrupted_generation_gives_the_tokens_so_far(golden: fdt.MaskedDiffusionLM, error: type[BaseException]) -> None:
     prompts = _ragged((6, 3))
 
-    def stop(forward: engine.Forward) -> None:
+    def stop(forward: generation.Forward) -> None:
         if forward.index == 3:
             raise error
 
@@ -303,8 +304,9 @@ def test_a_step_after_the_end_is_a_no_op(golden: fdt.MaskedDiffusionLM, cache: s
     while not batch.state.done.all():  # up to the end of the first block, before anything moves on
         next(generation)
     before = [tensor.clone() for tensor in (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)]
+    program = Program.of(generation._run.requests)
     with torch.no_grad():
-        batch.step(golden.network, 2, batch.slots if cache != "dual" else 8)
+        batch.step(golden.network, program, 0, 2, batch.slots if cache != "dual" else 8, 16)
     after = (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old.nan_to_num(), new.nan_to_num())

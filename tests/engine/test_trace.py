@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import fastdllm_triton as fdt
 from fastdllm_triton import loading
 from fastdllm_triton.cli.app import app
-from fastdllm_triton.engine.engine import Forward
+from fastdllm_triton.engine.generation import Forward
 from fastdllm_triton.engine.trace import Trace, page
 from fastdllm_triton.utils import files
 

@@ -34,11 +34,11 @@ def test_a_copy_has_the_weights_as_they_are_and_memory_of_its_own(name: str, mak
     model = fdt.load(name if name == "tiny" else GOLDEN / name, device="cpu")
     model.network.weights.final_norm.mul_(0.5)  # No longer those of the folder.
     before = decode(model, [[7, 8, 9]])
-    model.network.buffers.limit = 2**40  # As on a GPU: what is kept is not for another process.
+    model.buffers.limit = 2**40  # As on a GPU: what is kept is not for another process.
     model.generate([[5, 6, 7]], gen_length=8, block_length=8)
-    assert len(model.network.buffers) == 1
+    assert len(model.buffers) == 1
     twin = make(model)
-    assert len(twin.network.buffers) == 0
+    assert len(twin.buffers) == 0
     assert decode(twin, [[7, 8, 9]]) == before
     twin.network.weights.final_norm.zero_()
     model.release()

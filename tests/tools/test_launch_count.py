@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
 from fastdllm_triton.cli.app import app
-from fastdllm_triton.engine.runner import Batch, Program
+from fastdllm_triton.engine.request import batch_requests
+from fastdllm_triton.engine.runner import ModelRunner
 from fastdllm_triton.models.config import ModelConfig
 from fastdllm_triton.tools.launch_count import count_launches
 
@@ -64,14 +65,16 @@ def test_what_is_counted_is_what_a_step_calls(llada: fdt.MaskedDiffusionLM) -> N
     )
     llada.network.ops = replace(llada.network.ops, **{name: counted(name) for name in names})
     config = fdt.GenerationConfig(gen_length=8, block_length=8)
-    batch = Batch(llada.network, 1, 12, Program.of(llada.network, config, config.resolve(llada.config, 1)))
-    batch.fill(torch.tensor([[1, 2, 3, 4] + [llada.config.mask_id] * 8]), [0], [0], config, filler=0)
-    batch.place([4], [12])
-    batch.begin(0, 1)
+    requests = batch_requests([[1, 2, 3, 4]], None, config, llada.config)
+    runner = ModelRunner(llada.network, 1, 12)
+    runner.fill(0, requests)
+    program = runner.program_of(requests, requests)
+    requests[0].begin_block()
+    runner.begin_blocks([0], requests)
     with torch.no_grad():
-        batch.refresh(llada.network, 0, 1, 0, 12)
+        runner.refresh(llada.network, program, 0, 1, 0, 12, 8)
         calls.clear()
-        batch.step(llada.network, 1, 8)
+        runner.step(llada.network, program, 0, 1, 8, 8)
 
     found = count_launches(llada.config, block_length=8, slots=12)
     layers = llada.config.layers

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...decoding.config import GenerationConfig
 from ...decoding.strategies import Threshold
-from ...engine.engine import Generation, run
+from ...engine.engine import HasNetwork
+from ...engine.generation import Generation, run
 from ...engine.modes import decoding_modes
 from ...models.transformer import Transformer
 from ...ops.filtering import filtered_statistics
@@ -27,7 +28,7 @@ from .rules import Candidates, Rule, block_rule, check_kernel_limits, whole_sequ
 
 
 def diffuse(
-    network: Transformer,
+    model: HasNetwork,
     inputs: Tensor,
     kv_start: Tensor,
     config: DiffusionConfig,
@@ -37,7 +38,7 @@ def diffuse(
     """Decodes a batch of left-padded prompts.
 
     Args:
-        network: the model.
+        model: the model.
         inputs: ``[B, P]`` int64 on the model's device.
         kv_start: ``[B]`` int32, first slot of each prompt; what is before it is neither attended nor counted as positions.
         config: the options.
@@ -49,13 +50,14 @@ def diffuse(
             else than it must.
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
     """
-    with decoding_modes(network.device):
-        return _diffuse(network, inputs, kv_start, config, mask_id, hooks)
+    with decoding_modes(model.network.device):
+        return _diffuse(model, inputs, kv_start, config, mask_id, hooks)
 
 
 def _diffuse(
-    network: Transformer, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int | None, hooks: Hooks | None
+    model: HasNetwork, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int | None, hooks: Hooks | None
 ) -> DiffusionOutput:
+    network = model.network
     c = network.config
     mask_id = c.mask_id if mask_id is None else mask_id
     require("mask_token_id", mask_id, f"in the vocabulary [0, {c.vocab_size})", is_int(mask_id) and 0 <= mask_id < c.vocab_size)
@@ -67,7 +69,7 @@ def _diffuse(
         )
     check_kernel_limits(network.ops, len(inputs), config)
     if config.is_block_threshold:
-        return _by_engine(network, inputs, kv_start, config, mask_id)
+        return _by_engine(model, inputs, kv_start, config, mask_id)
     loop = _Run(network, inputs, kv_start, config, mask_id, hooks)
     if config.cache == "none":
         loop.whole_sequence()
@@ -76,7 +78,7 @@ def _diffuse(
     return DiffusionOutput(loop.x, tuple(loop.history) if config.history else None, loop.nfe)
 
 
-def _by_engine(network: Transformer, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int) -> DiffusionOutput:
+def _by_engine(model: HasNetwork, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int) -> DiffusionOutput:
     """Blocks by threshold, with the engine's captured steps."""
     options = GenerationConfig(
         gen_length=config.max_new_tokens,
@@ -90,7 +92,7 @@ def _by_engine(network: Transformer, inputs: Tensor, kv_start: Tensor, config: D
         logits_dtype=config.logits_dtype,
     )
     prompts = [ids[start:] for ids, start in zip(inputs.tolist(), kv_start.tolist(), strict=True)]
-    output = run(Generation(network, prompts, options))
+    output = run(Generation(model, prompts, options))
     return DiffusionOutput(torch.cat((inputs, output.generated), dim=1), None, output.nfe)
 
 

@@ -166,7 +166,7 @@ def diffusion_generate(
         hooks = None
     x = inputs.to(lm.device, torch.int64).repeat_interleave(copies, dim=0)
     first = first.to(lm.device).repeat_interleave(copies)
-    output = diffuse(lm.network, x, first, config, options["mask_token_id"], hooks)
+    output = diffuse(lm, x, first, config, options["mask_token_id"], hooks)
     return output if as_dict else output.sequences
 
 

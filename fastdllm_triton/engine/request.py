@@ -1,0 +1,170 @@
+"""A request: what it asks for, where it stands, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..decoding.cache_policy import BlockState, CachePolicy
+from ..decoding.config import GenerationConfig, ResolvedIds
+from ..models.config import ModelConfig
+from .outputs import GenerationOutput, RowRecord
+
+
+class Aborted(RuntimeError):
+    """A request was ended by its caller."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A sequence to decode.
+
+    Attributes:
+        request_id: what its caller calls it.
+        tokens: prompt and generation as they are at the start; what is to be decoded is ``[MASK]``.
+        config: the options.
+        ids: token ids that the options mean.
+        seed: key of every random number that is drawn for it.
+        policy: which windows its forwards recompute.
+        cohort: requests of one cohort begin each block together, if their options say ``lockstep``.
+        tokenizer: what the output's ``texts`` decode with, or None.
+        ordinal: how many of them it has begun, less one.
+        block_forwards: forwards that it has had in its block.
+        masked: slots of its block that are still masked, at most.
+        history: indices of the engine's forwards that it took part in: the device numbers those of a row by themselves.
+        pending: those of the forwards since the host last read how many of them the row still needed.
+        refresh_indices: those of the forwards that rebuilt its cache.
+        record: its row as it was when it left; None before.
+        error: what stopped it, if something did.
+        started: when its first forward began.
+        seconds: wall time from then on.
+    """
+
+    request_id: int | str
+    tokens: list[int]
+    config: GenerationConfig
+    ids: ResolvedIds
+    seed: int
+    policy: CachePolicy
+    cohort: object = None
+    tokenizer: object | None = None
+    ordinal: int = -1
+    block_forwards: int = 0
+    masked: int = 0
+    history: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    refresh_indices: set[int] = field(default_factory=set)
+    record: RowRecord | None = None
+    error: Exception | None = None
+    started: float | None = None
+    seconds: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @cached_property
+    def blocks(self) -> Sequence[int]:
+        """The blocks that have something masked, from 0, up to one that has nothing masked and ends the row."""
+        blocks = []
+        for block in range(self.config.blocks):
+            tokens = self.block_tokens(block)
+            if self.ids.mask_id in tokens:
+                blocks.append(block)
+            elif self.config.stop_at_eos and not set(tokens).isdisjoint(self.ids.eos_ids):
+                break
+        return blocks
+
+    def block_tokens(self, block: int) -> list[int]:
+        """The tokens of a block as they are at the start; fewer where the row is shorter than its generation."""
+        first = self.prompt_length + block * self.config.block_length
+        return self.tokens[max(first, 0) : max(first + self.config.block_length, 0)]
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens before the generation; negative for a text that is shorter than ``gen_length``."""
+        return len(self.tokens) - self.config.gen_length
+
+    @property
+    def block(self) -> int:
+        """The block that it stands at."""
+        return self.blocks[max(self.ordinal, 0)]
+
+    @property
+    def block_state(self) -> BlockState:
+        """Where it stands, as cache policies know it."""
+        start = self.prompt_length + self.block * self.config.block_length
+        end = start + self.config.block_length
+        return BlockState(self.prompt_length, len(self), start, end, self.ordinal, self.block_forwards)
+
+    @property
+    def block_done(self) -> bool:
+        """Whether nothing in its block is masked."""
+        return self.masked == 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is over, for good or for bad."""
+        return self.record is not None or self.error is not None
+
+    @property
+    def skips_first_commit(self) -> bool:
+        """Whether the refresh of its block commits nothing: it would commit the block's first token, and that is fixed."""
+        tokens = self.block_tokens(self.block)
+        short = len(tokens) < self.config.block_length
+        return self.config.commits_first_alone and (short or tokens[0] != self.ids.mask_id)
+
+    def begin_block(self) -> None:
+        """Moves on to its next block."""
+        self.ordinal += 1
+        self.block_forwards, self.masked = 0, self.config.block_length
+
+    @property
+    def output(self) -> GenerationOutput:
+        """What was generated.
+
+        Raises:
+            RuntimeError: it is not finished, or was aborted before it began.
+        """
+        if self.record is None:
+            rest = "was aborted before it began" if self.error else "is not finished; step the engine until it is"
+            raise RuntimeError(f"request {self.request_id!r} {rest}")
+        refreshes = sum(index in self.refresh_indices for index in self.history)
+        generated = slice(len(self) - self.config.gen_length, None) if self.prompt_length >= 0 else slice(None)
+        return GenerationOutput(
+            sequences=self.record.tokens[None],
+            gen_length=min(self.config.gen_length, len(self)),
+            refreshes=refreshes,
+            steps=len(self.history) - refreshes,
+            row_forwards=torch.tensor([len(self.history)], dtype=torch.int32),
+            step_map=self.record.step_map[None, generated],
+            confidence=self.record.confidence[None, generated],
+            seconds=self.seconds,
+            eos_ids=self.ids.eos_ids,
+            tokenizer=self.tokenizer,
+        )
+
+
+def batch_requests(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] | None, config: GenerationConfig, model: ModelConfig
+) -> list[Request]:
+    """The requests of prompts that are decoded together, in one cohort.
+
+    Args:
+        prompts: token ids of each row.
+        answers: the last ``gen_length`` tokens of each row as they are at the start; all ``[MASK]`` if not given.
+        config: the options.
+        model: the model's shape.
+
+    Raises:
+        ValueError: an option does not fit the model or the number of prompts.
+    """
+    ids = config.resolve(model, len(prompts))
+    answers = answers or [[ids.mask_id] * config.gen_length] * len(prompts)
+    policy = config.cache_policy(shift=model.shift)
+    return [
+        Request(row, [*prompt, *answer], config, ids, ids.seeds[row], policy, cohort=ids)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]

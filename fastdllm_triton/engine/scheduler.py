@@ -1,0 +1,202 @@
+"""Which rows decode what and when: rows, policies and budgets, no tensors.
+
+Algorithm 1 of Fast-dLLM (arXiv 2505.22618) row by row: a row begins a block, its first forward is a refresh, steps follow until
+nothing in the block is masked. Rows need not stand at the same block. Those that can share a forward are neighbours.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..decoding.cache_policy import PrefixCache, Window
+from .request import Request
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """A forward over neighbouring rows.
+
+    Attributes:
+        kind: ``refresh`` or ``step``.
+        first, last: the rows ``[first, last)`` of the batch.
+        requests: those of them that take part: the others have nothing masked in their block.
+        windows: what is recomputed of each request that takes part.
+        masked: slots that are masked in the blocks of these rows, at most.
+        is_last_group: whether no row behind these belongs to anybody.
+    """
+
+    kind: str
+    first: int
+    last: int
+    requests: tuple[Request, ...]
+    windows: tuple[Window, ...]
+    masked: int
+    is_last_group: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an iteration does, in this order.
+
+    Attributes:
+        begun: indices of rows that begin a block.
+        requests: of all rows, before the swaps.
+        swaps: pairs of rows that change places, after that.
+        forwards: at least one, where there is a row.
+    """
+
+    begun: list[int]
+    requests: list[Request]
+    swaps: list[tuple[int, int]]
+    forwards: list[ForwardPlan]
+
+
+@dataclass(frozen=True)
+class RowFlags:
+    """What the host reads of a row after the forwards of an iteration.
+
+    Attributes:
+        masked: slots of its block that are still masked.
+        ended: whether a finished block of it holds an end token.
+        invalid: whether a masked slot had no token to commit.
+        forwards: that it has had.
+    """
+
+    masked: int
+    ended: bool
+    invalid: bool
+    forwards: int
+
+
+class Scheduler:
+    """First come, first served.
+
+    Attributes:
+        rows: requests that run, in the order of the batch's rows.
+        waiting: requests that do not run yet.
+
+    Args:
+        max_rows: rows that run at a time.
+        group_of: what of a request a forward has fixed: requests with equal ones can share forwards.
+    """
+
+    def __init__(self, max_rows: int, group_of: Callable[[Request], Hashable]) -> None:
+        self.max_rows, self.group_of = max_rows, group_of
+        self.rows: list[Request] = []
+        self.waiting: deque[Request] = deque()
+
+    def add(self, request: Request) -> None:
+        """Takes a request in."""
+        self.waiting.append(request)
+
+    def admit(self) -> list[Request]:
+        """Gives the rows behind those that run to requests that wait, and returns these."""
+        admitted = [self.waiting.popleft() for _ in range(min(self.max_rows - len(self.rows), len(self.waiting)))]
+        self.rows += admitted
+        return admitted
+
+    def schedule(self) -> Plan:
+        """What the next iteration does."""
+        begun = [i for i, request in enumerate(self.rows) if request.block_done and not self._waits(request)]
+        for i in begun:
+            self.rows[i].begin_block()
+        return Plan(begun, list(self.rows), self._sort(), list(self._forwards()))
+
+    def update(self, flags: Sequence[RowFlags]) -> list[int]:
+        """Takes in what the forwards did.
+
+        Returns:
+            Rows that are finished, the last one first. Each is to be retired.
+        """
+        finished = []
+        for i, (request, row) in enumerate(zip(self.rows, flags, strict=True)):
+            # A step behind the refresh that completed the block is none of the row's.
+            request.history += request.pending[: row.forwards - len(request.history)]
+            if row.invalid:
+                request.error = FloatingPointError("logits are NaN or nowhere finite")
+            elif request.pending and 0 < request.masked <= row.masked and request.config.strategy.always_commits:
+                request.error = RuntimeError("a forward committed nothing although slots are masked")
+            request.pending.clear()
+            request.masked = row.masked
+            if request.error or (request.block_done and (row.ended or request.block == request.blocks[-1])):
+                finished.append(i)
+        return finished[::-1]
+
+    def retire(self, row: int) -> int | None:
+        """Gives the place of a row to the last one.
+
+        Returns:
+            The row that moves there, if one does.
+        """
+        last = self.rows.pop()
+        if row == len(self.rows):
+            return None
+        self.rows[row] = last
+        return len(self.rows)
+
+    def _waits(self, request: Request) -> bool:
+        """Whether a row with a finished block waits for others of its cohort."""
+        if not request.config.lockstep or request.cohort is None:
+            return False
+        return any(other.cohort is request.cohort and not other.block_done for other in self.rows)
+
+    def _sort(self) -> list[tuple[int, int]]:
+        """Makes rows that share forwards neighbours, those to refresh in front; the swaps that this takes."""
+        groups: dict[Hashable, int] = {}
+        keys = [(groups.setdefault(self.group_of(request), len(groups)), _turn(request)) for request in self.rows]
+        swaps = []
+        for i, wanted in enumerate(sorted(keys)):
+            if keys[i] != wanted:
+                # A row that does not belong where it is either, and belongs here.
+                j = next(j for j in range(i + 1, len(keys)) if keys[j] == wanted)
+                self.rows[i], self.rows[j] = self.rows[j], self.rows[i]
+                keys[i], keys[j] = keys[j], keys[i]
+                swaps.append((i, j))
+        return swaps
+
+    def _forwards(self) -> Iterator[ForwardPlan]:
+        first = 0
+        while first < len(self.rows):
+            group = self.group_of(self.rows[first])
+            last = next((i for i in range(first, len(self.rows)) if self.group_of(self.rows[i]) != group), len(self.rows))
+            yield from self._group_forwards(first, last)
+            first = last
+
+    def _group_forwards(self, first: int, last: int) -> Iterator[ForwardPlan]:
+        """The forwards of the neighbours ``[first, last)``: refreshes, then a step of all that can take one."""
+        turns = [_turn(request) for request in self.rows[first:last]]
+        if not self.rows[first].policy.reuses:  # Every forward recomputes everything: a refresh is a step.
+            yield self._forward("refresh" if min(turns) < STEP else "step", first, last)
+            return
+        begin = first
+        for turn in (REFRESH, REFRESH_GENERATION):
+            end = begin + turns.count(turn)
+            if begin < end:
+                yield self._forward("refresh", begin, end)
+            begin = end
+        if any(not request.block_done for request in self.rows[begin:last]):
+            # Rows that were refreshed take a step with the others, unless one of them is to be refreshed again.
+            again = any(request.policy.needs_refresh(request.block_state) for request in self.rows[first:begin])
+            yield self._forward("step", begin if again else first, last)
+
+    def _forward(self, kind: str, first: int, last: int) -> ForwardPlan:
+        requests = tuple(request for request in self.rows[first:last] if not request.block_done)
+        windows = tuple(request.policy.next_window(request.block_state) for request in requests)
+        for request in requests:
+            request.block_forwards += 1
+        masked = sum(request.masked for request in self.rows[first:last])
+        return ForwardPlan(kind, first, last, requests, windows, masked, last == len(self.rows))
+
+
+#: What a row's next forward is, in the order in which neighbours stand.
+REFRESH, REFRESH_GENERATION, STEP = range(3)
+
+
+def _turn(request: Request) -> int:
+    block = request.block_state
+    if request.block_done or not request.policy.needs_refresh(block):
+        return STEP
+    policy = request.policy
+    return REFRESH if not isinstance(policy, PrefixCache) or policy.refreshes_prompt(block) else REFRESH_GENERATION
