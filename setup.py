@@ -24,7 +24,7 @@ def long_description() -> str:
 
 BENCH = ["jinja2>=3.1", "matplotlib>=3.8"]
 TEST = ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.5", *BENCH]
-LINT = ["mypy>=1.11", "ruff>=0.6"]
+LINT = ["import-linter>=2.1", "mypy>=1.11", "ruff>=0.6"]
 
 setup(
     name="fastdllm-triton",

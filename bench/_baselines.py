@@ -1,9 +1,27 @@
-"""What decoders do today to choose tokens from logits, op for op: the baselines of the selection benches."""
+"""The same work in PyTorch, and what decoders do today to choose tokens from logits, op for op."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fastdllm_triton.bench._timing import Inputs, Run
+from fastdllm_triton.verify.cases import OpCases
+
+
+def reference(cases: OpCases) -> Run:
+    """The op's reference, which makes its own results."""
+    return lambda i: cases.reference(**_without_results(cases, i))
+
+
+def compiled(cases: OpCases) -> Run:
+    """The op's reference, fused by Inductor."""
+    function = torch.compile(cases.reference)
+    return lambda i: function(**_without_results(cases, i))
+
+
+def _without_results(cases: OpCases, i: Inputs) -> Inputs:
+    return {name: value for name, value in i.items() if name not in cases.outs}
 
 
 def official_float64(logits: Tensor) -> tuple[Tensor, Tensor]:

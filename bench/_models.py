@@ -5,47 +5,32 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.models.config import ModelConfig
+from fastdllm_triton.models.published import DREAM_7B, LLADA_8B, PUBLISHED
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import resolve
-from fastdllm_triton.tools.roofline import SHAPES, Shape
+from fastdllm_triton.tools.roofline import Shape
 
-#: Head ratio and format of the large ones, sizes that the interpreter runs.
-TINY = {
-    "tiny llada": Shape("tiny LLaDA", 2, 64, 4, 4, 16, 96, 320),
-    "tiny dream": Shape("tiny Dream", 2, 112, 7, 1, 16, 96, 320),
+_TINY: dict[str, Any] = {
+    "layers": 2, "head_dim": 16, "mlp": 96, "vocab_size": 320, "embedding_size": 320, "mask_id": 319, "eos_ids": (318,),
+}  # fmt: skip
+#: The sizes of the large ones, and head ratio and format of them in sizes that the interpreter runs.
+CONFIGS = {
+    **PUBLISHED,
+    "tiny llada": replace(LLADA_8B, **_TINY, width=64, heads=4, kv_heads=4),
+    "tiny dream": replace(DREAM_7B, **_TINY, width=112, heads=7, kv_heads=1),
 }
-MODELS = {"llada-8b": SHAPES["llada-8b"], "dream-7b": SHAPES["dream-7b"], **TINY}
-#: Base of the rotary frequencies, eps, and the ids of [MASK] and of the end, from the models' config.json.
-_LLADA, _DREAM = (500_000.0, 1e-5, 126_336, 126_081), (1_000_000.0, 1e-6, 151_666, 151_643)
+MODELS = {name: Shape.of(config, name) for name, config in CONFIGS.items()}
 
 
 def config_of(model: str) -> ModelConfig:
     """The config of a model of :data:`MODELS`, with room for any context."""
-    s, dream = MODELS[model], "dream" in model
-    theta, eps, mask_id, eos_id = _DREAM if dream else _LLADA
-    found = ModelConfig(
-        architecture="dream" if dream else "llada",
-        vocab_size=s.vocab_size,
-        embedding_size=s.vocab_size,
-        width=s.width,
-        layers=s.layers,
-        heads=s.heads,
-        kv_heads=s.kv_heads,
-        head_dim=s.head_dim,
-        mlp=s.mlp,
-        rope_theta=theta,
-        eps=eps,
-        max_length=2**20,
-        tied=False,
-        mask_id=min(mask_id, s.vocab_size - 1),
-        eos_ids=(min(eos_id, s.vocab_size - 2),),
-    )
-    return replace(found, qkv_bias=True, shift=True, rope_rounding="dream") if dream else found
+    return replace(CONFIGS[model], max_length=2**20)
 
 
 @lru_cache(maxsize=1)

@@ -19,12 +19,10 @@ def check_installed() -> None:
 
 
 def write_page(report: Report, file: Path, earlier: Report | None = None) -> None:
-    """Writes the page, whole or not at all."""
     write_atomically(file, page(report, earlier))
 
 
 def page(report: Report, earlier: Report | None = None) -> str:
-    """The page as HTML."""
     import jinja2
 
     from fastdllm_triton.bench._plots import plots_of

@@ -77,12 +77,10 @@ class Report:
         return [(op, list(rows)) for (op, _), rows in groups]
 
     def write_machine(self, folder: Path) -> None:
-        """Writes what the run was made on."""
         ceilings = None if self.ceilings is None else asdict(self.ceilings)
         write_json(folder / "machine.json", {"machine": self.machine, "ceilings": ceilings, "timed": ceilings is not None})
 
     def write_verification(self, folder: Path) -> None:
-        """Writes the verification."""
         ok = all(record["ok"] for record in self.verification)
         write_json(folder / "verify.json", {"ok": ok, "machine": self.machine, "records": self.verification})
 
@@ -116,7 +114,6 @@ class Column:
     factor: float = 1
 
     def text(self, row: Row) -> str:
-        """The number, or nothing."""
         value = row.get(self.key)
         return "" if value is None else self.form.format(value * self.factor)
 

@@ -24,13 +24,19 @@ from __future__ import annotations
 import gc
 import importlib
 import pkgutil
+import runpy
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor
+
+from fastdllm_triton.verify.cases._base import Function, OpCases
+from fastdllm_triton.verify.ops import Expected
+from fastdllm_triton.verify.ops import wrong as wrong_outputs
 
 from ._timing import Ceilings, Inputs, Run, Timer, Timing, reason, sets_of_inputs
 
@@ -48,6 +54,7 @@ ORDER = (
     "swiglu",
     "token_statistics",
     "commit_tokens",
+    "window_inputs",
 )
 
 
@@ -92,27 +99,11 @@ class Session:
 
     @property
     def cache(self) -> int:
-        """Bytes of the L2 cache."""
         return torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 1
 
 
-class Measurable(Protocol):
-    """What ``BENCH`` of a bench file is."""
-
-    @property
-    def op(self) -> str:
-        """Its name."""
-
-    @property
-    def suite(self) -> str:
-        """One of :data:`SUITES`."""
-
-    @property
-    def gate(self) -> Sequence[str]:
-        """What must verify before anything is timed: names of :func:`fastdllm_triton.verify.names`."""
-
-    def measure(self, session: Session) -> Iterator[list[Row]]:
-        """The rows of each case, when they are there. Later rows of the same case and provider take the place of earlier ones."""
+#: Baselines that need a GPU or a C++ compiler have one of these in their names.
+GPU_ONLY = ("torch.compile", "flex")
 
 
 @dataclass(frozen=True)
@@ -120,40 +111,29 @@ class Bench:
     """The bench of one op.
 
     Attributes:
-        op: the op's name.
-        shapes: what to run, each a mapping of names to numbers.
-        key: of these the ones that matter most: a step and a refresh of one row.
-        quick: small shapes, which the interpreter runs too.
-        axis: the name along which a plot runs.
-        inputs: makes the inputs of a shape, on a device, from a seed.
-        ours: the kernel.
-        oracle: the reference; its result is compared with the kernel's.
+        cases: what is known of the op: inputs, shapes, bytes and FLOPs.
         baselines: what else does the job. One that rejects a shape is listed with its reason.
-        bytes: of memory traffic that a shape cannot do without.
-        flops: of a shape; 0 if they do not matter.
-        gpu_only: baselines that need a GPU or a C++ compiler.
+        ours: what is timed as ours; the kernel if not given.
         most_sets: of inputs, where a shape is so small that a cache full of sets would be a hundred thousand.
     """
 
-    op: str
-    shapes: Sequence[Shape]
-    quick: Sequence[Shape]
-    axis: str
-    inputs: Callable[..., Inputs]
-    ours: Run
-    oracle: Run
+    cases: OpCases
     baselines: Mapping[str, Run]
-    bytes: Callable[[Shape], int]
-    flops: Callable[[Shape], int] = lambda shape: 0
-    gpu_only: Sequence[str] = ()
-    most_sets: int | None = None
+    ours: Function | None = None
+    most_sets: int = 2**30
     suite: str = "ops"
-    key: Sequence[Shape] = ()
+
+    @property
+    def op(self) -> str:
+        return self.cases.op
 
     @property
     def gate(self) -> Sequence[str]:
-        """The op itself."""
         return (self.op,)
+
+    @property
+    def function(self) -> Function:
+        return self.ours or self.cases.kernel
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
         """The rows of every shape: ours first, then the baselines."""
@@ -162,7 +142,7 @@ class Bench:
                 continue
             if session.is_over():
                 return
-            base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": self.axis}
+            base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": self.cases.axis}
             try:
                 rows = self.rows_of(shape, session)
             except torch.OutOfMemoryError as error:
@@ -173,26 +153,28 @@ class Bench:
             gc.collect()
 
     def chosen(self, session: Session) -> Sequence[Shape]:
-        """The small shapes on a CPU; on a GPU the key ones, and then the others if it is not to be quick."""
+        """The small shape on a CPU; on a GPU the key ones, and then the others if it is not to be quick."""
         if session.timer is None:
-            return self.quick
-        return self.key if session.quick else [*self.key, *(shape for shape in self.shapes if shape not in self.key)]
+            return [self.cases.small]
+        key = self.cases.key
+        return key if session.quick else [*key, *(shape for shape in self.cases.shapes if shape not in key)]
 
     def rows_of(self, shape: Shape, session: Session) -> dict[str, Row]:
-        """One shape, by provider."""
-        needed, timer, ceilings = self.bytes(shape), session.timer, session.ceilings
-        sets = min(sets_of_inputs(needed, session.cache), self.most_sets or 2**30) if timer else 1
+        needed, flops, timer, ceilings = self.cases.bytes(shape), self.cases.flops(shape), session.timer, session.ceilings
+        count = min(sets_of_inputs(needed, session.cache), self.most_sets) if timer else 1
         # The interpreter has no bfloat16.
-        dtype = {} if timer else {"dtype": torch.float16}
-        inputs = [self.inputs(shape, session.device, seed, **dtype) for seed in range(sets)]
+        dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float16
+        inputs, expected = sets_and_results(self.cases, shape, session.device, dtype, count)
         wrong = {}
         try:
-            check(self, shape, inputs[0])
+            check(self.cases, shape, self.function, inputs[0], expected)
         except AssertionError as error:
             if not session.unverified:
                 raise
             wrong = {"wrong": _first_line(error)}
-        runs = {"triton": self.ours} | {name: run for name, run in self.baselines.items() if session.wants(name)}
+        del expected
+        runs: dict[str, Run] = {"triton": lambda i: self.function(**i)}
+        runs |= {name: run for name, run in self.baselines.items() if session.wants(name)}
         if timer is None or ceilings is None:
             return {name: self._plumbing(name, run, inputs[0]) | wrong for name, run in runs.items()}
         times = timer(runs, inputs)
@@ -202,13 +184,12 @@ class Bench:
             if isinstance(timing, str) or isinstance(ours, str):
                 rows[name] = {"missing": str(timing)}
                 continue
-            rows[name] = timed(timing, needed, self.flops(shape), ceilings)
+            rows[name] = timed(timing, needed, flops, ceilings)
             rows[name] |= {"times_triton": timing.median / ours.median, "peak_bytes": peak(runs[name], inputs[0])} | wrong
         return rows
 
     def _plumbing(self, name: str, run: Run, inputs: Inputs) -> Row:
-        """Runs a provider where nothing is timed."""
-        if name in self.gpu_only:
+        if needs_gpu(name):
             return {"missing": "needs a GPU"}
         try:
             run(inputs)
@@ -217,13 +198,69 @@ class Bench:
         return {"missing": "ran, untimed"}
 
 
+class ModelBench:
+    """A bench of whole models, of which a subclass says the names, the shapes, and the rows of a shape.
+
+    Attributes:
+        shapes: the most asked for first, of which the first ``key`` are the key ones.
+        quick: small ones.
+        first: what a row's shape begins with.
+    """
+
+    op: str
+    suite: str
+    shapes: Sequence[Shape]
+    quick: Sequence[Shape]
+    key: int | None = None
+    baselines: Sequence[str] = ()
+    ours: Sequence[str] = ("triton",)
+    first: Shape = MappingProxyType({})
+
+    @property
+    def gate(self) -> Sequence[str]:
+        from fastdllm_triton.verify import names
+
+        return names()
+
+    def measure(self, session: Session) -> Iterator[list[Row]]:
+        providers = [provider for provider in (*self.ours, *self.baselines) if session.wants(provider)]
+        for shape in self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes:
+            if session.skips(self.op, {**self.first, **shape}, providers):
+                continue
+            if session.is_over():
+                return
+            gc.collect()
+            yield from self.rows_of(shape, session)
+
+    def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
+        """The rows of a shape as they come."""
+        raise NotImplementedError
+
+
+#: What ``BENCH`` of a bench file is. It has an op, a suite, and a gate that must verify before anything is timed; it measures the
+#: rows of each case as they come, where later rows of a case and provider take the place of earlier ones.
+Measurable = Bench | ModelBench
+
+
+def needs_gpu(baseline: str) -> bool:
+    return any(word in baseline for word in GPU_ONLY)
+
+
+def sets_and_results(
+    cases: OpCases, shape: Shape, device: torch.device, dtype: torch.dtype, count: int = 1
+) -> tuple[list[dict[str, Any]], Expected]:
+    """Sets of inputs, each with memory for the results, and what the first one must give."""
+    sets = [cases.inputs(shape, device, dtype, seed) for seed in range(count)]
+    expected = Expected.of(cases, sets[0])
+    return [inputs | cases.result_memory(expected.plain) for inputs in sets], expected
+
+
 def _first_line(error: AssertionError) -> str:
     lines = str(error).strip().splitlines() or ["the kernel disagrees with the reference"]
     return lines[0][:80]
 
 
 def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:
-    """A time next to its ceilings."""
     seconds = timing.median / 1e3
     floor = max(needed / ceilings.copy, flops / ceilings.matrix)
     return {
@@ -240,18 +277,17 @@ def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:
     }
 
 
-def check(bench: Bench, shape: Shape, inputs: Inputs) -> None:
-    """The kernel agrees with the reference.
+def check(cases: OpCases, shape: Shape, function: Function, inputs: Inputs, expected: Expected) -> None:
+    """The function gives what the op must give.
 
     Raises:
         AssertionError: it does not; nothing may be timed.
     """
-    for got, want in zip(_tensors(bench.ours(inputs)), _tensors(bench.oracle(inputs)), strict=True):
-        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2, msg=lambda text: f"{bench.op} {dict(shape)}: {text}")
-
-
-def _tensors(found: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    return [found] if isinstance(found, Tensor) else found
+    judged = expected.judge(cases.outputs(function, dict(inputs)))
+    if names := wrong_outputs(judged):
+        worst = judged[names[0]]
+        where = f"{cases.op} {dict(shape)}: {', '.join(names)}"
+        raise AssertionError(f"{where}: error {worst.error:.2e}, {worst.bound:.2e} allowed")
 
 
 def peak(run: Run, inputs: Inputs) -> int | None:
@@ -272,7 +308,6 @@ def peak(run: Run, inputs: Inputs) -> int | None:
 
 
 def label(shape: Shape) -> str:
-    """A shape as text."""
     return " ".join(f"{key}={value}" for key, value in shape.items())
 
 
@@ -307,8 +342,10 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
 
 def main(op: str) -> None:
     """A bench as a script: ``fastdllm-triton bench --op`` with the script's arguments."""
-    import sys
+    run_command("bench", "all", "--op", op)
 
-    from fastdllm_triton.cli.app import app
 
-    app(["bench", "all", "--op", op, *sys.argv[1:]])
+def run_command(*words: str) -> None:
+    """A command of ``fastdllm-triton`` with these words, and the script's arguments behind them."""
+    sys.argv[1:1] = words
+    runpy.run_module("fastdllm_triton", run_name="__main__")

@@ -88,7 +88,6 @@ def _captured(run: Run, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
 
 
 def _replays(graph: torch.cuda.CUDAGraph) -> int:
-    """Replays that make a turn."""
     graph.replay()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -127,7 +126,6 @@ def reason(error: Exception) -> str:
 
 
 def percentiles(milliseconds: Sequence[float]) -> Timing:
-    """Median, 20th and 80th percentile."""
     times = torch.tensor(milliseconds, dtype=torch.float64)
     return Timing(*(float(times.quantile(q)) for q in (0.5, 0.2, 0.8)))
 

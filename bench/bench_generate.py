@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
-from fastdllm_triton.bench._session import Row, Session, Shape, main
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main
 from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
 from fastdllm_triton.decoding import CacheName, GenerationConfig
@@ -138,29 +138,13 @@ def ratios(row: Row, rows: Mapping[str, Row]) -> Row:
     return found | ({"over_vanilla": vanilla / row["median_ms"]} if vanilla else {})
 
 
-class GenerateBench:
+class GenerateBench(ModelBench):
     """Generations of whole models."""
 
-    op = "generate"
-    suite = "generate"
+    op = suite = "generate"
+    shapes, quick, key = SHAPES, QUICK, KEY
     baselines = ("official", "vanilla")
-
-    @property
-    def gate(self) -> Sequence[str]:
-        """Everything that a generation is made of."""
-        from fastdllm_triton.verify import names
-
-        return names()
-
-    def measure(self, session: Session) -> Iterator[list[Row]]:
-        """Rows of each shape, ours first, then the official loop and the vanilla one."""
-        providers = [provider for provider in ("triton", "triton eos", "official", "vanilla") if session.wants(provider)]
-        for shape in QUICK if session.timer is None else SHAPES[:KEY] if session.quick else SHAPES:
-            if session.skips(self.op, shape, providers):
-                continue
-            if session.is_over():
-                return
-            yield from self.rows_of(shape, session)
+    ours = ("triton", "triton eos")
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         """One shape: the rows so far, after each provider."""
@@ -208,7 +192,6 @@ class GenerateBench:
             llada_generate(model, prompts, gen_length, BLOCK, "none", forwards=BLOCK, most=SAMPLED)
 
     def row_of(self, shape: Shape, counts: Sequence[int], seconds: float, session: Session, provider: str) -> Row:
-        """A time next to its floor."""
         assert session.ceilings is not None
         stops = len(counts) * BLOCK < shape["gen_length"]
         tokens = shape["batch"] * (shape["end"] if stops else shape["gen_length"])

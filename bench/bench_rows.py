@@ -9,50 +9,30 @@ together. The tokens are the same. ``forwards``, ``refreshes`` and ``steps`` are
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from fastdllm_triton.bench._session import Row, Session, main
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main
 from fastdllm_triton.bench.bench_generate import seconds_of
 from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
 from fastdllm_triton.engine.outputs import GenerationOutput
 from fastdllm_triton.loading import load
-from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.tiny.problems import MAX_ANSWER_TOKENS, problems
 
-BATCHES = (1, 2, 4, 8, 16, 32)
 
-
-class RowsBench:
+class RowsBench(ModelBench):
     """Batches of problems, decoded with rows of their own and in lockstep."""
 
-    op = "rows"
-    suite = "generate"
+    op, suite = "rows", "generate"
+    shapes = tuple({"model": "tiny", "block_length": 8, "batch": batch} for batch in (1, 2, 4, 8, 16, 32))
+    quick = shapes[1:3]
 
-    @property
-    def gate(self) -> Sequence[str]:
-        """Everything that a generation is made of."""
-        from fastdllm_triton.verify import names
-
-        return names()
-
-    def measure(self, session: Session) -> Iterator[list[Row]]:
-        """Rows of each batch."""
+    def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         model = load("tiny", device=session.device, backend="auto" if session.timer else "reference")
-        for batch in BATCHES[1:3] if session.timer is None else BATCHES:
-            shape = {"model": "tiny", "block_length": 8, "batch": batch}
-            if session.skips(self.op, shape):
-                continue
-            if session.is_over():
-                return
-            yield self.rows_of(shape, model, session)
-
-    def rows_of(self, shape: dict[str, Any], model: MaskedDiffusionLM, session: Session) -> list[Row]:
-        """One batch."""
         prompts = [model.encode(problem.prompt) for problem in islice(problems(0, test=True), shape["batch"])]
-        base: Row = {"bench": self.op, "op": self.op, "shape": shape, "axis": "batch"}
+        base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": "batch"}
         rows: list[Row] = []
         for provider, lockstep in (("triton", False), ("lockstep", True)):
             if not session.wants(provider):
@@ -69,7 +49,7 @@ class RowsBench:
             milliseconds = dict.fromkeys(("median_ms", "p20_ms", "p80_ms"), seconds * 1e3)
             rows.append(row | milliseconds | {"tokens_per_s": output.committed / seconds})
             rows[-1]["times_triton"] = seconds * 1e3 / rows[0]["median_ms"]
-        return rows
+        yield rows
 
 
 def _counts(output: GenerationOutput) -> dict[str, Any]:

@@ -25,17 +25,16 @@ import gc
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
-from fastdllm_triton.bench._session import Row, Session, Shape, main, timed
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, timed
 from fastdllm_triton.bench._timing import Timing, percentiles, pool_bytes, reason
 from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
 from fastdllm_triton.bench.official_step import shift as shift_logits
@@ -43,10 +42,6 @@ from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
 from fastdllm_triton.engine.request import batch_requests
 from fastdllm_triton.engine.runner import ModelRunner
-from fastdllm_triton.kernels import _pdl
-from fastdllm_triton.kernels._arch import arch_of
-from fastdllm_triton.kernels.linear import MAX_ROWS, select_config
-from fastdllm_triton.kernels.linear import linear as linear_kernel
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.tools.roofline import forward_cost
 from fastdllm_triton.utils.environment import GRAPHS
@@ -114,18 +109,18 @@ class OurStep:
         self.window = len(self.requests[0].policy.step(self.requests[0].block_state))
 
     def reset(self) -> None:
-        """Masks the block again."""
         self.batch.x.copy_(self.sequences)
         self.batch.begin_blocks(range(self.rows), self.requests)
 
     def refresh(self) -> None:
         """The first forward of the block."""
         masked = self.rows * self.config.block_length
-        self.batch.refresh(self.network, self.program, 0, self.rows, 0, self.batch.slots, masked)
+        self.batch.run(self.network, self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, masked))
 
     def step(self) -> None:
         """Another forward."""
-        self.batch.step(self.network, self.program, 0, self.rows, self.window, self.rows * self.config.block_length)
+        masked = self.rows * self.config.block_length
+        self.batch.run(self.network, self.batch.step_shape(self.program, 0, self.rows, self.window, masked))
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -153,7 +148,6 @@ class OfficialStep:
         self.replace[:, start : start + window] = True
 
     def reset(self) -> None:
-        """Masks the block again."""
         self.x.copy_(self.sequences)
 
     def refresh(self) -> None:
@@ -177,7 +171,6 @@ class OfficialStep:
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        """As :meth:`OurStep.logits`."""
         self.reset()
         self.refresh()
         return self.model(self.sequences[:, self.start : self.start + self.window], self.past, self.replace)[0]
@@ -251,57 +244,24 @@ def op_of(kernel: str) -> str:
     return next((op for op, pattern in OPS.items() if re.search(pattern, kernel)), "other")
 
 
-@contextmanager
-def serial() -> Iterator[None]:
-    """Launches one after the other."""
-    kept = _pdl.has_dependent_launch
-    _pdl.has_dependent_launch = lambda arch: False
-    try:
-        yield
-    finally:
-        _pdl.has_dependent_launch = kept
+#: Providers that are ours with a choice made otherwise.
+OPTIONS = {"triton serial": {"pdl": False}, "triton fused": {"fuse_linear": True}}
 
 
-def fused(network: Transformer) -> Transformer:
-    """The same model with every product of few rows by our own kernel, in the configuration of its pure function."""
-
-    def linear(x: Tensor, weight: Tensor, **around: Any) -> Tensor:
-        rows, (n, k) = x.shape[:-1].numel(), weight.shape
-        config = select_config(arch_of(x.device), rows, n, k, x.element_size(), around.get("activation"))
-        return linear_kernel(x, weight, config=config if rows <= MAX_ROWS else None, **around)
-
-    ops = replace(network.ops, linear=linear, fuses_residual=lambda x, weight: x.shape[:-1].numel() <= MAX_ROWS)
-    return Transformer(network.config, network.weights, ops)
+def launched(network: Transformer, provider: str) -> Transformer:
+    """The same model with the launch options of a provider."""
+    return Transformer(network.config, network.weights, network.ops.with_options(**OPTIONS[provider]))
 
 
-class StepBench:
-    """Steps and refreshes of whole models."""
+class StepBench(ModelBench):
+    """Steps and refreshes of whole models, ours and the official one."""
 
-    op = "step"
-    suite = "step"
-    baselines = ("official", "triton serial", "triton fused")
-
-    @property
-    def gate(self) -> Sequence[str]:
-        """Everything that a step is made of."""
-        from fastdllm_triton.verify import names
-
-        return names()
-
-    def measure(self, session: Session) -> Iterator[list[Row]]:
-        """Rows of each shape: a step and a refresh, ours and the official one."""
-        small = session.timer is None
-        providers = [provider for provider in ("triton", *self.baselines) if session.wants(provider)]
-        for shape in QUICK if small else SHAPES[:KEY] if session.quick else SHAPES:
-            if session.skips(self.op, {"forward": "step", **shape}, providers):
-                continue
-            if session.is_over():
-                return
-            gc.collect()
-            yield from self.rows_of(shape, session)
+    op = suite = "step"
+    shapes, quick, key = SHAPES, QUICK, KEY
+    baselines = ("official", *OPTIONS)
+    first = MappingProxyType({"forward": "step"})
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
-        """One shape: ours, and then all."""
         rows: dict[tuple[str, str], Row] = {}
 
         def listed(**more: Any) -> list[Row]:
@@ -353,15 +313,13 @@ class StepBench:
         """A step of ours with another choice."""
         if ours.network.ops.name != "triton":
             return {"missing": "needs a GPU"}
-        network = fused(ours.network) if provider == "triton fused" else ours.network
         try:
-            with serial() if provider == "triton serial" else nullcontext():
-                return self.measured("step", OurStep(network, ours.sequences, shape["window"]), shape, session)
+            step = OurStep(launched(ours.network, provider), ours.sequences, shape["window"])
+            return self.measured("step", step, shape, session)
         except Exception as error:
             return {"missing": reason(error)}
 
     def row_of(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
-        """One measurement."""
         try:
             return self.measured(forward, side, shape, session)
         except Exception as error:  # too little memory for a float64 softmax over a long context
@@ -400,7 +358,6 @@ class StepBench:
 
 
 def _ratio(row: Row, rows: Mapping[tuple[str, str], Row]) -> Row:
-    """A row's time over ours."""
     ours = rows.get((row["shape"]["forward"], "triton"), {}).get("median_ms")
     return {"times_triton": row["median_ms"] / ours} if ours and "median_ms" in row else {}
 

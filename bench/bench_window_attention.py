@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -22,50 +22,7 @@ from fastdllm_triton.bench._session import Bench, main
 from fastdllm_triton.bench._timing import Inputs, Run
 from fastdllm_triton.kernels import window_attention as module
 from fastdllm_triton.kernels._arch import arch_of
-from fastdllm_triton.reference.window_attention import window_attention as reference
-
-SHAPES = [
-    {"model": model, "batch": batch, "window": window, "slots": slots}
-    for model in module.MODELS
-    for slots in (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
-    for batch in (1, 4, 16)
-    for window in (32, 16, 64, 128)  # the paper's first
-    if batch * slots <= 131_072
-] + [
-    {"model": model, "batch": 1, "window": slots, "slots": slots}
-    for model in module.MODELS
-    for slots in (1024, 2048, 4096, 8192)
-]  # fmt: skip
-
-
-def inputs(shape: Mapping[str, Any], device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
-    """Normal numbers; every slot is attended."""
-    q_heads, kv_heads, dim = module.MODELS[shape["model"]]
-    batch, window, slots = shape["batch"], shape["window"], shape["slots"]
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device, dtype=dtype)
-
-    return {
-        "q": randn(batch, window, q_heads, dim),
-        "k_cache": randn(batch, kv_heads, slots, dim),
-        "v_cache": randn(batch, kv_heads, slots, dim),
-        "kv_start": torch.zeros(batch, dtype=torch.int32, device=device),
-        "kv_end": torch.full((batch,), slots, dtype=torch.int32, device=device),
-    }
-
-
-def bytes_moved(shape: Mapping[str, Any]) -> int:
-    """K and V once, q in, the output out."""
-    q_heads, kv_heads, dim = module.MODELS[shape["model"]]
-    return 2 * 2 * shape["batch"] * dim * (kv_heads * shape["slots"] + q_heads * shape["window"])
-
-
-def flops(shape: Mapping[str, Any]) -> int:
-    """Two products of W x L x D a query head, a multiplication and an addition each."""
-    q_heads, _, dim = module.MODELS[shape["model"]]
-    return 2 * 2 * shape["batch"] * q_heads * shape["window"] * shape["slots"] * dim
+from fastdllm_triton.verify.cases.window_attention import WINDOW_ATTENTION
 
 
 def sdpa(backend: SDPBackend) -> Run:
@@ -118,15 +75,8 @@ def in_order(swap: bool) -> Run:
 
 
 BENCH = Bench(
-    op="window_attention",
-    shapes=SHAPES,
-    key=[{"model": model, "batch": 1, "window": window, "slots": 1024} for window in (32, 1024) for model in module.MODELS],
-    quick=[{"model": "dream", "batch": 1, "window": 2, "slots": 40}],
-    axis="slots",
-    inputs=inputs,
-    ours=lambda i: module.window_attention(**i),
-    oracle=lambda i: reference(**i),
-    baselines={
+    WINDOW_ATTENTION,
+    {
         "triton plain": in_order(False),
         "triton swapped": in_order(True),
         "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
@@ -136,10 +86,8 @@ BENCH = Bench(
         "flex": flex,
         "flash-attn": flash_attn,
     },
-    bytes=bytes_moved,
-    flops=flops,
-    gpu_only=["flex"],
 )
+
 
 if __name__ == "__main__":
     main(BENCH.op)

@@ -34,7 +34,6 @@ CACHES = (
 
 
 def main() -> None:
-    """Prints a table, Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llada-8b", choices=SHAPES)
     parser.add_argument("--gpu", default="h200", choices=GPUS)

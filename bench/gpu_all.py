@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "einops", "numpy", "typer", "rich")
 #: In the order of the time that a step spends in them.
 MAIN_OPS = ("window_attention", "linear", "head_statistics", "rope_kv_write", "rms_norm")
-OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens")
+OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens", "window_inputs")
 OPS = (*MAIN_OPS, *OTHER_OPS)
 #: A run for which the numbers of seconds are meant; in a longer one they grow with it.
 SECONDS = 540
@@ -211,7 +211,6 @@ class Runner:
 
     @property
     def left(self) -> float:
-        """Seconds."""
         return self._end - self._clock()
 
     def states(self) -> dict[str, tuple[str, int]]:
@@ -241,17 +240,14 @@ class Runner:
         return CUT if any(state not in ENDED for state in states) else int("failed" in states)
 
     def limit(self, stage: Stage) -> float:
-        """Seconds that a stage may take."""
         if stage.seconds is None:
             return self.left * stage.share
         return min(self.left, stage.seconds * max(1.0, self.seconds / SECONDS))
 
     def log(self, stage: Stage) -> Path:
-        """What a stage prints."""
         return self.out / "logs" / f"{stage.name.replace(' ', '-')}.log"
 
     def _run(self, stage: Stage) -> str:
-        """The state in which a stage ends."""
         missing = [name for name in stage.needs if not (shutil.which(name) or importlib.util.find_spec(name.replace("-", "_")))]
         if missing:
             self.log(stage).write_text(f"{', '.join(missing)} not installed\n")
@@ -337,7 +333,6 @@ def _without_date(folder: str) -> tuple[str, str]:
 
 
 def minutes(text: str) -> float:
-    """A positive number of minutes."""
     try:
         value = float(text)
     except ValueError:

@@ -8,10 +8,9 @@ the meta device, where they have shapes and no data. Not counted: Triton's own l
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -19,16 +18,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fastdllm_triton import ops
 from fastdllm_triton.bench._models import config_of
 from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.engine.request import batch_requests
 from fastdllm_triton.engine.runner import ModelRunner
-from fastdllm_triton.kernels import _check, _pdl, _statistics
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.models.transformer import Transformer, Weights
+from fastdllm_triton.tools.recorder import META, launchers, recorded
 
-META = torch.device("meta")
 #: Each op is timed this often, and the best is reported: what it takes when nothing else runs.
 REPEATS = 20
 
@@ -43,20 +40,7 @@ class _NoLaunch:
 @contextmanager
 def no_launches() -> Iterator[None]:
     """Launchers take tensors on the meta device and launch nothing."""
-    modules = [_check, _pdl, _statistics, *(importlib.import_module(f"fastdllm_triton.kernels.{op}") for op in ops.NAMES)]
-    instead: dict[str, Any] = {
-        "INTERPRETED": False,
-        "check_device": lambda *_: None,
-        "arch_of": lambda _: ARCHS["sm_90"],
-        "gpu_name": lambda _: None,
-    }
-    with ExitStack() as stack:
-        for module in modules:
-            found = {name: value for name, value in instead.items() if hasattr(module, name)}
-            found |= dict.fromkeys((name for name, value in vars(module).items() if _is_kernel(name, value)), _NoLaunch())
-            for name, value in found.items():
-                stack.enter_context(patch.object(module, name, value))
-        stack.enter_context(patch("torch.nn.functional.linear", _product_of_nothing))
+    with recorded(ARCHS["sm_90"], stand_in=lambda kernel: _NoLaunch()), patch("torch.nn.functional.linear", _product_of_nothing):
         yield
 
 
@@ -71,10 +55,6 @@ def _product_of_nothing(x: Tensor, weight: Tensor) -> Tensor:
     return _PRODUCTS[key]
 
 
-def _is_kernel(name: str, value: Any) -> bool:
-    return name.endswith("_kernel") and hasattr(value, "arg_names")
-
-
 def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = True) -> dict[str, float]:
     """Microseconds that one forward spends in the launchers of each op.
 
@@ -86,9 +66,7 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
     config, length = config_of(model), 32
     seconds: dict[str, float] = {}
 
-    def timed(op: str) -> Callable[..., Any]:
-        function = getattr(importlib.import_module(f"fastdllm_triton.kernels.{op}"), op)
-
+    def timed(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             begin = time.perf_counter()
             result = function(*args, **kwargs)
@@ -98,11 +76,8 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
         return call
 
     best: dict[str, float] = {}
-    with no_launches(), torch.no_grad():
-        backend = ops.Ops(
-            name="stubbed", reason="no launches", required=True, fuses_residual=lambda x, weight: False,
-            **{op: timed(op) for op in ops.NAMES},
-        )  # fmt: skip
+    with no_launches():
+        backend = launchers(timed, fuses_residual=lambda x, weight: False)
         network = Transformer(config, Weights.allocate(config, META, torch.bfloat16), backend)
         options = GenerationConfig(gen_length=length, block_length=length)
         requests = batch_requests([[1] * prompt], None, options, config)
@@ -112,15 +87,14 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
         for _ in range(REPEATS):
             seconds.clear()
             if refresh:
-                runner.refresh(network, program, 0, 1, 0, prompt + length, length)
+                runner.run(network, runner.refresh_shape(program, 0, 1, 0, prompt + length, length))
             else:
-                runner.step(network, program, 0, 1, window, length)
+                runner.run(network, runner.step_shape(program, 0, 1, window, length))
             best = {op: min(1e6 * time_, best.get(op, float("inf"))) for op, time_ in seconds.items()}
     return best
 
 
 def table() -> Table:
-    """The microseconds of a refresh and of a step."""
     model = "llada-8b"
     found = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
     for name in ("op", "refresh, us", "step, us"):

@@ -21,8 +21,8 @@ import typer
 
 from fastdllm_triton.bench import bench_step
 from fastdllm_triton.bench._models import network_of, prompt_of
-from fastdllm_triton.bench._session import Bench, Shape, benches, label
-from fastdllm_triton.bench._timing import reason
+from fastdllm_triton.bench._session import Bench, Shape, benches, label, needs_gpu, sets_and_results
+from fastdllm_triton.bench._timing import Run, reason
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.verify import jobs_for
 
@@ -31,7 +31,7 @@ def shapes_of(op: str, quick: bool) -> list[Shape]:
     """The key shapes of an op or of a step; where there is no GPU the small ones."""
     (bench,) = benches("all", [op])
     if isinstance(bench, Bench):
-        return list(bench.quick if quick else bench.key)
+        return [bench.cases.small] if quick else list(bench.cases.key)
     return list(bench_step.QUICK[:1] if quick else bench_step.SHAPES[: bench_step.KEY])
 
 
@@ -45,14 +45,13 @@ def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
     target, dtype = torch.device(device), torch.float16 if quick else torch.bfloat16
     (bench,) = benches("all", [op])
     if isinstance(bench, Bench):
-        inputs = bench.inputs(shape, target, 0, dtype=dtype)
-        providers = {"triton": bench.ours} | {
-            name: run for name, run in bench.baselines.items() if not (quick and name in bench.gpu_only)
-        }
+        (inputs,), _ = sets_and_results(bench.cases, shape, target, dtype)
+        providers: dict[str, Run] = {"triton": lambda i: bench.function(**i)}
+        providers |= {name: run for name, run in bench.baselines.items() if not (quick and needs_gpu(name))}
         return [name for name, run in providers.items() if not _runs(f"{what} {name}", partial(run, inputs))]
     network = network_of(shape["model"], target, torch.float32 if quick else dtype, layers=1)
     ids = prompt_of(shape["model"], shape["batch"], shape["context"], target)
-    networks = {"triton": network} if quick else {"triton": network, "triton fused": bench_step.fused(network)}
+    networks = {"triton": network} if quick else {"triton": network, "triton fused": bench_step.launched(network, "triton fused")}
 
     def one(network: Transformer) -> None:
         step = bench_step.OurStep(network, ids, shape["window"])

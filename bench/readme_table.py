@@ -32,7 +32,6 @@ def newest(results: Path) -> list[tuple[Path, Report]]:
 
 
 def table(results: Path, root: Path = ROOT) -> str:
-    """The text between the markers."""
     runs = newest(results)
     if not runs:
         return NOTHING
@@ -55,16 +54,15 @@ def table(results: Path, root: Path = ROOT) -> str:
 
 
 def _line(op: str, rows: Sequence[Row]) -> str | None:
-    ours = [
-        row
-        for row in rows
-        if row["op"] == op and row["provider"] == "triton" and "median_ms" in row and not row.get("unverified")
-    ]
-    if not ours:
-        return None
+    ours, floors, ratios = figures(op, [row for row in rows if not row.get("unverified")])
+    return f"| `{op}` | {len(ours)} | {_range(floors, '{:.0f}')} | {_range(ratios, '{:.2f}')} |" if ours else None
+
+
+def figures(op: str, rows: Sequence[Row]) -> tuple[list[Row], list[float], list[float]]:
+    """Our rows of an op that were timed, their shares of the floor in percent, and the best baselines' times over theirs."""
+    ours = [row for row in rows if row["op"] == op and row["provider"] == "triton" and "median_ms" in row]
     floors = [100 * row["of_floor"] for row in ours if "of_floor" in row]
-    ratios = [ratio for row in ours if (ratio := fastest_other(rows, row))]
-    return f"| `{op}` | {len(ours)} | {_range(floors, '{:.0f}')} | {_range(ratios, '{:.2f}')} |"
+    return ours, floors, [ratio for row in ours if (ratio := fastest_other(rows, row))]
 
 
 def fastest_other(rows: Sequence[Row], ours: Row) -> float | None:
@@ -97,7 +95,6 @@ def rewritten(text: str, found: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes the README, or checks it."""
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     after = rewritten(before, table(ROOT / "bench" / "results"))

@@ -3,9 +3,7 @@
 python bench/roofline.py --model llada-8b --gpu h200 --prompt-length 1000 --gen-length 256 --tokens-per-forward 3.25
 """
 
-import sys
-
-from fastdllm_triton.cli.app import app
+from fastdllm_triton.bench._session import run_command
 
 if __name__ == "__main__":
-    app(["roofline", *sys.argv[1:]])
+    run_command("roofline")

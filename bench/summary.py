@@ -12,11 +12,10 @@ from pathlib import Path
 
 from fastdllm_triton.bench._report import Report
 from fastdllm_triton.bench._session import Row
-from fastdllm_triton.bench.readme_table import fastest_other
+from fastdllm_triton.bench.readme_table import figures
 
 
 def summary(out: Path) -> list[str]:
-    """The lines."""
     lines = []
     for line in (out / "status.tsv").read_text().splitlines():
         name, status, seconds = line.split("\t")
@@ -40,19 +39,14 @@ def _ops(rows: list[Row]) -> list[str]:
     """A line an op: fraction of the floor, and how many times faster than the fastest baseline, median and extremes."""
     lines = []
     for op in dict.fromkeys(row["op"] for row in rows):
-        ours = [row for row in rows if row["op"] == op and row["provider"] == "triton" and "median_ms" in row]
-        if not ours:
-            lines.append(f"{op:18} not timed")
-            continue
-        floors = sorted(row["of_floor"] for row in ours if "of_floor" in row)
-        line = f"{op:18} {len(ours):3} shapes"
+        ours, floors, ratios = figures(op, rows)
+        line = f"{op:18} {len(ours):3} shapes" if ours else f"{op:18} not timed"
         if doubted := sum(bool(row.get("unverified")) for row in ours):
             line += f" ({doubted} UNVERIFIED)"
         if floors:
-            line += f", of the floor {floors[0]:4.0%} .. {statistics.median(floors):4.0%} .. {floors[-1]:4.0%}"
-        ratios = sorted(filter(None, (fastest_other(rows, row) for row in ours)))
+            line += f", of the floor {min(floors):3.0f}% .. {statistics.median(floors):3.0f}% .. {max(floors):3.0f}%"
         if ratios:
-            line += f", against the best other {ratios[0]:.2f} .. {statistics.median(ratios):.2f} .. {ratios[-1]:.2f}"
+            line += f", against the best other {min(ratios):.2f} .. {statistics.median(ratios):.2f} .. {max(ratios):.2f}"
         lines.append(line)
     return lines
 

@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +25,11 @@ from typing import Annotated, Any
 import torch
 import triton
 import typer
+from torch import Tensor
 
-from fastdllm_triton.bench import bench_linear, bench_window_attention
-from fastdllm_triton.bench._session import Bench, Shape, benches, check, label
-from fastdllm_triton.bench._timing import Inputs, Run, Timer, Timing, sets_of_inputs, time_in_turns
+from fastdllm_triton.bench import bench_linear
+from fastdllm_triton.bench._session import Shape, check, label, sets_and_results
+from fastdllm_triton.bench._timing import Run, Timer, Timing, sets_of_inputs, time_in_turns
 from fastdllm_triton.kernels import (
     _tuned,
     head_statistics,
@@ -41,8 +41,16 @@ from fastdllm_triton.kernels import (
     window_attention,
 )
 from fastdllm_triton.kernels._arch import Arch, arch_of
-from fastdllm_triton.kernels.prefetch import Prefetch
 from fastdllm_triton.utils.files import write_atomically
+from fastdllm_triton.verify.cases._base import Function, OpCases
+from fastdllm_triton.verify.cases.head_statistics import HEAD_STATISTICS
+from fastdllm_triton.verify.cases.linear import LINEAR
+from fastdllm_triton.verify.cases.prefetch import PREFETCH
+from fastdllm_triton.verify.cases.rms_norm import RMS_NORM
+from fastdllm_triton.verify.cases.rope_kv_write import ROPE_KV_WRITE
+from fastdllm_triton.verify.cases.swiglu import SWIGLU
+from fastdllm_triton.verify.cases.token_statistics import TOKEN_STATISTICS
+from fastdllm_triton.verify.cases.window_attention import HEADS, WINDOW_ATTENTION
 
 #: A candidate must take less than this share of the time without it.
 MARGIN = 0.97
@@ -58,11 +66,11 @@ class Candidate:
 
     Attributes:
         config: what the file would hold.
-        run: a launch with them.
+        function: the op with them.
     """
 
     config: Mapping[str, Any]
-    run: Run
+    function: Function
 
 
 @dataclass(frozen=True)
@@ -70,24 +78,24 @@ class Sweep:
     """How an op is tuned.
 
     Attributes:
-        op: its name.
-        shapes: what is tried, shapes of the op's bench.
-        key: of a shape and the inputs' element size, the entry's ``shape`` in the words of the config function.
+        op: its name in the file.
+        shapes: what is tried.
+        key: of a shape and the inputs' dtype, the entry's ``shape`` in the words of the config function.
         candidates: what to try on a shape, best guesses first.
-        bench: what is timed; the op's own bench if not given.
-        baseline: the baseline of the bench to beat; what runs without the file if not given.
+        cases: of what is timed.
+        rule: what runs without the file; the kernel if not given.
     """
 
     op: str
     shapes: Sequence[Shape]
     key: Callable[[Shape, torch.dtype], dict[str, Any]]
-    candidates: Callable[[Arch, Shape, Bench, torch.dtype], Iterator[Candidate]]
-    bench: Bench | None = None
-    baseline: str | None = None
+    candidates: Callable[[Arch, Shape, torch.dtype], Iterator[Candidate]]
+    cases: OpCases
+    rule: Run | None = None
 
-    def tried(self, arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+    def tried(self, arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
         """The candidates that there is time for."""
-        return itertools.islice(self.candidates(arch, shape, bench, dtype), max(MOST_CANDIDATES // len(self.shapes), 1))
+        return itertools.islice(self.candidates(arch, shape, dtype), max(MOST_CANDIDATES // len(self.shapes), 1))
 
 
 def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
@@ -101,77 +109,57 @@ def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
             yield replace(rule, **dict(zip(choices, values, strict=True)))
 
 
-@contextmanager
-def instead(module: Any, name: str, config: Any) -> Iterator[None]:
-    """A launcher of the module finds this config, whatever it asks its config function."""
-    before = getattr(module, name)
-    setattr(module, name, lambda *args, **kwargs: config)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
-def _with(module: Any, name: str, config: Any, run: Run) -> Run:
-    def launch(inputs: Inputs) -> Any:
-        with instead(module, name, config):
-            return run(inputs)
-
-    return launch
-
-
-def _rms_norm(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+def _rms_norm(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     rule = rms_norm.select_config(arch, shape["width"])
     for num_warps in (1, 2, 4, 8, 16):
         if num_warps != rule.num_warps:
             config = replace(rule, num_warps=num_warps)
-            yield Candidate({"num_warps": num_warps}, _with(rms_norm, "select_config", config, bench.ours))
+            yield Candidate({"num_warps": num_warps}, partial(rms_norm.rms_norm, config=config))
 
 
-def _swiglu(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+def _swiglu(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     rule = swiglu.select_config(arch, shape["width"])
     for block, num_warps in itertools.product((256, 512, 1024, 2048), (1, 2, 4, 8)):
         config = swiglu.Config(block, num_warps)
         if config != rule and 4 * num_warps * arch.warp_size <= block <= triton.next_power_of_2(shape["width"]):
-            yield Candidate(asdict(config), _with(swiglu, "select_config", config, bench.ours))
+            yield Candidate(asdict(config), partial(swiglu.swiglu, config=config))
 
 
-def _rope(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
-    _, kv_heads, dim = window_attention.MODELS[shape["model"]]
+def _rope(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
+    _, kv_heads, dim = HEADS[shape["model"]]
     rule = rope_kv_write.select_config(arch, kv_heads, dim)
     for block, num_warps in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
         config = rope_kv_write.Config(block, num_warps)
         enough = block <= triton.next_power_of_2(kv_heads) and 2 <= block * dim // (num_warps * arch.warp_size) <= 64
         if config != rule and enough:
-            yield Candidate(asdict(config), _with(rope_kv_write, "select_config", config, bench.ours))
+            yield Candidate(asdict(config), partial(rope_kv_write.rope_kv_write, config=config))
 
 
-def _token(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+def _token(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     rows, vocabulary, sample = shape["rows"], shape["vocabulary"], shape["temperature"] > 0
     itemsize = _itemsize(shape, dtype)
-    rule = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
+    rule = token_statistics.select_config(arch, rows, vocabulary, itemsize, sample)
     seen = {rule}
     # Splits follow from programs an SM, and tiles from warps.
     wanted = replace(rule, splits=4)
     for guess in nearest_first(wanted, splits=(4, 8, 2, 1), num_stages=(4, 3, 2, 1), num_warps=(4, 8, 2)):
         found = {"num_warps": guess.num_warps, "num_stages": guess.num_stages}
         found["splits"] = max(triton.cdiv(guess.splits * arch.sms, rows), 1)
-        with instead(token_statistics, "nearest", found):
-            config = token_statistics.token_statistics_config(arch, rows, vocabulary, itemsize, sample)
+        config = token_statistics.tiling(arch, rows, vocabulary, itemsize, **found)
         if config not in seen:
             seen.add(config)
-            yield Candidate(found, _with(token_statistics, "token_statistics_config", config, bench.ours))
+            yield Candidate(found, partial(token_statistics.token_statistics, config=config))
 
 
-def _head(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+def _head(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     rows, vocabulary, width, sample = shape["rows"], shape["vocabulary"], shape["width"], shape["temperature"] > 0
-    rule = head_statistics.head_statistics_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
+    rule = head_statistics.select_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
     if rule is not None:
-        yield Candidate(head_statistics.BY_LIBRARY, _with(head_statistics, "head_statistics_config", None, bench.ours))
+        yield Candidate(head_statistics.BY_LIBRARY, head_statistics.by_library)
     else:  # beyond what is sure not to spill
         block_rows = max(16, triton.next_power_of_2(rows))
         part = triton.cdiv(triton.cdiv(vocabulary, arch.sms), 16) * 16
-        rule = head_statistics.HeadStatisticsConfig(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
+        rule = head_statistics.Config(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
     choices = {"block_vocabulary": (64, 128), "num_warps": (8, 4), "num_stages": (4, 3, 5, 6), "block_width": (64, 128)}
     for resident in (1, 2, 3):
         part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
@@ -182,11 +170,11 @@ def _head(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterato
                 continue
             if config.num_stages * stage <= min(arch.shared_bytes_per_sm // resident - 1024, arch.shared_bytes):
                 found = {name: getattr(config, name) for name in choices} | {"parts": resident * arch.sms}
-                yield Candidate(found, _with(head_statistics, "head_statistics_config", config, bench.ours))
+                yield Candidate(found, partial(head_statistics.head_statistics, config=config))
 
 
-def _attention(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
-    heads, slots = window_attention.MODELS[shape["model"]], shape["slots"]
+def _attention(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
+    heads, slots = HEADS[shape["model"]], shape["slots"]
     rule = window_attention.select_config(arch, shape["batch"], shape["window"], *heads, slots, dtype.itemsize)
     rows = shape["window"] * heads[0] // heads[1]
     tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)][-2:]
@@ -204,74 +192,28 @@ def _attention(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> It
             continue
         seen.add(config)
         found = {name: value for name, value in asdict(config).items() if name != "chunk"}
-        yield Candidate(found, partial(_attend, config=config))
+        yield Candidate(found, partial(window_attention.window_attention, config=config))
 
 
-def _attend(inputs: Inputs, config: window_attention.Config) -> Any:
-    return window_attention.window_attention(**inputs, config=config)
-
-
-def _cudnn(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+def _cudnn(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     yield Candidate({"library": "cudnn"}, _attend_by_cudnn)
 
 
-def _attend_by_cudnn(inputs: Inputs) -> Any:
-    q, k, v = (inputs[name] for name in ("q", "k_cache", "v_cache"))
-    return window_attention.by_cudnn(q, k, v, (0, k.shape[2]))
+def _attend_by_cudnn(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Tensor:
+    return window_attention.by_cudnn(q, k_cache, v_cache, (0, k_cache.shape[2]))
 
 
-def _prefetch(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+def _prefetch(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     for megabytes in (8, 16, 4, 32, 2, 48):
         size = megabytes * 2**20
         if size <= dtype.itemsize * shape["n"] * shape["k"]:
-            yield Candidate({"bytes": size}, partial(_ahead_of_a_product, size=size))
+            yield Candidate({"bytes": size}, partial(PREFETCH.kernel, size=size))
 
 
-def _ahead_inputs(shape: Shape, device: torch.device, seed: int, dtype: torch.dtype = torch.bfloat16) -> Inputs:
-    attention = {"model": shape["model"], "batch": 1, "window": 32, "slots": shape["slots"]}
-    i = dict(bench_window_attention.inputs(attention, device, seed, dtype=dtype))
-    generator = torch.Generator(device).manual_seed(seed)
-    weight = torch.randn((shape["n"], shape["k"]), generator=generator, device=device, dtype=dtype)
-    x = torch.randn((32, shape["k"]), generator=generator, device=device, dtype=dtype)
-    return i | {"weight": weight.mul_(shape["k"] ** -0.5), "x": x, "norm": torch.ones_like(x[0]), "before": shape["before"]}
-
-
-def _ahead_of_a_product(i: Inputs, size: int = 0) -> Any:
-    """What stands in front of a product in a layer, and the product, with its weight asked for meanwhile."""
-    ahead = Prefetch(i["x"].device, size)
-    ahead(i["weight"])
-    if i["before"] == "attention":
-        names = ("q", "k_cache", "v_cache", "kv_start", "kv_end")
-        x = window_attention.window_attention(*(i[name] for name in names)).view(32, -1)  # type: ignore[union-attr]
-    else:
-        x = rms_norm.rms_norm(i["x"], i["norm"], 1e-5)
-    y = linear.linear(x, i["weight"])
-    ahead.join()
-    return y
-
-
-AHEAD = Bench(
-    op="prefetch",
-    shapes=[
-        {"model": model, "slots": 1024, "before": before, "n": n, "k": k}
-        for model in window_attention.MODELS
-        for before, part in (("attention", "out"), ("norm", "gate_up"), ("norm", "qkv"))
-        for n, k in (linear.PROJECTIONS[f"{model} {part}"][:2],)
-    ],
-    quick=[],
-    axis="n",
-    inputs=_ahead_inputs,
-    ours=_ahead_of_a_product,
-    oracle=_ahead_of_a_product,
-    baselines={},
-    bytes=lambda shape: 2 * shape["n"] * shape["k"],
-)
-
-
-def _linear(arch: Arch, shape: Shape, bench: Bench, dtype: torch.dtype) -> Iterator[Candidate]:
+def _linear(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     sizes = (shape["rows"], shape["n"], shape["k"], dtype.itemsize, shape["activation"])
     for config in linear.candidates(arch, *sizes):
-        yield Candidate(asdict(config), partial(bench_linear.ours, config=config))
+        yield Candidate(asdict(config), partial(linear.linear, config=config))
 
 
 def _linear_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
@@ -280,7 +222,7 @@ def _linear_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _attention_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    q_heads, kv_heads, dim = window_attention.MODELS[shape["model"]]
+    q_heads, kv_heads, dim = HEADS[shape["model"]]
     sizes = {name: shape[name] for name in ("batch", "window", "slots")}
     return {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim, "itemsize": dtype.itemsize, **sizes}
 
@@ -302,97 +244,93 @@ def _itemsize(shape: Shape, dtype: torch.dtype) -> int:
     return 4 if shape["bits"] == 32 else dtype.itemsize
 
 
+def _attention_shapes(*sizes: tuple[int, int, int]) -> list[Shape]:
+    return [
+        {"model": model, "batch": batch, "window": window, "slots": slots} for model in HEADS for batch, window, slots in sizes
+    ]
+
+
 #: Where a whole step spends its time first. Ops whose entries hold for any rows are tried on those of a step.
 SWEEPS = {
     sweep.op: sweep
     for sweep in (
         Sweep(
             "linear",
-            [shape for shape in bench_linear.SHAPES if shape["rows"] in (16, 32, 64, 128)],
+            [shape for shape in LINEAR.shapes if shape["rows"] in (16, 32, 64, 128)],
             _linear_key,
             _linear,
-            baseline="library",
+            LINEAR,
+            rule=bench_linear.library,
         ),
         Sweep(
             "window_attention",
-            [
-                {"model": model, "batch": batch, "window": window, "slots": slots}
-                for model in window_attention.MODELS
-                for slots in (1024, 320, 2048, 4096)
-                for batch, window in ((1, 32), (4, 32), (16, 32), (1, 64), (1, slots))
-            ],
+            _attention_shapes(
+                *(
+                    (batch, window, slots)
+                    for slots in (1024, 320, 2048, 4096)
+                    for batch, window in ((1, 32), (4, 32), (16, 32), (1, 64), (1, slots))
+                )
+            ),
             _attention_key,
             _attention,
+            WINDOW_ATTENTION,
         ),
         Sweep(
             "cudnn_attention",
-            [
-                {"model": model, "batch": batch, "window": slots, "slots": slots}
-                for model in window_attention.MODELS
-                for slots in (512, 1024, 2048, 4096)
-                for batch in (1, 4)
-            ],
+            _attention_shapes(*((batch, slots, slots) for slots in (512, 1024, 2048, 4096) for batch in (1, 4))),
             _attention_key,
             _cudnn,
-            bench=bench_window_attention.BENCH,
+            WINDOW_ATTENTION,
         ),
         Sweep(
             "prefetch",
-            AHEAD.shapes,
+            PREFETCH.shapes,
             lambda shape, dtype: {"n": shape["n"], "k": shape["k"], "itemsize": dtype.itemsize},
             _prefetch,
-            bench=AHEAD,
+            PREFETCH,
         ),
         Sweep(
             "head_statistics",
-            [
-                {"rows": rows, "vocabulary": vocabulary, "width": width, "temperature": temperature}
-                for vocabulary, width in ((126_464, 4096), (152_064, 3584))
-                for rows, temperature in ((32, 0.0), (64, 0.0), (32, 1.0), (64, 1.0), (16, 0.0), (128, 0.0), (128, 1.0))
-            ],
+            [shape for rows in (32, 64, 16, 128) for shape in HEAD_STATISTICS.shapes if shape["rows"] == rows],
             _head_key,
             _head,
+            HEAD_STATISTICS,
         ),
         Sweep(
             "rope_kv_write",
-            [{"model": model, "batch": 1, "window": 32, "slots": 4096} for model in window_attention.MODELS],
-            lambda shape, dtype: dict(zip(("kv_heads", "dim"), window_attention.MODELS[shape["model"]][1:], strict=True)),
+            [shape for shape in ROPE_KV_WRITE.shapes if (shape["batch"], shape["window"]) == (1, 32)],
+            lambda shape, dtype: dict(zip(("kv_heads", "dim"), HEADS[shape["model"]][1:], strict=True)),
             _rope,
+            ROPE_KV_WRITE,
         ),
         Sweep(
             "rms_norm",
-            [{"rows": 32, "width": width, "residual": True} for width in (3584, 4096)],
+            [shape for shape in RMS_NORM.shapes if shape["rows"] == 32 and shape["residual"]],
             lambda shape, dtype: {"width": shape["width"]},
             _rms_norm,
+            RMS_NORM,
         ),
         Sweep(
             "swiglu",
-            [{"rows": 32, "width": width} for width in (12_288, 18_944)],
+            [shape for shape in SWIGLU.shapes if shape["rows"] == 32],
             lambda shape, dtype: {"width": shape["width"]},
             _swiglu,
+            SWIGLU,
         ),
         Sweep(
             "token_statistics",
             [
-                {"rows": rows, "vocabulary": vocabulary, "temperature": temperature, "bits": bits}
-                for bits, temperature in ((32, 0.0), (32, 1.0), (16, 0.0))
-                for vocabulary in (126_464, 152_064)
+                shape
                 for rows in (128, 512, 32)
+                for shape in TOKEN_STATISTICS.shapes
+                if shape["rows"] == rows and (shape["bits"] == 32 or not shape["temperature"])
             ],
             _token_key,
             _token,
+            TOKEN_STATISTICS,
         ),
     )
-}  # fmt: skip
-
-
-def bench_of(sweep: Sweep) -> Bench:
-    """What a sweep times."""
-    if sweep.bench is not None:
-        return sweep.bench
-    (bench,) = benches("ops", [sweep.op])
-    assert isinstance(bench, Bench)
-    return bench
+}
 
 
 def tune(
@@ -403,20 +341,21 @@ def tune(
     Returns:
         The entry: ``config`` is None where nothing beat what runs without the file, which for linear is the library.
     """
-    bench = bench_of(sweep)
-    sets = [bench.inputs(shape, device, seed, dtype=dtype) for seed in range(sets_of_inputs(bench.bytes(shape), cache))]
-    arch, runs, configs = arch_of(device), {}, {}
-    for candidate in sweep.tried(arch, shape, bench, dtype):
+    cases = sweep.cases
+    sets, expected = sets_and_results(cases, shape, device, dtype, sets_of_inputs(cases.bytes(shape), cache))
+    runs: dict[str, Run] = {"rule": sweep.rule or (lambda i: cases.kernel(**i))}
+    configs = {}
+    for candidate in sweep.tried(arch_of(device), shape, dtype):
         name = json.dumps(candidate.config)
         try:
-            check(replace(bench, ours=candidate.run), shape, sets[0])
+            check(cases, shape, candidate.function, sets[0], expected)
         except Exception as error:  # too many registers or too much shared memory; a wrong result is said aloud
             if isinstance(error, AssertionError):
                 print(f"wrong: {sweep.op} {label(shape)} {name}", file=sys.stderr)
             continue
-        runs[name], configs[name] = candidate.run, dict(candidate.config)
-    rule = bench.ours if sweep.baseline is None else bench.baselines[sweep.baseline]
-    found = timer({"rule": rule} | runs, sets)
+        runs[name] = lambda i, function=candidate.function: function(**i)  # type: ignore[misc]
+        configs[name] = dict(candidate.config)
+    found = timer(runs, sets)
     times = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
     before = times.pop("rule")
     entry = {"op": sweep.op, "shape": sweep.key(shape, dtype), "config": None, "ms": before, "without_ms": before}

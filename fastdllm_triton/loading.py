@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from . import tiny
 from .engine.memory import Memory, available_bytes
 from .model import MaskedDiffusionLM
 from .models.checkpoint import Checkpoint, read_json
@@ -18,8 +17,10 @@ from .models.fields import Fields
 from .models.registry import architecture_of
 from .models.transformer import Transformer, Weights, expected_shapes
 from .ops import Ops, resolve
-from .ops.batch_invariant import invariant
 from .utils.checks import is_bool, require, to_path, told
+
+#: The model that comes with the package, see :mod:`fastdllm_triton.tiny`.
+BUILT_IN = Path(__file__).with_name("tiny")
 
 #: What of a hub repository is fetched: data, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -67,13 +68,13 @@ def load(
 
     ops = ops_for(backend, target, wanted)
     if deterministic:
-        ops = invariant(ops)
+        ops = ops.with_options(batch_invariant=True)
     needed, available = Memory.of(config, 0, 0, wanted.itemsize).weights, available_bytes(target)
     if available is not None and needed > available:
         raise MemoryError(f"path_or_hub_id: the weights take {needed:,} bytes as {wanted}, {target} has {available:,} left")
     weights = Weights.allocate(config, target, wanted)
     checkpoint.copy_into(dict(weights.named(config, architecture.NAMES)))
-    local = folder == tiny.PATH or Path(path_or_hub_id).expanduser() == folder
+    local = folder == BUILT_IN or Path(path_or_hub_id).expanduser() == folder
     return MaskedDiffusionLM(Transformer(config, weights, ops), folder, hub_id=None if local else str(path_or_hub_id))
 
 
@@ -87,7 +88,7 @@ def find(path_or_hub_id: str | Path) -> Path:
     to_path("path_or_hub_id", path_or_hub_id)
     name = str(path_or_hub_id)
     if name == "tiny":
-        return tiny.PATH
+        return BUILT_IN
     if os.path.isdir(path := Path(name).expanduser()):  # Unlike Path's, it says no to what can be no path at all.
         return path
     allowed = "a folder with config.json and safetensors, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
@@ -135,7 +136,7 @@ def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
 
 def _find_config(model: str | Path) -> Path:
     name = str(model)
-    path = tiny.PATH if name == "tiny" else Path(name).expanduser()
+    path = BUILT_IN if name == "tiny" else Path(name).expanduser()
     if os.path.isdir(path):
         return path / "config.json"
     if os.path.isfile(path):

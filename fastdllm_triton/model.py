@@ -16,7 +16,7 @@ from torch import Tensor
 from .decoding.config import GenerationConfig
 from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
 from .engine.buffer_pool import BufferPool
-from .engine.generation import Forward, Generation, run
+from .engine.generation import Forward, Generation
 from .engine.modes import decoding_modes
 from .engine.outputs import GenerationOutput
 from .engine.trace import Trace
@@ -265,7 +265,10 @@ class MaskedDiffusionLM:
         ``output``, and a note if the trace could not be written; the model stays usable.
         """
         config, rows = self.options(config, **options), self._rows(prompts)
-        return self._decode(rows, config, callback, trace, answers=self._answers(rows, config, constraints))
+        answers = self._answers(rows, config, constraints)
+        if trace is not None:
+            return self._recorded(trace, rows, config, answers, callback)
+        return Generation(self, rows, config, self.tokenizer, answers=answers).run(callback)
 
     def infill(
         self,
@@ -308,27 +311,23 @@ class MaskedDiffusionLM:
         decoded = masked_length(rows, length, mask_id)
         config = self.options(base, **options, gen_length=decoded, stop_at_eos=False)
         before, answers = [ids[:-decoded] for ids in rows], [ids[-decoded:] for ids in rows]
-        return self._decode(before, config, callback, trace, answers=answers, whole=True)
+        if trace is not None:
+            return self._recorded(trace, before, config, answers, callback, whole=True)
+        return Generation(self, before, config, self.tokenizer, answers=answers, whole=True).run(callback)
 
-    def _decode(
+    def _recorded(
         self,
+        trace: str | Path,
         rows: list[list[int]],
         config: GenerationConfig,
-        callback: Callable[[Forward], None] | None,
-        trace: str | Path | None,
-        *,
         answers: list[list[int]] | None,
+        callback: Callable[[Forward], None] | None,
+        *,
         whole: bool = False,
     ) -> GenerationOutput:
-        """Runs a generation to its end, and records it where that is asked for."""
-
-        def start() -> Generation:
-            return Generation(self, rows, config, self.tokenizer, answers=answers, whole=whole)
-
-        if trace is None:
-            return run(start(), callback)
+        """Runs a generation to its end, and records it in a file."""
         recorder = Trace(trace, self, rows, config, answers)
-        return recorder.run(start(), callback)
+        return recorder.run(Generation(self, rows, config, self.tokenizer, answers=answers, whole=whole), callback)
 
     def diffusion_generate(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor | DiffusionOutput:
         """Dream's decoding, of a Dream: :func:`fastdllm_triton.compat.diffusion_generate` without its ``model``.

@@ -21,6 +21,28 @@ RopeRounding = Literal["llada", "dream"]
 Activation = Literal["swiglu"]
 
 
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How kernels are launched. Results differ in their last bits at most.
+
+    Attributes:
+        pdl: a kernel may be launched before its predecessor has ended (programmatic dependent launch), where the GPU can do that.
+        batch_invariant: launch parameters follow the shape of the model alone, so that the bits of a row's result do not depend
+            on what it is batched with. Fast parameters follow the batch: more rows, other tiles, another order of summation.
+            These read weights more often and fill a GPU less well.
+        fuse_linear: ``linear`` is one kernel with what stands around it for every product of few rows, measured to be faster
+            than the library or not.
+    """
+
+    pdl: bool = True
+    batch_invariant: bool = False
+    fuse_linear: bool = False
+
+
+#: What launchers do if not told otherwise.
+DEFAULT_LAUNCH = LaunchOptions()
+
+
 @dataclass
 class TokenStatistics:
     """Facts about rows of logits, one entry a row; float32 (float64 for float64 logits), natural logarithms.

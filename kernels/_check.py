@@ -46,42 +46,38 @@ def once(check: Callable[..., Answer]) -> Callable[..., Answer]:
     return call
 
 
-def require(ok: bool, argument: str, given: object, allowed: str) -> None:
-    """Raises if a condition on an argument does not hold.
-
-    Raises:
-        ValueError: with the argument's name.
-    """
+def require(argument: str, given: object, allowed: str, ok: bool) -> None:
+    """Raises ``ValueError`` unless ``ok``: as :func:`fastdllm_triton.utils.checks.require`, of what is told in words."""
     if not ok:
-        raise ValueError(f"{argument}: got {given}, needs {allowed}")
+        raise ValueError(f"{argument} must be {allowed}, got {given}")
 
 
 def check_floats(**tensors: Tensor | None) -> None:
     """The tensors that are there share a supported dtype and a device that runs kernels, and their last dimension is dense."""
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     first, pattern = next(iter(given.items()))
-    require(pattern.dtype in DTYPES, first, pattern.dtype, "float16, bfloat16 or float32")
+    require(first, pattern.dtype, "of dtype float16, bfloat16 or float32", pattern.dtype in DTYPES)
     check_device(first, pattern)
     # The interpreter's numpy has no bfloat16 and computes with its bits.
     interpretable = not INTERPRETED or pattern.dtype != torch.bfloat16
-    require(interpretable, first, pattern.dtype, "float16 or float32 in Triton's interpreter")
+    require(first, pattern.dtype, "of dtype float16 or float32 in Triton's interpreter", interpretable)
     for name, tensor in given.items():
-        require(tensor.dtype == pattern.dtype, name, tensor.dtype, f"the dtype of {first}, {pattern.dtype}")
-        require(tensor.device == pattern.device, name, tensor.device, f"the device of {first}, {pattern.device}")
+        require(name, tensor.dtype, f"of the dtype of {first}, {pattern.dtype}", tensor.dtype == pattern.dtype)
+        require(name, f"one on {tensor.device}", f"on the device of {first}, {pattern.device}", tensor.device == pattern.device)
         dense = tensor.ndim > 0 and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
-        require(dense, name, f"strides {tensor.stride()}", "a last dimension of stride 1")
+        require(name, f"strides {tensor.stride()}", "of last stride 1", dense)
 
 
 def check_device(name: str, tensor: Tensor) -> None:
     """The tensor is where kernels run."""
     runs = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
-    require(runs, name, f"a tensor on {tensor.device}", "a GPU tensor (or a CPU tensor and TRITON_INTERPRET=1)")
+    require(name, f"a tensor on {tensor.device}", "a GPU tensor (or a CPU tensor and TRITON_INTERPRET=1)", runs)
 
 
 def check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
     """The tensor, if it is there, has this shape."""
     if tensor is not None:
-        require(tuple(tensor.shape) == shape, name, f"shape {list(tensor.shape)}", f"shape {list(shape)}")
+        require(name, f"shape {list(tensor.shape)}", f"of shape {list(shape)}", tuple(tensor.shape) == shape)
 
 
 def check_slots(batch: int, device: torch.device, **tensors: Tensor | None) -> None:
@@ -89,11 +85,12 @@ def check_slots(batch: int, device: torch.device, **tensors: Tensor | None) -> N
     for name, tensor in tensors.items():
         if tensor is not None:
             check_shape(name, tensor, batch)
-            require(tensor.dtype == torch.int32, name, tensor.dtype, "torch.int32")
-            require(tensor.device == device, name, tensor.device, f"a tensor on {device}")
-            require(batch <= 1 or tensor.stride(0) == 1, name, f"strides {tensor.stride()}", "a contiguous tensor")
+            require(name, tensor.dtype, "of dtype torch.int32", tensor.dtype == torch.int32)
+            require(name, f"one on {tensor.device}", f"on {device}", tensor.device == device)
+            require(name, f"strides {tensor.stride()}", "contiguous", batch <= 1 or tensor.stride(0) == 1)
 
 
+@once
 def row_stride(tensor: Tensor) -> int | None:
     """From one row of ``[..., E]`` to the next, in elements; None where the leading dimensions do not collapse into one."""
     try:
@@ -109,18 +106,27 @@ def row_stride_of(name: str, tensor: Tensor) -> int:
         ValueError: the leading dimensions do not collapse.
     """
     stride = row_stride(tensor)
-    require(stride is not None, name, f"strides {tensor.stride()}", "leading dimensions that collapse into one")
+    require(name, f"strides {tensor.stride()}", "of leading dimensions that collapse into one", stride is not None)
     return stride  # type: ignore[return-value]
 
 
-def collapsed(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where its leading dimensions do not collapse into one."""
-    return tensor if row_stride(tensor) is not None else tensor.contiguous()
+def collapsed(tensor: Tensor) -> tuple[Tensor, int]:
+    """The tensor, or a contiguous copy where its leading dimensions do not collapse into one; and from one row to the next."""
+    stride = row_stride(tensor)
+    return (tensor, stride) if stride is not None else (tensor.contiguous(), tensor.shape[-1])
+
+
+def scratch(workspace: Tensor | None, needed: int, device: torch.device) -> Tensor | None:
+    """So many elements of float32: the caller's, which is checked, or new; None where none are needed and none were given."""
+    if workspace is None:
+        return torch.empty(needed, dtype=torch.float32, device=device) if needed else None
+    _check_workspace(workspace, needed, device)
+    return workspace
 
 
 @once
-def check_workspace(workspace: Tensor, needed: int, device: torch.device) -> None:
+def _check_workspace(workspace: Tensor, needed: int, device: torch.device) -> None:
     """The tensor is float32 scratch of enough elements."""
     is_scratch = workspace.dtype == torch.float32 and workspace.device == device and workspace.is_contiguous()
-    require(is_scratch, "workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {device}")
-    require(workspace.numel() >= needed, "workspace", f"{workspace.numel()} elements", f"at least {needed}")
+    require("workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {device}", is_scratch)
+    require("workspace", f"{workspace.numel()} elements", f"of at least {needed}", workspace.numel() >= needed)

@@ -19,6 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from ..types import LaunchOptions
 from ..utils.environment import PDL as SWITCH
 from ._arch import Arch
 from ._check import INTERPRETED
@@ -47,9 +48,9 @@ def in_use(arch: Arch) -> bool:
     return _Switch.on and has_dependent_launch(arch)
 
 
-def dependent_launch(arch: Arch) -> dict[str, Any]:
+def dependent_launch(arch: Arch, options: LaunchOptions) -> dict[str, Any]:
     """Keyword arguments of a launch: the constexpr ``PDL``, and the launch option where the architecture has it."""
-    return {"PDL": True, "launch_pdl": True} if in_use(arch) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if options.pdl and in_use(arch) else {"PDL": False}
 
 
 def has_dependent_launch(arch: Arch) -> bool:

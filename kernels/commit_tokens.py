@@ -9,12 +9,27 @@ Costs are float64, as the reference's decisions are: odds of 1e-9 and 2e-9 must 
 integers of the same order, since GPUs without fast float64 compare those at full rate.
 
 The rules and their sources are in ``reference/commit_tokens.py``.
+
+| pointer                        | shape          | dtype       | owned by                                         |
+|--------------------------------|----------------|-------------|--------------------------------------------------|
+| x_ptr                          | [B, L]         | int64       | caller, read and written; stride_x between rows  |
+| place_ptr                      | [B, N] or None | int32       | caller, read: a slot's entry; None: all in order |
+| token_ptr                      | [P]            | int64       | statistics, read, as are the five below in fp32  |
+| logit_ptr … entropy_ptr        | [P]            | fp32        | what the score does not need is not read         |
+| window_start_ptr, kv_start_ptr | [B]            | int32       | caller, read                                     |
+| seed_ptr                       | [B]            | int64       | state, read                                      |
+| value_ptr, steps_ptr           | [B]            | fp64, int32 | state, read                                      |
+| shares_ptr                     | [B, S]         | fp32        | state, read by the schedule                      |
+| eos_ptr                        | [B, EOS]       | int64       | state, read; -1 is none                          |
+| step_ptr … remaining_ptr       | [B]            | int32       | state, read and written                          |
+| invalid_ptr, ended_ptr         | [B]            | bool        | state, read and written                          |
+| forward_ptr                    | [B]            | int32       | state, counted up                                |
+| step_map_ptr, confidence_ptr   | [B, L]         | int32, fp32 | state, written where a token is committed        |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from itertools import product
 from typing import get_args
 
 import torch
@@ -25,24 +40,8 @@ from torch import Tensor
 from ..types import PolicyState, RuleName, ScoreName, TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import check_device, once
-from ._compile import CompileCase
 from ._limits import MAX_BLOCK, MAX_EOS, MAX_ROWS
 from ._statistics import outputs
-
-# Pointers                        shape     dtype    owned by
-# x_ptr                           [B, L]    int64    caller, read and written; stride_x between rows
-# place_ptr                       [B, N] or None  int32  caller, read: a slot's entry of the statistics; None: [B, N] in order
-# token_ptr                       [P]       int64    statistics, read, as are the five below in fp32
-# logit_ptr … entropy_ptr         [P]       fp32     what the score does not need is not read
-# window_start_ptr, kv_start_ptr  [B]       int32    caller, read
-# seed_ptr                        [B]       int64    state, read
-# value_ptr, steps_ptr            [B]       fp64, int32  state, read
-# shares_ptr                      [B, S]    fp32     state, read by the schedule
-# eos_ptr                         [B, EOS]  int64    state, read; -1 is none
-# step_ptr … remaining_ptr        [B]       int32    state, read and written
-# invalid_ptr, ended_ptr          [B]       bool     state, read and written
-# forward_ptr                     [B]       int32    state, counted up
-# step_map_ptr, confidence_ptr    [B, L]    int32, fp32  state, written where a token is committed
 
 #: Fourth word of the random counter: numbers that rank slots (reference/_random.py).
 STREAM_SCORE = tl.constexpr(1)
@@ -258,7 +257,7 @@ def _commit_tokens_kernel(
 
 
 @dataclass(frozen=True)
-class CommitTokensConfig:
+class Config:
     """How a program holds its block.
 
     Attributes:
@@ -272,7 +271,7 @@ class CommitTokensConfig:
     num_warps: int
 
 
-def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfig:
+def select_config(arch: Arch, rule: str, block: int) -> Config:
     """Bounds a tile of comparisons to few a thread, and half of them where float64 sums are taken: more would spill.
 
     The compile report chose the numbers.
@@ -282,12 +281,7 @@ def commit_tokens_config(arch: Arch, rule: str, block: int) -> CommitTokensConfi
     if arch.backend == "hip":  # which keeps the outcome of every comparison in scalar registers
         a_thread = 2
     tile = 32 * num_warps * (a_thread // 2 if rule == "entropy_budget" else a_thread)
-    return CommitTokensConfig(padded, min(padded, max(tile // padded, 1), 32), num_warps)
-
-
-def launches(arch: Arch, rule: str, block: int) -> int:
-    """Launches of a call."""
-    return 1
+    return Config(padded, min(padded, max(tile // padded, 1), 32), num_warps)
 
 
 @once
@@ -341,7 +335,13 @@ _STATE = tuple(field.name for field in fields(PolicyState) if field.name not in 
 
 
 def commit_tokens(
-    x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
+    x: Tensor,
+    statistics: TokenStatistics,
+    window_start: Tensor,
+    state: PolicyState,
+    *,
+    place: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:
     """Scores, chooses and writes in place: :func:`fastdllm_triton.reference.commit_tokens`, which states the contract.
 
@@ -353,6 +353,7 @@ def commit_tokens(
         window_start: ``[B]`` int32.
         state: updated in place.
         place: ``[B, N]`` int32, contiguous.
+        config: launch parameters; :func:`select_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -363,7 +364,7 @@ def commit_tokens(
     if rows == 0:
         return
 
-    config = commit_tokens_config(arch_of(device), state.rule, block)
+    config = config or select_config(arch_of(device), state.rule, block)
     with torch.cuda.device_of(x):
         _commit_tokens_kernel[(rows,)](
             x,
@@ -403,49 +404,3 @@ def _check_tensor(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int
     if given.dtype != dtype or tuple(given.shape) != shape or given.device != device or not given.is_contiguous():
         found = f"{given.dtype} {list(given.shape)} of strides {given.stride()} on {given.device}"
         raise ValueError(f"{name} must be a contiguous {dtype} {list(shape)} on {device}, got {found}")
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Every score with every rule at blocks of 32, and the commonest pairs at longer ones.
-
-    Not listed: margins in blocks of 1,024, whose exponentials spill some registers on sm_90, sm_100 and gfx942. They
-    are right there as anywhere, and such blocks are far from where a launch's time matters.
-    """
-    signature = {"x_ptr": "*i64", "place_ptr": "*i32", "token_ptr": "*i64"}
-    signature |= dict.fromkeys(("logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr"), "*fp32")
-    signature |= {
-        "window_start_ptr": "*i32",
-        "kv_start_ptr": "*i32",
-        "seed_ptr": "*i64",
-        "value_ptr": "*fp64",
-        "steps_ptr": "*i32",
-        "shares_ptr": "*fp32",
-        "eos_ptr": "*i64",
-    }
-    signature |= dict.fromkeys(("step_ptr", "masked_ptr", "remaining_ptr"), "*i32")
-    signature |= {
-        "invalid_ptr": "*u8",
-        "ended_ptr": "*u8",
-        "forward_ptr": "*i32",
-        "step_map_ptr": "*i32",
-        "confidence_ptr": "*fp32",
-    }
-    signature |= dict.fromkeys(("slots", "block", "shares", "mask_id", "stride_x"), "i32")
-    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*") and name not in SLICED)
-    common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
-    pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}
-    cases = []
-    for block, listed in pairs.items():
-        for score, rule in listed:
-            config = commit_tokens_config(arch, rule, block)
-            case = CompileCase(
-                op="commit_tokens",
-                kernel=_commit_tokens_kernel,
-                config=f"{score} {rule} N={block}",
-                signature=signature,
-                constexprs={"SCORE": score, "RULE": rule, "EOS": 1, "BLOCK": config.block, "CHUNK": config.chunk},
-                divisible=(*pointers, "block"),
-                num_warps=config.num_warps,
-            )
-            cases.append(case)
-    return cases

@@ -6,23 +6,35 @@ running state a row, so that a program leaves 28 bytes a row for the merge kerne
 product: on Hopper only an M of 64 or more reaches wgmma, and the vocabulary is the long side.
 
 For more rows than :data:`FUSED_ROWS` the product is left to cuBLAS and ``token_statistics`` reads its logits.
+
+| pointer            | shape              | dtype          | owned by                                                 |
+|--------------------|--------------------|----------------|----------------------------------------------------------|
+| hidden_ptr         | [N, E]             | fp32/fp16/bf16 | caller, read; last stride 1                              |
+| weight_ptr         | [V, E]             | same           | caller, read; last stride 1                              |
+| bias_ptr           | [V] or None        | any float      | caller, read                                             |
+| rows_ptr           | [R] or None        | int64          | caller, read; -1 asks for nothing, None: rows in order   |
+| forbidden_ptr      | [F] or [R, F]      | int64          | launcher, read; -1 forbids nothing                       |
+| seed_ptr, step_ptr | [R], stride 0 or 1 | int64          | launcher, read with SAMPLE                               |
+| position_ptr       | [R] or None        | int64          | launcher, read with SAMPLE; None: the row's index        |
+| temperature_ptr    | [R] or None        | fp32           | caller, read with SAMPLE; None: one for all, an argument |
+| partial_ptr        | [6, R, parts]      | fp32           | workspace, written                                       |
+| partial_id_ptr     | [R, parts]         | int32          | workspace, written                                       |
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import TokenStatistics
+from ..types import DEFAULT_LAUNCH, LaunchOptions, TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import INTERPRETED, check_device, once
-from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
     PARTIAL_FIELDS,
@@ -35,26 +47,14 @@ from ._statistics import (
     merge_distribution,
     noise_keys,
     output_of,
+    outputs,
     store_partial,
     temperature_arguments,
     tile_choice,
     tile_distribution,
 )
 from ._tuned import gpu_name, tuned
-from .token_statistics import launches as launches_of_statistics
 from .token_statistics import token_statistics
-
-# Pointers                shape                  dtype             owned by
-# hidden_ptr              [N, E]                 fp32/fp16/bf16    caller, read; last stride 1
-# weight_ptr              [V, E]                 same              caller, read; last stride 1
-# bias_ptr                [V] or None            any float         caller, read
-# rows_ptr                [R] or None            int64             caller, read; -1 asks for nothing, None: rows in order
-# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
-# seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
-# position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
-# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
-# partial_ptr             [6, R, parts]          fp32              workspace, written
-# partial_id_ptr          [R, parts]             int32             workspace, written
 
 #: Most rows of the fused kernel, without and with noise. Published figures of a like kernel (FlashSampling, arXiv 2603.15854,
 #: against cuBLAS and a separate sampler at V = 151,936, E = 4,096) put the crossover on Hopper between 64 and 128 rows.
@@ -182,7 +182,7 @@ def _head_statistics_kernel(
 
 
 @dataclass(frozen=True)
-class HeadStatisticsConfig:
+class Config:
     """How the fused kernel tiles ``[R, V, E]``.
 
     Attributes:
@@ -223,9 +223,9 @@ def _tile(arch: Arch, block_rows: int, element_size: int, sample: bool) -> tuple
     return block, 8 if load <= 32 and not sample and arch.name != "sm_100" else 4, 2
 
 
-def head_statistics_config(
+def select_config(
     arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None
-) -> HeadStatisticsConfig | None:
+) -> Config | None:
     """The fused kernel's tiling, or None where cuBLAS and a separate pass are the better choice.
 
     As many programs as are resident at once share the vocabulary equally: a whole number of tiles each would leave a
@@ -245,20 +245,7 @@ def head_statistics_config(
         block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
         num_warps, num_stages = found["num_warps"], found["num_stages"]
     part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
-    return HeadStatisticsConfig(
-        block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages
-    )
-
-
-def launches(arch: Arch, rows: int, vocabulary: int, width: int, element_size: int, sample: bool, gpu: str | None = None) -> int:
-    """Launches of a call with keys on the device, no bias and no ``rows``: the fused kernel and its merge, or cuBLAS and a pass.
-
-    The fused kernel gathers ``rows`` by itself; in front of cuBLAS it takes two launches.
-    """
-    if head_statistics_config(arch, rows, vocabulary, width, element_size, sample, gpu) is not None:
-        return 2
-    # The logits are of float32, unless they are rounded to the dtype of the operands.
-    return 1 + launches_of_statistics(arch, rows, vocabulary, 4, sample, gpu)
+    return Config(block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages)
 
 
 def head_statistics(
@@ -274,7 +261,8 @@ def head_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     logits_dtype: torch.dtype | None = None,
     out: TokenStatistics | None = None,
-    config: HeadStatisticsConfig | None = None,
+    config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> TokenStatistics:
     """Statistics of ``hidden[rows] @ weight.T``: :func:`fastdllm_triton.reference.head_statistics`, which states the contract.
 
@@ -283,7 +271,8 @@ def head_statistics(
         weight: ``[V, E]``, same dtype, last stride 1.
         rows: ``[R]`` int64 on the device; indices are not checked, they are not known on the host.
         bias, temperature, seed, position, step, forbidden, logits_dtype, out: as there.
-        config: run the fused kernel so; :func:`head_statistics_config` chooses if not given.
+        config: run the fused kernel so; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -297,13 +286,14 @@ def head_statistics(
     out = output_of(out, count, device)
     if count == 0:
         return out
+    choice: dict[str, Any] = {"temperature": temperature, "seed": seed, "position": position, "step": step, "forbidden": ids}
+    if config is None and options.batch_invariant:
+        return _batch_invariant(hidden, weight, rows, count, sample, out, choice, bias=bias, logits_dtype=logits_dtype)
     sizes = (count, vocabulary, width, hidden.element_size(), sample)
     if config is None:
-        config = head_statistics_config(arch_of(device), *sizes, gpu_name(device))
+        config = select_config(arch_of(device), *sizes, gpu_name(device))
     if config is None:
-        logits = _logits(hidden, weight, rows, bias, logits_dtype)
-        keys = {"temperature": temperature, "seed": seed, "position": position, "step": step}
-        return token_statistics(logits, forbidden=ids, out=out, rows=rows, **keys)  # type: ignore[arg-type]
+        return by_library(hidden, weight, rows=rows, bias=bias, logits_dtype=logits_dtype, out=out, **choice)
 
     temperatures, temperature = temperature_arguments(temperature)
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
@@ -345,6 +335,51 @@ def head_statistics(
         )
         launch_merge(partial, partial_id, rows, out, sample)
     return out
+
+
+def by_library(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
+    **choice: Any,
+) -> TokenStatistics:
+    """The same by cuBLAS, whose logits ``token_statistics`` reads."""
+    return token_statistics(_logits(hidden, weight, rows, bias, logits_dtype), rows=rows, **choice)
+
+
+def _batch_invariant(
+    hidden: Tensor, weight: Tensor, rows: Tensor | None, count: int, sample: bool, out: TokenStatistics, choice: dict[str, Any],
+    **logits: Any,
+) -> TokenStatistics:  # fmt: skip
+    """One tiling for any number of rows: always as many at a time, those made up ask for nothing."""
+    arch = arch_of(hidden.device)
+    tile = min(FUSED_ROWS[arch.name])
+    config = select_config(arch, tile, weight.shape[0], weight.shape[1], hidden.element_size(), sample)
+    rows = torch.arange(count, device=hidden.device) if rows is None else rows
+    surplus = -count % tile
+    rows = torch.nn.functional.pad(rows, (0, surplus), value=-1)
+    if choice["position"] is None:
+        choice["position"] = torch.arange(count, device=hidden.device)
+    by_row = {
+        name: value for name, value in choice.items() if isinstance(value, Tensor) and value.dim() == 1 + (name == "forbidden")
+    }
+    padded = {name: torch.cat((value, value.new_zeros(surplus, *value.shape[1:]))) for name, value in by_row.items()}
+    parts = [
+        head_statistics(
+            hidden,
+            weight,
+            rows=rows[i : i + tile],
+            config=config,
+            **logits,
+            **choice | {name: value[i : i + tile] for name, value in padded.items()},
+        )
+        for i in range(0, len(rows), tile)
+    ]
+    entries = zip(*map(outputs, parts), strict=True)
+    return out.copy_(TokenStatistics(*(torch.cat(entry)[:count] for entry in entries)))
 
 
 #: Triton's name of a dtype that logits are rounded to.
@@ -399,38 +434,3 @@ def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | 
     if bias is not None:
         logits += bias
     return logits.to(wanted)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The heads of LLaDA and Dream over the buckets of rows; logits rounded where the dtype is bfloat16."""
-    keys = ("seed_ptr", "position_ptr", "step_ptr")
-    numbers = ("vocabulary", "part", "stride_hidden", "stride_weight")
-    grid = [("bf16", 2, 4096, rows) for rows in (16, 32, 64)] + [("fp32", 4, 4096, rows) for rows in (16, 32, 64)]
-    grid += [("bf16", 2, 3584, 32), ("fp16", 2, 4096, 32), ("fp16", 2, 3584, 64)]
-    cases = []
-    for (dtype, size, width, rows), (sample, by_row) in product(grid, ((False, False), (True, False), (True, True))):
-        config = head_statistics_config(arch, rows, 126_464 if width == 4096 else 152_064, width, size, sample)
-        if config is None:
-            continue
-        signature = {"hidden_ptr": f"*{dtype}", "weight_ptr": f"*{dtype}", "rows_ptr": "*i64", "forbidden_ptr": "*i64"}
-        signature |= dict.fromkeys(keys, "*i64") if sample else {}
-        signature |= {"temperature_ptr": "*fp32"} if by_row else {}
-        signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32", "rows": "i32", "temperature": "fp32"}
-        signature |= dict.fromkeys((*numbers, "stride_seed", "stride_position", "stride_step", "stride_field"), "i32")
-        constexprs = {} if sample else dict.fromkeys(keys)
-        constexprs |= {} if by_row else {"temperature_ptr": None}
-        constexprs |= {"bias_ptr": None, "E": width, "FORBIDDEN": 1, "FORBIDDEN_BY_ROW": by_row, "SAMPLE": sample}
-        constexprs |= {"LOGITS": tl.bfloat16 if dtype == "bf16" else None, "BLOCK_R": config.block_rows}
-        constexprs |= {"BLOCK_V": config.block_vocabulary, "BLOCK_E": config.block_width}
-        case = CompileCase(
-            op="head_statistics",
-            kernel=_head_statistics_kernel,
-            config=f"{dtype} E={width} rows={rows}{' sample' if sample else ''}{' by row' if by_row else ''}",
-            signature=signature,
-            constexprs=constexprs,
-            divisible=(*(name for name, kind in signature.items() if kind.startswith("*")), *numbers),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
-        cases.append(case)
-    return cases

@@ -43,11 +43,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Activation
+from ..types import DEFAULT_LAUNCH, Activation, LaunchOptions
 from ._arch import Arch, arch_of
-from ._check import INTERPRETED, check_floats, check_shape, check_workspace, collapsed, once, require, row_stride_of
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, prefetch, wait_for_predecessor
+from ._check import INTERPRETED, check_floats, check_shape, collapsed, once, require, row_stride_of, scratch
+from ._pdl import dependent_launch, prefetch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 from .rms_norm import rms_norm
 from .swiglu import swiglu
@@ -323,17 +322,22 @@ def measured_config(
     return None if found is None else Config(**found)
 
 
-def launches(
-    gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None, residual: bool
-) -> int:
-    """Launches of a call without a config: those of the measured one, or of the library with a kernel for each other part."""
-    config = measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
-    return 1 + norm + (activation is not None) + residual if config is None else config.launches
+def chosen_config(
+    arch: Arch, gpu: str | None, rows: int, n: int, k: int, dtype: str, norm: bool, activation: Activation | None,
+    residual: bool, options: LaunchOptions,
+) -> Config | None:  # fmt: skip
+    """What a call without a config runs: this kernel with launch parameters, or None, the library."""
+    if options.batch_invariant:
+        return invariant_config(arch, n, k, getattr(torch, dtype).itemsize, activation)
+    if options.fuse_linear and rows <= MAX_ROWS:
+        return select_config(arch, rows, n, k, getattr(torch, dtype).itemsize, activation)
+    return measured_config(gpu, rows, n, k, dtype, norm, activation, residual)
 
 
-def fuses_residual(x: Tensor, weight: Tensor) -> bool:
+def fuses_residual(x: Tensor, weight: Tensor, options: LaunchOptions = DEFAULT_LAUNCH) -> bool:
     """Whether ``linear(x, weight, residual=...)`` is one kernel here; if not, the norm behind it adds at no extra launch."""
-    return measured_config(gpu_name(x.device), *_product(x, weight), False, None, True) is not None
+    product = _product(x, weight)
+    return chosen_config(arch_of(x.device), gpu_name(x.device), *product, False, None, True, options) is not None
 
 
 @once
@@ -367,15 +371,15 @@ def _layout(
 ) -> tuple[int, ...]:  # fmt: skip
     """Checks the arguments of :func:`linear`; the shape of the result."""
     check_floats(x=x, weight=weight, norm_weight=norm_weight, residual=residual, out=out)
-    require(x.ndim > 0, "x", "no dimension", "[..., K]")
-    require(weight.ndim == 2, "weight", f"shape {list(weight.shape)}", "two dimensions, [N, K]")
+    require("x", "no dimension", "[..., K]", x.ndim > 0)
+    require("weight", f"shape {list(weight.shape)}", "of two dimensions, [N, K]", weight.ndim == 2)
     (n, k), gated = weight.shape, activation == "swiglu"
-    require(k > 0 and x.shape[-1] == k, "x", f"a last dimension of {x.shape[-1]}", f"that of weight, {k}, at least 1")
-    require(activation in (None, "swiglu"), "activation", repr(activation), "'swiglu' or None")
-    require(not gated or n % 2 == 0, "weight", f"{n} rows", "an even number: gate, then up")
+    require("x", f"one of {x.shape[-1]}", f"of the last dimension of weight, {k}, at least 1", k > 0 and x.shape[-1] == k)
+    require("activation", repr(activation), "'swiglu' or None", activation in (None, "swiglu"))
+    require("weight", f"{n} rows", "of an even number of rows, gate and up", not gated or n % 2 == 0)
     check_shape("norm_weight", norm_weight, k)
     given = "nothing" if eps is None else eps
-    require((eps is None) == (norm_weight is None), "eps", given, "a number with norm_weight, and nothing without")
+    require("eps", given, "a number with norm_weight, and nothing without", (eps is None) == (norm_weight is None))
     shape = (*x.shape[:-1], n // 2 if gated else n)
     check_shape("residual", residual, *shape)
     check_shape("out", out, *shape)
@@ -393,6 +397,7 @@ def linear(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor:
     """``residual + activation(rms_norm(x) @ weight.T)``, each part optional.
 
@@ -410,7 +415,8 @@ def linear(
         activation: ``"swiglu"`` or nothing.
         out: receives the result; may be ``residual`` itself.
         workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
-        config: run this kernel with these launch parameters, measured or not.
+        config: run this kernel with these launch parameters, measured or not; :func:`chosen_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``[..., N]``, with ``activation="swiglu"`` ``[..., F]``.
@@ -422,50 +428,47 @@ def linear(
     gated = activation == "swiglu"
     if config is None:
         around = (norm_weight is not None, activation, residual is not None)
-        config = measured_config(gpu_name(x.device), *_product(x, weight), *around)
+        config = chosen_config(arch_of(x.device), gpu_name(x.device), *_product(x, weight), *around, options)
     if config is None:
-        return _by_library(x, weight, norm_weight, eps, residual, gated, out)
+        return _by_library(x, weight, norm_weight, eps, residual, gated, out, options)
 
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.numel():
         needed = config.workspace_elements(math.prod(shape[:-1]), weight.shape[0])
-        if workspace is None:
-            workspace = torch.empty(needed, dtype=torch.float32, device=x.device) if needed else None
-        else:
-            check_workspace(workspace, needed, x.device)
+        workspace = scratch(workspace, needed, x.device)
         with torch.cuda.device_of(x):
-            _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace)
+            _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace, options)
     return out
 
 
 def _by_library(
     x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, gated: bool,
-    out: Tensor | None,
+    out: Tensor | None, options: LaunchOptions,
 ) -> Tensor:  # fmt: skip
     """The product by cuBLAS, what stands around it by kernels of their own."""
     if norm_weight is not None:
         assert eps is not None
-        x = rms_norm(x, norm_weight, eps)  # type: ignore[assignment]
+        x = rms_norm(x, norm_weight, eps, options=options)  # type: ignore[assignment]
     last = residual is None
     if last and not gated and out is not None:
         return torch.matmul(x, weight.T, out=out)
     y = F.linear(x, weight)
     if gated:
-        y = swiglu(y, out=out if last else None)
+        y = swiglu(y, out=out if last else None, options=options)
     return y if residual is None else torch.add(residual, y, out=out)
 
 
 def _launch(
     config: Config, x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None,
-    gated: bool, out: Tensor, workspace: Tensor | None,
+    gated: bool, out: Tensor, workspace: Tensor | None, options: LaunchOptions,
 ) -> None:  # fmt: skip
     """One launch, and the sum of the splits if there are several."""
     arch, k, outputs = arch_of(x.device), x.shape[-1], out.shape[-1]
-    x, residual = collapsed(x), None if residual is None else collapsed(residual)
+    x, stride_x = collapsed(x)
+    residual, stride_r = (None, 0) if residual is None else collapsed(residual)
     count, split = out.shape[:-1].numel(), config.splits > 1
-    stride_x, stride_o = row_stride_of("x", x), row_stride_of("out", out)
-    stride_r = 0 if residual is None else row_stride_of("residual", residual)
-    launch = dependent_launch(arch)
+    stride_o = row_stride_of("out", out)
+    launch = dependent_launch(arch, options)
     epilogue = {"SWIGLU": gated, "RESIDUAL": residual is not None, "enable_fp_fusion": True, **launch}
     tiles = triton.cdiv(count, config.block_m) * triton.cdiv(outputs, config.block_n)
     _linear_kernel[(tiles, config.splits)](
@@ -496,61 +499,3 @@ def _constexprs(arch: Arch, config: Config, k: int, norm: bool, gated: bool, pdl
         "STAGES": config.num_stages,
         "PRECISION": _precision(arch),
     }
-
-
-#: The four projections of LLaDA-8B and Dream-7B, fused as a layer needs them: N, K, norm in front, gated unit, residual.
-PROJECTIONS: dict[str, tuple[int, int, bool, Activation | None, bool]] = {
-    "llada qkv": (12_288, 4096, True, None, False),
-    "llada out": (4096, 4096, False, None, True),
-    "llada gate_up": (24_576, 4096, True, "swiglu", False),
-    "llada down": (4096, 12_288, False, None, True),
-    "dream qkv": (4608, 3584, True, None, False),
-    "dream out": (3584, 3584, False, None, True),
-    "dream gate_up": (37_888, 3584, True, "swiglu", False),
-    "dream down": (3584, 18_944, False, None, True),
-}
-#: Rows that the configs are compiled for: windows of 16 to 128 for 1 to 16 sequences.
-ROWS = (16, 32, 64, 128, 512)
-#: Weights so small that the columns are split, as in a shard of a model: N, K.
-SHARD = (1024, 4096)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """LLaDA's projections over the rows and some of Dream's, each distinct program once; split columns; other dtypes."""
-    grid: list[tuple[str, int, int, int, int, bool, Activation | None, bool]]
-    grid = [("bf16", 2, rows, *shape) for name, shape in PROJECTIONS.items() if name.startswith("llada") for rows in ROWS]
-    grid += [("bf16", 2, rows, *shape) for name, shape in PROJECTIONS.items() if name.startswith("dream") for rows in (32, 128)]
-    grid += [("bf16", 2, 32, *SHARD, False, None, True), ("bf16", 2, 32, *SHARD, True, "swiglu", False)]
-    grid += [("fp16", 2, 64, *PROJECTIONS["llada gate_up"]), ("fp32", 4, 64, *PROJECTIONS["llada gate_up"])]
-    cases: dict[str, CompileCase] = {}
-    for dtype, itemsize, rows, n, k, norm, activation, residual in grid:
-        _add_cases(cases, arch, select_config(arch, rows, n, k, itemsize, activation), dtype, k, norm, activation, residual)
-    return list(cases.values())
-
-
-def _add_cases(
-    cases: dict[str, CompileCase], arch: Arch, config: Config, dtype: str, k: int, norm: bool, activation: Activation | None,
-    residual: bool,
-) -> None:  # fmt: skip
-    """Adds the kernels that a config launches, each under a label of what the compiler sees."""
-    pdl, gated, split = has_dependent_launch(arch), activation == "swiglu", config.splits > 1
-    numbers = ("stride_x", "stride_w", "stride_r", "stride_o", "M", "N", "part", "splits")
-    types = dict.fromkeys(("x_ptr", "weight_ptr", "norm_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
-    types |= {"partial_ptr": "*fp32", **dict.fromkeys(numbers, "i32"), "eps": "fp32"}
-    epilogue: dict[str, object] = {"SWIGLU": gated, "RESIDUAL": residual, "PDL": pdl}
-    no_residual: dict[str, object] = {} if residual else {"residual_ptr": None}
-    main = _constexprs(arch, config, k, norm, gated, pdl) | epilogue | no_residual
-    main |= {} if norm else {"norm_ptr": None}
-    main["out_ptr" if split else "partial_ptr"] = None
-    parts = [dtype, f"K={k}", f"{config.block_m}x{config.block_n}x{config.block_k}"]
-    extras = {"norm": norm, "swiglu": gated, "residual": residual}
-    words = [word for word, on in extras.items() if on]
-    label = " ".join(parts + [word for word, on in {"swapped": config.swap, "split": split}.items() if on] + words)
-    kernels = [(_linear_kernel, f"{label} stages={config.num_stages}", main, config.num_warps, config.num_stages)]
-    if split:
-        constexprs = {**epilogue, "BLOCK_N": FINISH_COLUMNS, **no_residual}
-        kernels.append((_finish_kernel, " ".join([dtype, "finish", *words[norm:]]), constexprs, 4, 2))
-    for kernel, label, constexprs, num_warps, num_stages in kernels:
-        signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constexprs}
-        divisible = tuple(argument for argument in signature if argument not in ("eps", "M", "splits"))
-        cases.setdefault(label, CompileCase("linear", kernel, label, signature, constexprs, divisible, num_warps, num_stages))

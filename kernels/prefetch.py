@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._arch import Arch
 from ._check import INTERPRETED
-from ._compile import CompileCase
 from ._pdl import prefetch as prefetch_lines
 from ._tuned import gpu_name, tuned
 
@@ -83,19 +81,3 @@ def launch(weight: Tensor, size: int) -> None:
     _prefetch_kernel[(triton.cdiv(lines, LINES),)](
         weight, lines, LINE=LINE_BYTES // weight.element_size(), LINES=LINES, num_warps=4
     )
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """A 16-bit weight, on NVIDIA, whose instruction it is."""
-    if arch.backend != "cuda":
-        return []
-    return [
-        CompileCase(
-            op="prefetch",
-            kernel=_prefetch_kernel,
-            config="bf16",
-            signature={"weight_ptr": "*bf16", "count": "i32"},
-            constexprs={"LINE": LINE_BYTES // 2, "LINES": LINES},
-            divisible=("weight_ptr", "count"),
-        )
-    ]

@@ -23,7 +23,6 @@ Without ``rows_ptr`` (None) R is N.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,10 +33,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
-from ._check import check_floats, check_shape, collapsed, once, require, row_stride, row_stride_of
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._check import check_floats, check_shape, collapsed, once, require, row_stride_of
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 
 MAX_WIDTH = 32_768
@@ -101,18 +100,11 @@ def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     return replace(config, **tuned(gpu, "rms_norm", width=width) or {})
 
 
-def launches(arch: Arch, width: int) -> int:
-    """Launches of a call, a residual and a gather included."""
-    return 1
-
-
 class _Layout(NamedTuple):
-    """What a launch needs of its tensors' layouts; a stride is None where rows must be copied first."""
+    """What a launch needs of its tensors' layouts."""
 
     shape: tuple[int, ...]
     rows: int
-    stride_x: int | None
-    stride_r: int | None
     stride_o: int
     stride_ro: int
 
@@ -124,25 +116,23 @@ def _layout(
     """Checks the arguments of :func:`rms_norm`."""
     check_floats(x=x, weight=weight, residual=residual, out=out, residual_out=residual_out)
     width, shape = x.shape[-1], tuple(x.shape)
-    require(0 < width <= MAX_WIDTH, "x", f"a last dimension of {width}", f"1 to {MAX_WIDTH}")
+    require("x", f"one of {width}", f"of a last dimension of 1 to {MAX_WIDTH}", 0 < width <= MAX_WIDTH)
     check_shape("weight", weight, width)
     check_shape("residual", residual, *shape)
     if rows is not None:
         is_list = rows.dtype == torch.int64 and rows.device == x.device
-        require(is_list, "rows", f"{rows.dtype} on {rows.device}", f"torch.int64 on {x.device}")
+        require("rows", f"{rows.dtype} on {rows.device}", f"torch.int64 on {x.device}", is_list)
         shape = (*rows.shape, width)
     check_shape("out", out, *shape)
     check_shape("residual_out", residual_out, *shape)
     added = residual is not None or rows is not None
-    require(residual_out is None or added, "residual_out", "a tensor", "a residual to add, or rows to gather")
+    require("residual_out", "a tensor", "None without a residual to add or rows to gather", residual_out is None or added)
     if not (x.numel() and math.prod(shape)):
-        require(x.numel() > 0 or math.prod(shape) == 0, "x", f"shape {list(x.shape)}", "a row to gather")
-        return _Layout(shape, 0, 0, 0, 0, 0)
+        require("x", f"shape {list(x.shape)}", "of at least one row to gather", x.numel() > 0 or math.prod(shape) == 0)
+        return _Layout(shape, 0, 0, 0)
     return _Layout(
         shape,
         math.prod(shape[:-1]),
-        row_stride(x),
-        0 if residual is None else row_stride(residual),
         width if out is None else row_stride_of("out", out),
         width if residual_out is None else row_stride_of("residual_out", residual_out),
     )
@@ -157,6 +147,8 @@ def rms_norm(
     rows: Tensor | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
+    config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``s / sqrt(mean(s^2) + eps) * weight`` over the last dimension, with ``s = (x + residual)[rows]``.
 
@@ -169,6 +161,8 @@ def rms_norm(
             of zeros. They are not checked against N, which a GPU would have to be waited for. All rows in order if not given.
         out: receives the result, ``[..., E]`` (``[...', E]``).
         residual_out: receives s, of the same shape; without ``rows`` it may be ``residual`` itself.
+        config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``y``; with ``residual`` or ``rows`` the pair ``(y, s)``.
@@ -182,11 +176,10 @@ def rms_norm(
     if residual_out is None and (residual is not None or rows is not None):
         residual_out = torch.empty(layout.shape, dtype=x.dtype, device=x.device)
     if layout.rows:
-        if layout.stride_x is None or layout.stride_r is None:
-            x, residual = collapsed(x), None if residual is None else collapsed(residual)
-            layout = _layout(x, weight, residual, rows, out, residual_out)
+        x, stride_x = collapsed(x)
+        residual, stride_r = (None, 0) if residual is None else collapsed(residual)
         arch = arch_of(x.device)
-        config = select_config(arch, layout.shape[-1], gpu_name(x.device))
+        config = config or select_config(arch, layout.shape[-1], gpu_name(x.device))
         with torch.cuda.device_of(x):
             _rms_norm_kernel[(layout.rows,)](
                 x,
@@ -195,8 +188,8 @@ def rms_norm(
                 weight,
                 out,
                 out if residual_out is None else residual_out,  # not touched
-                layout.stride_x,
-                layout.stride_r,
+                stride_x,
+                stride_r,
                 layout.stride_o,
                 layout.stride_ro,
                 eps,
@@ -205,34 +198,6 @@ def rms_norm(
                 BLOCK_E=config.block_e,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
-                **dependent_launch(arch),
+                **dependent_launch(arch, options),
             )
     return out if residual_out is None else (out, residual_out)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The widths of Dream and LLaDA, with and without a residual; gathers of embeddings, and of sums."""
-    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "residual_out_ptr")
-    strides = ("stride_x", "stride_r", "stride_o", "stride_ro")
-    cases = []
-    for width, residual, gather in itertools.product((3584, 4096), (False, True), (False, True)):
-        config = select_config(arch, width)
-        gathered = {"rows_ptr": "*i64"} if gather else {}
-        cases.append(
-            CompileCase(
-                op="rms_norm",
-                kernel=_rms_norm_kernel,
-                config=f"bf16 E={width}{' residual' if residual else ''}{' rows' if gather else ''}",
-                signature={**dict.fromkeys(pointers, "*bf16"), **gathered, **dict.fromkeys(strides, "i32"), "eps": "fp32"},
-                constexprs={
-                    "E": width,
-                    "HAS_RESIDUAL": residual,
-                    "BLOCK_E": config.block_e,
-                    "PDL": has_dependent_launch(arch),
-                    **({} if gather else {"rows_ptr": None}),
-                },
-                divisible=(*pointers, *gathered, *strides),
-                num_warps=config.num_warps,
-            )
-        )
-    return cases

@@ -32,11 +32,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import RopeRounding
+from ..types import DEFAULT_LAUNCH, LaunchOptions, RopeRounding
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, once, require
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 
 
@@ -194,11 +193,6 @@ def _fuses(rounding: str) -> bool:
     return rounding != "dream"
 
 
-def launches(arch: Arch, kv_heads: int, dim: int) -> int:
-    """Launches of a call."""
-    return 1
-
-
 class _Layout(NamedTuple):
     """What a launch needs of its tensors' layouts: the shape of q, the caches' heads and slots, the strides in kernel order."""
 
@@ -215,20 +209,20 @@ def _layout(
 ) -> _Layout:  # fmt: skip
     """Checks the arguments of :func:`rope_kv_write`."""
     check_floats(qkv=qkv, k_cache=k_cache, v_cache=v_cache, bias=bias, out=out)
-    require(qkv.ndim == 3, "qkv", f"shape {list(qkv.shape)}", "three dimensions, [B, W, (Hq + 2 Hkv) D]")
-    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
+    require("qkv", f"shape {list(qkv.shape)}", "of three dimensions, [B, W, (Hq + 2 Hkv) D]", qkv.ndim == 3)
+    require("k_cache", f"shape {list(k_cache.shape)}", "of four dimensions, [B, Hkv, L, D]", k_cache.ndim == 4)
     batch, window, columns = qkv.shape
     kv_heads, slots, dim = k_cache.shape[1:]
-    require(dim % 2 == 0 and dim > 0, "k_cache", f"a head dimension of {dim}", "an even one")
+    require("k_cache", f"one of {dim}", "of an even head dimension", dim % 2 == 0 and dim > 0)
     q_heads = columns // dim - 2 * kv_heads
-    require(columns % dim == 0 and q_heads > 0, "qkv", f"{columns} columns", f"(Hq + 2 * {kv_heads}) * {dim} of them")
-    require(q_heads % kv_heads == 0, "qkv", f"{q_heads} q heads", f"a multiple of the {kv_heads} heads of k_cache")
+    require("qkv", f"{columns} columns", f"of (Hq + 2 * {kv_heads}) * {dim} columns", columns % dim == 0 and q_heads > 0)
+    require("qkv", f"{q_heads} q heads", f"of a multiple of the {kv_heads} heads of k_cache", q_heads % kv_heads == 0)
     check_shape("k_cache", k_cache, batch, kv_heads, slots, dim)
     check_shape("v_cache", v_cache, batch, kv_heads, slots, dim)
     check_shape("bias", bias, columns)
     check_shape("out", out, batch, window, q_heads, dim)
     check_slots(batch, qkv.device, window_start=window_start, kv_start=kv_start)
-    require(rounding in ("llada", "dream"), "rounding", repr(rounding), "'llada' or 'dream'")
+    require("rounding", repr(rounding), "'llada' or 'dream'", rounding in ("llada", "dream"))
 
     strides_q = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
     strides = (*qkv.stride()[:2], *strides_q, *k_cache.stride()[:3], *v_cache.stride()[:3])
@@ -246,6 +240,8 @@ def rope_kv_write(
     bias: Tensor | None = None,
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
+    config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor:
     """Rotates q and k of a window and writes its k and v into the caches.
 
@@ -264,6 +260,8 @@ def rope_kv_write(
         bias: ``[(Hq + 2 Hkv) D]``, added to ``qkv`` first (Dream).
         rounding: ``"llada"`` or ``"dream"``, whose rounding points the rotation keeps.
         out: receives q, ``[B, W, Hq, D]``.
+        config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         Rotated ``q [B, W, Hq, D]``.
@@ -273,7 +271,7 @@ def rope_kv_write(
     batch, window, q_heads, dim = layout.shape
     if batch and window:
         arch = arch_of(qkv.device)
-        config = select_config(arch, layout.kv_heads, dim, gpu_name(qkv.device))
+        config = config or select_config(arch, layout.kv_heads, dim, gpu_name(qkv.device))
         with torch.cuda.device_of(qkv):
             _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, layout.kv_heads))](
                 qkv,
@@ -296,42 +294,6 @@ def rope_kv_write(
                 BLOCK_HALF=triton.next_power_of_2(dim // 2),
                 num_warps=config.num_warps,
                 enable_fp_fusion=_fuses(rounding),
-                **dependent_launch(arch),
+                **dependent_launch(arch, options),
             )
     return out
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """LLaDA's heads with its rounding, Dream's with bias and its own, in both 16-bit dtypes since roundings are at stake."""
-    pointers = ("qkv_ptr", "bias_ptr", "q_ptr", "k_ptr", "v_ptr")
-    strides = tuple(f"stride_{name}" for name in ("xb", "xw", "qb", "qw", "qh", "kb", "kh", "kl", "vb", "vh", "vl"))
-    cases = []
-    for model, dtype, q_heads, kv_heads in (("llada", "bf16", 32, 32), ("dream", "bf16", 28, 4), ("dream", "fp16", 28, 4)):
-        config = select_config(arch, kv_heads, 128)
-        cases.append(
-            CompileCase(
-                op="rope_kv_write",
-                kernel=_rope_kv_write_kernel,
-                config=f"{dtype} {model} D=128",
-                signature={
-                    **dict.fromkeys(pointers, f"*{dtype}"),
-                    "frequency_ptr": "*fp32",
-                    **dict.fromkeys(SLICED, "*i32"),
-                    **dict.fromkeys((*strides, "W", "L"), "i32"),
-                },
-                constexprs={
-                    "HQ": q_heads,
-                    "HKV": kv_heads,
-                    "D": 128,
-                    "HAS_BIAS": model == "dream",
-                    "DREAM": model == "dream",
-                    "BLOCK_H": config.block_h,
-                    "BLOCK_HALF": 64,
-                    "PDL": has_dependent_launch(arch),
-                },
-                divisible=(*pointers, "frequency_ptr", *strides),
-                num_warps=config.num_warps,
-                fp_fusion=_fuses(model),
-            )
-        )
-    return cases

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
-from ._check import check_floats, check_shape, once, require, row_stride, row_stride_of
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._check import check_floats, check_shape, collapsed, once, require, row_stride_of
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
 
 
@@ -61,28 +61,26 @@ def select_config(arch: Arch, width: int, gpu: str | None = None) -> Config:
     return replace(config, **tuned(gpu, "swiglu", width=width) or {})
 
 
-def launches(arch: Arch, width: int) -> int:
-    """Launches of a call."""
-    return 1
-
-
-def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+def swiglu(
+    gate_up: Tensor, *, out: Tensor | None = None, config: Config | None = None, options: LaunchOptions = DEFAULT_LAUNCH
+) -> Tensor:
     """``silu(gate) * up``.
 
     Args:
         gate_up: ``[..., 2F]``: the gate in the first half of the last dimension, up in the second.
         out: receives the result, ``[..., F]``.
+        config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``[..., F]``.
     """
-    shape, stride_g, stride_o = _layout(gate_up, out)
+    shape, stride_o = _layout(gate_up, out)
     out = torch.empty(shape, dtype=gate_up.dtype, device=gate_up.device) if out is None else out
     if out.numel():
-        if stride_g is None:
-            gate_up, stride_g = gate_up.contiguous(), 2 * shape[-1]
+        gate_up, stride_g = collapsed(gate_up)
         arch = arch_of(gate_up.device)
-        config = select_config(arch, shape[-1], gpu_name(gate_up.device))
+        config = config or select_config(arch, shape[-1], gpu_name(gate_up.device))
         with torch.cuda.device_of(gate_up):
             _swiglu_kernel[(math.prod(shape[:-1]), triton.cdiv(shape[-1], config.block_f))](
                 gate_up,
@@ -93,34 +91,18 @@ def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
                 BLOCK_F=config.block_f,
                 num_warps=config.num_warps,
                 enable_fp_fusion=True,
-                **dependent_launch(arch),
+                **dependent_launch(arch, options),
             )
     return out
 
 
 @once
-def _layout(gate_up: Tensor, out: Tensor | None) -> tuple[tuple[int, ...], int | None, int]:
-    """Checks the arguments; the result's shape, and how far rows are apart, None where ``gate_up`` must be copied first."""
+def _layout(gate_up: Tensor, out: Tensor | None) -> tuple[tuple[int, ...], int]:
+    """Checks the arguments; the result's shape, and how far its rows are apart."""
     check_floats(gate_up=gate_up, out=out)
-    require(gate_up.shape[-1] % 2 == 0, "gate_up", f"a last dimension of {gate_up.shape[-1]}", "an even one")
+    require("gate_up", f"one of {gate_up.shape[-1]}", "of an even last dimension", gate_up.shape[-1] % 2 == 0)
     shape = (*gate_up.shape[:-1], gate_up.shape[-1] // 2)
     check_shape("out", out, *shape)
     if not math.prod(shape):
-        return shape, 0, 0
-    return shape, row_stride(gate_up), shape[-1] if out is None else row_stride_of("out", out)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The MLPs of LLaDA (F = 12288) and Dream (18944) share one configuration."""
-    config = select_config(arch, 12_288)
-    return [
-        CompileCase(
-            op="swiglu",
-            kernel=_swiglu_kernel,
-            config=f"bf16 block={config.block_f}",
-            signature={"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_g": "i32", "stride_o": "i32", "F": "i32"},
-            constexprs={"BLOCK_F": config.block_f, "PDL": has_dependent_launch(arch)},
-            divisible=("gate_up_ptr", "out_ptr", "stride_g", "stride_o", "F"),
-            num_warps=config.num_warps,
-        )
-    ]
+        return shape, 0
+    return shape, shape[-1] if out is None else row_stride_of("out", out)

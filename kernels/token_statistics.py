@@ -8,13 +8,25 @@ costs one exponential and the running sums are rescaled once a step.
 
 Sampling is Gumbel-max in the same pass: ``argmax(logits + temperature * noise)`` follows softmax(logits / temperature). The
 noise is keyed on (seed, position, step, token id), so a draw depends neither on the tiling nor on the batch.
+
+| pointer                 | shape              | dtype          | owned by                                                 |
+|-------------------------|--------------------|----------------|----------------------------------------------------------|
+| logits_ptr              | [R, V]             | fp32/fp16/bf16 | caller, read; any strides                                |
+| rows_ptr                | [R] or None        | int64          | caller, read; negative asks for nothing                  |
+| forbidden_ptr           | [F] or [R, F]      | int64          | launcher, read; -1 forbids nothing                       |
+| seed_ptr, step_ptr      | [R], stride 0 or 1 | int64          | launcher, read with SAMPLE                               |
+| position_ptr            | [R] or None        | int64          | launcher, read with SAMPLE; None: the row's index        |
+| temperature_ptr         | [R] or None        | fp32           | caller, read with SAMPLE; None: one for all, an argument |
+| token_ptr               | [R]                | int64          | result, written without SPLIT                            |
+| logit_ptr … entropy_ptr | [R]                | fp32           | result, written without SPLIT                            |
+| partial_ptr             | [6, R, splits]     | fp32           | workspace, written with SPLIT                            |
+| partial_id_ptr          | [R, splits]        | int32          | workspace, written with SPLIT                            |
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -24,7 +36,6 @@ from torch import Tensor
 from ..types import TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import check_device, once
-from ._compile import CompileCase
 from ._statistics import (
     NO_ID,
     PARTIAL_FIELDS,
@@ -33,9 +44,7 @@ from ._statistics import (
     forbidden_ids,
     gumbel_noise,
     launch_merge,
-    merge_block,
     merge_distribution,
-    merge_statistics_kernel,
     noise_keys,
     output_of,
     outputs,
@@ -48,18 +57,6 @@ from ._statistics import (
     tile_distribution,
 )
 from ._tuned import gpu_name, nearest
-
-# Pointers                shape                  dtype             owned by
-# logits_ptr              [R, V]                 fp32/fp16/bf16    caller, read; any strides
-# rows_ptr                [R] or None            int64             caller, read; negative asks for nothing
-# forbidden_ptr           [F] or [R, F]          int64             launcher, read; -1 forbids nothing
-# seed_ptr, step_ptr      [R], stride 0 or 1     int64             launcher, read with SAMPLE
-# position_ptr            [R] or None            int64             launcher, read with SAMPLE; None: the row's index
-# temperature_ptr         [R] or None            fp32              caller, read with SAMPLE; None: one for all, an argument
-# token_ptr               [R]                    int64             result, written without SPLIT
-# logit_ptr … entropy_ptr [R]                    fp32              result, written without SPLIT
-# partial_ptr             [6, R, splits]         fp32              workspace, written with SPLIT
-# partial_id_ptr          [R, splits]            int32             workspace, written with SPLIT
 
 
 @triton.jit
@@ -161,7 +158,7 @@ def _token_statistics_kernel(
 
 
 @dataclass(frozen=True)
-class TokenStatisticsConfig:
+class Config:
     """How a launch tiles ``[R, V]``.
 
     Attributes:
@@ -181,27 +178,29 @@ class TokenStatisticsConfig:
     num_stages: int = 4
 
 
-def token_statistics_config(
-    arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None
-) -> TokenStatisticsConfig:
-    """Splits rows until there are about four programs an SM, in chunks of at least four steps.
+def tiling(
+    arch: Arch, rows: int, vocabulary: int, element_size: int, *, num_warps: int = 4, num_stages: int | None = None,
+    splits: int | None = None,
+) -> Config:  # fmt: skip
+    """Splits rows until there are about four programs an SM, or as often as asked for, in chunks of at least four steps.
 
     On NVIDIA each has three tiles of 4 KB in flight: 48 KB an SM, where some 30 KB keep the memory of an H200 busy.
     """
-    shape = {"vocabulary": vocabulary, "element_size": element_size, "sample": sample}
-    found = nearest(gpu, "token_statistics", {"rows": rows}, **shape) or {}
-    num_warps, num_stages = found.get("num_warps", 4), found.get("num_stages", 1 if arch.backend == "hip" else 4)
     lanes, width = 2 * num_warps * arch.warp_size, 16 // element_size
     tile = lanes * width
-    wanted = found.get("splits") or triton.cdiv(4 * arch.sms, rows)
-    splits = max(1, min(wanted, vocabulary // (4 * tile)))
+    splits = max(1, min(splits or triton.cdiv(4 * arch.sms, rows), vocabulary // (4 * tile)))
     chunk = triton.cdiv(triton.cdiv(vocabulary, splits), tile) * tile
-    return TokenStatisticsConfig(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps, num_stages)
+    num_stages = num_stages or (1 if arch.backend == "hip" else 4)
+    return Config(lanes, width, chunk, triton.cdiv(vocabulary, chunk), num_warps, num_stages)
 
 
-def launches(arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None) -> int:
-    """Launches of a call with keys on the device: the kernel, and the merge where rows are split."""
-    return 1 if token_statistics_config(arch, rows, vocabulary, element_size, sample, gpu).splits == 1 else 2
+def select_config(
+    arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool = False, gpu: str | None = None
+) -> Config:
+    """The tiling that was measured for about so many rows, or that of :func:`tiling`."""
+    shape = {"vocabulary": vocabulary, "element_size": element_size, "sample": sample}
+    measured = nearest(gpu, "token_statistics", {"rows": rows}, **shape) or {}
+    return tiling(arch, rows, vocabulary, element_size, **measured)
 
 
 def token_statistics(
@@ -214,6 +213,7 @@ def token_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     out: TokenStatistics | None = None,
     rows: Tensor | None = None,
+    config: Config | None = None,
 ) -> TokenStatistics:
     """Statistics of each row of logits: :func:`fastdllm_triton.reference.token_statistics`, which states the contract.
 
@@ -222,6 +222,7 @@ def token_statistics(
         temperature, seed, position, step, forbidden, out: as there.
         rows: ``[R]`` int64 on the device: a row with a negative entry asks for nothing, its logits are not read and its
             statistics are those of a row that was not asked for.
+        config: launch parameters; :func:`select_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -236,7 +237,8 @@ def token_statistics(
         return out
     seeds, positions, steps = noise_keys(seed if sample else None, position, step, count, device)
 
-    config = token_statistics_config(arch_of(device), count, vocabulary, logits.element_size(), sample, gpu_name(device))
+    if config is None:
+        config = select_config(arch_of(device), count, vocabulary, logits.element_size(), sample, gpu_name(device))
     split = config.splits > 1
     partial, partial_id = None, None
     if split:
@@ -292,65 +294,3 @@ def _check(logits: Tensor, rows: Tensor | None) -> None:
         if not (wanted and rows.is_contiguous()):
             given = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
             raise ValueError(f"rows must be contiguous int64 [{logits.shape[0]}] on {logits.device}, got {given}")
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """The vocabularies of LLaDA and Dream, from one row to 512; one case for all that launch the same code."""
-    outs = ("token_ptr", "logit_ptr", "second_ptr", "lse_ptr", "rest_ptr", "entropy_ptr")
-    partials = ("partial_ptr", "partial_id_ptr")
-    ids_and_keys = dict.fromkeys(("forbidden_ptr", "seed_ptr", "position_ptr", "step_ptr"), "*i64") | {"temperature_ptr": "*fp32"}
-    numbers = ("vocabulary", "chunk", "stride_row", "stride_field")
-    cases: dict[str, CompileCase] = {}
-    for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-        for vocabulary in (126_464, 152_064):
-            for rows in (1, 16, 32, 64, 128, 512, 1024):
-                for sample, by_row in ((False, False), (True, False), (True, True)):
-                    config = token_statistics_config(arch, rows, vocabulary, size, sample)
-                    split = config.splits > 1
-                    label = f"{dtype}{' split' if split else ''}{' sample' if sample else ''}{' by row' if by_row else ''}"
-                    signature = {
-                        "logits_ptr": f"*{dtype}",
-                        **ids_and_keys,
-                        "token_ptr": "*i64",
-                        **dict.fromkeys(outs[1:], "*fp32"),
-                    }
-                    signature |= {"partial_ptr": "*fp32", "partial_id_ptr": "*i32"} | dict.fromkeys(numbers, "i32")
-                    signature |= {"stride_position": "i32", "stride_seed": "i32", "stride_step": "i32", "temperature": "fp32"}
-                    absent = [] if sample else ["seed_ptr", "position_ptr", "step_ptr"]
-                    absent += [] if by_row else ["temperature_ptr"]
-                    absent += [] if split else partials
-                    constexprs: dict[str, Any] = dict.fromkeys(["rows_ptr", *absent])
-                    constexprs |= {
-                        "stride_token": 1,
-                        "FORBIDDEN": 1,
-                        "FORBIDDEN_BY_ROW": by_row,
-                        "SAMPLE": sample,
-                        "SPLIT": split,
-                    }
-                    constexprs |= {"LANES": config.lanes, "WIDTH": config.width, "STAGES": config.num_stages}
-                    signature = {name: kind for name, kind in signature.items() if name not in constexprs}
-                    pointers = tuple(name for name, kind in signature.items() if kind.startswith("*"))
-                    cases[label] = CompileCase(
-                        op="token_statistics",
-                        kernel=_token_statistics_kernel,
-                        config=label,
-                        signature=signature,
-                        constexprs=constexprs,
-                        divisible=pointers + numbers[:3],
-                        num_warps=config.num_warps,
-                        num_stages=config.num_stages,
-                    )
-    for block in (16, 512):
-        for sample in (False, True):
-            pointers = (*partials, "rows_ptr", *outs)
-            cases[f"merge {block} {sample}"] = CompileCase(
-                op="token_statistics",
-                kernel=merge_statistics_kernel,
-                config=f"BLOCK={merge_block(block)}{' sample' if sample else ''}",
-                signature={"partial_ptr": "*fp32", "partial_id_ptr": "*i32", "rows_ptr": "*i64", "token_ptr": "*i64"}
-                | dict.fromkeys(outs[1:], "*fp32")
-                | {"parts": "i32", "stride_field": "i32"},
-                constexprs={"SAMPLE": sample, "BLOCK": merge_block(block)},
-                divisible=pointers,
-            )
-    return list(cases.values())

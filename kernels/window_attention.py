@@ -30,7 +30,6 @@ Nothing attended: output 0, log-sum-exp -inf. Log-sum-exps are base 2, of ``scal
 
 from __future__ import annotations
 
-import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -44,10 +43,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
-from ._check import check_floats, check_shape, check_slots, check_workspace, once, require
-from ._compile import CompileCase
-from ._pdl import dependent_launch, has_dependent_launch, wait_for_predecessor
+from ._check import check_floats, check_shape, check_slots, once, require, scratch
+from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, nearest
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
@@ -61,7 +60,7 @@ TILE_US, MERGE_US, PARTIAL_US = 0.8, 2.5, 0.4
 
 @triton.jit
 def _attend(
-    q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, scale,
+    q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -84,15 +83,15 @@ def _attend(
         if MASKED:
             s = tl.where(valid[:, None], s, float("-inf"))
         # A tile has at least one key, so the new maximum is finite.
-        new_peak = tl.maximum(peak, tl.max(s, axis=0))
-        p = tl.exp2(s - new_peak[None, :])
+        m_new = tl.maximum(m_i, tl.max(s, axis=0))
+        p = tl.exp2(s - m_new[None, :])
     else:
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
         if MASKED:
             s = tl.where(valid[None, :], s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, axis=1))
-        p = tl.exp2(s - new_peak[:, None])
-    fade = tl.exp2(peak - new_peak)
+        m_new = tl.maximum(m_i, tl.max(s, axis=1))
+        p = tl.exp2(s - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
 
     if MASKED:
         v = tl.load(v_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
@@ -101,12 +100,12 @@ def _attend(
     else:
         v = tl.load(v_ptr)
     if SWAP:
-        total = total * fade[None, :] + p  # [BLOCK_N, BLOCK_M], summed up behind the loop
-        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * fade[None, :], input_precision=PRECISION)  # [BLOCK_D, BLOCK_M]
+        l_i = l_i * alpha[None, :] + p  # [BLOCK_N, BLOCK_M], summed up behind the loop
+        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :], input_precision=PRECISION)  # [BLOCK_D, BLOCK_M]
     else:
-        total = total * fade + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-    return new_peak, total, acc
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+    return m_new, l_i, acc
 
 
 @triton.jit(do_not_specialize=["W", "L", "chunk"], do_not_specialize_on_alignment=SLICED)
@@ -124,12 +123,12 @@ def _window_attention_kernel(
     b, kv_head = pair // HKV, pair % HKV
     scale = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e)
 
-    # The attended slots are [start, middle) and [behind, end). Counted through, this program has those from lo to hi.
+    # The attended slots are [start, end_a) and [start_b, end). Counted through, this program has those from lo to hi.
     start = tl.maximum(tl.load(start_ptr + b), 0)
     end = tl.maximum(tl.minimum(tl.load(end_ptr + b), L), start)
-    middle = tl.minimum(tl.maximum(tl.load(skip_start_ptr + b), start), end)
-    behind = tl.minimum(tl.maximum(tl.load(skip_end_ptr + b), middle), end)
-    n = middle - start + end - behind
+    end_a = tl.minimum(tl.maximum(tl.load(skip_start_ptr + b), start), end)
+    start_b = tl.minimum(tl.maximum(tl.load(skip_end_ptr + b), end_a), end)
+    n = end_a - start + end - start_b
     lo = tl.minimum(split * chunk, n)
     hi = tl.minimum(lo + chunk, n)
 
@@ -143,11 +142,11 @@ def _window_attention_kernel(
     k_ptr += b * stride_kb + kv_head * stride_kh
     v_ptr += b * stride_vb + kv_head * stride_vh
 
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_D], tl.float32)
     # Of this program's slots, those before the skip and those behind it: first slot, and how many.
-    first_a, count_a = start + lo, tl.minimum(tl.maximum(middle - start - lo, 0), hi - lo)
+    first_a, count_a = start + lo, tl.minimum(tl.maximum(end_a - start - lo, 0), hi - lo)
     first_b, count_b = end - n + lo + count_a, hi - lo - count_a
     # Few rows are bound by memory: there every tile is masked, so that the partial ones are in the pipeline as well. Many rows
     # are bound by arithmetic: there what fills no tile comes last. Its loop has no branch inside: with one, ptxas lets every
@@ -159,25 +158,25 @@ def _window_attention_kernel(
     for tile in tl.range(0, tiles_a + tiles_b, num_stages=STAGES):
         slot = tl.where(tile < tiles_a, first_a + tile * BLOCK_N, first_b + (tile - tiles_a) * BLOCK_N)
         left = tl.where(tile < tiles_a, count_a - tile * BLOCK_N, count_b - (tile - tiles_a) * BLOCK_N)
-        peak, total, acc = _attend(
-            q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, left, scale,
+        m_i, l_i, acc = _attend(
+            q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, left, scale,
             D, BLOCK_N, BLOCK_D, ONE_LOOP, SWAP, PRECISION,
         )  # fmt: skip
     if not ONE_LOOP:
         rest_a, rest_b = count_a % BLOCK_N, count_b % BLOCK_N
         for part in tl.range(tl.where(rest_a > 0, 0, 1), tl.where(rest_b > 0, 2, 1), num_stages=1):
             slot = tl.where(part == 0, first_a + tiles_a * BLOCK_N, first_b + tiles_b * BLOCK_N)
-            peak, total, acc = _attend(
-                q, peak, total, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, tl.where(part == 0, rest_a, rest_b), scale,
+            m_i, l_i, acc = _attend(
+                q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, tl.where(part == 0, rest_a, rest_b), scale,
                 D, BLOCK_N, BLOCK_D, True, SWAP, PRECISION,
             )  # fmt: skip
 
     if SWAP:
-        total = tl.sum(total, axis=0)
-    # Without keys peak is -inf, and the sums are 0.
-    total = tl.where(total == 0, 1.0, total)
-    lse = peak + tl.log2(total)
-    y = acc / total[None, :] if SWAP else acc / total[:, None]
+        l_i = tl.sum(l_i, axis=0)
+    # Without keys m_i is -inf, and the sums are 0.
+    l_i = tl.where(l_i == 0, 1.0, l_i)
+    lse = m_i + tl.log2(l_i)
+    y = acc / l_i[None, :] if SWAP else acc / l_i[:, None]
     y = tl.trans(y) if SWAP else y  # [BLOCK_M, BLOCK_D]
     if SPLIT:
         # The merge does not read the sums of an empty chunk.
@@ -210,29 +209,29 @@ def _merge_kernel(
 
     # All chunks at once, up to BLOCK_S of them, so that nothing waits for more than two loads.
     o = tl.arange(0, BLOCK_S).to(tl.int64)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for first in range(0, splits, BLOCK_S):
         lies = (first + o) * step  # [BLOCK_S]
         present = (first + o < splits)[:, None] & (row < M)[None, :]
         lse = tl.load(partial_lse_ptr + lies[:, None] + at[None, :], mask=present, other=float("-inf"))  # [BLOCK_S, BLOCK_M]
-        new_top = tl.maximum(top, tl.max(lse, axis=0))
-        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weight = tl.exp2(lse - pivot[None, :])  # 0 for an empty chunk
-        fade = tl.exp2(top - pivot)
+        m_new = tl.maximum(m_i, tl.max(lse, axis=0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(lse - m_safe[None, :])  # 0 for an empty chunk
+        alpha = tl.exp2(m_i - m_safe)
         mask = (lse > float("-inf"))[:, :, None] & (d < D)[None, None, :]
         y_ptr = partial_ptr + (lies[:, None] + at[None, :])[:, :, None] * D + d[None, None, :]
         y = tl.load(y_ptr, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_M, BLOCK_D]
-        total = total * fade + tl.sum(weight, axis=0)
-        acc = acc * fade[:, None] + tl.sum(weight[:, :, None] * y, axis=0)
-        top = new_top
+        l_i = l_i * alpha + tl.sum(weight, axis=0)
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * y, axis=0)
+        m_i = m_new
 
-    total = tl.where(total == 0, 1.0, total)
+    l_i = tl.where(l_i == 0, 1.0, l_i)
     out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
-    tl.store(out_ptr, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (d < D)[None, :])
+    tl.store(out_ptr, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (d < D)[None, :])
     if RETURN_LSE:
-        tl.store(lse_ptr + (b * HKV * G + head) * W + token, top + tl.log2(total), mask=row < M)
+        tl.store(lse_ptr + (b * HKV * G + head) * W + token, m_i + tl.log2(l_i), mask=row < M)
 
 
 @dataclass(frozen=True)
@@ -332,20 +331,17 @@ def select_config(
     return min((config.split(slots, splits) for splits in range(1, most + 1)), key=microseconds)
 
 
-def launches(
-    arch: Arch,
-    batch: int,
-    window: int,
-    q_heads: int,
-    kv_heads: int,
-    dim: int,
-    slots: int,
-    itemsize: int,
-    gpu: str | None = None,
-) -> int:
-    """Launches of a call: the kernel, and the merge where the keys are split."""
-    config = select_config(arch, batch, window, q_heads, kv_heads, dim, slots, itemsize, gpu)
-    return 1 if config.splits == 1 else 2
+#: Batch-invariant: keys of a chunk, counted from where a row's own keys begin, and the rows that the tile is chosen for.
+#: Results are merged in the order of the chunks, and an empty chunk changes nothing.
+INVARIANT_CHUNK, INVARIANT_ROWS = 1024, 64
+
+
+@cache
+def invariant_config(arch: Arch, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int) -> Config:
+    """One tiling for any batch, window and number of slots: with it a row's result depends on that row alone."""
+    window = max(INVARIANT_ROWS * kv_heads // q_heads, 1)
+    tile = select_config(arch, 1, window, q_heads, kv_heads, dim, INVARIANT_CHUNK, itemsize)
+    return replace(tile, splits=max(triton.cdiv(slots, INVARIANT_CHUNK), 1), chunk=INVARIANT_CHUNK)
 
 
 #: Rows of a program of the merge kernel, and chunks that it holds at a time.
@@ -376,21 +372,21 @@ def _layout(
 ) -> _Layout:  # fmt: skip
     """Checks the arguments of :func:`window_attention`."""
     check_floats(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
-    require(q.ndim == 4, "q", f"shape {list(q.shape)}", "four dimensions, [B, W, Hq, D]")
-    require(k_cache.ndim == 4, "k_cache", f"shape {list(k_cache.shape)}", "four dimensions, [B, Hkv, L, D]")
+    require("q", f"shape {list(q.shape)}", "of four dimensions, [B, W, Hq, D]", q.ndim == 4)
+    require("k_cache", f"shape {list(k_cache.shape)}", "of four dimensions, [B, Hkv, L, D]", k_cache.ndim == 4)
     batch, window, q_heads, dim = q.shape
     kv_heads, slots = k_cache.shape[1:3]
-    require(batch * kv_heads < 2**16, "k_cache", f"{batch} x {kv_heads} pairs of sequence and head", "less than 65536")
-    require(0 < dim <= 128, "q", f"a head dimension of {dim}", "1 to 128")
+    require("k_cache", f"{batch} x {kv_heads}", "of less than 65536 pairs of sequence and head", batch * kv_heads < 2**16)
+    require("q", f"one of {dim}", "of a head dimension of 1 to 128", 0 < dim <= 128)
     divides = kv_heads > 0 and q_heads % kv_heads == 0
-    require(divides, "q", f"{q_heads} heads", f"a multiple of the {kv_heads} heads of k_cache")
+    require("q", f"{q_heads} heads", f"of a multiple of the {kv_heads} heads of k_cache", divides)
     for name, cache_ in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_shape(name, cache_, batch, kv_heads, slots, dim)
-        require(cache_.stride(2) < 2**24, name, f"slots {cache_.stride(2)} elements apart", "less than 2^24")
+        require(name, cache_.stride(2), "of slots less than 2^24 elements apart", cache_.stride(2) < 2**24)
     check_shape("out", out, *q.shape)
     check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, skip_start=skip_start, skip_end=skip_end)
     for name, given, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
-        require(given is not None or other is None, name, "nothing", "a tensor, as the other end of the skip is given")
+        require(name, "nothing", "a tensor, as the other end of the skip is given", given is not None or other is None)
 
     strides_o = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
     strides = (*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *strides_o)
@@ -412,6 +408,7 @@ def window_attention(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     config: Config | None = None,
+    options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T) v`` over the slots ``kv_start[b] <= j < kv_end[b]``, less ``skip_start[b] <= j < skip_end[b]``.
 
@@ -433,6 +430,7 @@ def window_attention(
         out: receives the output, ``[B, W, Hq, D]``.
         workspace: float32 scratch of at least :meth:`Config.workspace_elements`; allocated if not given.
         config: launch parameters; :func:`select_config` chooses if not given.
+        options: how to launch.
 
     Returns:
         ``[B, W, Hq, D]`` in the dtype of ``q``; with ``return_lse`` the pair of it and the base-2 log-sum-exp
@@ -441,8 +439,10 @@ def window_attention(
     layout = _layout(q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end, out)
     batch, window, q_heads, kv_heads, dim, slots, _ = layout
     if q.device.type == "cpu" and batch and (last := int(kv_end.max())) > slots:
-        raise ValueError(f"kv_end: got {last}, needs at most the {slots} slots of k_cache")
+        raise ValueError(f"kv_end must be at most the {slots} slots of k_cache, got {last}")
 
+    if config is None and options.batch_invariant:
+        config = invariant_config(arch_of(q.device), q_heads, kv_heads, dim, slots, q.element_size())
     if span is not None and span[0] < span[1] and not return_lse and skip_start is None and config is None:
         sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
         if cudnn_wins(gpu_name(q.device), *sizes):
@@ -457,14 +457,11 @@ def window_attention(
             sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
             config = select_config(arch, *sizes, gpu_name(q.device))
         needed = config.workspace_elements(batch, window, q_heads, dim)
-        if workspace is None:
-            workspace = torch.empty(needed, dtype=torch.float32, device=q.device) if needed else None
-        else:
-            check_workspace(workspace, needed, q.device)
+        workspace = scratch(workspace, needed, q.device)
         with torch.cuda.device_of(q):
             _launch(
                 arch, config, layout, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
-                1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace,
+                1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace, options,
             )  # fmt: skip
     return out if lse is None else (out, lse)
 
@@ -492,6 +489,7 @@ def by_cudnn(q: Tensor, k_cache: Tensor, v_cache: Tensor, span: tuple[int, int],
 def _launch(
     arch: Arch, config: Config, layout: _Layout, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor,
     skip_start: Tensor | None, skip_end: Tensor | None, scale: float, out: Tensor, lse: Tensor | None, workspace: Tensor | None,
+    options: LaunchOptions,
 ) -> None:  # fmt: skip
     """One launch, and the merge if there are several chunks."""
     batch, window, q_heads, kv_heads, dim, slots, strides = layout
@@ -507,7 +505,7 @@ def _launch(
         "RETURN_LSE": lse is not None,
         "BLOCK_D": max(triton.next_power_of_2(dim), 16),
         "enable_fp_fusion": True,
-        **dependent_launch(arch),
+        **dependent_launch(arch, options),
     }
     _window_attention_kernel[(triton.cdiv(rows, config.block_m), config.splits, pairs)](
         q, k_cache, v_cache, kv_start, kv_end,
@@ -522,71 +520,3 @@ def _launch(
             workspace, sums_lse, out, lse, *strides[9:], window, config.splits,
             BLOCK_M=MERGE_ROWS, BLOCK_S=MERGE_SPLITS, num_warps=4, **shared,
         )  # fmt: skip
-
-
-#: Query heads, KV heads and head dimension of LLaDA-8B and Dream-7B, and the shapes that the configs are checked on.
-MODELS = {"llada": (32, 32, 128), "dream": (28, 4, 128)}
-BATCHES = (1, 2, 4, 8, 16)
-SLOTS = (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
-WINDOWS = (16, 32, 64, 128)
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Every configuration of the shape grid in bfloat16, sm_90's small windows in both operand orders, and one of each other
-    head dimension and of float32.
-    """
-    cases: dict[str, CompileCase] = {}
-    for model, heads in MODELS.items():
-        for batch, slots in itertools.product(BATCHES, SLOTS):
-            for window in (*WINDOWS, slots):
-                config = select_config(arch, batch, window, *heads, slots, 2)
-                add_cases(cases, arch, model, *heads, config, "bf16")
-                if config.swap:
-                    add_cases(cases, arch, model, *heads, replace(config, swap=False), "bf16")
-    for dim, dtype in ((16, "bf16"), (32, "bf16"), (64, "bf16"), (80, "bf16"), (96, "bf16"), (128, "fp32")):
-        config = select_config(arch, 1, 32, 32, 32, dim, 4096, 4 if dtype == "fp32" else 2)
-        add_cases(cases, arch, "llada", 32, 32, dim, config, dtype)
-    return list(cases.values())
-
-
-def add_cases(
-    cases: dict[str, CompileCase], arch: Arch, model: str, q_heads: int, kv_heads: int, dim: int, config: Config, dtype: str
-) -> None:
-    """Adds the kernels that a config launches, each under a label of what the compiler sees."""
-    split = config.splits > 1
-    strides = tuple(f"stride_{name}" for name in ("qb", "qw", "qh", "kb", "kh", "kl", "vb", "vh", "vl", "ob", "ow", "oh"))
-    types = {
-        **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}"),
-        **dict.fromkeys(("start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr"), "*i32"),
-        **dict.fromkeys(("lse_ptr", "partial_ptr", "partial_lse_ptr"), "*fp32"),
-        **dict.fromkeys((*strides, "W", "L", "chunk", "splits"), "i32"),
-        "scale": "fp32",
-    }
-    shared = {
-        "HKV": kv_heads,
-        "G": q_heads // kv_heads,
-        "D": dim,
-        "RETURN_LSE": False,
-        "BLOCK_D": max(triton.next_power_of_2(dim), 16),
-        "PDL": has_dependent_launch(arch),
-        "lse_ptr": None,
-    }
-    tile = {
-        **(dict.fromkeys(("out_ptr",) if split else ("partial_ptr", "partial_lse_ptr"))),
-        "SPLIT": split,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "SWAP": config.swap,
-        "STAGES": config.num_stages,
-        "PRECISION": _precision(arch),
-    }
-    label = f"{dtype} {model} D={dim}"
-    name = f"{label} {config.block_m}x{config.block_n}{' swapped' if config.swap else ''}{' split' if split else ''}"
-    kernels = [(_window_attention_kernel, name, shared | tile, config.num_warps, config.num_stages)]
-    if split:
-        kernels.append((_merge_kernel, f"{label} merge", shared | {"BLOCK_M": MERGE_ROWS, "BLOCK_S": MERGE_SPLITS}, 4, 2))
-    for kernel, name, constexprs, num_warps, num_stages in kernels:
-        signature = {name: types[name] for name in kernel.arg_names if name in types and name not in constexprs}
-        divisible = tuple(name for name in signature if name in strides or (name.endswith("_ptr") and name not in SLICED))
-        case = CompileCase("window_attention", kernel, name, signature, constexprs, divisible, num_warps, num_stages)
-        cases.setdefault(name, case)

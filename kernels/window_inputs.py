@@ -3,9 +3,25 @@
 A program takes some slots of a row's window. The first of each row also packs the masked slots of the row's block: its places in
 the list begin where those of the rows before it end, which their counters tell, so that no program waits for another. The
 contract is that of ``reference/window_inputs.py``.
+
+| pointer                        | shape  | dtype        | owned by                            |
+|--------------------------------|--------|--------------|-------------------------------------|
+| x_ptr                          | [B, L] | int64        | caller, read; stride_x between rows |
+| base_ptr                       | [B]    | int32        | caller, read; stride_base 0 or 1    |
+| block_start_ptr, remaining_ptr | [B]    | int32        | caller, read                        |
+| kv_start_ptr                   | [B]    | int32        | caller, read                        |
+| seed_ptr, step_ptr             | [B]    | int64, int32 | caller, read with SAMPLE            |
+| ids_ptr                        | [B, W] | int64        | result, written, as are all below   |
+| start_ptr                      | [B]    | int32        |                                     |
+| rows_ptr                       | [P]    | int64        |                                     |
+| place_ptr                      | [B, N] | int32        |                                     |
+| keys_ptr                       | [3, P] | int64        | written with SAMPLE                 |
+| batch_row_ptr                  | [P]    | int64        |                                     |
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,27 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import WindowInputs
-from ._arch import Arch
 from ._check import check_device, check_shape, check_slots, once, require
-from ._compile import CompileCase
 from ._limits import MAX_BLOCK, MAX_ROWS
 
-# Pointers                           shape     dtype    owned by
-# x_ptr                              [B, L]    int64    caller, read; stride_x between rows
-# base_ptr                           [B]       int32    caller, read; stride_base 0 or 1
-# block_start_ptr, remaining_ptr     [B]       int32    caller, read
-# kv_start_ptr                       [B]       int32    caller, read
-# seed_ptr, step_ptr                 [B]       int64, int32    caller, read with SAMPLE
-# ids_ptr                            [B, W]    int64    result, written, as are all below
-# start_ptr                          [B]       int32
-# rows_ptr                           [P]       int64
-# place_ptr                          [B, N]    int32
-# keys_ptr                           [3, P]    int64    written with SAMPLE
-# batch_row_ptr                      [P]       int64
-
 SLICED = ["base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr", "seed_ptr", "step_ptr"]
-#: Slots of a window that a program takes.
-BLOCK_W = 256
 
 
 @triton.jit(do_not_specialize=["slots", "window", "predicted", "rows"], do_not_specialize_on_alignment=SLICED)
@@ -115,9 +114,19 @@ def _window_inputs_kernel(
                 tl.store(keys_ptr + 2 * predicted + empty + n, none, mask=hole)
 
 
-def launches(arch: Arch) -> int:
-    """Launches of a call."""
-    return 1
+@dataclass(frozen=True)
+class Config:
+    """Launch parameters: slots of the window, rows and slots of a block that a program takes at a time."""
+
+    block_w: int
+    block_r: int
+    block_n: int
+    num_warps: int
+
+
+def select_config(rows: int, block: int) -> Config:
+    """The rows in one of two sizes, so that a batch that shrinks compiles nothing again."""
+    return Config(256, MAX_ROWS if rows > 128 else 128, triton.next_power_of_2(block), 4)
 
 
 @once
@@ -127,21 +136,21 @@ def _check(
 ) -> None:  # fmt: skip
     """Checks the arguments of :func:`window_inputs`."""
     is_text = x.ndim == 2 and x.dtype == torch.int64 and (x.shape[1] <= 1 or x.stride(1) == 1)
-    require(is_text, "x", f"{x.dtype} {list(x.shape)} of strides {x.stride()}", "[B, L] torch.int64 of last stride 1")
+    require("x", f"{x.dtype} {list(x.shape)} of strides {x.stride()}", "[B, L] torch.int64 of last stride 1", is_text)
     check_device("x", x)
     rows, slots = x.shape
-    require(0 < rows <= MAX_ROWS, "x", f"{rows} rows", f"1 to {MAX_ROWS}")
-    require(0 < block <= min(MAX_BLOCK, window), "block", block, f"1 to {min(MAX_BLOCK, window)}, the window's slots")
-    require(predicted > 0, "predicted", predicted, "at least 1")
-    require(slots > 0, "x", "no slots", "at least one")
+    require("x", f"{rows} rows", f"of 1 to {MAX_ROWS} rows", 0 < rows <= MAX_ROWS)
+    require("block", block, f"1 to {min(MAX_BLOCK, window)}, the window's slots", 0 < block <= min(MAX_BLOCK, window))
+    require("predicted", predicted, "at least 1", predicted > 0)
+    require("x", "none", "of at least one slot", slots > 0)
     check_slots(rows, x.device, block_start=block_start, remaining=remaining, kv_start=kv_start, step=step)
     wanted = base.shape in ((), (1,), (rows,)) and base.dtype == torch.int32 and base.device == x.device
-    require(wanted, "base", f"{base.dtype} {list(base.shape)} on {base.device}", f"int32 on {x.device}, one or [{rows}]")
-    require((seed is None) == (step is None), "seed", "one of seed and step", "both of them or none")
+    require("base", f"{base.dtype} {list(base.shape)} on {base.device}", f"int32 on {x.device}, one or [{rows}]", wanted)
+    require("seed", "one of them", "given with step, or neither", (seed is None) == (step is None))
     if seed is not None:
         check_shape("seed", seed, rows)
         is_key = seed.dtype == torch.int64 and seed.device == x.device and (rows == 1 or seed.stride(0) == 1)
-        require(is_key, "seed", f"{seed.dtype} on {seed.device}", f"contiguous torch.int64 on {x.device}")
+        require("seed", f"{seed.dtype} on {seed.device}", f"contiguous torch.int64 on {x.device}", is_key)
 
 
 def window_inputs(
@@ -159,9 +168,12 @@ def window_inputs(
     mask_id: int,
     seed: Tensor | None = None,
     step: Tensor | None = None,
+    config: Config | None = None,
 ) -> WindowInputs:
     """Tokens of each row's window, and where the masked slots of its block are predicted:
     :func:`fastdllm_triton.reference.window_inputs`, which states the contract.
+
+    ``config`` holds the launch parameters; :func:`select_config` chooses if not given.
 
     Raises:
         ValueError: an argument's rank, dtype, shape, device or range.
@@ -180,8 +192,9 @@ def window_inputs(
         keys=empty(3, predicted if sample else 0),
         batch_row=empty(predicted),
     )
+    config = config or select_config(rows, block)
     with torch.cuda.device_of(x):
-        _window_inputs_kernel[(rows, triton.cdiv(window, BLOCK_W))](
+        _window_inputs_kernel[(rows, triton.cdiv(window, config.block_w))](
             x,
             base,
             block_start,
@@ -206,39 +219,9 @@ def window_inputs(
             mask_id,
             SHIFT=int(shift),
             SAMPLE=sample,
-            BLOCK_R=MAX_ROWS if rows > 128 else 128,
-            BLOCK_N=triton.next_power_of_2(block),
-            BLOCK_W=BLOCK_W,
-            num_warps=4,
+            BLOCK_R=config.block_r,
+            BLOCK_N=config.block_n,
+            BLOCK_W=config.block_w,
+            num_warps=config.num_warps,
         )
     return found
-
-
-def compile_cases(arch: Arch) -> list[CompileCase]:
-    """Blocks of 32 and of the most slots, with and without noise."""
-    keys = {"seed_ptr": "*i64", "step_ptr": "*i32", "keys_ptr": "*i64"}
-    numbers = ("stride_x", "stride_base", "rows", "slots", "window", "block", "predicted", "back", "mask_id")
-    cases = []
-    for block, rows, sample in ((32, 128, False), (32, 128, True), (MAX_BLOCK, MAX_ROWS, True)):
-        signature = {"x_ptr": "*i64", **dict.fromkeys(("base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr"), "*i32")}
-        signature |= keys if sample else {}
-        signature |= {"ids_ptr": "*i64", "start_ptr": "*i32", "rows_ptr": "*i64", "place_ptr": "*i32", "batch_row_ptr": "*i64"}
-        pointers = tuple(name for name in signature if name not in SLICED)
-        cases.append(
-            CompileCase(
-                op="window_inputs",
-                kernel=_window_inputs_kernel,
-                config=f"N={block}{' sample' if sample else ''}",
-                signature=signature | dict.fromkeys(numbers, "i32"),
-                constexprs={
-                    **({} if sample else dict.fromkeys(keys)),
-                    "SHIFT": 0,
-                    "SAMPLE": sample,
-                    "BLOCK_R": rows,
-                    "BLOCK_N": block,
-                    "BLOCK_W": BLOCK_W,
-                },
-                divisible=(*pointers, "stride_x", "block"),
-            )
-        )
-    return cases

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from fastdllm_triton.bench._report import Report
-from fastdllm_triton.bench._session import Bench, Measurable, Session, label
+from fastdllm_triton.bench._session import Bench, Measurable, Session, label, needs_gpu
 from fastdllm_triton.bench._timing import Ceilings, Inputs, Run, Timing, reason
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,10 +26,12 @@ def bench_of(op: str) -> Bench:
     return module_of(op).BENCH
 
 
-def half_inputs(op: str) -> Any:
-    """Inputs in a dtype that the interpreter has, where no timer asks for another."""
-    module = module_of(op)
-    return lambda shape, device, seed, **dtype: module.inputs(shape, device, seed, dtype=torch.float16)
+def small(op: str, baselines: Mapping[str, Run] | None = None, ours: Any = None, **options: Any) -> Bench:
+    """The bench of an op on its small shape, without what needs a compiler."""
+    bench = bench_of(op)
+    anywhere = {name: run for name, run in bench.baselines.items() if not needs_gpu(name)}
+    cases = replace(bench.cases, **{"shapes": [bench.cases.small], "key": ()} | options)
+    return replace(bench, cases=cases, baselines=baselines or anywhere, ours=ours or bench.ours)
 
 
 def run_once(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, Timing | str]:
@@ -66,11 +69,12 @@ def made_up_report(scale: float = 1.0) -> Report:
         [{"check": "swiglu", "dtype": "bfloat16", "ok": True, "tried": 7, "seconds": 0.1, "cases": []}],
     )  # fmt: skip
     for op in ("window_attention", "head_statistics", "swiglu"):
-        bench = bench_of(op)
-        for shape in bench.shapes:
-            floor = max(bench.bytes(shape) / CEILINGS.copy, bench.flops(shape) / CEILINGS.matrix) * 1e3
+        bench, cases = bench_of(op), bench_of(op).cases
+        for shape in cases.shapes:
+            needed, flops = cases.bytes(shape), cases.flops(shape)
+            floor = max(needed / CEILINGS.copy, flops / CEILINGS.matrix) * 1e3
             for factor, provider in enumerate(("triton", *bench.baselines), start=1):
-                base = {"bench": op, "op": op, "shape": dict(shape), "axis": bench.axis, "provider": provider}
+                base = {"bench": op, "op": op, "shape": dict(shape), "axis": cases.axis, "provider": provider}
                 if provider == "flash-attn":
                     report.rows.append(base | {"missing": "not installed"})
                     continue
@@ -78,11 +82,11 @@ def made_up_report(scale: float = 1.0) -> Report:
                 ms = scale * factor * (floor / (0.6 + 0.3 * abs(math.sin(len(label(shape))))) + 0.004)
                 report.rows.append(
                     base
-                    | {"median_ms": ms, "p20_ms": 0.98 * ms, "p80_ms": 1.05 * ms, "bytes": bench.bytes(shape)}
-                    | {"flops": bench.flops(shape), "gb_per_s": bench.bytes(shape) / ms / 1e6, "times_triton": float(factor)}
-                    | {"tflop_per_s": bench.flops(shape) / ms / 1e9, "of_floor": floor / ms, "peak_bytes": 2**20 * factor}
-                    | {"of_copy": bench.bytes(shape) / ms * 1e3 / CEILINGS.copy}
-                    | {"of_matrix": bench.flops(shape) / ms * 1e3 / CEILINGS.matrix}
+                    | {"median_ms": ms, "p20_ms": 0.98 * ms, "p80_ms": 1.05 * ms, "bytes": needed}
+                    | {"flops": flops, "gb_per_s": needed / ms / 1e6, "times_triton": float(factor)}
+                    | {"tflop_per_s": flops / ms / 1e9, "of_floor": floor / ms, "peak_bytes": 2**20 * factor}
+                    | {"of_copy": needed / ms * 1e3 / CEILINGS.copy}
+                    | {"of_matrix": flops / ms * 1e3 / CEILINGS.matrix}
                 )
     parts = {
         "qkv": 0.7,

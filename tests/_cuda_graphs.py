@@ -114,7 +114,7 @@ def emulate(patch: pytest.MonkeyPatch, *models: fdt.MaskedDiffusionLM) -> None:
         ops = {name: recorded(getattr(model.network.ops, name)) for name in NAMES}
         model.network.ops = replace(model.network.ops, **ops)
         model.buffers.limit = 2**40
-    run = runners.ModelRunner._run
+    run = runners.ModelRunner.run
 
     def run_of(self: runners.ModelRunner, *args: Any) -> None:
         _Capture.runner = self
@@ -131,7 +131,7 @@ def emulate(patch: pytest.MonkeyPatch, *models: fdt.MaskedDiffusionLM) -> None:
 
     # As many as in a capture also where there is none, for products of the same shape have the same bits.
     patch.setattr(runners.ModelRunner, "_predictions", as_captured)
-    patch.setattr(runners.ModelRunner, "_run", run_of)
+    patch.setattr(runners.ModelRunner, "run", run_of)
     patch.setattr(runners, "can_capture", lambda network: True)
     patch.setattr(runners, "window_bucket", lambda device: shapes._window_bucket)
     for module in (engines, generations, runners):

@@ -11,6 +11,6 @@ def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with --model fastdllm known to it; every argument is the harness's own."""
     if importlib.util.find_spec("lm_eval") is None:
         raise RuntimeError("lm-eval needs lm-evaluation-harness: pip install 'fastdllm-triton[eval]'")
-    from ..integrations.lm_eval import main
+    from ..evaluation.lm_eval import main
 
     main(context.args)

@@ -24,6 +24,8 @@ class GenerationConfig:
         cache: the window a step recomputes: ``none`` all slots, ``prefix`` from the block's start on, ``dual`` the block.
         strategy: which tokens a forward commits.
         temperature: 0 takes the likeliest token; above, tokens are sampled by Gumbel-max.
+        tempered: whether tokens are ranked by ``softmax(logits / temperature)``, as in Dream's official code, instead of by the
+            model's own distribution, as in LLaDA's.
         seed: row ``b`` draws with ``seed + b``; or one seed a row. A row's draws depend on its seed alone, not on its batch.
         stop_at_eos: do not decode the blocks of a row after one that holds an end token, but fill them with it. What comes
             before the end token is the same either way.
@@ -56,6 +58,7 @@ class GenerationConfig:
     cache: CacheName = "dual"
     strategy: Strategy = Threshold(0.9)  # noqa: RUF009 (it is frozen)
     temperature: float = 0.0
+    tempered: bool = False
     seed: int | Sequence[int] = 0
     stop_at_eos: bool = True
     eos_ids: Sequence[int] | None = None
@@ -86,7 +89,7 @@ class GenerationConfig:
         for name in ("temperature", "cfg_scale"):
             check_temperature(getattr(self, name), name)
             object.__setattr__(self, name, to_number(getattr(self, name)))
-        for name in ("stop_at_eos", "lockstep"):
+        for name in ("stop_at_eos", "lockstep", "tempered"):
             value = getattr(self, name)
             require(name, value, "True or False", is_bool(value))
             object.__setattr__(self, name, bool(value))
@@ -137,6 +140,11 @@ class GenerationConfig:
     def commits_first_alone(self) -> bool:
         """Whether a refresh commits the first token of its block alone."""
         return self.refresh_commits == "first" and self.block_length > 1
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of its masked tokens that each forward of a block commits; of the rule ``schedule`` only."""
+        return self.strategy.shares(self.blocks, after_first=self.refresh_commits == "first")
 
     @property
     def rows_per_sequence(self) -> int:

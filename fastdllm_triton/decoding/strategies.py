@@ -78,8 +78,13 @@ class Strategy(ABC):
         """Forwards that a block is spread over, for strategies that fix them (:class:`FixedSteps`, :class:`Timesteps`)."""
         return 1
 
-    def shares(self, blocks: int) -> tuple[float, ...]:
-        """The share of its masked tokens that each forward of a block commits; of the rule ``schedule`` only."""
+    def shares(self, blocks: int, *, after_first: bool = False) -> tuple[float, ...]:
+        """The share of its masked tokens that each forward of a block commits; of the rule ``schedule`` only.
+
+        Args:
+            blocks: of the generation.
+            after_first: whether a forward that commits the block's first token alone comes before.
+        """
         return ()
 
     def expected_forwards(self, gen_length: int) -> float:
@@ -245,9 +250,9 @@ class Timesteps(Strategy):
     number: ClassVar[type[int] | type[float]] = int
     help: ClassVar[str] = "Commit along Dream's schedule of this many timesteps."
     label: ClassVar[str] = "n timesteps"
+    always_commits: ClassVar[bool] = False
     rule: ClassVar[RuleName] = "schedule"
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "neg_entropy")
-    always_commits: ClassVar[bool] = False
 
     steps: int
     eps: float = 1e-3
@@ -271,8 +276,12 @@ class Timesteps(Strategy):
         """
         return _divided("timesteps", self.steps, blocks)
 
-    def shares(self, blocks: int) -> tuple[float, ...]:
-        return tuple(transfer_shares(linear_timesteps(self.steps_per_block(blocks), self.eps)))
+    def shares(self, blocks: int, *, after_first: bool = False) -> tuple[float, ...]:
+        timesteps = linear_timesteps(self.steps_per_block(blocks), self.eps)
+        if not after_first:
+            return tuple(transfer_shares(timesteps))
+        # The official code gives the refresh the first timestep, and one timestep alone would leave the rest masked.
+        return 1.0, *(transfer_shares(timesteps[1:]) or [1.0])
 
     def expected_forwards(self, gen_length: int) -> float:
         return self.steps

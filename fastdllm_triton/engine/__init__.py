@@ -1,8 +1,8 @@
 """Runs generations: which rows decode what and when, the buffers that they decode in, and what comes out."""
 
 from .engine import Engine
-from .generation import Forward, Generation, run
+from .generation import Forward, Generation
 from .outputs import Committed, GenerationOutput, StepOutput
 from .request import Request
 
-__all__ = ["Committed", "Engine", "Forward", "Generation", "GenerationOutput", "Request", "StepOutput", "run"]
+__all__ = ["Committed", "Engine", "Forward", "Generation", "GenerationOutput", "Request", "StepOutput"]

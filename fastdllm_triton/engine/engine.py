@@ -23,8 +23,9 @@ from .limits import check_kernel_limits, check_prompt
 from .memory import check_memory
 from .modes import decoding_modes
 from .outputs import Committed, StepOutput
+from .program import group_of
 from .request import Aborted, Request
-from .runner import ModelRunner, group_of
+from .runner import ModelRunner
 from .scheduler import ForwardPlan, Scheduler
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ class Engine:
             for pair in plan.swaps:
                 runner.swap_rows(*pair)
             for forward in plan.forwards:
-                runner.run(self.network, forward, scheduler.rows)
+                runner.run(self.network, runner.shape_of(forward, scheduler.rows))
                 self._count(forward)
                 yield forward
             if not scheduler.rows:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import add
@@ -83,11 +84,38 @@ class Generation:
         with decoding_modes(self._network.device):
             return self._run.engine.admit(self._run.engine.lane())
 
-    def run(self) -> None:
-        """Runs it to its end without a word."""
-        with decoding_modes(self._network.device):
-            for _ in self._forwards:
-                pass
+    def run(self, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
+        """Runs it to its end.
+
+        Args:
+            callback: called after each forward.
+
+        Returns:
+            The sequences and the record of how they came about.
+
+        Raises:
+            TypeError: ``callback`` cannot be called; raised before any forward.
+            FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
+            BaseException: whatever stopped it, an interrupt or an exception of the callback. Its attribute ``output`` then holds
+                the :class:`~fastdllm_triton.engine.outputs.GenerationOutput` so far.
+        """
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be a function of a Forward, got {callback!r}")
+        run = self._run
+        try:
+            if callback is not None:
+                for forward in self:
+                    callback(forward)
+            else:
+                with decoding_modes(self._network.device), run.running():
+                    while run.engine.has_unfinished:
+                        for _ in run.engine.forwards():
+                            pass
+                        run.raise_errors()
+        except BaseException as error:
+            error.output = self.output()  # type: ignore[attr-defined]
+            raise
+        return self.output()
 
     def close(self) -> None:
         """Ends it where it is; what it held on the device serves the next generation."""
@@ -148,11 +176,17 @@ class _Run:
 
     def forwards(self) -> Generator[ForwardPlan]:
         """Decodes, a forward at a time."""
-        self._started = now(self.device)
-        try:
+        with self.running():
             while self.engine.has_unfinished:
                 yield from self.engine.forwards()
-                self._raise_errors()
+                self.raise_errors()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Times what is done within, and gives the buffers back."""
+        self._started = now(self.device)
+        try:
+            yield
         finally:
             self._left = self.rows()
             self._running = False
@@ -172,7 +206,8 @@ class _Run:
         """Wall time from the first forward to the last."""
         return now(self.device) - self._started if self._running and self._started else self._seconds
 
-    def _raise_errors(self) -> None:
+    def raise_errors(self) -> None:
+        """Raises what stopped a row."""
         failed = [request for request in self.requests if request.error is not None]
         if not failed:
             return
@@ -289,33 +324,3 @@ _open: weakref.WeakSet[Generation] = weakref.WeakSet()
 def _close_all() -> None:
     for generation in list(_open):
         generation.close()
-
-
-def run(generation: Generation, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
-    """Runs a generation to its end.
-
-    Args:
-        generation: as it was made.
-        callback: called after each forward.
-
-    Returns:
-        The sequences and the record of how they came about.
-
-    Raises:
-        TypeError: ``callback`` cannot be called; raised before any forward.
-        FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
-        BaseException: whatever stopped it, an interrupt or an exception of the callback. Its attribute ``output`` then holds
-            the :class:`~fastdllm_triton.engine.outputs.GenerationOutput` so far.
-    """
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be a function of a Forward, got {callback!r}")
-    try:
-        if callback is None:
-            generation.run()
-        else:
-            for forward in generation:
-                callback(forward)
-    except BaseException as error:
-        error.output = generation.output()  # type: ignore[attr-defined]
-        raise
-    return generation.output()

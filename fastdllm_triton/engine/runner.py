@@ -7,8 +7,8 @@ says which rows and how wide a window. Which rows do what and when is the schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.transformer import Transformer
-from ..types import PolicyState, RuleName, ScoreName, TokenStatistics, WindowInputs
+from ..types import PolicyState, TokenStatistics, WindowInputs
 from .buckets import buckets, window_bucket
 from .cuda_graphs import Graphs
 from .outputs import Committed, RowRecord
+from .program import ROW_TABLES, ForwardShape, Program, table_line
 from .request import Request
 from .scheduler import ForwardPlan, RowFlags
 
@@ -31,105 +32,9 @@ MAX_CAPTURED_TOKENS = 8192
 LEAST_PREDICTIONS = 64
 
 
-@dataclass(frozen=True)
-class Program:
-    """What a captured forward has fixed. All else is data on the device, or the host's business alone.
-
-    Attributes:
-        block_length: slots of a block.
-        score, rule: of the strategy.
-        commits_first_alone: whether a refresh commits the first token of its block alone.
-        logits_dtype: rounds logits.
-        mask_id: the token of a masked slot.
-        commit_last, never_or_last: token ids that are committed once nothing else is left; those and the forbidden ones.
-        cfg_scale: of guidance.
-        temperature: of the noise, where all rows have the same; None where each has its own.
-        forbidden: token ids, where all rows have the same; else how many a row has at most.
-        eos_count, share_count: end tokens that a row has at most, and forwards that a schedule spreads a block over at most.
-    """
-
-    block_length: int
-    score: ScoreName
-    rule: RuleName
-    commits_first_alone: bool
-    logits_dtype: torch.dtype | None
-    mask_id: int
-    commit_last: tuple[int, ...]
-    never_or_last: tuple[int, ...]
-    cfg_scale: float
-    temperature: float | None
-    forbidden: tuple[int, ...] | int
-    eos_count: int
-    share_count: int
-
-    @classmethod
-    def of(cls, requests: Sequence[Request]) -> Program:
-        """The program of requests that share a forward."""
-        config, ids = requests[0].config, requests[0].ids
-        temperatures = {request.config.temperature for request in requests}
-        forbidden = {request.ids.forbidden for request in requests}
-        return cls(
-            block_length=config.block_length,
-            score=config.strategy.score,
-            rule=config.strategy.rule,
-            commits_first_alone=config.commits_first_alone,
-            logits_dtype=config.logits_dtype,
-            mask_id=ids.mask_id,
-            commit_last=ids.commit_last,
-            never_or_last=ids.never_or_last if ids.commit_last else (),
-            cfg_scale=config.cfg_scale,
-            temperature=temperatures.pop() if len(temperatures) == 1 else None,
-            forbidden=forbidden.pop() if len(forbidden) == 1 else _width(max(map(len, forbidden))),
-            eos_count=max(_width(len(_eos_ids(request))) for request in requests),
-            share_count=max(_width(len(_shares(request))) for request in requests),
-        )
-
-
-def group_of(request: Request) -> Hashable:
-    """What of a request's program cannot differ between rows of a forward, and its cache."""
-    config, ids = request.config, request.ids
-    return (
-        request.policy.name,
-        config.block_length,
-        config.strategy.score,
-        config.strategy.rule,
-        config.commits_first_alone,
-        config.logits_dtype,
-        ids.mask_id,
-        ids.commit_last,
-        ids.never_or_last if ids.commit_last else (),
-        config.cfg_scale,
-    )
-
-
 def can_capture(network: Transformer) -> bool:
     """Whether forwards of a network can be captured: on a GPU, with ops that never wait for it."""
     return network.device.type == "cuda" and network.ops.name == "triton"
-
-
-def _width(count: int) -> int:
-    """A few widths for all counts, so that few programs serve: 0 and powers of two."""
-    return 1 << (count - 1).bit_length() if count else 0
-
-
-def _eos_ids(request: Request) -> tuple[int, ...]:
-    return request.ids.eos_ids if request.config.stop_at_eos else ()
-
-
-def _shares(request: Request) -> tuple[float, ...]:
-    return request.config.strategy.shares(request.config.blocks)
-
-
-def _forbidden(request: Request) -> tuple[int, ...]:
-    return request.ids.forbidden
-
-
-#: Tables with a line a row, as wide as a program asks for: what the line of a request holds, its dtype, and what pads it.
-_TABLES: dict[str, tuple[Callable[[Request], tuple[Any, ...]], torch.dtype, float]] = {
-    "eos_ids": (_eos_ids, torch.int64, -1),
-    "shares": (_shares, torch.float32, 1.0),
-    "forbidden": (_forbidden, torch.int64, -1),
-}
 
 
 class ModelRunner:
@@ -233,7 +138,7 @@ class ModelRunner:
         self._each(self.cache.kv_start)[rows].copy_(state.kv_start[rows, None])
         self._each(self.cache.kv_end)[rows].fill_(slots)
         for (name, width), table in self._tables.items():
-            put(table, [_line(name, width, request) for request in requests])
+            put(table, [table_line(name, width, request) for request in requests])
         if self._known is not None:
             masks = torch.tensor([[request.ids.mask_id] for request in requests], device=self.x.device)
             self._known[rows].copy_(self.x[rows] != masks)
@@ -349,10 +254,10 @@ class ModelRunner:
             widths["forbidden"] = program.forbidden
         for name, width in widths.items():
             if (name, width) not in self._tables:
-                _, dtype, padding = _TABLES[name]
+                _, dtype, padding = ROW_TABLES[name]
                 table = torch.full((self.rows, width), padding, dtype=dtype, device=self.x.device)
                 if width:
-                    lines = [_line(name, width, request) for request in all_requests]
+                    lines = [table_line(name, width, request) for request in all_requests]
                     table[: len(lines)].copy_(torch.tensor(lines, dtype=dtype, device="cpu"))
                 self._tables[name, width] = table
         return program
@@ -365,11 +270,10 @@ class ModelRunner:
 
     # --- forwards -----------------------------------------------------------------------------------------------------
 
-    def run(self, network: Transformer, plan: ForwardPlan, requests: Sequence[Request]) -> None:
-        """Runs a forward: recomputes the windows of its rows, takes the statistics of masked slots, commits.
+    def shape_of(self, plan: ForwardPlan, requests: Sequence[Request]) -> ForwardShape:
+        """What a planned forward has fixed.
 
         Args:
-            network: the model.
             plan: which rows, and their windows.
             requests: of all rows that somebody has.
         """
@@ -381,49 +285,38 @@ class ModelRunner:
             start = max(min(offset + window.start for offset, window in windows), 0)
             spans = {(offset, offset + window.attend_end) for offset, window in windows}
             span = spans.pop() if len(spans) == 1 else None
-            self.refresh(network, program, plan.first, plan.last, start, max(ends) - start, plan.masked, span)
-        else:
-            widths = (end - step_window_start(request, self.slots) for end, request in zip(ends, plan.requests, strict=True))
-            count = plan.last - plan.first
-            last = plan.first + self._rows_bucket(count) if plan.is_last_group else plan.last
-            self.step(network, program, plan.first, min(last, self.rows), self._window_bucket(max(widths)), plan.masked)
+            return self.refresh_shape(program, plan.first, plan.last, start, max(ends) - start, plan.masked, span)
+        widths = (end - step_window_start(request, self.slots) for end, request in zip(ends, plan.requests, strict=True))
+        count = plan.last - plan.first
+        last = plan.first + self._rows_bucket(count) if plan.is_last_group else plan.last
+        return self.step_shape(program, plan.first, min(last, self.rows), self._window_bucket(max(widths)), plan.masked)
 
-    def refresh(
-        self,
-        network: Transformer,
-        program: Program,
-        first: int,
-        last: int,
-        start: int,
-        window: int,
-        masked: int,
-        span: tuple[int, int] | None = None,
-    ) -> None:
-        """Recomputes ``window`` slots from one start for the rows ``[first, last)``, and commits.
+    def refresh_shape(
+        self, program: Program, first: int, last: int, start: int, window: int, masked: int, span: tuple[int, int] | None = None
+    ) -> ForwardShape:
+        """A refresh, and tells the device where it begins.
 
         Args:
-            network: the model.
-            program: what these rows have in common.
+            program: what the rows ``[first, last)`` have in common.
             first, last: the rows.
-            start, window: the slots.
-            masked: slots that are masked in the blocks of these rows, at most.
-            span: what all of these rows attend, if it is the same.
+            start, window: the slots that are recomputed of each of them.
+            masked: slots that are masked in their blocks, at most.
+            span: what all of them attend, if it is the same.
         """
         self._refresh_start[first:last].fill_(start)
         predicted = last - first if program.commits_first_alone else self._predictions(last - first, program, masked)
-        function = partial(self._refresh, network, program, first, last, window, predicted, span)
-        if (last - first) * window <= MAX_CAPTURED_TOKENS:
-            self._run(("refresh", program, first, last, window, predicted, span), function)
-        else:
-            function()
+        return ForwardShape("refresh", program, first, last, window, predicted, span)
 
-    def step(self, network: Transformer, program: Program, first: int, last: int, window: int, masked: int) -> None:
-        """Recomputes the step windows, ``window`` slots wide, of the rows ``[first, last)``, and commits."""
-        predicted = self._predictions(last - first, program, masked)
-        self._run(
-            ("step", program, first, last, window, predicted),
-            partial(self._step, network, program, first, last, window, predicted),
-        )
+    def step_shape(self, program: Program, first: int, last: int, window: int, masked: int) -> ForwardShape:
+        """A step of the rows ``[first, last)``, whose windows are ``window`` slots wide."""
+        return ForwardShape("step", program, first, last, window, self._predictions(last - first, program, masked))
+
+    def run(self, network: Transformer, shape: ForwardShape) -> None:
+        """Runs a forward: recomputes windows, takes the statistics of masked slots, commits. Captured where there is a GPU."""
+        if self._graphs is None or (shape.kind == "refresh" and shape.tokens > MAX_CAPTURED_TOKENS):
+            self._forward(network, shape)
+        else:
+            self._graphs(shape, partial(self._forward, network, shape))
 
     def _predictions(self, rows: int, program: Program, masked: int) -> int:
         """How many slots a forward of so many rows predicts at most, as far as the host knows: what its head is as tall as.
@@ -438,13 +331,6 @@ class ModelRunner:
             most //= 2
         return most
 
-    def _run(self, key: Hashable, function: Callable[[], None]) -> None:
-        """Runs a forward, captured where there is a GPU."""
-        if self._graphs is None:
-            function()
-        else:
-            self._graphs(key, function)
-
     def _state(self, program: Program, first: int, last: int) -> PolicyState:
         """The state of some rows, as a program reads it."""
         eos_ids, shares = self._tables["eos_ids", program.eos_count], self._tables["shares", program.share_count]
@@ -453,48 +339,16 @@ class ModelRunner:
         )
         return state.rows(first, last)
 
-    def _refresh(
-        self,
-        network: Transformer,
-        program: Program,
-        first: int,
-        last: int,
-        window: int,
-        predicted: int,
-        span: tuple[int, int] | None,
-    ) -> None:
-        start, state, length = self._refresh_start[first:last], self._state(program, first, last), program.block_length
-        if not program.commits_first_alone:
-            self._advance(network, program, first, last, state, start, window, length, predicted, span)
-            return
-        # A block of one token to the commit, whose end is not the row's, unless all others were fixed.
-        alone = replace(state, eos_ids=state.eos_ids[:, :0])
-        self._advance(network, program, first, last, alone, start, window, 1, predicted, span)
-        block = self.x[first:last].gather(1, self.block_start[first:last, None] + self._slots[:length])
-        state.remaining.copy_((block == state.mask_id).sum(1))
-        ends = (block[:, :, None] == state.eos_ids[:, None]) & (block >= 0)[:, :, None]
-        state.ended |= state.done & ends.flatten(1).any(1)
-
-    def _step(self, network: Transformer, program: Program, first: int, last: int, window: int, predicted: int) -> None:
-        # A done row's window lies behind the cache: nothing of it is written.
-        start, state = self.window_start[first:last], self._state(program, first, last)
-        self._advance(network, program, first, last, state, start, window, program.block_length, predicted)
-
-    def _advance(
-        self,
-        network: Transformer,
-        program: Program,
-        first: int,
-        last: int,
-        state: PolicyState,
-        start: Tensor,
-        window: int,
-        length: int,
-        predicted: int,
-        span: tuple[int, int] | None = None,
-    ) -> None:
-        """Recomputes a window of some rows, takes the statistics of the first masked slots of their blocks, and commits."""
-        x, block_start, copies = self.x[first:last], self.block_start[first:last], self.copies
+    def _forward(self, network: Transformer, shape: ForwardShape) -> None:
+        """What a capture records: launches alone, and nothing that waits for the device."""
+        program, first, last, copies = shape.program, shape.first, shape.last, self.copies
+        x, block_start, state = self.x[first:last], self.block_start[first:last], self._state(program, first, last)
+        block, length = state, program.block_length
+        # A done row's step window lies behind the cache: nothing of it is written.
+        start = (self._refresh_start if shape.kind == "refresh" else self.window_start)[first:last]
+        first_alone = shape.kind == "refresh" and program.commits_first_alone
+        if first_alone:  # A block of one token to the commit, whose end is not the row's, unless all others were fixed.
+            state, length = replace(state, eos_ids=state.eos_ids[:, :0]), 1
         keys = {"seed": state.seed, "step": state.step} if program.temperature != 0 else {}
         inputs = network.ops.window_inputs(
             x,
@@ -502,9 +356,9 @@ class ModelRunner:
             block_start,
             state.remaining,
             state.kv_start,
-            window=window,
+            window=shape.window,
             block=length,
-            predicted=predicted,
+            predicted=shape.predicted,
             shift=network.config.shift,
             mask_id=state.mask_id,
             **keys,
@@ -514,7 +368,7 @@ class ModelRunner:
             (inputs.ids, inputs.start, inputs.rows) if self._known is None else self._with_copies(first, inputs, program.mask_id)
         )
         # Only the rows that predict a masked slot pass the final norm and the head.
-        hidden = network.forward(ids, starts, self.cache.rows(copies * first, copies * last, span), rows)  # [C P, E]
+        hidden = network.forward(ids, starts, self.cache.rows(copies * first, copies * last, shape.span), rows)  # [C P, E]
         # What differs between rows is gathered for each prediction.
         temperature: float | Tensor = 0.0 if program.temperature is None else program.temperature
         if program.temperature is None:
@@ -525,6 +379,11 @@ class ModelRunner:
             forbidden = self._ids_of(program.forbidden)
         statistics = self._statistics(network, program, hidden, {"temperature": temperature, **noise}, forbidden)
         network.ops.commit_tokens(x, statistics, block_start, state, place=inputs.place)
+        if first_alone:
+            tokens = x.gather(1, block_start[:, None] + self._slots[: program.block_length])
+            block.remaining.copy_((tokens == program.mask_id).sum(1))
+            ends = (tokens[:, :, None] == block.eos_ids[:, None]) & (tokens >= 0)[:, :, None]
+            block.ended |= block.done & ends.flatten(1).any(1)
 
     def _with_copies(self, first: int, inputs: WindowInputs, mask_id: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, starts and predicting rows of sequences, each with its copy that does not see what was given behind it."""
@@ -540,20 +399,26 @@ class ModelRunner:
     ) -> TokenStatistics:
         """Statistics ``[P]`` of the predictions, from normed hidden states ``[C P, E]``."""
         ops = network.ops
+        if program.tempered:
+            # The states instead of the logits, which need not be in memory then: one more rounding like the norm's own.
+            hidden, temperature = _divided(hidden, sampling["temperature"])
+            sampling = sampling | {"temperature": temperature}
         logits = self._guided_logits(network, program, hidden) if program.cfg_scale else None
 
-        def without(ids: Tensor) -> TokenStatistics:
+        def without(ids: Tensor, **options: Any) -> TokenStatistics:
             statistics: TokenStatistics = (
-                ops.head_statistics(hidden, network.head, logits_dtype=program.logits_dtype, forbidden=ids, **sampling)
+                ops.head_statistics(hidden, network.head, logits_dtype=program.logits_dtype, forbidden=ids, **options)
                 if logits is None
-                else ops.token_statistics(logits, forbidden=ids, **sampling)
+                else ops.token_statistics(logits, forbidden=ids, **options)
             )
             return statistics
 
-        chosen = without(forbidden)
+        chosen = without(forbidden, **sampling)
+        if program.tempered and program.score == "margin":  # Dream's is that of the two likeliest tokens, whichever is sampled.
+            return replace(without(forbidden), token=chosen.token)
         if not program.commit_last:
             return chosen
-        others = without(self._ids_of(program.never_or_last))
+        others = without(self._ids_of(program.never_or_last), **sampling)
         last = (chosen.token[:, None] == self._ids_of(program.commit_last)).any(1)
         return replace(others, token=chosen.token, rest=torch.where(last, torch.inf, others.rest))
 
@@ -566,11 +431,12 @@ class ModelRunner:
         return unguided + (program.cfg_scale + 1) * (logits - unguided)
 
 
-def _line(name: str, width: int, request: Request) -> list[Any]:
-    """What a table of some width says of a request; what does not fit is for a wider table."""
-    values, _, padding = _TABLES[name]
-    line = list(values(request))[:width]
-    return line + [padding] * (width - len(line))
+def _divided(hidden: Tensor, temperature: float | Tensor) -> tuple[Tensor, float | Tensor]:
+    """Hidden states over their temperature, where that is above 0, and the temperature that is left."""
+    if isinstance(temperature, Tensor):
+        divisor = torch.where(temperature > 0, temperature, 1.0)
+        return hidden / divisor[:, None].to(hidden.dtype), (temperature > 0).to(temperature.dtype)
+    return hidden / temperature, 1.0
 
 
 def step_window_start(request: Request, slots: int) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ..decoding.config import GenerationConfig
 from ..utils.checks import to_path
 from ..utils.files import check_writable, naming, write_atomically
-from .generation import Forward, Generation, run
+from .generation import Forward, Generation
 from .outputs import GenerationOutput
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Trace:
 
         Raises:
             OSError: the file cannot be written. The output is its attribute ``output``.
-            BaseException: as :func:`fastdllm_triton.engine.run`; with a note if the file could not be written either.
+            BaseException: as :func:`fastdllm_triton.engine.Generation.run`; with a note if the file could not be written either.
         """
 
         def both(forward: Forward) -> None:
@@ -101,7 +101,7 @@ class Trace:
                 callback(forward)
 
         try:
-            output = run(generation, both)
+            output = generation.run(both)
         except BaseException as error:
             try:
                 self.write()

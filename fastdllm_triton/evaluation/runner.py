@@ -129,7 +129,6 @@ class Evaluation:
         self._lock.close()
 
     def _claim(self) -> None:
-        """Makes the folder this run's, or checks that it is."""
         path = self.folder / "run.json"
         if not path.exists():
             with naming("--out", self.folder):

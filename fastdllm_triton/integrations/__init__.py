@@ -1,1 +1,1 @@
-"""Other people's libraries: modules of transformers, the harness lm-eval."""
+"""Other people's libraries: modules of transformers."""

@@ -28,6 +28,21 @@ class Linear:
         y: Tensor = ops.linear(x, self.weight, **around)
         return y
 
+    def of_norm(
+        self, ops: Ops, x: Tensor, delta: Tensor | None, norm: Tensor, eps: float, **epilogue: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The product of the norm of ``x + delta``, and ``x + delta``."""
+        if delta is None:
+            return ops.linear(x, self.weight, norm_weight=norm, eps=eps, **epilogue), x
+        h, x = ops.rms_norm(delta, norm, eps, residual=x)
+        return ops.linear(h, self.weight, **epilogue), x
+
+    def add_to(self, ops: Ops, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``x`` and what is to be added to it: nothing where the product adds it by itself, else the next norm does."""
+        if ops.fuses_residual(h, self.weight):
+            return ops.linear(h, self.weight, residual=x), None
+        return x, ops.linear(h, self.weight)
+
 
 @dataclass
 class Layer:
@@ -179,16 +194,16 @@ class Transformer:
                 qkv = layer.qkv(ops, h)
             else:
                 ahead(layer.qkv.weight)
-                qkv, x = self._norm_and_project(x, delta, layer.attn_norm, layer.qkv)
+                qkv, x = layer.qkv.of_norm(ops, x, delta, layer.attn_norm, c.eps)
             ahead(layer.attn_out.weight)
             q = ops.rope_kv_write(
                 qkv, k, v, window_start, cache.kv_start, c.rope_theta, bias=layer.qkv_bias, rounding=c.rope_rounding
             )
             attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end, **span).flatten(2)
-            x, delta = self._project_and_add(x, attended, layer.attn_out)
+            x, delta = layer.attn_out.add_to(ops, x, attended)
             ahead(layer.gate_up.weight)
-            h, x = self._norm_and_project(x, delta, layer.mlp_norm, layer.gate_up, activation="swiglu")
-            x, delta = self._project_and_add(x, h, layer.down)
+            h, x = layer.gate_up.of_norm(ops, x, delta, layer.mlp_norm, c.eps, activation="swiglu")
+            x, delta = layer.down.add_to(ops, x, h)
         if rows is not None:
             x, _ = ops.rms_norm(x, weights.final_norm, c.eps, residual=delta, rows=rows)
         elif delta is not None:
@@ -210,18 +225,3 @@ class Transformer:
         start = torch.zeros(len(ids), dtype=torch.int32, device=self.device)
         hidden = self.forward(ids, start, self.new_cache(start, ids.shape[1]))
         return F.linear(self.final_norm(hidden), self.head)
-
-    def _norm_and_project(
-        self, x: Tensor, delta: Tensor | None, norm: Tensor, linear: Linear, **epilogue: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The projection of the norm of ``x + delta``, and ``x + delta``."""
-        if delta is None:
-            return linear(self.ops, x, norm_weight=norm, eps=self.config.eps, **epilogue), x
-        h, x = self.ops.rms_norm(delta, norm, self.config.eps, residual=x)
-        return linear(self.ops, h, **epilogue), x
-
-    def _project_and_add(self, x: Tensor, h: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
-        """``x`` and what is to be added to it: nothing where the product adds it by itself, else the next norm does."""
-        if self.ops.fuses_residual(h, linear.weight):
-            return linear(self.ops, h, residual=x), None
-        return x, linear(self.ops, h)

@@ -1,6 +1,6 @@
 """What the compilers make of every kernel, without a GPU: registers, spills, shared memory, instructions.
 
-Each ``kernels/<op>.py`` lists in ``compile_cases(arch)`` the configurations that its config function can return. They are
+Each ``verify/cases/<op>.py`` lists calls in which the op's config function returns all that it can. What these would launch is
 compiled ahead of time in processes of their own, where Triton's interpreter is off whatever it is here. A record is a dict:
 
 | key           | meaning                                                                                  |
@@ -22,26 +22,27 @@ compiled ahead of time in processes of their own, where Triton's interpreter is 
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from rich.table import Table
 from rich.text import Text
 
-from .. import kernels
 from ..kernels._arch import ARCHS, Arch
-from ..kernels._compile import CompileCase
+from ..verify.cases import LAUNCHED, OpCases, Sizes
 from .assembly import contractions, cuobjdump, serialised, waits_first
+from .recorder import META, Launch, recorded
 
 Record = dict[str, Any]
 
@@ -56,10 +57,65 @@ RESERVED_SHARED = 1024
 TENSOR_MEMORY = 512
 
 
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel in one configuration, as a launcher would launch it.
+
+    Attributes:
+        op: what launches it.
+        launch: one of its launches.
+        config: short unique label of the configuration within the kernel.
+        constants: values of arguments in the place of the launch's.
+        options: options of the launch in the place of its own.
+    """
+
+    op: str
+    launch: Launch
+    config: str
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.op, self.launch.kernel.__name__, self.config
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        return {**self.launch.constants, **self.constants}
+
+    @property
+    def launch_options(self) -> dict[str, Any]:
+        """Warps, stages, and whether products and sums may be fused."""
+        return {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, **self.launch.options, **self.options}
+
+
 def reported_ops() -> list[str]:
-    """The ops whose kernel file lists compile cases."""
-    names = [module.name for module in pkgutil.iter_modules(kernels.__path__) if not module.name.startswith("_")]
-    return [name for name in names if hasattr(_module(name), "compile_cases")]
+    return sorted(LAUNCHED)
+
+
+@cache
+def compile_cases(op: str, arch: str) -> list[CompileCase]:
+    """The configurations of an op, the first launch of each label."""
+    cases, found = LAUNCHED[op], dict[tuple[str, str, str], CompileCase]()
+    for dtype, sizes, options in cases.compiled(ARCHS[arch]):
+        for case in launched(cases, sizes, dtype, ARCHS[arch], options):
+            found.setdefault(case.key, case)
+    return list(found.values())
+
+
+def launched(
+    cases: OpCases, sizes: Sizes, dtype: torch.dtype, arch: Arch, options: Mapping[str, Any] | None = None
+) -> list[CompileCase]:
+    """What a call launches of the op's own kernels, on a GPU of the architecture that nothing was measured on."""
+    inputs = cases.inputs(sizes, META, dtype)
+    with recorded(arch) as launches:
+        for variant in cases.variants(inputs).values() if options is None else [options]:
+            cases.launched(**inputs, **variant)
+    return [
+        CompileCase(cases.op, launch, cases.label(launch.kernel.__name__, launch.dtype, launch.constants))
+        for launch in launches
+        if launch.file in (cases.op, "_statistics")
+    ]
 
 
 def compile_report(
@@ -91,11 +147,11 @@ def compile_report(
         if unknown:
             raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
     wanted = [
-        (op, arch, case.kernel.__name__, case.config)
+        (op, arch, kernel, config)
         for op in ops
         for arch in archs
-        for case in _module(op).compile_cases(ARCHS[arch])
-        if keep is None or keep({"op": op, "kernel": case.kernel.__name__, "arch": arch, "config": case.config})
+        for _, kernel, config in (case.key for case in compile_cases(op, arch))
+        if keep is None or keep({"op": op, "kernel": kernel, "arch": arch, "config": config})
     ]
     return in_processes(_compile, wanted, processes, on_progress)
 
@@ -201,19 +257,14 @@ def summary(records: Sequence[Record]) -> Table:
     return table
 
 
-def _module(op: str) -> Any:
-    return importlib.import_module(f"{kernels.__name__}.{op}")
-
-
 def _name(record: Record) -> str:
     return f"{record['op']} {record['kernel']} {record['arch']} [{record['config']}]"
 
 
 def _compile(wanted: tuple[str, str, str, str]) -> Record:
     """One case by its names, since a process cannot be sent a kernel; runs in the pool."""
-    op, arch, kernel, config = wanted
-    cases = _module(op).compile_cases(ARCHS[arch])
-    return compile_case(next(case for case in cases if (case.kernel.__name__, case.config) == (kernel, config)), ARCHS[arch])
+    op, arch, *names = wanted
+    return compile_case(next(case for case in compile_cases(op, arch) if case.key == (op, *names)), ARCHS[arch])
 
 
 def compile_case(case: CompileCase, arch: Arch) -> Record:
@@ -222,40 +273,31 @@ def compile_case(case: CompileCase, arch: Arch) -> Record:
     Raises:
         RuntimeError: the case does not compile.
     """
-    record = {"op": case.op, "kernel": case.kernel.__name__, "arch": arch.name, "config": case.config}
+    op, kernel, config = case.key
+    record = {"op": op, "kernel": kernel, "arch": arch.name, "config": config}
     try:
         found = compiled(case, arch)
     except Exception as error:
         raise RuntimeError(f"{_name(record)} does not compile: {error}") from error
-    facts = _cuda_facts(found, arch, case) if arch.backend == "cuda" else _hip_facts(found, arch, case)
+    facts = (_cuda_facts if arch.backend == "cuda" else _hip_facts)(found, arch, case.launch_options["num_warps"])
     return record | facts
 
 
 def compiled(case: CompileCase, arch: Arch) -> Any:
     """What Triton makes of a case; from its cache the second time."""
-    return triton.compile(_source(case), target=_target(arch), options=_options(case))
-
-
-def _source(case: CompileCase) -> Any:
-    """The kernel with what a launch would know of its arguments."""
-    names = case.kernel.arg_names
-    return triton.compiler.ASTSource(
-        case.kernel,
-        {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")},
+    kernel, names = case.launch.kernel, case.launch.kernel.arg_names
+    source = triton.compiler.ASTSource(
+        kernel,
+        {**case.launch.signature, **dict.fromkeys(case.constexprs, "constexpr")},
         {(names.index(name),): value for name, value in case.constexprs.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in case.divisible},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in case.launch.divisible},
     )
+    target = triton.backends.compiler.GPUTarget(arch.backend, arch.capability, arch.warp_size)
+    options = {name: case.launch_options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    return triton.compile(source, target=target, options=options)
 
 
-def _target(arch: Arch) -> Any:
-    return triton.backends.compiler.GPUTarget(arch.backend, arch.capability, arch.warp_size)
-
-
-def _options(case: CompileCase) -> dict[str, Any]:
-    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
-
-
-def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
+def _cuda_facts(compiled: Any, arch: Arch, num_warps: int) -> Record:
     """Registers and stack from the binary, instructions from the PTX."""
     usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
@@ -265,9 +307,9 @@ def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
     max_warps, max_ctas = RESIDENT[arch.name]
     warp_registers = -(-registers * 32 // 256) * 256  # allotted in pieces of 256, to four warps at a time
     ctas = min(
-        REGISTERS_PER_SM // warp_registers // 4 * 4 // case.num_warps,
+        REGISTERS_PER_SM // warp_registers // 4 * 4 // num_warps,
         arch.shared_bytes_per_sm // (shared + RESERVED_SHARED),
-        max_warps // case.num_warps,
+        max_warps // num_warps,
         max_ctas,
     )
     columns = getattr(compiled.metadata, "tmem_size", 0)
@@ -291,8 +333,7 @@ def _cuda_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
     }
 
 
-def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
-    """Everything from the assembly and its metadata."""
+def _hip_facts(compiled: Any, arch: Arch, num_warps: int) -> Record:
     text = compiled.asm["amdgcn"]
 
     def count(name: str) -> int:
@@ -301,7 +342,7 @@ def _hip_facts(compiled: Any, arch: Arch, case: CompileCase) -> Record:
     registers, shared = count("vgpr_count"), compiled.metadata.shared
     # A SIMD has 512 registers a lane, given out by eights, for at most 8 waves; a compute unit has four SIMDs.
     waves = 4 * min(512 // (-(-registers // 8) * 8), 8)
-    ctas = min(waves // case.num_warps, arch.shared_bytes_per_sm // shared if shared else waves)
+    ctas = min(waves // num_warps, arch.shared_bytes_per_sm // shared if shared else waves)
     words = re.findall(r"(?:global|buffer)_load_dword(?:x(\d))?\b", text)
     return {
         "registers": registers,

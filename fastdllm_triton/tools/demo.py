@@ -52,11 +52,9 @@ class Variant:
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
         return sum(output.committed for output in self.outputs) / sum(output.seconds for output in self.outputs)
 
     def right(self, asked: Sequence[Problem]) -> int:
-        """How many answers end in the right number."""
         return sum(score(problem, text)[0] for problem, text in zip(asked, self.texts, strict=False))
 
 

@@ -43,7 +43,6 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """For people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}), Triton's interpreter"
@@ -56,7 +55,6 @@ def folder_name(machine: dict[str, Any]) -> str:
 
 
 def version(package: str) -> str | None:
-    """Of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

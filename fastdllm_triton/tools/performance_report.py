@@ -26,20 +26,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 import triton
 from rich.table import Table
 
-from ..kernels import commit_tokens as commit
-from ..kernels import head_statistics, linear, rms_norm, rope_kv_write, swiglu, token_statistics, window_attention
 from ..kernels._arch import ARCHS, Arch
-from ..kernels._compile import CompileCase
+from ..verify.cases import OPS as CASES
+from ..verify.cases import ShapeClass
 from .assembly import cuobjdump
-from .compile_report import Record, compile_case, compiled, in_processes
-from .roofline import GPUS, SHAPES
+from .compile_report import CompileCase, Record, compile_case, compiled, in_processes, launched
+from .roofline import GPUS
 
 #: Seconds from a load to its data when memory is busy: an assumption, above the some 0.3 us of an idle Hopper (Luo et al.,
 #: arXiv 2402.13499). It scales ``needed`` and nothing else.
@@ -69,142 +68,28 @@ CLASSES = {
 OTHER = "integer"
 
 
-@dataclass(frozen=True)
-class ShapeClass:
-    """A forward whose kernels are looked at.
-
-    Attributes:
-        name: for people.
-        model: a name in :data:`fastdllm_triton.tools.roofline.SHAPES`.
-        batch, window, slots: of the forward.
-    """
-
-    name: str
-    model: str
-    batch: int
-    window: int
-    slots: int
-
-    @property
-    def rows(self) -> int:
-        """Of all sequences."""
-        return self.batch * self.window
-
-
 SHAPE_CLASSES = (
-    ShapeClass("LLaDA step", "llada-8b", 1, 32, 1024),
-    ShapeClass("LLaDA step, batch 8", "llada-8b", 8, 32, 1024),
-    ShapeClass("LLaDA refresh", "llada-8b", 1, 1024, 1024),
-    ShapeClass("Dream step", "dream-7b", 1, 32, 1024),
+    ShapeClass("LLaDA step", "llada", 1, 32, 1024),
+    ShapeClass("LLaDA step, batch 8", "llada", 8, 32, 1024),
+    ShapeClass("LLaDA refresh", "llada", 1, 1024, 1024),
+    ShapeClass("Dream step", "dream", 1, 32, 1024),
 )
-#: Rows of a block, which are those that reach the head.
-BLOCK = 32
+OPS = (
+    "rms_norm",
+    "rope_kv_write",
+    "window_attention",
+    "linear",
+    "swiglu",
+    "token_statistics",
+    "head_statistics",
+    "commit_tokens",
+)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel that a shape class launches: which case of the compile report, and on how many programs."""
-
-    case: CompileCase
-    programs: int
-
-
-def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[Launch]:
-    """The launches of an op in a shape class, those that the compile report has cases for."""
-    return [Launch(case, programs) for case, programs in _LAUNCHES[op](shape_class, arch)]
-
-
-_Found = Iterable[tuple[CompileCase, int]]
-
-
-def _labelled(module: Any, arch: Arch, label: str) -> list[CompileCase]:
-    return [case for case in module.compile_cases(arch) if case.config == label]
-
-
-def _rms_norm(c: ShapeClass, arch: Arch) -> _Found:
-    for case in _labelled(rms_norm, arch, f"bf16 E={SHAPES[c.model].width} residual"):
-        yield case, c.rows
-
-
-def _swiglu(c: ShapeClass, arch: Arch) -> _Found:
-    width = SHAPES[c.model].mlp
-    config = swiglu.select_config(arch, width)
-    for case in _labelled(swiglu, arch, f"bf16 block={config.block_f}"):
-        yield case, c.rows * math.ceil(width / config.block_f)
-
-
-def _rope(c: ShapeClass, arch: Arch) -> _Found:
-    shape = SHAPES[c.model]
-    config = rope_kv_write.select_config(arch, shape.kv_heads, shape.head_dim)
-    for case in _labelled(rope_kv_write, arch, f"bf16 {c.model.split('-')[0]} D={shape.head_dim}"):
-        yield case, c.rows * config.programs_per_token(shape.heads, shape.kv_heads)
-
-
-def _attention(c: ShapeClass, arch: Arch) -> _Found:
-    shape = SHAPES[c.model]
-    heads = (shape.heads, shape.kv_heads, shape.head_dim)
-    config = window_attention.select_config(arch, c.batch, c.window, *heads, c.slots, 2)
-    cases: dict[str, CompileCase] = {}
-    window_attention.add_cases(cases, arch, c.model.split("-")[0], *heads, config, "bf16")
-    rows, pairs = c.window * shape.heads // shape.kv_heads, c.batch * shape.kv_heads
-    programs = {"_window_attention_kernel": math.ceil(rows / config.block_m) * config.splits * pairs}
-    programs["_merge_kernel"] = math.ceil(rows / window_attention.MERGE_ROWS) * pairs
-    for case in cases.values():
-        yield case, programs[case.kernel.__name__]
-
-
-def _linear(c: ShapeClass, arch: Arch) -> _Found:
-    """The projections of LLaDA and Dream, where a measurement puts this kernel in the library's place."""
-    if c.rows > linear.MAX_ROWS:
-        return
-    width = SHAPES[c.model].width
-    cases = linear.compile_cases(arch)
-    for n, k, norm, activation, residual in linear.PROJECTIONS.values():
-        if width not in (n, k):
-            continue
-        config = linear.select_config(arch, c.rows, n, k, 2, activation)
-        wanted = {
-            "K": k, "NORM": norm, "SWIGLU": activation == "swiglu", "RESIDUAL": residual, "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "SWAP": config.swap, "STAGES": config.num_stages,
-            "SPLIT": config.splits > 1,
-        }  # fmt: skip
-        programs = math.ceil(c.rows / config.block_m) * math.ceil(n / (2 if activation else 1) / config.block_n) * config.splits
-        for case in cases:
-            if case.config.startswith("bf16") and wanted.items() <= case.constexprs.items():
-                yield case, programs
-
-
-def _token(c: ShapeClass, arch: Arch) -> _Found:
-    rows, vocabulary = c.batch * BLOCK, SHAPES[c.model].vocab_size
-    config = token_statistics.token_statistics_config(arch, rows, vocabulary, 2)
-    for case in _labelled(token_statistics, arch, "bf16 split" if config.splits > 1 else "bf16"):
-        yield case, rows * config.splits
-
-
-def _head(c: ShapeClass, arch: Arch) -> _Found:
-    shape, rows = SHAPES[c.model], c.batch * BLOCK
-    config = head_statistics.head_statistics_config(arch, rows, shape.vocab_size, shape.width, 2, False)
-    if config is not None:  # otherwise cuBLAS
-        for case in _labelled(head_statistics, arch, f"bf16 E={shape.width} rows={config.block_rows}"):
-            yield case, config.parts
-
-
-def _commit(c: ShapeClass, arch: Arch) -> _Found:
-    for case in _labelled(commit, arch, f"confidence threshold N={BLOCK}"):
-        yield case, c.batch
-
-
-_LAUNCHES: dict[str, Callable[[ShapeClass, Arch], _Found]] = {
-    "rms_norm": _rms_norm,
-    "rope_kv_write": _rope,
-    "window_attention": _attention,
-    "linear": _linear,
-    "swiglu": _swiglu,
-    "token_statistics": _token,
-    "head_statistics": _head,
-    "commit_tokens": _commit,
-}
-OPS = tuple(_LAUNCHES)
+def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[CompileCase]:
+    cases = CASES[op]
+    calls = (launched(cases, sizes, torch.bfloat16, arch) for sizes in cases.forward(shape_class))
+    return [case for call in calls for case in call]
 
 
 # --- SASS -----------------------------------------------------------------------------------------------------------------
@@ -220,7 +105,6 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """Its class."""
         return next((kind for kind, names in CLASSES.items() if self.name.split(".")[0].startswith(names)), OTHER)
 
     @property
@@ -233,7 +117,6 @@ class Instruction:
 
 
 def instructions(sass: str) -> list[Instruction]:
-    """What cuobjdump prints, as data."""
     lines = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", sass, flags=re.M)
     return [Instruction(int(address, 16), name, operands.strip()) for address, name, operands in lines if name != "NOP"]
 
@@ -284,11 +167,11 @@ def performance_report(
         if unknown := sorted(set(given) - set(known)):
             raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
     wanted = [
-        (op, arch, number, launch.case.config)
+        (op, arch, number, case.config)
         for op in ops
         for arch in archs
         for number, shape_class in enumerate(SHAPE_CLASSES)
-        for launch in launches(op, shape_class, ARCHS[arch])
+        for case in launches(op, shape_class, ARCHS[arch])
     ]
     return in_processes(_record, list(dict.fromkeys(wanted)), processes, on_progress)
 
@@ -297,28 +180,28 @@ def _record(wanted: tuple[str, str, int, str]) -> Record:
     """One launch by names, since a process cannot be sent a kernel."""
     op, name, number, label = wanted
     shape_class, arch = SHAPE_CLASSES[number], ARCHS[name]
-    launch = next(found for found in launches(op, shape_class, arch) if found.case.config == label)
-    fit = int(compile_case(launch.case, arch)["ctas_per_sm"])
-    code = instructions(cuobjdump(compiled(launch.case, arch).asm["cubin"], "-sass"))
-    return describe(shape_class, launch, arch, fit, code)
+    case = next(found for found in launches(op, shape_class, arch) if found.config == label)
+    fit = int(compile_case(case, arch)["ctas_per_sm"])
+    code = instructions(cuobjdump(compiled(case, arch).asm["cubin"], "-sass"))
+    return describe(shape_class, case, arch, fit, code)
 
 
-def describe(shape_class: ShapeClass, launch: Launch, arch: Arch, fit: int, code: Sequence[Instruction]) -> Record:
+def describe(shape_class: ShapeClass, case: CompileCase, arch: Arch, fit: int, code: Sequence[Instruction]) -> Record:
     """The record of a launch from its code and from how many of its programs fit an SM."""
-    case, body = launch.case, main_loop(code)
-    threads = 32 * case.num_warps
-    resident = min(fit, math.ceil(launch.programs / arch.sms))
+    body, options, programs = main_loop(code), case.launch_options, case.launch.programs
+    threads = 32 * options["num_warps"]
+    resident = min(fit, math.ceil(programs / arch.sms))
     is_async = any(one.name.startswith("LDGSTS") for one in body)
-    ahead = max(case.num_stages - 1, 1) if is_async and len(body) < len(code) else 1
+    ahead = max(options["num_stages"] - 1, 1) if is_async and len(body) < len(code) else 1
     loop_bytes = threads * sum(one.loaded_bytes for one in body)
     mix = Counter(one.kind for one in body)
     return {
         "op": case.op,
-        "kernel": case.kernel.__name__,
+        "kernel": case.launch.kernel.__name__,
         "arch": arch.name,
         "config": f"{shape_class.name}: {case.config}",
-        "programs": launch.programs,
-        "waves": round(launch.programs / (fit * arch.sms), 2),
+        "programs": programs,
+        "waves": round(programs / (fit * arch.sms), 2),
         "fit": fit,
         "resident": resident,
         "loop_bytes": loop_bytes,
@@ -367,7 +250,6 @@ def summary(records: Sequence[Record]) -> Table:
 
 
 def render(records: Sequence[Record]) -> list[Table]:
-    """A table an architecture."""
     found = []
     for arch in dict.fromkeys(record["arch"] for record in records):
         table = Table(*HEADS, title=f"{arch}, {GPUS[PARTS[arch]].name}")
@@ -379,7 +261,6 @@ def render(records: Sequence[Record]) -> list[Table]:
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """The report as a page."""
     lines = [
         "# Static performance report",
         "",

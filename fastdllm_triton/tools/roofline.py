@@ -21,13 +21,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from .. import tiny
 from ..decoding.cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockState, CacheName, Window, cache_policy
-
-if TYPE_CHECKING:
-    from ..models.config import ModelConfig
+from ..models.config import ModelConfig
+from ..models.published import PUBLISHED
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,8 @@ class Shape:
         return self.layers * self.layer_parameters + self.vocab_size * self.width
 
 
-#: config.json of GSAI-ML/LLaDA-8B-Instruct (LLaDA 1.5 has the same) and Dream-org/Dream-v0-Instruct-7B.
-SHAPES = {
-    "llada-8b": Shape("LLaDA-8B", 32, 4096, 32, 32, 128, 12_288, 126_464),
-    "llada-1.5": Shape("LLaDA-1.5", 32, 4096, 32, 32, 128, 12_288, 126_464),
-    "dream-7b": Shape("Dream-7B", 28, 3584, 28, 4, 128, 18_944, 152_064),
-}
+_NAMES = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
+SHAPES = {name: Shape.of(config, _NAMES[name]) for name, config in PUBLISHED.items()}
 
 
 def shape_of(model: str | Path) -> Shape:
@@ -228,18 +223,9 @@ def op_costs(
     }  # fmt: skip
 
 
-def forward_cost(
-    shape: Shape,
-    batch: float,
-    window: float,
-    keys: float,
-    head_rows: float,
-    *,
-    weight_bits: float = 16,
-    cache_bits: float = 16,
-) -> Cost:
+def forward_cost(shape: Shape, batch: float, window: float, keys: float, head_rows: float, **bits: float) -> Cost:
     """What a forward costs; arguments as :func:`op_costs` takes them."""
-    ops = op_costs(shape, batch, window, keys, head_rows, weight_bits=weight_bits, cache_bits=cache_bits).values()
+    ops = op_costs(shape, batch, window, keys, head_rows, **bits).values()
     return Cost(sum(op.bytes for op in ops), sum(op.flops for op in ops))
 
 
@@ -306,7 +292,6 @@ class Setting:
 
     @property
     def slots(self) -> int:
-        """Slots of a sequence: prompt and generation."""
         return self.prompt_length + self.gen_length
 
     @property
@@ -315,7 +300,6 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Useful tokens: those up to the end token."""
         return self.stop_at or self.gen_length
 
     def schedule(self) -> list[Phase]:
@@ -367,23 +351,17 @@ class Floor:
 
     @property
     def tokens_per_second(self) -> float:
-        """Useful tokens over time."""
         return self.tokens / self.seconds
 
 
-def generation_cost(
-    shape: Shape, schedule: Sequence[Phase], *, weight_bits: float = 16, cache_bits: float = 16
-) -> list[tuple[Phase, Cost]]:
+def generation_cost(shape: Shape, schedule: Sequence[Phase], **bits: float) -> list[tuple[Phase, Cost]]:
     """Each phase with what all its forwards cost together."""
-    bits = {"weight_bits": weight_bits, "cache_bits": cache_bits}
     return [(p, forward_cost(shape, p.batch, p.window, p.keys, p.head_rows, **bits) * p.forwards) for p in schedule]
 
 
-def generation_floor(
-    shape: Shape, schedule: Sequence[Phase], gpu: Gpu, tokens: float, *, weight_bits: float = 16, cache_bits: float = 16
-) -> Floor:
+def generation_floor(shape: Shape, schedule: Sequence[Phase], gpu: Gpu, tokens: float, **bits: float) -> Floor:
     """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are the useful ones of all rows."""
-    costs = generation_cost(shape, schedule, weight_bits=weight_bits, cache_bits=cache_bits)
+    costs = generation_cost(shape, schedule, **bits)
 
     def seconds(refresh: bool) -> float:
         return sum(cost.seconds(gpu) for phase, cost in costs if (phase.name == "refresh") == refresh)
@@ -398,7 +376,6 @@ def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
 
 
 def what_if(setting: Setting) -> list[tuple[str, Setting]]:
-    """The setting, and what could be changed about it."""
     changes: list[tuple[str, dict[str, object]]] = [
         ("as given", {}),
         ("fp8 weights", {"weight_bits": 8}),

@@ -15,7 +15,7 @@ _PACKAGE = __name__.partition(".")[0]
 #: Documented names of before, and where the modules are now.
 MOVED = {
     "environment": "utils.environment",
-    "evaluation.harness": "integrations.lm_eval",
+    "evaluation.harness": "evaluation.lm_eval",
     "roofline": "tools.roofline",
     "swap": "integrations.transformers",
     "swap.accelerate": "integrations.transformers.accelerate",

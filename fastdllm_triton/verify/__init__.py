@@ -76,7 +76,6 @@ def verify(
 
 
 def jobs_for(device: torch.device) -> int:
-    """Processes that the machine has room for."""
     from .processes import jobs_for
 
     return jobs_for(device)
@@ -101,7 +100,6 @@ def check_names(ops: Sequence[str] | None) -> list[str]:
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The device to verify on."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -67,7 +67,6 @@ class Ledger:
             self.records = earlier.records if self.quick or not earlier.quick else []
 
     def add(self, record: Record) -> None:
-        """Keeps a record, and writes the file."""
         self.records.append(record)
         self.write()
 
@@ -82,7 +81,6 @@ class Ledger:
                 write_json(self.path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
-        """All that is known, as JSON."""
         return {
             "ok": all(record.ok for record in self.records),
             "machine": self.machine,

@@ -58,12 +58,10 @@ class Setup:
 
     @cached_property
     def tiny(self) -> MaskedDiffusionLM:
-        """The built-in model with the kernels."""
         return load("tiny", device=self.device, dtype=DTYPE, backend="triton")
 
     @cached_property
     def tiny_reference(self) -> MaskedDiffusionLM:
-        """The built-in model with PyTorch."""
         return load("tiny", device=self.device, dtype=DTYPE, backend="reference")
 
     @property
@@ -86,7 +84,6 @@ class ModelCheck:
 
 
 def verify_model(name: str, device: torch.device, *, quick: bool = False) -> Record:
-    """The record of a check in :data:`MODEL_CHECKS`."""
     check = next(check for check in MODEL_CHECKS if check.name == name)
     began = time.perf_counter()
     try:
@@ -97,7 +94,6 @@ def verify_model(name: str, device: torch.device, *, quick: bool = False) -> Rec
 
 
 def golden_cases() -> list[dict[str, Any]]:
-    """The recorded trajectories."""
     return [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
 
 

@@ -1,26 +1,25 @@
-"""Every kernel on its grid: against float64, against PyTorch's own error, and against itself a second time."""
+"""Every kernel on its cases: against float64, against PyTorch's own error, and against itself a second time."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import _check
-from .grids import GRIDS, Case, Function, Grid, Inputs, Outputs, Random
+from .cases import OPS, Case, Inputs, OpCases, Outputs
 from .records import CaseRecord, Record
 from .tolerance import Judgement, as_close_as_torch, bitwise, identical
 
 
 def dtypes_of(op: str) -> list[str]:
-    """The dtypes that an op is tried in here."""
     # The interpreter's numpy computes with the bits of a bfloat16.
-    dtypes = [dtype for dtype in GRIDS[op].dtypes if not (_check.INTERPRETED and dtype == torch.bfloat16)]
+    dtypes = [dtype for dtype in OPS[op].dtypes if not (_check.INTERPRETED and dtype == torch.bfloat16)]
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
@@ -28,29 +27,27 @@ def verify_op(op: str, device: torch.device, *, quick: bool = False, dtypes: Seq
     """A record for each dtype.
 
     Args:
-        op: a name in :data:`GRIDS`.
+        op: a name in :data:`OPS`.
         device: a GPU, or the CPU where Triton's interpreter runs.
         quick: only the quick cases, and on a GPU the key ones.
         dtypes: of :func:`dtypes_of`; all if not given.
     """
-    grid = GRIDS[op]
     for dtype in dtypes or dtypes_of(op):
         began = time.perf_counter()
-        cases = [_case_record(grid, case, device, getattr(torch, dtype)) for case in wanted(grid, device, quick)]
+        cases = [_case_record(OPS[op], case, device, getattr(torch, dtype)) for case in wanted(OPS[op], device, quick)]
         yield Record(op, dtype, cases, time.perf_counter() - began)
 
 
-def wanted(grid: Grid, device: torch.device, quick: bool) -> list[Case]:
-    """The cases of a run."""
+def wanted(op: OpCases, device: torch.device, quick: bool) -> list[Case]:
     where = {"quick"} if quick else {"quick", "full"}
     if device.type == "cuda":
         where |= {"key"} if quick else {"key", "gpu"}
-    return [case for case in grid.cases if case.where in where]
+    return [case for case in op.cases if case.where in where]
 
 
-def _case_record(grid: Grid, case: Case, device: torch.device, dtype: torch.dtype) -> CaseRecord:
+def _case_record(op: OpCases, case: Case, device: torch.device, dtype: torch.dtype) -> CaseRecord:
     try:
-        found, unequal, same = try_case(grid, case, device, dtype)
+        worst, unequal, same = try_case(op, case, device, dtype)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
@@ -60,47 +57,81 @@ def _case_record(grid: Grid, case: Case, device: torch.device, dtype: torch.dtyp
         return CaseRecord(case.why, math.inf, 0.0, ok=False, note=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
     notes = [f"wrong: {', '.join(unequal)}"] if unequal else []
     notes += [] if same else ["a second run gives other bits"]
-    return CaseRecord(case.why, found.error, found.bound, ok=not notes, note="; ".join(notes))
+    return CaseRecord(case.why, worst.error, worst.bound, ok=not notes, note="; ".join(notes))
 
 
-def try_case(grid: Grid, case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Judgement, list[str], bool]:
+def try_case(
+    op: OpCases, case: Case, device: torch.device, dtype: torch.dtype, **options: Any
+) -> tuple[Judgement, list[str], bool]:
     """Runs a case.
 
+    Args:
+        op, case: what is tried.
+        device, dtype: of the inputs.
+        options: further arguments of the kernel, in the place of the op's own variants.
+
     Returns:
-        The judgement of the output that is worst, the names of outputs that are wrong, and whether a second run is bitwise
-        the first.
+        The judgement of the output that is worst, the names of outputs that are wrong, and whether a second run, which is given
+        memory for its results, is bitwise the first.
     """
-    kernel = _function("kernels", grid.op)
-    reference = _function("reference", grid.op)
-    inputs = grid.inputs(Random(device, dtype), **case.sizes)
-    got, again = grid.outputs(kernel, inputs), grid.outputs(kernel, inputs)
-    plain = grid.outputs(reference, inputs)
-    exact = grid.outputs(reference, _in_float64(inputs)) if grid.float64 else plain
-    baseline = plain if grid.twin is None else grid.twin(inputs)
-    judged = {name: _judge(got[name], exact[name], plain[name], baseline.get(name)) for name in plain}
+    inputs = op.inputs(case.sizes, device, dtype)
+    expected = Expected.of(op, inputs)
+    memory = op.result_memory(expected.plain)
+    judged: dict[str, Judgement] = {}
+    same = True
+    for variant, more in ({"": options} if options else op.variants(inputs)).items():
+        got = op.outputs(op.kernel, inputs, **op.common, **more)
+        again = op.outputs(op.kernel, inputs | memory, **op.common, **more)
+        judged |= {f"{name} {variant}".strip(): judgement for name, judgement in expected.judge(got).items()}
+        same &= all(bitwise(got[name], again[name]) for name in got)
     worst = max(judged.values(), key=lambda judgement: judgement.severity)
-    return worst, [name for name, judgement in judged.items() if not judgement.ok], _same(got, again)
+    return worst, wrong(judged), same
 
 
-def _judge(got: Tensor, exact: Tensor, plain: Tensor, baseline: Tensor | None) -> Judgement:
-    if not plain.is_floating_point():
-        return identical(got, plain)
-    return as_close_as_torch(got, exact.double(), plain if baseline is None else baseline)
+def wrong(judged: Mapping[str, Judgement]) -> list[str]:
+    return [name for name, judgement in judged.items() if not judgement.ok]
 
 
-def _same(got: Outputs, again: Outputs) -> bool:
-    return all(bitwise(got[name], again[name]) for name in got)
+@dataclass(frozen=True)
+class Expected:
+    """What a call must give.
+
+    Attributes:
+        plain: the reference's result in the inputs' dtype.
+        exact: its result in float64.
+        torch: PyTorch's own, whose error sets the bound.
+    """
+
+    plain: Outputs
+    exact: Outputs
+    torch: Outputs
+
+    @classmethod
+    def of(cls, op: OpCases, inputs: Inputs) -> Expected:
+        """Of an op's inputs; in float32 where there is no room for float64."""
+        plain = op.outputs(op.reference, inputs, **op.common)
+        exact = plain
+        if op.float64:
+            try:
+                exact = op.outputs(op.reference, _in(torch.float64, inputs), **op.common)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                exact = op.outputs(op.reference, _in(torch.float32, inputs), **op.common)
+        return cls(plain, exact, plain if op.twin is None else op.twin(inputs))
+
+    def judge(self, got: Outputs) -> dict[str, Judgement]:
+        """Each of a kernel's outputs by the rule of :mod:`fastdllm_triton.verify.tolerance`."""
+        return {name: self._judge(name, tensor) for name, tensor in got.items()}
+
+    def _judge(self, name: str, got: Tensor) -> Judgement:
+        plain = self.plain[name]
+        if not plain.is_floating_point():
+            return identical(got, plain)
+        return as_close_as_torch(got, self.exact[name].double(), self.torch.get(name, plain))
 
 
-def _in_float64(inputs: Inputs) -> Inputs:
+def _in(dtype: torch.dtype, inputs: Inputs) -> Inputs:
     def convert(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return {name: convert(value) for name, value in inputs.items()}
-
-
-def _function(room: str, op: str) -> Function:
-    """Looked up anew each time, so that a test can put a wrong kernel in its place."""
-    module = importlib.import_module(f"{__package__.rsplit('.', 1)[0]}.{room}.{op}")
-    function: Function = getattr(module, op)
-    return function

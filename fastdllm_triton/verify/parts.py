@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .grids import GRIDS
+from .cases import OPS
 from .models import DTYPE, MODEL_CHECKS, verify_model
 from .ops import dtypes_of, verify_op
 from .records import Record
@@ -30,11 +30,9 @@ class Part:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Check and dtype of its record."""
         return (self.what, DTYPE) if self.name == MODELS else (self.name, self.what)
 
     def run(self, device: torch.device, *, quick: bool) -> Record:
-        """Tries it, in this process."""
         if self.name == MODELS:
             return verify_model(self.what, device, quick=quick)
         (record,) = verify_op(self.name, device, quick=quick, dtypes=[self.what])
@@ -43,11 +41,10 @@ class Part:
 
 def names() -> list[str]:
     """What can be verified: the ops in the order of a forward, and ``models``."""
-    return [*GRIDS, MODELS]
+    return [*OPS, MODELS]
 
 
 def parts_of(chosen: Iterable[str]) -> list[Part]:
-    """The parts of names, in order."""
     checks = [check.name for check in MODEL_CHECKS]
     return [Part(name, what) for name in chosen for what in (checks if name == MODELS else dtypes_of(name))]
 

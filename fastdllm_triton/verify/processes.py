@@ -62,7 +62,6 @@ def _in_process(part: Part, device: torch.device, quick: bool) -> Record:
 
 
 def main(name: str, what: str, device: str, level: str) -> None:
-    """Tries a part, and prints its record."""
     print(json.dumps(Part(name, what).run(torch.device(device), quick=level == "quick").as_json()))
 
 

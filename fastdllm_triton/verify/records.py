@@ -54,12 +54,10 @@ class Record:
 
     @property
     def ok(self) -> bool:
-        """Whether every case held."""
         return all(case.ok for case in self.cases)
 
     @property
     def tried(self) -> int:
-        """Cases that were run."""
         return sum(not case.skipped for case in self.cases)
 
     @property
@@ -81,13 +79,11 @@ class Record:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Record:
-        """What :meth:`as_json` was made from."""
         cases = [CaseRecord(**case | {"error": math.inf if case["error"] is None else case["error"]}) for case in found["cases"]]
         return cls(found["check"], found["dtype"], cases, found["seconds"])
 
 
 def render(records: Sequence[Record], title: str) -> Table:
-    """A row a record; what failed is red."""
     table = Table("check", "dtype", title=title)
     for column in ("cases", "max error", "bound"):
         table.add_column(column, justify="right")

@@ -21,7 +21,6 @@ class Judgement:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within the bound."""
         return self.error <= self.bound
 
     @property

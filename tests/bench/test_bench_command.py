@@ -6,14 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from _bench import CEILINGS, DEVICE, bench_of, made_up_report, run_once
+from _bench import CEILINGS, DEVICE, bench_of, made_up_report, run_once, small
 from typer.testing import CliRunner
 
 import fastdllm_triton.kernels.swiglu
@@ -92,12 +92,9 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_session, "Session", session)
     for op in ("swiglu", "rms_norm"):
-        bench = bench_of(op)
-        module = sys.modules[f"fastdllm_triton.bench.bench_{op}"]
-        inputs = partial(module.inputs, dtype=torch.float16)
-        changed = {"shapes": bench.quick, "key": bench.quick, "inputs": lambda s, d, seed, inputs=inputs: inputs(s, d, seed)}
-        changed["baselines"] = {"torch": bench.baselines["torch"]}
-        monkeypatch.setattr(module, "BENCH", type(bench)(**{**vars(bench), **changed}))
+        bench = small(op, {"torch": bench_of(op).baselines["torch"]})
+        bench = replace(bench, cases=replace(bench.cases, key=bench.cases.shapes))
+        monkeypatch.setattr(sys.modules[f"fastdllm_triton.bench.bench_{op}"], "BENCH", bench)
 
 
 @pytest.mark.usefixtures("pretend_gpu")
@@ -122,9 +119,7 @@ def test_results_are_written_after_every_case_and_a_run_goes_on_where_they_end(
     assert again.exit_code == 2 and "holds results; give another folder, or --resume" in plain(again.stderr)
 
     measured: list[str] = []
-    monkeypatch.setattr(
-        sys.modules["fastdllm_triton.bench._session"], "check", lambda bench, shape, inputs: measured.append(bench.op)
-    )
+    monkeypatch.setattr(sys.modules["fastdllm_triton.bench._session"], "check", lambda cases, *call: measured.append(cases.op))
     assert run("ops", *FAST, "--out", folder, "--resume").exit_code == 0
     assert measured == ["rms_norm"]
     assert sorted(row["op"] for row in Report.load(tmp_path / "out").rows) == ["rms_norm"] * 2 + ["swiglu"] * 2

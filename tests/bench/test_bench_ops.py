@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from _bench import CEILINGS, DEVICE, bench_of, half_inputs, module_of, rows_of, run_once, session
+from _bench import CEILINGS, DEVICE, bench_of, module_of, rows_of, run_once, session, small
 from _cuda import PretendCuda
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastdllm_triton.bench import _baselines as baselines
 from fastdllm_triton.bench import _timing as timing
-from fastdllm_triton.bench._session import benches, check, label, sets_of_inputs, timed
+from fastdllm_triton.bench._session import benches, check, label, sets_and_results, sets_of_inputs, timed
 from fastdllm_triton.tools import roofline
+from fastdllm_triton.verify.cases import OPS as OP_CASES
+from fastdllm_triton.verify.cases.commit_tokens import MASK, START
+from fastdllm_triton.verify.ops import Expected
 
 OPS = [bench.op for bench in benches("ops")]
 CPU = torch.device("cpu")
-
-
-def small(op: str, **options):
-    """The bench of an op on its small shape, in float16, without what needs a compiler."""
-    bench = bench_of(op)
-    anywhere = {name: run for name, run in bench.baselines.items() if name not in bench.gpu_only}
-    return replace(bench, **{"shapes": bench.quick[:1], "key": (), "inputs": half_inputs(op), "baselines": anywhere} | options)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -40,10 +37,10 @@ def test_every_provider_runs_and_is_put_next_to_its_ceiling(op):
         missing = {"window_attention": 4, "commit_tokens": 1}
         assert len(rows) - len(timed_rows) == missing.get(op, 0)
     for row in timed_rows:
-        assert row["shape"] == bench.quick[0] and row["axis"] in row["shape"]
-        assert row["gb_per_s"] == pytest.approx(bench.bytes(row["shape"]) / 1e6)
+        assert row["shape"] == bench.cases.small and row["axis"] in row["shape"]
+        assert row["gb_per_s"] == pytest.approx(bench.cases.bytes(row["shape"]) / 1e6)
         assert row["of_copy"] == pytest.approx(row["gb_per_s"] / 1e3)
-        assert row["of_matrix"] == pytest.approx(bench.flops(row["shape"]) / 1e-3 / 1e14)
+        assert row["of_matrix"] == pytest.approx(bench.cases.flops(row["shape"]) / 1e-3 / 1e14)
         assert row["of_floor"] == pytest.approx(max(row["of_copy"], row["of_matrix"]))
         assert (row["median_ms"], row["p20_ms"], row["p80_ms"], row["times_triton"]) == (1.0, 0.9, 1.2, 1.0)
     json.dumps(rows)
@@ -56,38 +53,53 @@ def test_a_time_is_a_fraction_of_the_nearer_ceiling():
     assert timed(timing.Timing(2.0, 1.9, 2.1), 10**9, 0, CEILINGS)["of_floor"] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "swiglu"])
-def test_bytes_are_those_of_the_tensors(op):
-    bench = bench_of(op)
-    for shape in (bench.quick[0], *([bench.quick[0] | {"residual": False}] if op == "rms_norm" else [])):
-        assert bench.bytes(shape) == sum(tensor.nbytes for tensor in bench.inputs(shape, CPU, 0).values())
+def nbytes(op, shape):
+    """Of the inputs and the results of a call."""
+    (inputs,), _ = sets_and_results(OP_CASES[op], shape, DEVICE, torch.float16)
+    return sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [("rms_norm", {}), ("rms_norm", {"residual": False}), ("swiglu", {}), ("linear", {}), ("linear", {"residual": True})],
+)
+def test_bytes_are_those_of_the_tensors(op, change):
+    shape = OP_CASES[op].small | change
+    assert OP_CASES[op].bytes(shape) == nbytes(op, shape)
 
 
 def test_bytes_of_rope_kv_write_are_the_projection_twice():
-    bench = bench_of("rope_kv_write")
-    assert bench.bytes(bench.quick[0]) == 2 * bench.inputs(bench.quick[0], CPU, 0)["qkv"].nbytes
+    cases = OP_CASES["rope_kv_write"]
+    assert cases.bytes(cases.small) == 2 * cases.inputs(cases.small, CPU, torch.float16)["qkv"].nbytes
 
 
 def test_bytes_and_flops_of_window_attention_are_those_of_the_tensors_and_products():
-    bench = bench_of("window_attention")
-    shape = bench.quick[0]
-    inputs = bench.inputs(shape, CPU, 0)
-    assert bench.bytes(shape) == 2 * inputs["q"].nbytes + inputs["k_cache"].nbytes + inputs["v_cache"].nbytes
+    cases = OP_CASES["window_attention"]
+    shape = cases.small
+    inputs = cases.inputs(shape, CPU, torch.float16)
+    assert cases.bytes(shape) == 2 * inputs["q"].nbytes + inputs["k_cache"].nbytes + inputs["v_cache"].nbytes
     k, v = (inputs[name].repeat_interleave(7, dim=1) for name in ("k_cache", "v_cache"))
     with FlopCounterMode(display=False) as counter:
         torch.softmax(inputs["q"].transpose(1, 2) @ k.mT, dim=-1) @ v
-    assert bench.flops(shape) == counter.get_total_flops() > 0
+    assert cases.flops(shape) == counter.get_total_flops() > 0
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_bytes_and_flops_of_linear_are_those_of_the_tensors_and_the_product(residual):
-    bench = bench_of("linear")
-    shape = bench.quick[0] | {"residual": residual}
-    inputs = bench.inputs(shape, CPU, 0)
-    assert bench.bytes(shape) == sum(value.nbytes for value in inputs.values() if isinstance(value, torch.Tensor))
+def test_flops_of_linear_are_those_of_the_product():
+    cases = OP_CASES["linear"]
+    inputs = cases.inputs(cases.small, CPU, torch.float16)
     with FlopCounterMode(display=False) as counter:
         torch.nn.functional.linear(inputs["x"], inputs["weight"])
-    assert bench.flops(shape) == counter.get_total_flops() > 0
+    assert cases.flops(cases.small) == counter.get_total_flops() > 0
+
+
+def test_bytes_of_window_inputs_are_the_masks_read_and_the_results():
+    cases = OP_CASES["window_inputs"]
+    for sample in (False, True):
+        shape = cases.small | {"sample": sample}
+        inputs = cases.inputs(shape, DEVICE, torch.float32)
+        found = cases.outputs(cases.reference, inputs)
+        results = sum(found[name].nbytes for name in ("ids", "rows", "place") + ("keys",) * sample)
+        assert cases.bytes(shape) == results + 8 * shape["batch"] * shape["window"]
 
 
 @pytest.mark.parametrize(
@@ -95,37 +107,66 @@ def test_bytes_and_flops_of_linear_are_those_of_the_tensors_and_the_product(resi
     [("token_statistics", 2 * 3 * 500 + 3 * 28), ("head_statistics", 2 * (500 + 3) * 32), ("commit_tokens", 2 * 8 * 40)],
 )
 def test_bytes_of_the_selection_ops(op, needed):
-    bench = bench_of(op)
-    assert bench.bytes(bench.quick[0]) == needed
+    assert OP_CASES[op].bytes(OP_CASES[op].small) == needed
 
 
 def test_the_formulas_are_those_of_the_roofline():
     shape = roofline.SHAPES["llada-8b"]
     ops = roofline.op_costs(shape, 4, 32, 4096, 32)
     attention = {"model": "llada", "batch": 4, "window": 32, "slots": 4096}
-    assert bench_of("window_attention").bytes(attention) * 32 == ops["window_attention"].alone.bytes
-    assert bench_of("window_attention").flops(attention) * 32 == ops["window_attention"].flops
-    assert bench_of("swiglu").bytes({"rows": 128, "width": 12_288}) * 32 == ops["swiglu"].alone.bytes
-    assert bench_of("rms_norm").bytes({"rows": 128, "width": 4096, "residual": True}) * 64 == ops["rms_norm"].alone.bytes
+    assert OP_CASES["window_attention"].bytes(attention) * 32 == ops["window_attention"].alone.bytes
+    assert OP_CASES["window_attention"].flops(attention) * 32 == ops["window_attention"].flops
+    assert OP_CASES["swiglu"].bytes({"rows": 128, "width": 12_288}) * 32 == ops["swiglu"].alone.bytes
+    assert OP_CASES["rms_norm"].bytes({"rows": 128, "width": 4096, "residual": True}) * 64 == ops["rms_norm"].alone.bytes
     rope = {"model": "llada", "batch": 4, "window": 32, "slots": 4096}
-    assert bench_of("rope_kv_write").bytes(rope) * 32 == ops["rope_kv_write"].alone.bytes
+    assert OP_CASES["rope_kv_write"].bytes(rope) * 32 == ops["rope_kv_write"].alone.bytes
     head = {"rows": 128, "vocabulary": 126_464, "width": 4096}
-    assert bench_of("head_statistics").bytes(head) == ops["head_statistics"].alone.bytes
-    assert bench_of("head_statistics").flops(head) == ops["head_statistics"].flops
+    assert OP_CASES["head_statistics"].bytes(head) == ops["head_statistics"].alone.bytes
+    assert OP_CASES["head_statistics"].flops(head) == ops["head_statistics"].flops
     down = {"rows": 128, "n": 4096, "k": 12_288, "norm": False, "activation": None, "residual": False}
-    assert bench_of("linear").bytes(down) * 32 == ops["down"].alone.bytes
-    assert bench_of("linear").flops(down) * 32 == ops["down"].flops
+    assert OP_CASES["linear"].bytes(down) * 32 == ops["down"].alone.bytes
+    assert OP_CASES["linear"].flops(down) * 32 == ops["down"].flops
 
 
 def test_a_wrong_kernel_is_not_timed():
-    wrong = small("swiglu", ours=lambda i: torch.zeros_like(i["out"]))
-    with pytest.raises(AssertionError, match=r"swiglu .*'rows': 3"):
-        check(wrong, wrong.shapes[0], wrong.inputs(wrong.shapes[0], DEVICE, 0))
+    wrong = small("swiglu", ours=lambda gate_up, out: out.zero_())
+    (inputs,), expected = sets_and_results(wrong.cases, wrong.cases.small, DEVICE, torch.float16)
+    with pytest.raises(AssertionError, match=r"swiglu .*'rows': 3.*: y: error .* allowed"):
+        check(wrong.cases, wrong.cases.small, wrong.function, inputs, expected)
     (row,) = rows_of(wrong, session())
     assert row["refused"] and "median_ms" not in row
     assert row["missing"].startswith("refused: wrong on these inputs: swiglu {'rows': 3, 'width': 64}")
     for row in rows_of(wrong, session(unverified=True)):
         assert row["median_ms"] == 1.0 and row["wrong"].startswith("swiglu {'rows': 3, 'width': 64}")
+
+
+@pytest.mark.parametrize("factor", [0.98, 1.0])
+def test_what_is_timed_must_hold_by_the_rule_of_verify(factor):
+    bench = bench_of("swiglu")
+    (inputs,), expected = sets_and_results(bench.cases, bench.cases.small, DEVICE, torch.float16)
+    scaled = lambda **i: bench.cases.kernel(**i).mul_(factor)  # noqa: E731
+    if factor == 1:
+        check(bench.cases, bench.cases.small, scaled, inputs, expected)
+    else:  # two percent, which float16 does not explain
+        with pytest.raises(AssertionError, match="y: error"):
+            check(bench.cases, bench.cases.small, scaled, inputs, expected)
+
+
+def test_without_room_for_float64_a_result_is_held_against_float32(monkeypatch):
+    cases = OP_CASES["swiglu"]
+    reference, seen = cases.reference, []
+
+    def cramped(gate_up):
+        seen.append(gate_up.dtype)
+        if gate_up.dtype == torch.float64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return reference(gate_up)
+
+    monkeypatch.setattr(sys.modules["fastdllm_triton.reference.swiglu"], "swiglu", cramped)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    expected = Expected.of(cases, cases.inputs(cases.small, CPU, torch.float16))
+    assert seen == [torch.float16, torch.float64, torch.float32]
+    assert expected.exact["y"].dtype == torch.float32
 
 
 def test_a_baseline_that_rejects_a_shape_is_listed_with_its_reason():
@@ -148,14 +189,14 @@ def test_a_baseline_that_rejects_a_shape_is_listed_with_its_reason():
 
 
 def test_a_shape_too_large_for_the_memory_is_a_row_with_the_reason_and_the_others_go_on():
-    bench = small("swiglu")
+    cases = OP_CASES["swiglu"]
 
-    def inputs(shape, device, seed, **dtype):
-        if shape["rows"] > 100:
+    def make(random, rows, width):
+        if rows > 100:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return bench.inputs(shape, device, seed)
+        return cases.make(random, rows, width)
 
-    found = rows_of(replace(bench, inputs=inputs, shapes=[{"rows": 101, "width": 64}, bench.shapes[0]]), session())
+    found = rows_of(small("swiglu", make=make, shapes=[{"rows": 101, "width": 64}, cases.small]), session())
     assert [row.get("missing") for row in found] == ["too little GPU memory", None, None]
 
 
@@ -171,12 +212,13 @@ def test_cases_of_an_earlier_run_and_after_the_deadline_are_not_begun():
 @pytest.mark.parametrize("op", OPS)
 def test_on_a_gpu_the_key_shapes_come_first_and_quick_is_they_alone(op):
     bench = bench_of(op)
-    assert 2 <= len(bench.key) <= 8
-    assert bench.chosen(session(quick=True)) == bench.key
+    cases = bench.cases
+    assert 2 <= len(cases.key) <= 8
+    assert bench.chosen(session(quick=True)) == cases.key
     chosen = bench.chosen(session())
-    assert chosen[: len(bench.key)] == bench.key
-    assert sorted(map(label, chosen)) == sorted(map(label, bench.shapes))
-    assert bench.chosen(session(timer=None)) == bench.quick
+    assert chosen[: len(cases.key)] == cases.key
+    assert sorted(map(label, chosen)) == sorted(map(label, cases.shapes))
+    assert bench.chosen(session(timer=None)) == [cases.small]
 
 
 def test_only_the_baselines_that_are_asked_for_run():
@@ -245,7 +287,8 @@ def test_ceilings_are_measured_on_a_gpu():
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_a_bench_times_on_a_gpu(op):
-    bench = replace(bench_of(op), shapes=bench_of(op).quick, key=())
+    bench = bench_of(op)
+    bench = replace(bench, cases=replace(bench.cases, shapes=[bench.cases.small], key=()))
     rows = rows_of(bench, session(timer=timing.time_in_turns))
     assert "missing" not in rows[0]
     assert all(0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows if "missing" not in row)
@@ -268,44 +311,49 @@ def test_flex_is_compiled_at_every_shape(monkeypatch):
     shapes = [{"model": "llada", "batch": 1, "window": 32, "slots": slots} for slots in (64, 80, 96)]
     with torch._dynamo.config.patch(recompile_limit=2):  # of which there are more shapes
         for shape in shapes:
-            i = module.inputs(shape, CPU, 0, torch.float32)
+            i = OP_CASES["window_attention"].inputs(shape, CPU, torch.float32)
             for _ in range(2):
                 got = module.flex(i)
     assert len(compiled) == len(shapes)
-    torch.testing.assert_close(got.transpose(1, 2), module.reference(**i), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.transpose(1, 2), OP_CASES["window_attention"].reference(**i), rtol=1e-4, atol=1e-4)
+    two_rows = OP_CASES["window_attention"].inputs({**shapes[0], "batch": 2}, CPU, torch.float32)
     with pytest.raises(ValueError, match="one row and windows of 32 or all"):
-        module.flex(module.inputs({"model": "llada", "batch": 2, "window": 32, "slots": 64}, CPU, 0, torch.float32))
+        module.flex(two_rows)
     module.compiled_flex.cache_clear()
 
 
 @pytest.mark.parametrize("choose", [baselines.official_float64, baselines.torch_float32])
 def test_the_baselines_choose_what_the_kernel_chooses(choose):
-    module = module_of("token_statistics")
-    logits = module.inputs({"rows": 4, "vocabulary": 300, "temperature": 0.0}, DEVICE, 0, torch.float32)["logits"]
+    cases = OP_CASES["token_statistics"]
+    logits = cases.inputs({"rows": 4, "vocabulary": 300}, DEVICE, torch.float32)["logits"]
     token, confidence = choose(logits)
-    found = module.reference(logits)
+    found = cases.reference(logits)
     assert token.tolist() == found.token.tolist()
     torch.testing.assert_close(confidence.float(), found.confidence)
 
 
 def test_the_official_baseline_commits_what_the_threshold_rule_commits():
-    module = module_of("commit_tokens")
-    i = module.inputs({"batch": 5, "block": 16, "rule": "threshold"}, DEVICE, 0)
+    i = OP_CASES["commit_tokens"].inputs({"batch": 5, "block": 16, "rule": "threshold"}, DEVICE, torch.float32)
     statistics = i["statistics"]
-    statistics.token.copy_(torch.arange(16))
+    for name, value in vars(statistics).items():
+        value.copy_(torch.rand(5, 16) if name != "token" else torch.arange(16))
+    statistics.logsumexp.copy_(statistics.logit + torch.log1p(statistics.rest))
     statistics.rest[4] += 1  # nothing passes: the best alone
+    statistics.logsumexp[4] = (statistics.logit + torch.log1p(statistics.rest))[4]
     x = i["x"].clone()
-    done = baselines.official_threshold(x, statistics.token, statistics.confidence.double(), module.START, module.MASK, 0.7)
-    module.reference(i["x"], statistics, i["window_start"], i["state"])
-    assert x.tolist() == i["x"].tolist() and (x[4] != module.MASK).sum() == 1
+    done = baselines.official_threshold(x, statistics.token, statistics.confidence.double(), START, MASK, 0.7)
+    OP_CASES["commit_tokens"].reference(**i)
+    assert x.tolist() == i["x"].tolist() and (x[4] != MASK).sum() == 1
     assert done.tolist() == i["state"].done.tolist()
 
 
 def test_every_launch_of_the_commit_bench_decides_anew():
-    module = module_of("commit_tokens")
-    i = module.inputs({"batch": 2, "block": 8, "rule": "factor"}, DEVICE, 0)
-    counts = [module.run_kernel(i)[0].tolist() for _ in range(3)]
-    assert counts[0] == counts[1] == counts[2] and max(counts[0]) < 8
+    cases, left = OP_CASES["commit_tokens"], []
+    i = cases.inputs({"batch": 2, "block": 8, "rule": "factor"}, DEVICE, torch.float32)
+    for _ in range(3):
+        cases.kernel(**i)
+        left.append(i["state"].remaining.tolist())
+    assert left[0] == left[1] == left[2] and max(left[0]) < 8
     assert math.isnan(i["state"].confidence[0, 0].item())
 
 

@@ -113,16 +113,17 @@ def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
 def test_a_step_with_every_product_fused_computes_the_same(model):
     network = _models.network_of(model, DEVICE, torch.float32, "triton")
     ids = _models.prompt_of(model, 1, 12, DEVICE)
-    want, got = network.logits(ids), bench_step.fused(network).logits(ids)
+    want, got = network.logits(ids), bench_step.launched(network, "triton fused").logits(ids)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not torch.equal(got, want)  # in another order
 
 
-def test_serial_launches_are_serial_inside_alone(monkeypatch):
+def test_serial_launches_are_an_option_of_the_ops(monkeypatch):
     monkeypatch.setattr(_pdl, "INTERPRETED", False)
-    with bench_step.serial():
-        assert _pdl.dependent_launch(ARCHS["sm_90"]) == {"PDL": False}
-    assert _pdl.dependent_launch(ARCHS["sm_90"])["PDL"]
+    network = _models.network_of("tiny llada", DEVICE, torch.float32, "triton")
+    serial = bench_step.launched(network, "triton serial")
+    assert _pdl.dependent_launch(ARCHS["sm_90"], serial.ops.options) == {"PDL": False}
+    assert _pdl.dependent_launch(ARCHS["sm_90"], network.ops.options)["PDL"]
 
 
 @pytest.mark.parametrize(("gen_length", "tokens", "total"), [(1024, 1024 / 140, 140), (256, 3.01, 85), (512, 5.8, 88)])

@@ -66,7 +66,7 @@ def test_a_check_remembers_layouts_and_forgets_them_before_they_are_many(monkeyp
 def test_what_a_check_raises_is_raised_again() -> None:
     x = torch.zeros(3, 31, device=DEVICE)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"gate_up: got a last dimension of 31, needs an even one"):
+        with pytest.raises(ValueError, match=r"gate_up must be of an even last dimension, got one of 31"):
             ops.resolve("triton", DEVICE).swiglu(x)
 
 

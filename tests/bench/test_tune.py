@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from _bench import DEVICE
 from typer.testing import CliRunner
 
 from fastdllm_triton.bench import tune as module
-from fastdllm_triton.bench._session import check
+from fastdllm_triton.bench._session import check, sets_and_results
 from fastdllm_triton.bench._timing import Timing
 from fastdllm_triton.kernels import (
     _tuned,
@@ -29,18 +29,21 @@ from fastdllm_triton.kernels import (
     window_attention,
 )
 from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.verify.cases import OPS
+from fastdllm_triton.verify.cases.prefetch import PREFETCH
+from fastdllm_triton.verify.cases.window_attention import HEADS
 
 GPU = "NVIDIA Test 7"
 ARCH = ARCHS["sm_90"]
 #: A shape of each op that the interpreter runs in a blink.
 SMALL: dict[str, dict[str, Any]] = {
-    "linear": {"name": "small", "rows": 3, "n": 64, "k": 128, "norm": True, "activation": "swiglu", "residual": False},
+    "linear": dict(OPS["linear"].small),
     "window_attention": {"model": "dream", "batch": 1, "window": 3, "slots": 300},
     "cudnn_attention": {"model": "dream", "batch": 1, "window": 3, "slots": 70},
-    "prefetch": {"model": "dream", "slots": 64, "before": "norm", "n": 1024, "k": 2048},
+    "prefetch": dict(PREFETCH.small),
     "head_statistics": {"rows": 3, "vocabulary": 300, "width": 64, "temperature": 0.0},
-    "rope_kv_write": {"model": "dream", "batch": 1, "window": 2, "slots": 4},
-    "rms_norm": {"rows": 3, "width": 64, "residual": True},
+    "rope_kv_write": dict(OPS["rope_kv_write"].small),
+    "rms_norm": dict(OPS["rms_norm"].small),
     "swiglu": {"rows": 3, "width": 700},
     "token_statistics": {"rows": 2, "vocabulary": 30_000, "temperature": 0.0, "bits": 16},
 }
@@ -70,31 +73,31 @@ def chosen(op: str, shape: dict[str, Any], gpu: str | None) -> dict[str, Any]:
         found = linear.measured_config(gpu, dtype="float16", **size)
         return {} if found is None else asdict(found)
     if op == "window_attention":
-        sizes = (shape["batch"], shape["window"], *window_attention.MODELS[shape["model"]], shape["slots"], 2)
+        sizes = (shape["batch"], shape["window"], *HEADS[shape["model"]], shape["slots"], 2)
         return asdict(window_attention.select_config(ARCH, *sizes, gpu))
     if op == "cudnn_attention":
-        sizes = (shape["batch"], shape["window"], *window_attention.MODELS[shape["model"]], shape["slots"], 2)
+        sizes = (shape["batch"], shape["window"], *HEADS[shape["model"]], shape["slots"], 2)
         return {"library": "cudnn"} if window_attention.cudnn_wins(gpu, *sizes) else {}
     if op == "prefetch":
         return {"bytes": prefetch.prefetched_bytes(gpu, shape["n"], shape["k"], 2)}
     if op == "head_statistics":
-        found = head_statistics.head_statistics_config(ARCH, shape["rows"], shape["vocabulary"], shape["width"], 2, False, gpu)
+        found = head_statistics.select_config(ARCH, shape["rows"], shape["vocabulary"], shape["width"], 2, False, gpu)
         return head_statistics.BY_LIBRARY if found is None else asdict(found)
     if op == "rope_kv_write":
         return asdict(rope_kv_write.select_config(ARCH, 4, 128, gpu))
     if op == "token_statistics":
-        return asdict(token_statistics.token_statistics_config(ARCH, shape["rows"], shape["vocabulary"], 2, False, gpu))
+        return asdict(token_statistics.select_config(ARCH, shape["rows"], shape["vocabulary"], 2, False, gpu))
     return asdict({"rms_norm": rms_norm, "swiglu": swiglu}[op].select_config(ARCH, shape["width"], gpu))
 
 
 @pytest.mark.parametrize("op", module.SWEEPS)
 def test_candidates_compute_the_right_thing(op: str) -> None:
-    bench = module.bench_of(module.SWEEPS[op])
-    inputs = bench.inputs(SMALL[op], DEVICE, 0, dtype=torch.float16)
-    candidates = list(module.SWEEPS[op].candidates(module.arch_of(DEVICE), SMALL[op], bench, torch.float16))
+    cases = module.SWEEPS[op].cases
+    (inputs,), expected = sets_and_results(cases, SMALL[op], DEVICE, torch.float16)
+    candidates = list(module.SWEEPS[op].candidates(module.arch_of(DEVICE), SMALL[op], torch.float16))
     assert len({json.dumps(candidate.config) for candidate in candidates}) == len(candidates) >= 1
     for candidate in candidates[:: max(1, len(candidates) // 4)]:
-        check(replace(bench, ours=candidate.run), SMALL[op], inputs)
+        check(cases, SMALL[op], candidate.function, inputs, expected)
 
 
 @pytest.mark.parametrize("op", module.SWEEPS)
@@ -103,7 +106,7 @@ def test_what_is_written_is_what_is_chosen_there_and_nowhere_else(op: str, folde
     before = chosen(op, shape, None)
     candidate = next(
         c
-        for c in itertools.islice(sweep.candidates(ARCH, shape, module.bench_of(sweep), torch.float16), 200)
+        for c in itertools.islice(sweep.candidates(ARCH, shape, torch.float16), 200)
         if any(before.get(key) != value for key, value in c.config.items())
     )
     key = sweep.key(shape, torch.float16) | ({"rows": 16} if op == "linear" else {})
@@ -120,7 +123,7 @@ def test_what_is_written_is_what_is_chosen_there_and_nowhere_else(op: str, folde
 
 def test_sweeps_try_shapes_that_the_benches_have_and_keys_are_all_different() -> None:
     for sweep in module.SWEEPS.values():
-        assert all(set(shape) == set(module.bench_of(sweep).shapes[0]) for shape in sweep.shapes)
+        assert all(set(shape) == set(sweep.cases.shapes[0]) for shape in sweep.shapes)
         keys = [json.dumps(sweep.key(shape, torch.bfloat16)) for shape in sweep.shapes]
         # Two projections of different names may be one product.
         assert len(set(keys)) == len(keys) or sweep.op == "linear"
@@ -129,15 +132,14 @@ def test_sweeps_try_shapes_that_the_benches_have_and_keys_are_all_different() ->
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_an_op_has_at_most_600_candidates_the_best_guesses_first(arch: str) -> None:
     for sweep in module.SWEEPS.values():
-        bench = module.bench_of(sweep)
-        tried = [list(sweep.tried(ARCHS[arch], shape, bench, torch.bfloat16)) for shape in sweep.shapes]
+        tried = [list(sweep.tried(ARCHS[arch], shape, torch.bfloat16)) for shape in sweep.shapes]
         assert sum(map(len, tried)) <= module.MOST_CANDIDATES
         assert all(tried), sweep.op
 
 
 def tried(op: str, **shape: Any) -> list[dict[str, Any]]:
     sweep = module.SWEEPS[op]
-    return [dict(c.config) for c in sweep.tried(ARCH, shape, module.bench_of(sweep), torch.bfloat16)]
+    return [dict(c.config) for c in sweep.tried(ARCH, shape, torch.bfloat16)]
 
 
 def test_what_is_tried_reaches_large_tiles_and_short_chunks() -> None:
@@ -169,14 +171,12 @@ def test_a_dry_run_writes_what_it_has_after_every_shape_and_goes_on_there(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(module, "arch_of", lambda device: ARCH)
-    monkeypatch.setattr(module, "check", lambda bench, shape, inputs: None)
+    monkeypatch.setattr(module, "check", lambda *call: None)
+    monkeypatch.setattr(module, "sets_and_results", lambda *of: ([{}], None))
     monkeypatch.setattr(
         module, "time_in_turns",
         lambda runs, sets: {name: Timing(0.5 if '"num_warps": 4' in name else 1.0, 0, 0) for name in runs},
     )  # fmt: skip
-    for name, sweep in module.SWEEPS.items():
-        bench = replace(module.bench_of(sweep), inputs=lambda shape, device, seed, dtype: {})
-        monkeypatch.setitem(module.SWEEPS, name, replace(sweep, bench=bench))
     clock = itertools.count()
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     app = module.typer.Typer()

@@ -317,31 +317,54 @@ def test_a_tensor_unless_a_dict_is_asked_for(lm: fdt.MaskedDiffusionLM) -> None:
     assert torch.equal(x[:, :5], PROMPT)
 
 
+@pytest.mark.parametrize("alg_temp", [0.0, 0.1])  # by the engine, and by Dream's own loop
 @pytest.mark.parametrize(
-    ("cache", "normed", "asked"),
+    ("cache", "asked"),
     [
-        ("none", [8, 7, 5, 3], [8, 7, 5, 3]),  # of eight masks, the schedule commits 1, 2, 2 and the last 3
-        ("dual", [1, 4, 1, 4], [1, 3, 1, 3]),  # a refresh for one token, a step for the rest of the block
+        ("none", [8, 7, 5, 3]),  # of eight masks, the schedule commits 1, 2, 2 and the last 3
+        ("dual", [1, 3, 1, 3]),  # a refresh for one token, a step for the rest of the block
     ],
 )
-def test_only_rows_that_predict_a_masked_slot_pass_the_norm_and_the_head(
-    dream: fdt.MaskedDiffusionLM, monkeypatch: pytest.MonkeyPatch, cache: Any, normed: list[int], asked: list[int]
+def test_only_rows_that_predict_a_masked_slot_pass_the_head(
+    dream: fdt.MaskedDiffusionLM, monkeypatch: pytest.MonkeyPatch, cache: Any, asked: list[int], alg_temp: float
 ) -> None:
-    network, seen_normed, seen_asked = dream.network, [], []
-    norm, head = network.final_norm, network.ops.head_statistics
+    seen, head = [], dream.network.ops.head_statistics
 
-    def spy_norm(hidden: Tensor) -> Tensor:
-        seen_normed.append(hidden.shape[:-1].numel())
-        return norm(hidden)
-
-    def spy_head(hidden: Tensor, weight: Tensor, *, rows: Tensor, **options: Any) -> Any:
-        seen_asked.append(int((rows >= 0).sum()))
+    def spy(hidden: Tensor, weight: Tensor, *, rows: Tensor | None = None, **options: Any) -> Any:
+        seen.append(len(hidden) if rows is None else int((rows >= 0).sum()))
         return head(hidden, weight, rows=rows, **options)
 
-    monkeypatch.setattr(network, "final_norm", spy_norm)
-    monkeypatch.setattr(network, "ops", replace(network.ops, head_statistics=spy_head))
-    _run(dream, max_new_tokens=8, steps=4, block_length=4, alg="entropy", cache=cache)
-    assert (seen_normed, seen_asked) == (normed, asked)
+    monkeypatch.setattr(dream.network, "ops", replace(dream.network.ops, head_statistics=spy))
+    _run(dream, max_new_tokens=8, steps=4, block_length=4, alg="entropy", cache=cache, alg_temp=alg_temp)
+    assert seen == asked
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alg": alg, "cache": cache, "temperature": temperature, "seed": 3, "output_history": True}
+        for alg in ("maskgit_plus", "topk_margin", "entropy", "confidence_threshold")
+        for cache in ("none", "prefix", "dual")
+        for temperature in (0.0, 0.8)
+        if cache != "none" or alg != "confidence_threshold"
+    ],
+    ids=lambda options: "-".join(map(str, list(options.values())[:3])),
+)
+def test_the_engine_decodes_what_dreams_own_loop_does(lm: fdt.MaskedDiffusionLM, options: dict[str, Any]) -> None:
+    options = {
+        "max_new_tokens": 16,
+        "steps": 12 if options["cache"] == "none" else 8,
+        "block_length": 8,
+        "threshold": 0.5,
+    } | options
+    inputs, keep = torch.tensor([[0, 0, 7, 8, 9], [1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    by_engine = _run(lm, inputs, attention_mask=keep, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusionConfig, "strategy", None)
+        by_loop = _run(lm, inputs, attention_mask=keep, **options)
+    assert torch.equal(by_engine.sequences, by_loop.sequences) and by_engine.nfe == by_loop.nfe
+    pairs = zip(by_engine.history or (), by_loop.history or (), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) and len(by_engine.history or ()) == by_engine.nfe
 
 
 # ----------------------------------------------------------------------------------------------------------------------

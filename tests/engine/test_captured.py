@@ -48,7 +48,7 @@ def _plain(model: fdt.MaskedDiffusionLM, prompts: list[list[int]], **options: An
 
 def _steps(runner: ModelRunner) -> dict[Any, Graph]:
     """The captured steps."""
-    return {key: graph for key, graph in runner._graphs._graphs.items() if key[0] == "step"}
+    return {key: graph for key, graph in runner._graphs._graphs.items() if key.kind == "step"}
 
 
 def _same(a: fdt.GenerationOutput, b: fdt.GenerationOutput) -> bool:
@@ -73,7 +73,7 @@ def test_captured_forwards_decode_what_plain_ones_do(
         assert _same(model.generate(others, **options), plain_others)
     (batch,) = model.buffers._runners
     assert batch._graphs is not None and len(batch._graphs) > 0
-    kinds = {key[0] for key, graph in batch._graphs._graphs.items() if graph.replays}
+    kinds = {key.kind for key, graph in batch._graphs._graphs.items() if graph.replays}
     assert kinds == ({"step"} if options["cache"] == "none" else {"step", "refresh"})
 
 
@@ -105,7 +105,7 @@ def test_prompts_of_other_lengths_neither_allocate_nor_capture_again(monkeypatch
     for prompt, plain in zip(prompts, expected, strict=True):
         assert _same(model.generate(prompt, **OPTIONS), plain)
     assert model.buffers._runners == [batch]
-    assert {key[2:] for key in _steps(batch)} == {(0, 2, 8, 16), (0, 1, 8, 8)}
+    assert {(key.first, key.last, key.window, key.predicted) for key in _steps(batch)} == {(0, 2, 8, 16), (0, 1, 8, 8)}
 
 
 def test_the_prefix_cache_captures_a_bounded_number_of_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_the_prefix_cache_captures_a_bounded_number_of_windows(monkeypatch: pyte
     plain = _plain(model, [[5, 6, 7]], **options)
     assert _same(model.generate([[5, 6, 7]], **options), plain)
     (batch,) = model.buffers._runners
-    windows = {key[4] for key in _steps(batch)}
+    windows = {key.window for key in _steps(batch)}
     assert {window for window in windows if window > 128} <= {144, 160, 176, 192, 208, 224, 240, 256}
     assert len(windows) <= 24 < 256 // 8
 

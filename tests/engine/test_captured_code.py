@@ -90,13 +90,14 @@ def forwards(
         program = runner.program_of(requests, requests)
         window, masked = len(requests[0].policy.step(requests[0].block_state)), rows * LENGTH
         # Constants are copied to the device in a first call, which is not captured.
-        runner.refresh(network, program, 0, rows, 0, SLOTS, masked)
+        shape = runner.refresh_shape(program, 0, rows, 0, SLOTS, masked)
+        runner.run(network, shape)
         Launched.counts = step
         with Watch(step):
-            runner.step(network, program, 0, rows, window, masked)
+            runner.run(network, runner.step_shape(program, 0, rows, window, masked))
         Launched.counts = refresh
         with Watch(refresh):
-            runner._refresh(network, program, 0, rows, SLOTS, masked, None)
+            runner._forward(network, shape)
     return step, refresh
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton.engine.cuda_graphs import Graphs
+from fastdllm_triton.engine.program import Program
 from fastdllm_triton.engine.request import batch_requests
-from fastdllm_triton.engine.runner import ModelRunner, Program
+from fastdllm_triton.engine.runner import ModelRunner
 from fastdllm_triton.tiny.problems import problems
 
 CACHES = ("none", "prefix", "dual")

@@ -14,6 +14,7 @@ from conftest import GOLDEN
 
 import fastdllm_triton as fdt
 from fastdllm_triton.engine.buffer_pool import BufferPool
+from fastdllm_triton.types import DEFAULT_LAUNCH
 from fastdllm_triton.utils import environment
 
 OPTIONS: dict[str, Any] = {"gen_length": 16, "block_length": 8, "temperature": 0.7, "seed": 3}
@@ -113,7 +114,7 @@ def test_an_unknown_value_of_a_variable_is_an_error_that_lists_the_allowed_ones(
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"{name} must be one of {allowed}, got '{value}'"):
         environment.check()
-    from fastdllm_triton.ops import _resolved
+    from fastdllm_triton.ops.backends import _resolved
 
     _resolved.cache_clear()
     with pytest.raises(ValueError, match=name):
@@ -133,6 +134,6 @@ def test_the_variables_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None
     for value, overlaps in (("1", True), ("0", False)):
         monkeypatch.setenv("FASTDLLM_PDL", value)
         monkeypatch.setattr(_pdl._Switch, "on", None)
-        assert _pdl.dependent_launch(ARCHS["sm_90"])["PDL"] is overlaps
-        assert _pdl.dependent_launch(ARCHS["sm_80"]) == {"PDL": False}
+        assert _pdl.dependent_launch(ARCHS["sm_90"], DEFAULT_LAUNCH)["PDL"] is overlaps
+        assert _pdl.dependent_launch(ARCHS["sm_80"], DEFAULT_LAUNCH) == {"PDL": False}
     monkeypatch.setattr(_pdl._Switch, "on", None)

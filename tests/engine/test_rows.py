@@ -12,7 +12,7 @@ from torch import Tensor
 import fastdllm_triton as fdt
 from fastdllm_triton.engine import buckets as shapes
 from fastdllm_triton.engine import engine, generation, memory
-from fastdllm_triton.engine.runner import Program
+from fastdllm_triton.engine.program import Program
 from fastdllm_triton.tiny.problems import problems
 
 CACHES = ("none", "prefix", "dual")
@@ -306,7 +306,7 @@ def test_a_step_after_the_end_is_a_no_op(golden: fdt.MaskedDiffusionLM, cache: s
     before = [tensor.clone() for tensor in (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)]
     program = Program.of(generation._run.requests)
     with torch.no_grad():
-        batch.step(golden.network, program, 0, 2, batch.slots if cache != "dual" else 8, 16)
+        batch.run(golden.network, batch.step_shape(program, 0, 2, batch.slots if cache != "dual" else 8, 16))
     after = (batch.x, batch.cache.k, batch.cache.v, batch.state.step_map, batch.state.step)
     for old, new in zip(before, after, strict=True):
         assert torch.equal(old.nan_to_num(), new.nan_to_num())

@@ -8,15 +8,16 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from _support import DEVICE, KERNEL_DTYPES, assert_as_close_as_torch, randn
+from _support import DEVICE, KERNEL_DTYPES, assert_as_close_as_torch, assert_case_holds, randn, small_cases
 from torch import Tensor
 
 from fastdllm_triton.kernels import _tuned
 from fastdllm_triton.kernels import linear as module
 from fastdllm_triton.kernels._arch import ARCHS
-from fastdllm_triton.kernels.linear import PROJECTIONS, Config, launches, select_config
+from fastdllm_triton.kernels.linear import Config, select_config
 from fastdllm_triton.kernels.linear import linear as kernel
 from fastdllm_triton.reference.linear import linear as reference
+from fastdllm_triton.verify.cases.linear import PROJECTIONS
 
 EPS = 1e-5
 #: Small tiles, so that small shapes have several of them; split columns; both operand orders.
@@ -96,18 +97,10 @@ def test_every_fusion_is_as_close_as_the_reference(norm, activation, residual, c
     check(operands((19, 88), 2 * 37, norm, activation, residual, dtype), CONFIGS[config])
 
 
-@pytest.mark.parametrize(
-    ("shape", "n"),
-    [
-        ((1, 16), 2),  # a single row, a tile mostly empty
-        ((2, 3, 130), 34),  # leading dimensions are kept, a tail of two columns
-        ((16, 96), 64),  # whole tiles
-        ((33, 7), 70),  # fewer columns than a tile
-    ],
-)
+@pytest.mark.parametrize("case", small_cases("linear"), ids=str)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_shapes(shape, n, config):
-    check(operands(shape, n, True, "swiglu", True, torch.float16), CONFIGS[config])
+def test_every_form_is_as_close_as_torch(case, config):
+    assert_case_holds("linear", case, torch.float16, config=CONFIGS[config])
 
 
 def test_the_product_is_rounded_before_the_residual():
@@ -180,19 +173,19 @@ def test_the_library_path_writes_into_out(norm, activation, residual):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.ones(8, 4)}, "x: got a last dimension of 16, needs that of weight, 4"),
-        ({"weight": torch.ones(8)}, "weight: got shape"),
-        ({"weight": torch.ones(7, 16), "activation": "swiglu"}, "weight: got 7 rows"),
-        ({"weight": torch.ones(8, 32)[:, ::2]}, "weight: got strides"),
-        ({"weight": torch.ones(8, 16, dtype=torch.float16)}, "weight: got torch.float16"),
-        ({"activation": "gelu"}, "activation: got 'gelu'"),
-        ({"norm_weight": torch.ones(15), "eps": EPS}, "norm_weight: got shape"),
-        ({"norm_weight": torch.ones(16)}, "eps: got nothing"),
-        ({"eps": EPS}, "eps: got 1e-05"),
-        ({"residual": torch.ones(2, 7)}, "residual: got shape"),
-        ({"out": torch.ones(3, 8)}, "out: got shape"),
-        ({"config": SPLIT, "workspace": torch.ones(7)}, "workspace: got 7 elements, needs at least 48"),
-        ({"config": SPLIT, "workspace": torch.ones(48, dtype=torch.float16)}, "workspace: got torch.float16"),
+        ({"weight": torch.ones(8, 4)}, "x must be of the last dimension of weight, 4, at least 1, got one of 16"),
+        ({"weight": torch.ones(8)}, "weight must be .*, got shape"),
+        ({"weight": torch.ones(7, 16), "activation": "swiglu"}, "weight must be .*, got 7 rows"),
+        ({"weight": torch.ones(8, 32)[:, ::2]}, "weight must be .*, got strides"),
+        ({"weight": torch.ones(8, 16, dtype=torch.float16)}, "weight must be .*, got torch.float16"),
+        ({"activation": "gelu"}, "activation must be .*, got 'gelu'"),
+        ({"norm_weight": torch.ones(15), "eps": EPS}, "norm_weight must be .*, got shape"),
+        ({"norm_weight": torch.ones(16)}, "eps must be .*, got nothing"),
+        ({"eps": EPS}, "eps must be .*, got 1e-05"),
+        ({"residual": torch.ones(2, 7)}, "residual must be .*, got shape"),
+        ({"out": torch.ones(3, 8)}, "out must be .*, got shape"),
+        ({"config": SPLIT, "workspace": torch.ones(7)}, "workspace must be of at least 48, got 7 elements"),
+        ({"config": SPLIT, "workspace": torch.ones(48, dtype=torch.float16)}, "workspace must be .*, got torch.float16"),
     ],
 )
 def test_kernel_names_what_is_wrong(change, message):
@@ -269,12 +262,6 @@ def test_every_committed_measurement_names_a_config_that_exists():
     for path in _tuned.FOLDER.glob("*.json"):
         for entry in json.loads(path.read_text())["entries"]:
             assert entry["op"] != "linear" or Config(**entry["config"]).splits > 0
-
-
-def test_launches_are_one_a_part_of_the_library_and_one_for_a_sum_of_splits():
-    assert launches(None, 32, 64, 64, "bfloat16", False, None, False) == 1
-    assert launches(None, 32, 64, 64, "bfloat16", True, "swiglu", True) == 4
-    assert (PLAIN.launches, SPLIT.launches) == (1, 2)
 
 
 @pytest.mark.gpu

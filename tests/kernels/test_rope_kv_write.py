@@ -1,4 +1,4 @@
-"""rope_kv_write: the reference against rotations of complex numbers in float64, the kernel against the reference."""
+"""rope_kv_write: the reference against rotations of complex numbers in float64, its own claims of the kernel."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from _support import DEVICE, KERNEL_DTYPES, assert_as_close_as_torch, ints, randn
+from _support import CPU, DEVICE, ints, randn, small_cases
 from torch import Tensor
 
 from fastdllm_triton.kernels import rope_kv_write as module
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.rope_kv_write import rope_kv_write as kernel
 from fastdllm_triton.reference.rope_kv_write import rope_kv_write as reference
+from fastdllm_triton.verify.cases.rope_kv_write import ROPE_KV_WRITE
 
 THETA = 10_000.0
 
@@ -30,23 +31,8 @@ class Case:
     dim: int = 16
     slots: int = 12
 
-    def __str__(self) -> str:
-        return self.why.replace(" ", "-")
 
-
-CASES = [
-    Case("a refresh", (0,), (0,), 12),
-    Case("one token at the end", (11,), (0,), 1),
-    Case("ragged left padding", (0, 0, 0), (0, 5, 11), 12),
-    Case("gqa of ratio 7", (5, 3), (2, 0), 7, q_heads=7, kv_heads=1),
-    Case("dream heads", (4,), (1,), 3, q_heads=28, kv_heads=4),
-    Case("head dim 80", (4, 8), (0, 1), 5, dim=80),
-    Case("head dim 128", (4,), (3,), 5, dim=128),
-    Case("a window past the end", (8, 12, 18), (0, 0, 0), 8),
-    Case("a window before the start", (-3, -8, -9), (0, 0, 0), 8),
-    Case("a sequence from before the cache", (-3,), (-5,), 8),
-    Case("a window of padding", (0, 2), (8, 9), 8),
-]
+STRIDED = Case("", (5, 3), (2, 0), 7, q_heads=7, kv_heads=1)
 
 
 def inputs(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, ...]:
@@ -85,12 +71,16 @@ def expected(case: Case, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, theta: f
     return qs, k_cache, v_cache
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("of", small_cases("rope_kv_write"), ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_reference_is_a_rotation_of_complex_numbers(case, with_bias):
-    qkv, k_cache, v_cache, window_start, kv_start, bias = inputs(case, torch.float64)
-    want = expected(case, qkv + bias if with_bias else qkv, k_cache, v_cache)
-    q = reference(qkv, k_cache, v_cache, window_start, kv_start, THETA, bias=bias if with_bias else None)
+def test_reference_is_a_rotation_of_complex_numbers(of, with_bias):
+    sizes = {name: size for name, size in of.sizes.items() if name not in ("rounding", "theta")}
+    args = ROPE_KV_WRITE.inputs({**sizes, "bias": with_bias}, CPU, torch.float64)
+    qkv, k_cache, v_cache, bias = (args[name] for name in ("qkv", "k_cache", "v_cache", "bias"))
+    (_, kv_heads, slots, dim), columns = k_cache.shape, qkv.shape[2]
+    case = Case("", sizes["window_start"], sizes["kv_start"], qkv.shape[1], columns // dim - 2 * kv_heads, kv_heads, dim, slots)
+    want = expected(case, qkv if bias is None else qkv + bias, k_cache, v_cache)
+    q = reference(**args)
     for got, exact in zip((q, k_cache, v_cache), want, strict=True):
         torch.testing.assert_close(got, exact)
 
@@ -134,7 +124,7 @@ def test_dream_rounds_cos_sin_products_and_sum():
 
 
 def test_reference_writes_through_strided_caches_and_into_out():
-    case = CASES[3]
+    case = STRIDED
     qkv, k_cache, v_cache, window_start, kv_start, _ = inputs(case, torch.float64)
     # As a cache of layout [B, L, Hkv, D] would be passed.
     strided = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (k_cache, v_cache)]
@@ -144,30 +134,12 @@ def test_reference_writes_through_strided_caches_and_into_out():
     assert torch.equal(out, q) and torch.equal(strided[0], k_cache) and torch.equal(strided[1], v_cache)
 
 
-def check_kernel(case: Case, dtype: torch.dtype, with_bias: bool) -> None:
-    qkv, k_cache, v_cache, window_start, kv_start, bias = inputs(case, dtype, DEVICE)
-    bias = bias if with_bias else None
-    k_torch, v_torch = k_cache.clone(), v_cache.clone()
-    q_torch = reference(qkv, k_torch, v_torch, window_start, kv_start, THETA, bias=bias)
-    want = expected(case, (qkv if bias is None else qkv + bias).cpu(), k_cache.cpu(), v_cache.cpu())
-    q = kernel(qkv, k_cache, v_cache, window_start, kv_start, THETA, bias=bias)
-    for got, exact, in_torch in zip((q, k_cache, v_cache), want, (q_torch, k_torch, v_torch), strict=True):
-        assert_as_close_as_torch(got.cpu(), exact, in_torch.cpu())
-    # Values are copied, and every slot that is not the window's stays, to the bit.
-    assert torch.equal(v_cache, v_torch)
-    assert torch.equal(k_cache == inputs(case, dtype, DEVICE)[1], k_torch == inputs(case, dtype, DEVICE)[1])
-
-
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_is_as_close_as_the_reference(case, dtype):
-    check_kernel(case, dtype, with_bias=dtype == torch.float16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_in_bfloat16(case):
-    check_kernel(case, torch.bfloat16, with_bias=True)
+@pytest.mark.parametrize("of", small_cases("rope_kv_write"), ids=str)
+def test_values_are_copied_and_what_is_not_the_window_s_stays_to_the_bit(of):
+    args = ROPE_KV_WRITE.inputs(of.sizes, DEVICE, torch.float16)
+    got, want = (ROPE_KV_WRITE.outputs(function, args) for function in (kernel, reference))
+    assert torch.equal(got["v_cache"], want["v_cache"])
+    assert torch.equal(got["k_cache"] == args["k_cache"], want["k_cache"] == args["k_cache"])
 
 
 @pytest.mark.parametrize("rounding", ["llada", "dream"])
@@ -197,7 +169,7 @@ def test_kernel_turns_as_torch_does_at_far_positions(first):
 
 
 def test_kernel_writes_through_strided_tensors_and_nowhere_else():
-    case = CASES[3]
+    case = STRIDED
     qkv, k_cache, v_cache, window_start, kv_start, _ = inputs(case, torch.float32, DEVICE)
     want_k, want_v = k_cache.clone(), v_cache.clone()
     want = reference(qkv, want_k, want_v, window_start, kv_start, THETA)
@@ -231,20 +203,20 @@ def test_kernel_reaches_caches_of_more_than_2_to_the_31_elements():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv": torch.ones(4, 128)}, "qkv: got shape"),
-        ({"qkv": torch.ones(2, 4, 120)}, "qkv: got 120 columns"),
-        ({"qkv": torch.ones(2, 4, 64)}, "qkv: got 64 columns"),
-        ({"qkv": torch.ones(2, 4, 112)}, "qkv: got 3 q heads"),
-        ({"qkv": torch.ones(2, 4, 128, dtype=torch.float16)}, "k_cache: got torch.float32"),
-        ({"k_cache": torch.ones(2, 2, 8, 32)[..., ::2]}, "k_cache: got strides"),
-        ({"k_cache": torch.ones(2, 8, 16)}, "k_cache: got shape"),
-        ({"k_cache": torch.ones(3, 2, 8, 16)}, "k_cache: got shape"),
-        ({"v_cache": torch.ones(2, 2, 9, 16)}, "v_cache: got shape"),
-        ({"bias": torch.ones(127)}, "bias: got shape"),
-        ({"window_start": torch.zeros(2, dtype=torch.int64)}, "window_start: got torch.int64"),
-        ({"kv_start": torch.zeros(3, dtype=torch.int32)}, "kv_start: got shape"),
-        ({"out": torch.ones(2, 4, 4, 8)}, "out: got shape"),
-        ({"rounding": "none"}, "rounding: got 'none'"),
+        ({"qkv": torch.ones(4, 128)}, "qkv must be .*, got shape"),
+        ({"qkv": torch.ones(2, 4, 120)}, "qkv must be .*, got 120 columns"),
+        ({"qkv": torch.ones(2, 4, 64)}, "qkv must be .*, got 64 columns"),
+        ({"qkv": torch.ones(2, 4, 112)}, "qkv must be .*, got 3 q heads"),
+        ({"qkv": torch.ones(2, 4, 128, dtype=torch.float16)}, "k_cache must be .*, got torch.float32"),
+        ({"k_cache": torch.ones(2, 2, 8, 32)[..., ::2]}, "k_cache must be .*, got strides"),
+        ({"k_cache": torch.ones(2, 8, 16)}, "k_cache must be .*, got shape"),
+        ({"k_cache": torch.ones(3, 2, 8, 16)}, "k_cache must be .*, got shape"),
+        ({"v_cache": torch.ones(2, 2, 9, 16)}, "v_cache must be .*, got shape"),
+        ({"bias": torch.ones(127)}, "bias must be .*, got shape"),
+        ({"window_start": torch.zeros(2, dtype=torch.int64)}, "window_start must be .*, got torch.int64"),
+        ({"kv_start": torch.zeros(3, dtype=torch.int32)}, "kv_start must be .*, got shape"),
+        ({"out": torch.ones(2, 4, 4, 8)}, "out must be .*, got shape"),
+        ({"rounding": "none"}, "rounding must be .*, got 'none'"),
     ],
 )
 def test_kernel_names_what_is_wrong_and_writes_nothing(change, message):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels._statistics import merge_distribution
-from fastdllm_triton.kernels.token_statistics import TokenStatisticsConfig, token_statistics_config
+from fastdllm_triton.kernels.token_statistics import Config, select_config
 from fastdllm_triton.kernels.token_statistics import token_statistics as kernel
 from fastdllm_triton.reference._random import gumbel, philox, uniform
 from fastdllm_triton.reference.token_statistics import statistics_merge
@@ -372,7 +372,7 @@ def test_rows_without_a_choice_are_not_drawn_from(op):
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 def test_the_chunks_cover_the_vocabulary(arch, rows, vocabulary):
     for element_size in (2, 4):
-        config = token_statistics_config(arch, rows, vocabulary, element_size)
+        config = select_config(arch, rows, vocabulary, element_size)
         assert (config.splits - 1) * config.chunk < vocabulary <= config.splits * config.chunk
         assert config.chunk % (config.lanes * config.width) == 0
         assert config.width * element_size == 16 and config.width % 4 == 0
@@ -381,9 +381,9 @@ def test_the_chunks_cover_the_vocabulary(arch, rows, vocabulary):
 
 def test_few_rows_are_split_and_many_are_not():
     arch = ARCHS["sm_90"]
-    assert token_statistics_config(arch, 1, 126_464, 2).splits > 8
-    assert token_statistics_config(arch, 32, 126_464, 2).splits * 32 > 2 * arch.sms
-    assert token_statistics_config(arch, 1024, 126_464, 2).splits == 1
+    assert select_config(arch, 1, 126_464, 2).splits > 8
+    assert select_config(arch, 32, 126_464, 2).splits * 32 > 2 * arch.sms
+    assert select_config(arch, 1024, 126_464, 2).splits == 1
 
 
 @pytest.mark.parametrize("vocabulary", [300, 9000])  # one program a row, several
@@ -404,13 +404,13 @@ def test_a_row_that_asks_for_nothing_is_not_read_and_says_so(vocabulary, tempera
 def test_no_split_changes_a_choice(splits, monkeypatch):
     def config(arch, rows, vocabulary, element_size, sample, gpu):
         chunk = -(-vocabulary // splits // 1024) * 1024
-        return TokenStatisticsConfig(256, 4, chunk, -(-vocabulary // chunk))
+        return Config(256, 4, chunk, -(-vocabulary // chunk))
 
     logits = normal(2, 9000)
     logits[1, 100:4200] = -INF  # a chunk with nothing in it
     logits[1, [7, 8000]] = 50.0  # a tie between chunks
     unsplit = [kernel(logits), kernel(logits, temperature=1.0, seed=3)]
-    monkeypatch.setattr("fastdllm_triton.kernels.token_statistics.token_statistics_config", config)
+    monkeypatch.setattr("fastdllm_triton.kernels.token_statistics.select_config", config)
     for expected, found in zip(unsplit, [kernel(logits), kernel(logits, temperature=1.0, seed=3)], strict=True):
         for name in ("token", "logit", "second_logit"):
             assert getattr(found, name).tolist() == getattr(expected, name).tolist()
@@ -438,7 +438,7 @@ def test_unwritten_workspace_would_show(monkeypatch):
         ({"logits": torch.zeros(3, 4, dtype=torch.int32)}, "float32, float16 or bfloat16, got torch.int32"),
         ({"logits": torch.zeros(3, 4).double()}, "float32, float16 or bfloat16, got torch.float64"),
         ({"logits": torch.zeros(3, 0)}, "1 to 2.30 tokens, got 0"),
-        ({"logits": torch.zeros(3, 4, device="meta")}, "logits: got a tensor on meta, needs a GPU tensor"),
+        ({"logits": torch.zeros(3, 4, device="meta")}, "logits must be a GPU tensor .*, got a tensor on meta"),
         ({"forbidden": [4]}, r"forbidden must hold ids in \[0, 4\), got \[4\]"),
         ({"forbidden": [-1]}, "forbidden must hold ids"),
         ({"forbidden": list(range(65))}, "forbidden has 65 ids; at most 64"),

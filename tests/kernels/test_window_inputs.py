@@ -120,13 +120,13 @@ def test_the_kernel_does_what_the_reference_does(case, back, window, block, pred
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": torch.zeros(2, SLOTS)}, r"x: got torch.float32 \[2, 12\] .*, needs \[B, L\] torch.int64"),
-        ({"block": BLOCK + 1}, "block: got 5, needs 1 to 4, the window's slots"),
-        ({"predicted": 0}, "predicted: got 0, needs at least 1"),
-        ({"remaining": torch.zeros(2, dtype=torch.int64)}, r"remaining: got torch.int64, needs torch.int32"),
-        ({"base": torch.zeros(3, dtype=torch.int32)}, r"base: got torch.int32 \[3\]"),
-        ({"kv_start": torch.zeros(2, dtype=torch.int64)}, "kv_start: got torch.int64, needs torch.int32"),
-        ({"step": torch.zeros(2, dtype=torch.int32)}, "seed: got one of seed and step, needs both of them or none"),
+        ({"x": torch.zeros(2, SLOTS)}, r"x must be \[B, L\] torch.int64 of last stride 1, got torch.float32 \[2, 12\]"),
+        ({"block": BLOCK + 1}, "block must be 1 to 4, the window's slots, got 5"),
+        ({"predicted": 0}, "predicted must be at least 1, got 0"),
+        ({"remaining": torch.zeros(2, dtype=torch.int64)}, r"remaining must be of dtype torch.int32, got torch.int64"),
+        ({"base": torch.zeros(3, dtype=torch.int32)}, r"base must be .*, got torch.int32 \[3\]"),
+        ({"kv_start": torch.zeros(2, dtype=torch.int64)}, "kv_start must be of dtype torch.int32, got torch.int64"),
+        ({"step": torch.zeros(2, dtype=torch.int32)}, "seed must be given with step, or neither, got one of them"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

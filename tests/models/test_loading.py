@@ -21,7 +21,8 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton.kernels import _check
-from fastdllm_triton.ops import _resolved, resolve
+from fastdllm_triton.ops import resolve
+from fastdllm_triton.ops.backends import _resolved
 
 SOURCE = GOLDEN / "llada-gqa"
 IDS = torch.tensor([[3, 1, 4, 1, 5, 318, 318, 318]])

@@ -12,7 +12,7 @@ from conftest import GOLDEN
 from torch import Tensor
 
 import fastdllm_triton as fdt
-from fastdllm_triton.ops.batch_invariant import CHUNK
+from fastdllm_triton.kernels.window_attention import INVARIANT_CHUNK as CHUNK
 
 
 @pytest.fixture(autouse=True)

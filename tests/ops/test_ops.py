@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fastdllm_triton import ops as module
 from fastdllm_triton import reference
-from fastdllm_triton.ops import NAMES, Ops, _resolved, resolve
+from fastdllm_triton.ops import NAMES, Ops, backends, registry, resolve
+from fastdllm_triton.ops.backends import _resolved
 from fastdllm_triton.types import PolicyState, TokenStatistics
 
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ def test_auto_takes_the_reference_on_a_cpu_and_says_why_without_a_warning():
 
 @pytest.mark.parametrize("obstacle", ["triton is not installed", "device cuda:0 is sm_70"])
 def test_auto_falls_back_on_a_gpu_with_a_warning_that_says_why_and_triton_raises(monkeypatch, obstacle):
-    monkeypatch.setattr(module, "_obstacle", lambda device, interpreter: obstacle)
+    monkeypatch.setattr(backends, "_obstacle", lambda device, interpreter: obstacle)
     _resolved.cache_clear()
     device = torch.device("cuda", 0)
     with pytest.warns(UserWarning, match=obstacle):
@@ -57,21 +58,21 @@ def test_a_missing_kernel_is_an_obstacle(monkeypatch):
     find_spec = importlib.util.find_spec
     hidden = lambda name, *args: None if name.endswith("kernels.swiglu") else find_spec(name, *args)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    obstacle = module._obstacle(torch.device("cuda"), interpreter=False)
+    obstacle = backends._obstacle(torch.device("cuda"), interpreter=False)
     assert obstacle is not None
     assert "no Triton kernel for" in obstacle
     assert "swiglu" in obstacle
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "triton" else find_spec(name, *args))
-    assert module._obstacle(torch.device("cuda"), interpreter=False) == "triton is not installed"
+    assert backends._obstacle(torch.device("cuda"), interpreter=False) == "triton is not installed"
 
 
 def test_triton_runs_on_a_cpu_in_the_interpreter_alone(monkeypatch):
     monkeypatch.setattr(module, "NAMES", tuple(KERNELS))
     monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", False)
-    assert "the device is cpu" in str(module._obstacle(CPU, interpreter=True))
+    assert "the device is cpu" in str(backends._obstacle(CPU, interpreter=True))
     monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", True)
-    assert module._obstacle(CPU, interpreter=True) is None
-    assert "the device is cpu" in str(module._obstacle(CPU, interpreter=False))
+    assert backends._obstacle(CPU, interpreter=True) is None
+    assert "the device is cpu" in str(backends._obstacle(CPU, interpreter=False))
 
 
 def test_an_unknown_backend_is_named():
@@ -120,17 +121,17 @@ def registered_calls() -> dict[str, tuple]:
     held = tuple(getattr(policy, field.name) for field in fields(policy))
     tokens, place = torch.full((2, 12), 10), torch.arange(8, dtype=torch.int32).view(2, 4)
     return {
-        "rms_norm": (x, weight, 1e-5),
-        "add_rms_norm": (x, weight, 1e-5, x, None),
-        "add_rms_norm rows": (x, weight, 1e-5, None, torch.tensor([[5, -1], [0, 5]])),
+        "rms_norm": (x, weight, 1e-5, None, None),
+        "rms_norm residual": (x, weight, 1e-5, x, None),
+        "rms_norm rows": (x, weight, 1e-5, None, torch.tensor([[5, -1], [0, 5]])),
         "swiglu": (x,),
         "linear": (x, randn(6, 8, dtype=torch.float32), None, None, None, None),
         "linear fused": (x, randn(6, 8, dtype=torch.float32), weight, 1e-5, x[..., :3].contiguous(), "swiglu"),
         "rope_kv_write": (qkv, *caches(), start + 2, start, 1e4, None, "llada"),
         "rope_kv_write bias": (qkv, *caches(), start + 2, start, 1e4, randn(8 * 16, dtype=torch.float32), "dream"),
-        "window_attention": (*attention, None, None, None),
-        "window_attention skip": (*attention, start + 3, start + 5, 0.3),
-        "window_attention_lse": (*attention, None, None, None),
+        "window_attention": (*attention, None, None, None, False),
+        "window_attention skip": (*attention, start + 3, start + 5, 0.3, False),
+        "window_attention lse": (*attention, None, None, None, True),
         "token_statistics": (randn(5, 11, dtype=torch.float32), 0.0, None, None, None, step, None),
         "token_statistics sampled": (
             randn(5, 11, dtype=torch.float32), 1.0, None, torch.arange(5), torch.arange(5), step, torch.tensor([3])
@@ -143,8 +144,8 @@ def registered_calls() -> dict[str, tuple]:
             randn(5, 8), randn(11, 8), torch.tensor([4, 0]), randn(11), 0.0, torch.rand(2), torch.arange(2), None, step,
             torch.tensor([[3, -1]] * 2), torch.bfloat16,
         ),
-        "commit_tokens": (tokens, *module._entries(statistics(2, 4)), start + 4, None, *held),
-        "commit_tokens place": (tokens, *module._entries(statistics(2, 4).view(8)), start + 4, place, *held),
+        "commit_tokens": (tokens, *vars(statistics(2, 4)).values(), start + 4, *held, None),
+        "commit_tokens place": (tokens, *vars(statistics(2, 4).view(8)).values(), start + 4, *held, place),
         "window_inputs": (tokens, start, start + 4, start + 3, start, 1, 6, 4, 7, True, 10, None, None),
         "window_inputs sampled": (tokens, start, start + 4, start + 3, start, 0, 6, 4, 7, False, 10, torch.tensor([1, 2]), start),
     }  # fmt: skip
@@ -160,7 +161,7 @@ def test_what_is_declared_holds(call):
 
 
 def test_registered_ops_are_those_that_the_table_tests():
-    assert {call.split()[0] for call in CALLS} == {name.split("::")[1].split(".")[0] for name in module._LIBRARY._op_defs}
+    assert {call.split()[0] for call in CALLS} == {name.split("::")[1].split(".")[0] for name in registry.LIBRARY._op_defs}
 
 
 def test_what_is_written_is_declared():
@@ -170,7 +171,7 @@ def test_what_is_written_is_declared():
 
     assert written("rope_kv_write") == ["k_cache", "v_cache"]
     assert written("commit_tokens")[0] == "x"
-    assert "step_map" in written("commit_tokens")
+    assert "state_step_map" in written("commit_tokens") and "state_seed" not in written("commit_tokens")
     assert written("window_attention") == []
 
 
@@ -212,7 +213,7 @@ def test_a_layer_compiles_to_one_graph():
 
 @pytest.mark.gpu
 def test_a_layer_of_kernels_compiles_to_one_graph():
-    check_compiled_layer(module._ops("triton", "test", torch.device("cuda")), torch.device("cuda"), "inductor")
+    check_compiled_layer(backends._ops("triton", "test", torch.device("cuda")), torch.device("cuda"), "inductor")
 
 
 def test_selection_compiles_to_one_graph():
@@ -342,7 +343,7 @@ def test_a_bad_policy_is_refused_when_it_is_made(changes, message):
 
 def test_every_op_takes_what_its_reference_takes():
     for op in (*NAMES, "statistics_merge"):
-        wanted, checked = (inspect.signature(getattr(place, op)).parameters for place in (reference, module.op_arguments))
+        wanted, checked = (inspect.signature(getattr(place, op)).parameters for place in (reference, module.arguments))
         assert {n: (p.kind, p.default) for n, p in checked.items()} == {n: (p.kind, p.default) for n, p in wanted.items()}
     assert torch.equal(module.token_statistics(logits=LOGITS).token, reference.token_statistics(LOGITS).token)
 
@@ -357,7 +358,7 @@ def test_the_engine_pays_for_none_of_these_checks(tiny, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("checked")
 
-    monkeypatch.setattr(module.op_arguments._Shapes, "__call__", fail)
+    monkeypatch.setattr(module.arguments._Shapes, "__call__", fail)
     with pytest.raises(AssertionError, match="checked"):
         module.token_statistics(LOGITS)
     assert tiny.generate([[1, 2, 3]], gen_length=8, block_length=8).nfe

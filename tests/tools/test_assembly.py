@@ -69,17 +69,17 @@ def test_an_access_or_a_way_out_ahead_of_the_wait_is_seen(ptx, waits):
 
 COMPILED = """
 from dataclasses import replace
-from fastdllm_triton.tools.compile_report import compile_case
-from fastdllm_triton.kernels import linear, rope_kv_write
+from fastdllm_triton.tools.compile_report import compile_case, compile_cases
 from fastdllm_triton.kernels._arch import ARCHS
 
 for name in ("sm_80", "sm_90"):
-    case = next(case for case in rope_kv_write.compile_cases(ARCHS[name]) if "bf16 dream" in case.config)
-    print(*(compile_case(replace(case, fp_fusion=fused), ARCHS[name])["contractions"] for fused in (False, True)))
-cases = linear.compile_cases(ARCHS["sm_90"])
+    case = next(case for case in compile_cases("rope_kv_write", name) if "bf16 dream" in case.config)
+    for fused in (False, True):
+        print(compile_case(replace(case, options={"enable_fp_fusion": fused}), ARCHS[name])["contractions"])
+cases = compile_cases("linear", "sm_90")
 case = next(case for case in cases if case.config.startswith("bf16 K=4096 64x64x64 swapped norm swiglu"))
 for swap in (True, False):
-    print(compile_case(replace(case, constexprs=case.constexprs | {"SWAP": swap}), ARCHS["sm_90"])["serialised"])
+    print(compile_case(replace(case, constants={"SWAP": swap}), ARCHS["sm_90"])["serialised"])
 """
 
 

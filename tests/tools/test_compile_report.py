@@ -12,9 +12,11 @@ import pytest
 import triton
 from rich.console import Console
 
+from fastdllm_triton.kernels import window_attention as module
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.tools.compile_report import (
     COMMITTED_WITH,
+    compile_cases,
     compile_report,
     differences,
     problems,
@@ -23,7 +25,6 @@ from fastdllm_triton.tools.compile_report import (
     reported_ops,
     summary,
 )
-from fastdllm_triton.tools.compile_report import _module as module_of
 from fastdllm_triton.utils.files import write_records
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "compile_report.json"
@@ -46,7 +47,7 @@ RECORD = {
 
 
 def cases(op: str, arch: str) -> list[tuple[str, str, str, str]]:
-    return [(op, case.kernel.__name__, arch, case.config) for case in module_of(op).compile_cases(ARCHS[arch])]
+    return [(op, kernel, arch, config) for _, kernel, config in (case.key for case in compile_cases(op, arch))]
 
 
 def name(record: dict) -> tuple[str, str, str, str]:
@@ -103,17 +104,22 @@ def test_the_kernels_of_a_layer_wait_for_the_one_before_where_launches_may_overl
 
 
 def test_the_bound_of_window_attention_on_shared_memory_is_one():
-    module = module_of("window_attention")
     for record in read_json(COMMITTED):
         if record["kernel"] != "_window_attention_kernel":
             continue
         arch = ARCHS[record["arch"]]
-        case = next(case for case in module.compile_cases(arch) if case.config == record["config"])
-        constant = case.constexprs
+        case = next(case for case in compile_cases("window_attention", arch.name) if case.config == record["config"])
+        constant, options = case.constexprs, case.launch_options
         config = module.Config(
-            constant["BLOCK_M"], constant["BLOCK_N"], case.num_warps, case.num_stages, constant["SWAP"], 1, module.MIN_CHUNK
+            constant["BLOCK_M"],
+            constant["BLOCK_N"],
+            options["num_warps"],
+            options["num_stages"],
+            constant["SWAP"],
+            1,
+            module.MIN_CHUNK,
         )
-        itemsize = 4 if case.signature["q_ptr"] == "*fp32" else 2
+        itemsize = 4 if case.launch.signature["q_ptr"] == "*fp32" else 2
         assert record["shared_bytes"] <= module.shared_bytes(arch, config, constant["D"], itemsize), record
 
 
@@ -163,12 +169,11 @@ def test_a_summary_has_a_line_an_op_and_the_most_of_it():
 
 SPILLING = """
 from dataclasses import replace
-from fastdllm_triton.tools.compile_report import compile_case
+from fastdllm_triton.tools.compile_report import compile_case, compile_cases
 from fastdllm_triton.kernels._arch import ARCHS
-from fastdllm_triton.kernels.window_attention import compile_cases
 for name in ("sm_80", "gfx942"):
-    case = next(case for case in compile_cases(ARCHS[name]) if case.constexprs.get("BLOCK_M") == 128)
-    print(compile_case(replace(case, num_warps=1), ARCHS[name])["spill_bytes"])
+    case = next(case for case in compile_cases("window_attention", name) if case.constexprs.get("BLOCK_M") == 128)
+    print(compile_case(replace(case, options={"num_warps": 1}), ARCHS[name])["spill_bytes"])
 """
 
 
@@ -185,14 +190,3 @@ def test_a_kernel_that_spills_is_found_out():
 def test_unknown_names_are_named(archs, ops, message):
     with pytest.raises(ValueError, match=message):
         compile_report(archs, ops)
-
-
-@pytest.mark.parametrize("op", ["commit_tokens", "head_statistics", "token_statistics"])
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
-def test_compile_cases_name_every_argument_once(op, arch):
-    cases = module_of(op).compile_cases(arch)
-    assert len({(case.kernel.__name__, case.config) for case in cases}) == len(cases) > 3
-    for case in cases:
-        assert not case.signature.keys() & case.constexprs.keys()
-        assert case.signature.keys() | case.constexprs.keys() == set(case.kernel.arg_names)
-        assert set(case.divisible) <= case.signature.keys()

@@ -72,9 +72,9 @@ def test_what_is_counted_is_what_a_step_calls(llada: fdt.MaskedDiffusionLM) -> N
     requests[0].begin_block()
     runner.begin_blocks([0], requests)
     with torch.no_grad():
-        runner.refresh(llada.network, program, 0, 1, 0, 12, 8)
+        runner.run(llada.network, runner.refresh_shape(program, 0, 1, 0, 12, 8))
         calls.clear()
-        runner.step(llada.network, program, 0, 1, 8, 8)
+        runner.run(llada.network, runner.step_shape(program, 0, 1, 8, 8))
 
     found = count_launches(llada.config, block_length=8, slots=12)
     layers = llada.config.layers

@@ -25,7 +25,7 @@ from fastdllm_triton import ops
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.utils.files import write_json
 from fastdllm_triton.verify import models, processes
-from fastdllm_triton.verify.grids import GRIDS, Random
+from fastdllm_triton.verify.cases import OPS, Random
 from fastdllm_triton.verify.ledger import Ledger, proven
 from fastdllm_triton.verify.ops import try_case, verify_op, wanted
 from fastdllm_triton.verify.parts import Part, parts_of, unproven
@@ -40,39 +40,33 @@ def run(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["verify", "--jobs", "1", *arguments])
 
 
-def test_every_op_has_a_grid() -> None:
-    assert set(GRIDS) == set(ops.NAMES)
+def test_every_op_has_cases() -> None:
+    assert set(OPS) == set(ops.NAMES)
 
 
-@pytest.mark.parametrize("op", GRIDS)
-def test_grids_name_their_cases_and_are_quick_in_part(op: str) -> None:
-    cases = GRIDS[op].cases
+@pytest.mark.parametrize("op", OPS)
+def test_cases_have_names_and_are_quick_in_part(op: str) -> None:
+    cases = OPS[op].cases
     assert len({case.why for case in cases}) == len(cases)
     assert {case.where for case in cases} >= {"quick", "full", "key"}
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "window_attention", "swiglu", "token_statistics", "commit_tokens"])
-def test_the_kernels_hold_on_the_quick_grid(op: str) -> None:
+@pytest.mark.parametrize("op", ["swiglu", "commit_tokens"])
+def test_a_record_is_of_a_dtype_and_all_its_cases(op: str) -> None:
     records = list(verify_op(op, DEVICE, quick=True))
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in GRIDS[op].dtypes]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in OPS[op].dtypes]
     assert [record.dtype for record in records] == [dtype for dtype in dtypes if DEVICE.type == "cuda" or dtype != "bfloat16"]
     for record in records:
         assert record.ok, record
-        assert record.tried == len(wanted(GRIDS[op], DEVICE, quick=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("op", GRIDS)
-def test_the_kernels_hold_on_the_whole_grid(op: str) -> None:
-    assert [record for record in verify_op(op, DEVICE) if not record.ok] == []
+        assert record.tried == len(wanted(OPS[op], DEVICE, quick=True))
 
 
 @pytest.fixture(autouse=True)
 def ops_of_this_test_alone() -> Iterator[None]:
     """A kernel that a test replaced is neither missed because its op was kept before, nor kept for the tests after it."""
-    ops._resolved.cache_clear()
+    ops.backends._resolved.cache_clear()
     yield
-    ops._resolved.cache_clear()
+    ops.backends._resolved.cache_clear()
 
 
 def slightly_wrong(kernel: Any) -> Any:
@@ -118,13 +112,13 @@ def test_a_wrong_id_is_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     module = fastdllm_triton.kernels.commit_tokens
     kernel = module.commit_tokens
 
-    def wrong(x: torch.Tensor, *args: Any) -> None:
-        kernel(x, *args)
+    def wrong(x: torch.Tensor, **others: Any) -> None:
+        kernel(x, **others)
         x[0, 0] += 1
 
     monkeypatch.setattr(module, "commit_tokens", wrong)
-    grid = GRIDS["commit_tokens"]
-    worst, wrong_outputs, same = try_case(grid, grid.cases[0], DEVICE, torch.float32)
+    op = OPS["commit_tokens"]
+    worst, wrong_outputs, same = try_case(op, op.cases[0], DEVICE, torch.float32)
     assert (worst.error, worst.bound, wrong_outputs, same) == (1, 0, ["x"], True)
 
 
@@ -292,11 +286,11 @@ def test_processes_fit_the_cores_and_the_memory(monkeypatch: pytest.MonkeyPatch)
 
 def test_on_a_gpu_a_quick_run_tries_the_key_sizes_and_a_full_one_everything() -> None:
     gpu = torch.device("cuda")
-    for grid in GRIDS.values():
-        quick = {case.where for case in wanted(grid, gpu, quick=True)}
+    for op in OPS.values():
+        quick = {case.where for case in wanted(op, gpu, quick=True)}
         assert quick == {"quick", "key"}
-        assert wanted(grid, gpu, quick=False) == list(grid.cases)
-        assert {case.where for case in wanted(grid, torch.device("cpu"), quick=False)} == {"quick", "full"}
+        assert wanted(op, gpu, quick=False) == list(op.cases)
+        assert {case.where for case in wanted(op, torch.device("cpu"), quick=False)} == {"quick", "full"}
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------------

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 
 from ...decoding import CacheName
-from ...decoding.strategies import linear_timesteps
+from ...decoding.strategies import Strategy, Threshold, Timesteps, linear_timesteps
 from ...decoding.strategies import transfer_shares as transfer_shares
+from ...types import ScoreName
 from ...utils.checks import is_int, is_number, require, to_number
+
+#: What ranks tokens without a cache.
+_SCORES: dict[str, ScoreName] = {"maskgit_plus": "confidence", "topk_margin": "margin", "entropy": "neg_entropy"}
 
 AlgName = Literal["origin", "maskgit_plus", "topk_margin", "entropy", "confidence_threshold"]
 
@@ -106,10 +110,21 @@ class DiffusionConfig:
         return self.top_k is not None or (self.top_p is not None and self.top_p < 1)
 
     @property
-    def is_block_threshold(self) -> bool:
-        """Whether this is the engine's own decoding: blocks over a cache, a threshold, the likeliest tokens, no history."""
-        threshold = self.cache != "none" and self.alg == "confidence_threshold"
-        return threshold and not (self.temperature or self.filtered or self.history)
+    def strategy(self) -> Strategy | None:
+        """The strategy of the engine that decodes so, or None where there is none: top-p and top-k, what ranks by chance
+        (``origin`` without a cache, ``alg_temp``), and the budget of a threshold without a cache.
+        """
+        threshold, ranks_by_chance = self.alg == "confidence_threshold", self.alg_temp > 0
+        if self.filtered or (ranks_by_chance and not threshold):
+            return None
+        if self.cache != "none":
+            return Threshold(self.threshold) if threshold else Timesteps(self.steps, self.eps, score="neg_entropy")
+        return Timesteps(self.steps, self.eps, score=_SCORES[self.alg]) if self.alg in _SCORES else None
+
+    @property
+    def engine_block_length(self) -> int:
+        """Slots that the engine decodes together: everything, where there is no cache."""
+        return self.max_new_tokens if self.cache == "none" else self.block_length
 
     @property
     def random(self) -> bool:

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...decoding.config import GenerationConfig
-from ...decoding.strategies import Threshold
+from ...decoding.strategies import Strategy
 from ...engine.engine import HasNetwork
-from ...engine.generation import Generation, run
+from ...engine.generation import Forward, Generation
 from ...engine.modes import decoding_modes
+from ...kernels._limits import MAX_BLOCK
 from ...models.transformer import Transformer
 from ...ops.filtering import filtered_statistics
 from ...types import TokenStatistics
@@ -68,8 +69,10 @@ def _diffuse(
             f"{longest}, got {config.max_new_tokens}"
         )
     check_kernel_limits(network.ops, len(inputs), config)
-    if config.is_block_threshold:
-        return _by_engine(model, inputs, kv_start, config, mask_id)
+    masks_in_prompts = config.cache == "none" and bool(((inputs == mask_id) & _after(kv_start, inputs)).any())
+    strategy = None if hooks or masks_in_prompts else config.strategy
+    if strategy is not None and (network.ops.name != "triton" or config.engine_block_length <= MAX_BLOCK):
+        return _by_engine(model, inputs, kv_start, config, strategy, mask_id)
     loop = _Run(network, inputs, kv_start, config, mask_id, hooks)
     if config.cache == "none":
         loop.whole_sequence()
@@ -78,22 +81,45 @@ def _diffuse(
     return DiffusionOutput(loop.x, tuple(loop.history) if config.history else None, loop.nfe)
 
 
-def _by_engine(model: HasNetwork, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, mask_id: int) -> DiffusionOutput:
-    """Blocks by threshold, with the engine's captured steps."""
+def _by_engine(
+    model: HasNetwork, inputs: Tensor, kv_start: Tensor, config: DiffusionConfig, strategy: Strategy, mask_id: int
+) -> DiffusionOutput:
+    """Decodes with the engine's captured forwards."""
     options = GenerationConfig(
         gen_length=config.max_new_tokens,
-        block_length=config.block_length,
+        block_length=config.engine_block_length,
         cache=config.cache,
-        strategy=Threshold(config.threshold),
-        refresh_commits="first",
+        strategy=strategy,
+        temperature=config.temperature,
+        tempered=True,
+        seed=_seed(config),
+        refresh_commits="rule" if config.cache == "none" else "first",
         stop_at_eos=False,
         lockstep=True,
         mask_id=mask_id,
         logits_dtype=config.logits_dtype,
     )
     prompts = [ids[start:] for ids, start in zip(inputs.tolist(), kv_start.tolist(), strict=True)]
-    output = run(Generation(model, prompts, options))
-    return DiffusionOutput(torch.cat((inputs, output.generated), dim=1), None, output.nfe)
+    history: list[Tensor] = []
+
+    def remember(forward: Forward) -> None:
+        history.append(torch.cat((inputs, forward.x[:, -config.max_new_tokens :]), dim=1))
+
+    output = Generation(model, prompts, options).run(remember if config.history else None)
+    sequences = torch.cat((inputs, output.generated), dim=1)
+    return DiffusionOutput(sequences, tuple(history) if config.history else None, output.nfe)
+
+
+def _after(kv_start: Tensor, inputs: Tensor) -> Tensor:
+    """``[B, P]`` bool: the slots that are not padding."""
+    return torch.arange(inputs.shape[1], device=inputs.device) >= kv_start[:, None]
+
+
+def _seed(config: DiffusionConfig) -> int:
+    """The seed of the first row."""
+    if config.seed is not None:
+        return config.seed
+    return int(torch.randint(2**62, ())) if config.random else 0
 
 
 class _Run:
@@ -113,10 +139,7 @@ class _Run:
         self.network, self.config, self.mask_id, self.kv_start = network, config, mask_id, kv_start
         self.x = torch.cat((inputs, inputs.new_full((rows, config.max_new_tokens), mask_id)), dim=1)
         self.cache = network.new_cache(kv_start, self.x.shape[1])
-        seed = config.seed
-        if seed is None:
-            seed = int(torch.randint(2**62, ())) if config.random else 0
-        self.seed = seed + torch.arange(rows, device=device)
+        self.seed = _seed(config) + torch.arange(rows, device=device)
         self.slot = torch.arange(self.x.shape[1], device=device).expand_as(self.x)
         self.forbidden = torch.tensor([mask_id], device=device)
         self.nfe = 0

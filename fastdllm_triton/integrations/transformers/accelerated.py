@@ -10,14 +10,12 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...decoding import CacheName
 from ...engine.outputs import GenerationOutput
 from ...loading import HUB_PATTERNS, ops_for
 from ...model import MaskedDiffusionLM
-from ...models.token_ids import id_tensor
 from ...models.transformer import Transformer
 from ...ops import Ops, without_kernels
 from .fuse import fuse, fused_storages, unfuse
@@ -188,7 +186,6 @@ class Accelerated:
             )
         return _own_method(module, _PREPARE)(*args, **kwargs)
 
-    @torch.no_grad()
     def fast_forward(self, input_ids: Tensor) -> Tensor:
         """Logits of a plain forward over whole sequences, as the module's own ``forward`` gives them, without gradients.
 
@@ -201,8 +198,7 @@ class Accelerated:
         Raises:
             TypeError, ValueError: as :meth:`fastdllm_triton.MaskedDiffusionLM.logits`.
         """
-        runtime = self.runtime()
-        return runtime.network.logits(id_tensor("input_ids", input_ids, runtime.config).to(runtime.device))
+        return self.runtime()._logits("input_ids", input_ids)
 
 
 def _ops(found: Found, options: Options) -> Ops:

@@ -29,11 +29,11 @@ from tqdm import tqdm
 from ..decoding.config import GenerationConfig
 from ..decoding.options import strategy_of
 from ..decoding.strategies import STRATEGIES
-from ..evaluation.finished import Finished
-from ..evaluation.likelihood import MonteCarlo
-from ..evaluation.runner import checkpoint_digest, use_few_threads
 from ..loading import load
 from ..models.tokenizer import apply_template
+from .finished import Finished
+from .likelihood import MonteCarlo
+from .runner import checkpoint_digest, use_few_threads
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,6 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         return _Job(tokens, until, self._config(length, temperature), self.seed + index)
 
     def _generate(self, batch: Sequence[_Job]) -> None:
-        """Decodes a batch and puts its results on disk."""
         config = batch[0].config
         output = self.lm.generate([job.tokens for job in batch], config, seed=[job.seed for job in batch])
         entries = {}

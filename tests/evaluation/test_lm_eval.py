@@ -18,7 +18,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pi
 if lm_eval:
     from lm_eval.tasks import TaskManager
 
-    from fastdllm_triton.integrations import lm_eval as harness
+    from fastdllm_triton.evaluation import lm_eval as harness
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
 SECOND = "Ann has 20 books. Ann buys 30. Ann loses 12. Ann gets 25. How many?"

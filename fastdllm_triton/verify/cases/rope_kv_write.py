@@ -1,0 +1,102 @@
+"""The cases of rope_kv_write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._base import MODELS, Case, Inputs, OpCases, Outputs, Random, Sizes
+
+
+def _make(
+    random: Random,
+    window: int,
+    slots: int = 12,
+    batch: int = 1,
+    model: str | None = None,
+    window_start: Sequence[int] = (),
+    kv_start: Sequence[int] = (),
+    heads: tuple[int, int, int] = (2, 2, 16),
+    rounding: str = "llada",
+    bias: bool = False,
+    theta: float = 10_000.0,
+) -> Inputs:
+    """The window is at the end of the cache if it is nowhere else; ``heads`` are query heads, KV heads and their size."""
+    if model is not None:
+        config = MODELS[model]
+        heads = (config.heads, config.kv_heads, config.head_dim)
+        rounding, bias, theta = config.rope_rounding, config.qkv_bias, config.rope_theta
+    batch = len(window_start) or batch
+    q_heads, kv_heads, dim = heads
+    columns = (q_heads + 2 * kv_heads) * dim
+    return {
+        "qkv": random(batch, window, columns),
+        "k_cache": random(batch, kv_heads, slots, dim),
+        "v_cache": random(batch, kv_heads, slots, dim),
+        "window_start": random.slots(window_start or [slots - window] * batch),
+        "kv_start": random.slots(kv_start or [0] * batch),
+        "theta": theta,
+        "bias": random(columns) if bias else None,
+        "rounding": rounding,
+    }
+
+
+def _named(q: Tensor, inputs: Inputs) -> Outputs:
+    return {"q": q, "k_cache": inputs["k_cache"], "v_cache": inputs["v_cache"]}
+
+
+def _case(why: str, where: Any, window: int, window_start: Sequence[int], kv_start: Sequence[int], **sizes: Any) -> Case:
+    return Case(why, {"window": window, "window_start": window_start, "kv_start": kv_start, **sizes}, where)
+
+
+def _bytes(shape: Sizes) -> int:
+    """The projection in; q, k and v out."""
+    config = MODELS[shape["model"]]
+    return 2 * 2 * shape["batch"] * shape["window"] * (config.heads + 2 * config.kv_heads) * config.head_dim
+
+
+_SHAPES = [
+    {"model": model, "batch": batch, "window": window, "slots": 4096}
+    for model in MODELS
+    for batch, window in ((1, 32), (4, 32), (16, 32), (16, 64), (1, 4096), (4, 4096))
+]
+_DREAM: dict[str, Any] = {"rounding": "dream", "bias": True, "theta": 1e6}
+
+ROPE_KV_WRITE = OpCases(
+    "rope_kv_write",
+    [
+        _case("a refresh", "quick", 12, (0,), (0,)),
+        _case("ragged left padding", "quick", 12, (0, 0, 0), (0, 5, 11), bias=True),
+        _case("past the end", "quick", 8, (8, 12, 18), (0, 0, 0)),
+        _case("before the start", "quick", 8, (-3, -8, -9), (0, 0, 0), bias=True),
+        _case("Dream's rounding, bias and ratio of heads", "quick", 3, (5, 3), (2, 0), heads=(7, 1, 16), **_DREAM),
+        _case("one token at the end", "full", 1, (11,), (0,)),
+        _case("a ratio of 7 with LLaDA's rounding", "full", 7, (5, 3), (2, 0), heads=(7, 1, 16), bias=True),
+        _case("Dream's heads", "full", 3, (4,), (1,), heads=(28, 4, 16), bias=True),
+        _case("a sequence from before the cache", "full", 8, (-3,), (-5,), bias=True),
+        _case("a window of padding", "full", 8, (0, 2), (8, 9)),
+        _case("head dim 80", "full", 5, (4, 8), (0, 1), heads=(2, 2, 80), bias=True),
+        _case("head dim 128", "full", 5, (4,), (3,), heads=(2, 2, 128), bias=True),
+        _case("a step of LLaDA", "key", 32, (960, 960), (0, 70), model="llada", slots=1024),
+        _case("a refresh of Dream", "key", 4096, (0,), (9,), model="dream", slots=4096),
+    ],
+    _make,
+    shapes=_SHAPES,
+    key=[shape for shape in _SHAPES if shape["batch"] == 1],
+    small={"model": "dream", "batch": 1, "window": 2, "slots": 4},
+    axis="window",
+    bytes=_bytes,
+    named=_named,
+    writes=["k_cache", "v_cache"],
+    outs=["out"],
+    # Dream's in both 16-bit dtypes, since roundings are at stake.
+    compiled=lambda arch: [
+        (dtype, {"model": model, "window": 32, "slots": 1024}, None)
+        for model, dtype in (("llada", torch.bfloat16), ("dream", torch.bfloat16), ("dream", torch.float16))
+    ],
+    label=lambda kernel, dtype, c: f"{dtype} {'dream' if c['DREAM'] else 'llada'} D={c['D']}",
+    forward=lambda c: [{"model": c.model, "batch": c.batch, "window": c.window, "slots": c.slots}],
+)
