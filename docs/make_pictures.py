@@ -135,7 +135,7 @@ def draw_batch(runs: dict[str, Run]) -> Figure:
     figure, axes = plt.subplots(len(runs), 1, figsize=(9.5, 4.4), sharex=True, layout="constrained")
     for axis, (name, run) in zip(axes, runs.items(), strict=True):
         for x, seen in enumerate(run.forwards):
-            for row, block in zip(seen.rows, seen.blocks, strict=True):
+            for row, block in sorted(zip(seen.rows, seen.blocks, strict=True)):
                 axis.add_patch(Rectangle((x + 0.04, row + 0.06), 0.92, 0.86, color=REFRESH if seen.refresh else STEP, lw=0))
                 axis.text(x + 0.5, row + 0.5, str(block + 1), ha="center", va="center", fontsize=9,
                           color="white" if seen.refresh else INK)  # fmt: skip
