@@ -19,18 +19,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter, ne
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import triton
 import typer
-from torch import Tensor
 
 from fastdllm_triton.bench import bench_linear
 from fastdllm_triton.bench._session import Shape, check, label, sets_and_results
 from fastdllm_triton.bench._timing import Run, Timer, Timing, sets_of_inputs, time_in_turns
 from fastdllm_triton.kernels import (
+    _library,
     _tuned,
     head_statistics,
     linear,
@@ -41,6 +42,7 @@ from fastdllm_triton.kernels import (
     window_attention,
 )
 from fastdllm_triton.kernels._arch import Arch, arch_of
+from fastdllm_triton.types import Activation
 from fastdllm_triton.utils.files import write_atomically
 from fastdllm_triton.verify.cases._base import Function, OpCases
 from fastdllm_triton.verify.cases.head_statistics import HEAD_STATISTICS
@@ -196,11 +198,8 @@ def _attention(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candida
 
 
 def _cudnn(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    yield Candidate({"library": "cudnn"}, _attend_by_cudnn)
-
-
-def _attend_by_cudnn(q: Tensor, k_cache: Tensor, v_cache: Tensor, **options: Any) -> Tensor:
-    return window_attention.by_cudnn(q, k_cache, v_cache, (0, k_cache.shape[2]))
+    span = (0, shape["slots"])
+    yield Candidate({"library": "cudnn"}, lambda q, k_cache, v_cache, **_: _library.by_cudnn(q, k_cache, v_cache, span))
 
 
 def _prefetch(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
@@ -210,9 +209,33 @@ def _prefetch(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidat
             yield Candidate({"bytes": size}, partial(PREFETCH.kernel, size=size))
 
 
+def linear_candidates(
+    arch: Arch, rows: int, n: int, k: int, itemsize: int, activation: Activation | None
+) -> list[linear.Config]:  # fmt: skip
+    """The choice of ``linear.select_config``, then what differs from it in one respect, in two, and so on."""
+    first, gated = linear.select_config(arch, rows, n, k, itemsize, activation), activation == "swiglu"
+    found = [first]
+    outputs, tiles_m = n // (2 if gated else 1), triton.cdiv(rows, first.block_m)
+    for block_n, block_k, swap, splits in itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4)):
+        programs = tiles_m * triton.cdiv(outputs, block_n) * splits
+        sums = first.block_m * block_n * (2 if gated else 1)
+        stage = itemsize * block_k * (first.block_m + block_n * (2 if gated else 1))
+        wide_enough = not swap or (block_n >= 64 and (arch.name == "sm_90" or (arch.name == "sm_100" and not gated)))
+        # Not more registers than were seen to fit, no more splits than two programs an SM, all columns shared equally.
+        if not wide_enough or sums > 16_384 or (splits > 1 and programs > 2 * arch.sms) or k % (splits * block_k):
+            continue
+        resident = 2 if programs > arch.sms else 1
+        room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - 4 * sums
+        num_stages = 2 if arch.backend == "hip" else min(room // stage, 6)
+        if num_stages >= 2:
+            found.append(linear.Config(first.block_m, block_n, block_k, swap, splits, 8 if sums > 4096 else 4, num_stages))
+    choices = attrgetter("block_n", "block_k", "swap", "splits")  # The rest follows from them.
+    return sorted(dict.fromkeys(found), key=lambda c: sum(map(ne, choices(c), choices(first))))
+
+
 def _linear(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
     sizes = (shape["rows"], shape["n"], shape["k"], dtype.itemsize, shape["activation"])
-    for config in linear.candidates(arch, *sizes):
+    for config in linear_candidates(arch, *sizes):
         yield Candidate(asdict(config), partial(linear.linear, config=config))
 
 

@@ -32,13 +32,11 @@ P is 2 with SWIGLU (gate, then up), otherwise 1. ``residual_ptr`` may be ``out_p
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -46,10 +44,9 @@ from torch import Tensor
 from ..types import DEFAULT_LAUNCH, Activation, LaunchOptions
 from ._arch import Arch, arch_of
 from ._check import INTERPRETED, check_floats, check_shape, collapsed, once, require, row_stride_of, scratch
+from ._library import by_cublas
 from ._pdl import dependent_launch, prefetch, wait_for_predecessor
 from ._tuned import gpu_name, tuned
-from .rms_norm import rms_norm
-from .swiglu import swiglu
 
 #: Most rows that the kernel is tuned for. It takes any number, but beyond this a product is bound by arithmetic.
 MAX_ROWS = 512
@@ -262,37 +259,6 @@ def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activati
     return Config(block_m, block_n, block_k, swap, splits, num_warps, num_stages)
 
 
-def candidates(
-    arch: Arch, rows: int, n: int, k: int, itemsize: int, activation: Activation | None = None
-) -> list[Config]:  # fmt: skip
-    """What a tuner should time, best guesses first: the choice of :func:`select_config`, then what differs from it in one
-    respect, in two, and so on, of tiles, orders and splits.
-    """
-    first, gated = select_config(arch, rows, n, k, itemsize, activation), activation == "swiglu"
-    found = [first]
-    outputs, tiles_m = n // (2 if gated else 1), triton.cdiv(rows, first.block_m)
-    for block_n, block_k, swap, splits in itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4)):
-        programs = tiles_m * triton.cdiv(outputs, block_n) * splits
-        sums = first.block_m * block_n * (2 if gated else 1)
-        stage = itemsize * block_k * (first.block_m + block_n * (2 if gated else 1))
-        wide_enough = not swap or (block_n >= 64 and (arch.name == "sm_90" or (arch.name == "sm_100" and not gated)))
-        # Not more registers than were seen to fit, no more splits than two programs an SM, all columns shared equally.
-        if not wide_enough or sums > 16_384 or (splits > 1 and programs > 2 * arch.sms) or k % (splits * block_k):
-            continue
-        resident = 2 if programs > arch.sms else 1
-        room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - 4 * sums
-        num_stages = 2 if arch.backend == "hip" else min(room // stage, 6)
-        if num_stages >= 2:
-            num_warps = 8 if sums > 4096 else 4
-            found.append(Config(first.block_m, block_n, block_k, swap, splits, num_warps, num_stages))
-    return sorted(dict.fromkeys(found), key=lambda c: sum(a != b for a, b in zip(_choices(c), _choices(first), strict=True)))
-
-
-def _choices(config: Config) -> tuple[object, ...]:
-    """What a config chooses; the rest follows from it."""
-    return config.block_n, config.block_k, config.swap, config.splits
-
-
 def invariant_config(arch: Arch, n: int, k: int, itemsize: int, activation: Activation | None = None) -> Config:
     """One tiling for any number of rows: with it a row's result depends on that row alone, in any batch."""
     return select_config(arch, 64, n, k, itemsize, activation)
@@ -430,7 +396,7 @@ def linear(
         around = (norm_weight is not None, activation, residual is not None)
         config = chosen_config(arch_of(x.device), gpu_name(x.device), *_product(x, weight), *around, options)
     if config is None:
-        return _by_library(x, weight, norm_weight, eps, residual, gated, out, options)
+        return by_cublas(x, weight, norm_weight, eps, residual, gated, out, options)
 
     out = torch.empty(shape, dtype=x.dtype, device=x.device) if out is None else out
     if out.numel():
@@ -439,23 +405,6 @@ def linear(
         with torch.cuda.device_of(x):
             _launch(config, x, weight, norm_weight, eps, residual, gated, out, workspace, options)
     return out
-
-
-def _by_library(
-    x: Tensor, weight: Tensor, norm_weight: Tensor | None, eps: float | None, residual: Tensor | None, gated: bool,
-    out: Tensor | None, options: LaunchOptions,
-) -> Tensor:  # fmt: skip
-    """The product by cuBLAS, what stands around it by kernels of their own."""
-    if norm_weight is not None:
-        assert eps is not None
-        x = rms_norm(x, norm_weight, eps, options=options)  # type: ignore[assignment]
-    last = residual is None
-    if last and not gated and out is not None:
-        return torch.matmul(x, weight.T, out=out)
-    y = F.linear(x, weight)
-    if gated:
-        y = swiglu(y, out=out if last else None, options=options)
-    return y if residual is None else torch.add(residual, y, out=out)
 
 
 def _launch(

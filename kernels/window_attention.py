@@ -31,7 +31,6 @@ Nothing attended: output 0, log-sum-exp -inf. Log-sum-exps are base 2, of ``scal
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -40,12 +39,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
+from ._attention import launch_merge
 from ._check import check_floats, check_shape, check_slots, once, require, scratch
+from ._library import by_cudnn, cudnn_wins
 from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, nearest
 
@@ -191,49 +190,6 @@ def _window_attention_kernel(
             tl.store(lse_ptr + (b * HKV * G + head) * W + token, lse, mask=row < M)
 
 
-@triton.jit(do_not_specialize=["W", "splits"])
-def _merge_kernel(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_ow, stride_oh, W, splits,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RETURN_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    wait_for_predecessor(PDL)
-    pair = tl.program_id(1).to(tl.int64)
-    b, kv_head = pair // HKV, pair % HKV
-    M = W * G
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    token, head = (row // G).to(tl.int64), kv_head * G + row % G
-    d = tl.arange(0, BLOCK_D)
-    at = pair * M + row  # of the first split
-    step = tl.num_programs(1).to(tl.int64) * M
-
-    # All chunks at once, up to BLOCK_S of them, so that nothing waits for more than two loads.
-    o = tl.arange(0, BLOCK_S).to(tl.int64)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for first in range(0, splits, BLOCK_S):
-        lies = (first + o) * step  # [BLOCK_S]
-        present = (first + o < splits)[:, None] & (row < M)[None, :]
-        lse = tl.load(partial_lse_ptr + lies[:, None] + at[None, :], mask=present, other=float("-inf"))  # [BLOCK_S, BLOCK_M]
-        m_new = tl.maximum(m_i, tl.max(lse, axis=0))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weight = tl.exp2(lse - m_safe[None, :])  # 0 for an empty chunk
-        alpha = tl.exp2(m_i - m_safe)
-        mask = (lse > float("-inf"))[:, :, None] & (d < D)[None, None, :]
-        y_ptr = partial_ptr + (lies[:, None] + at[None, :])[:, :, None] * D + d[None, None, :]
-        y = tl.load(y_ptr, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_M, BLOCK_D]
-        l_i = l_i * alpha + tl.sum(weight, axis=0)
-        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * y, axis=0)
-        m_i = m_new
-
-    l_i = tl.where(l_i == 0, 1.0, l_i)
-    out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
-    tl.store(out_ptr, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (d < D)[None, :])
-    if RETURN_LSE:
-        tl.store(lse_ptr + (b * HKV * G + head) * W + token, m_i + tl.log2(l_i), mask=row < M)
-
-
 @dataclass(frozen=True)
 class Config:
     """Launch parameters.
@@ -344,10 +300,6 @@ def invariant_config(arch: Arch, q_heads: int, kv_heads: int, dim: int, slots: i
     return replace(tile, splits=max(triton.cdiv(slots, INVARIANT_CHUNK), 1), chunk=INVARIANT_CHUNK)
 
 
-#: Rows of a program of the merge kernel, and chunks that it holds at a time.
-MERGE_ROWS, MERGE_SPLITS = 4, 16
-
-
 def _precision(arch: Arch) -> str:
     """How float32 operands are multiplied so that the product is one of float32; 16-bit operands are not affected."""
     return "tf32x3" if arch.backend == "cuda" else "ieee"
@@ -443,47 +395,24 @@ def window_attention(
 
     if config is None and options.batch_invariant:
         config = invariant_config(arch_of(q.device), q_heads, kv_heads, dim, slots, q.element_size())
-    if span is not None and span[0] < span[1] and not return_lse and skip_start is None and config is None:
-        sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
-        if cudnn_wins(gpu_name(q.device), *sizes):
-            y = by_cudnn(q, k_cache, v_cache, span, scale)
-            return y if out is None else out.copy_(y)
+    sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
+    plain = config is None and skip_start is None and not return_lse
+    if plain and span is not None and span[0] < span[1] and cudnn_wins(gpu_name(q.device), *sizes):
+        y = by_cudnn(q, k_cache, v_cache, span, scale)
+        return y if out is None else out.copy_(y)
 
     out = torch.empty((batch, window, q_heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((batch, q_heads, window), dtype=torch.float32, device=q.device) if return_lse else None
     if batch and window:
         arch = arch_of(q.device)
-        if config is None:
-            sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
-            config = select_config(arch, *sizes, gpu_name(q.device))
-        needed = config.workspace_elements(batch, window, q_heads, dim)
-        workspace = scratch(workspace, needed, q.device)
+        config = config or select_config(arch, *sizes, gpu_name(q.device))
+        workspace = scratch(workspace, config.workspace_elements(batch, window, q_heads, dim), q.device)
         with torch.cuda.device_of(q):
             _launch(
                 arch, config, layout, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
                 1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace, options,
             )  # fmt: skip
     return out if lse is None else (out, lse)
-
-
-@cache
-def cudnn_wins(
-    gpu: str | None, batch: int, window: int, q_heads: int, kv_heads: int, dim: int, slots: int, itemsize: int
-) -> bool:
-    """Whether cuDNN's attention was measured to beat the kernel on this GPU, for sizes within a factor of two."""
-    sizes, heads = {"batch": batch, "window": window, "slots": slots}, {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim}
-    return nearest(gpu, "cudnn_attention", sizes, **heads, itemsize=itemsize) is not None
-
-
-def by_cudnn(q: Tensor, k_cache: Tensor, v_cache: Tensor, span: tuple[int, int], scale: float | None = None) -> Tensor:
-    """``[B, W, Hq, D]``: attention over the slots ``span[0] <= j < span[1]`` of every sequence, by cuDNN.
-
-    PyTorch would rather take FlashAttention 2, which is slower on sm_90 and newer. On a CPU, its own.
-    """
-    k, v = (cache_[:, :, span[0] : span[1]] for cache_ in (k_cache, v_cache))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if q.is_cuda else nullcontext():
-        grouped = q.shape[2] != k.shape[1]
-        return scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def _launch(
@@ -516,7 +445,4 @@ def _launch(
         PRECISION=_precision(arch), num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     if split:
-        _merge_kernel[(triton.cdiv(rows, MERGE_ROWS), pairs)](
-            workspace, sums_lse, out, lse, *strides[9:], window, config.splits,
-            BLOCK_M=MERGE_ROWS, BLOCK_S=MERGE_SPLITS, num_warps=4, **shared,
-        )  # fmt: skip
+        launch_merge(workspace, sums_lse, out, lse, strides[9:], window, config.splits, pairs, shared)

@@ -114,7 +114,7 @@ def launched(
     return [
         CompileCase(cases.op, launch, cases.label(launch.kernel.__name__, launch.dtype, launch.constants))
         for launch in launches
-        if launch.file in (cases.op, "_statistics")
+        if launch.file in (cases.op, "_attention", "_statistics")
     ]
 
 

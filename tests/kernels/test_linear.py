@@ -11,6 +11,7 @@ import torch
 from _support import DEVICE, KERNEL_DTYPES, assert_as_close_as_torch, assert_case_holds, randn, small_cases
 from torch import Tensor
 
+from fastdllm_triton.bench.tune import linear_candidates
 from fastdllm_triton.kernels import _tuned
 from fastdllm_triton.kernels import linear as module
 from fastdllm_triton.kernels._arch import ARCHS
@@ -218,7 +219,7 @@ def test_configs_cover_the_shapes_and_fit(arch):
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 def test_candidates_are_few_and_begin_with_the_choice(arch):
     for (n, k, _, activation, _), rows in itertools.product(PROJECTIONS.values(), (16, 32, 128)):
-        found = module.candidates(arch, rows, n, k, 2, activation)
+        found = linear_candidates(arch, rows, n, k, 2, activation)
         assert found[0] == select_config(arch, rows, n, k, 2, activation)
         assert 2 <= len(found) == len(set(found)) <= 40
         assert all(config.part(k) * config.splits == k for config in found[1:])

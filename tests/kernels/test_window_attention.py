@@ -14,7 +14,7 @@ from _support import CPU, DEVICE, assert_as_close_as_torch, assert_case_holds, i
 from hypothesis import given, settings, strategies
 from torch import Tensor
 
-from fastdllm_triton.kernels import head_statistics, token_statistics
+from fastdllm_triton.kernels import _library, head_statistics, token_statistics
 from fastdllm_triton.kernels import window_attention as module
 from fastdllm_triton.kernels._arch import ARCHS, arch_of
 from fastdllm_triton.kernels.window_attention import Config, select_config
@@ -299,7 +299,8 @@ def test_the_rows_of_a_batch_that_a_launch_takes_do_not_compile_it_again(op):
     kernel = getattr(importlib.import_module(f"fastdllm_triton.kernels.{op}"), f"_{op}_kernel")
     options = kernel.kwargs if hasattr(kernel, "kwargs") else vars(kernel)  # of the interpreter, of the compiler
     sliced = {"start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr", "window_start_ptr", "kv_start_ptr", "seed_ptr"}
-    sliced |= {"step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr"}
+    sliced |= {"step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr", "value_ptr", "steps_ptr", "shares_ptr"}
+    sliced |= {"eos_ptr", "forward_ptr"}
     assert set(options["do_not_specialize_on_alignment"]) == sliced & set(kernel.arg_names)
     assert set(options["do_not_specialize"] or ()) >= {"W", "L"} & set(kernel.arg_names)
 
@@ -315,7 +316,8 @@ def test_cudnn_runs_where_it_was_measured_and_all_rows_attend_the_same_slots(mon
         asked.append(op)
         return {"library": "cudnn"} if op == "cudnn_attention" and sizes == measured else None
 
-    monkeypatch.setattr(module, "nearest", nearest)
+    for file in (module, _library):
+        monkeypatch.setattr(file, "nearest", nearest)
     module.cudnn_wins.cache_clear()
     torch.testing.assert_close(kernel(**args, span=(8, 70)), want)
     assert asked == ["cudnn_attention"]  # the kernel has not been asked for its config

@@ -10,7 +10,7 @@ import torch
 from _support import DEVICE, ints, randn
 
 from fastdllm_triton import ops, reference
-from fastdllm_triton.kernels import _pdl, _statistics
+from fastdllm_triton.kernels import _attention, _pdl, _statistics
 from fastdllm_triton.kernels._arch import ARCHS, arch_of
 from fastdllm_triton.kernels.linear import Config, select_config
 from fastdllm_triton.tools.recorder import META, recorded
@@ -34,7 +34,7 @@ class Counted:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels launched so far."""
     names: list[str] = []
-    for module in (_statistics, *(importlib.import_module(f"fastdllm_triton.kernels.{op}") for op in ops.NAMES)):
+    for module in (_attention, _statistics, *(importlib.import_module(f"fastdllm_triton.kernels.{op}") for op in ops.NAMES)):
         for name, kernel in vars(module).items():
             if name.endswith("_kernel") and hasattr(kernel, "arg_names"):
                 monkeypatch.setattr(module, name, Counted(kernel, names))

@@ -1,0 +1,76 @@
+"""The merge of attention over chunks of the keys: each chunk's normalised sum and its base-2 log-sum-exp, in a fixed order.
+
+| pointer         | shape                            | strides                  | written |
+|-----------------|----------------------------------|--------------------------|---------|
+| partial_ptr     | [splits, B, Hkv, W G, D] float32 | contiguous               |         |
+| partial_lse_ptr | [splits, B, Hkv, W G] float32    | contiguous               |         |
+| out_ptr         | [B, W, Hq, D]                    | (stride_ob, _ow, _oh, 1) | y       |
+| lse_ptr         | [B, Hq, W] float32               | contiguous               | lse     |
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._pdl import wait_for_predecessor
+
+#: Rows of a program of the merge kernel, and chunks that it holds at a time.
+MERGE_ROWS, MERGE_SPLITS = 4, 16
+
+
+@triton.jit(do_not_specialize=["W", "splits"])
+def _merge_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, stride_ob, stride_ow, stride_oh, W, splits,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, RETURN_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_predecessor(PDL)
+    pair = tl.program_id(1).to(tl.int64)
+    b, kv_head = pair // HKV, pair % HKV
+    M = W * G
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    token, head = (row // G).to(tl.int64), kv_head * G + row % G
+    d = tl.arange(0, BLOCK_D)
+    at = pair * M + row  # of the first split
+    step = tl.num_programs(1).to(tl.int64) * M
+
+    # All chunks at once, up to BLOCK_S of them, so that nothing waits for more than two loads.
+    o = tl.arange(0, BLOCK_S).to(tl.int64)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for first in range(0, splits, BLOCK_S):
+        lies = (first + o) * step  # [BLOCK_S]
+        present = (first + o < splits)[:, None] & (row < M)[None, :]
+        lse = tl.load(partial_lse_ptr + lies[:, None] + at[None, :], mask=present, other=float("-inf"))  # [BLOCK_S, BLOCK_M]
+        m_new = tl.maximum(m_i, tl.max(lse, axis=0))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        weight = tl.exp2(lse - m_safe[None, :])  # 0 for an empty chunk
+        alpha = tl.exp2(m_i - m_safe)
+        mask = (lse > float("-inf"))[:, :, None] & (d < D)[None, None, :]
+        y_ptr = partial_ptr + (lies[:, None] + at[None, :])[:, :, None] * D + d[None, None, :]
+        y = tl.load(y_ptr, mask=mask, other=0.0)  # [BLOCK_S, BLOCK_M, BLOCK_D]
+        l_i = l_i * alpha + tl.sum(weight, axis=0)
+        acc = acc * alpha[:, None] + tl.sum(weight[:, :, None] * y, axis=0)
+        m_i = m_new
+
+    l_i = tl.where(l_i == 0, 1.0, l_i)
+    out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
+    tl.store(out_ptr, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (d < D)[None, :])
+    if RETURN_LSE:
+        tl.store(lse_ptr + (b * HKV * G + head) * W + token, m_i + tl.log2(l_i), mask=row < M)
+
+
+def launch_merge(
+    partial: Tensor | None, partial_lse: Tensor | None, out: Tensor, lse: Tensor | None, strides: tuple[int, ...], window: int,
+    splits: int, pairs: int, shared: dict[str, Any],
+) -> None:  # fmt: skip
+    """Merges ``splits`` chunks of so many pairs of sequence and KV head; ``shared`` are the constexprs of both kernels."""
+    _merge_kernel[(triton.cdiv(window * shared["G"], MERGE_ROWS), pairs)](
+        partial, partial_lse, out, lse, *strides, window, splits,
+        BLOCK_M=MERGE_ROWS, BLOCK_S=MERGE_SPLITS, num_warps=4, **shared,
+    )  # fmt: skip
