@@ -1,6 +1,6 @@
 """Draws the pictures of choosing.md from runs of the built-in model: ``python docs/make_pictures.py [FOLDER]``.
 
-Every mark is something that a forward told (:class:`fastdllm_triton.Forward`); nothing is drawn by hand.
+Every mark is something that a forward reported (:class:`fastdllm_triton.Forward`); nothing is drawn by hand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REFRESH, STEP, KEPT, TOKEN, WRONG, INK, PALE = "#2f6fde", "#8fb5f2", "#ececec", 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward told: whether it was a refresh, its rows, their blocks and windows, and what it committed."""
+    """What one forward reported: whether it was a refresh, its rows, their blocks and windows, and what it committed."""
 
     refresh: bool
     rows: tuple[int, ...]
@@ -65,13 +65,12 @@ def record(model: fdt.MaskedDiffusionLM, count: int = 1, **options: Any) -> Run:
 
 
 def chosen() -> list[Any]:
-    """The problems that are drawn."""
-    found = list(islice(problems(SEED, test=True), max(PROBLEMS) + 1))
-    return [found[i] for i in PROBLEMS]
+    first = list(islice(problems(SEED, test=True), max(PROBLEMS) + 1))
+    return [first[i] for i in PROBLEMS]
 
 
 def draw_windows(runs: dict[str, Run]) -> Figure:
-    """A panel a run: a line a forward, the slots that it recomputed, and those that it committed."""
+    """One panel per run, one line per forward: the slots that it recomputed, and those that it committed."""
     figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.5), sharey=True, layout="constrained")
     for axis, (name, run) in zip(axes, runs.items(), strict=True):
         slots = run.output.sequences.shape[1]
@@ -93,7 +92,7 @@ def draw_windows(runs: dict[str, Run]) -> Figure:
 
 
 def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figure:
-    """A panel a run: which forward committed each token, and how sure the model was."""
+    """One panel per run: which forward committed each token, and with what confidence."""
     tallest = max(len(run.forwards) for run in runs.values())
     figure, axes = plt.subplots(len(runs), 1, figsize=(10.5, 10.4), layout="constrained",
                                 height_ratios=[len(run.forwards) + 6 for run in runs.values()])  # fmt: skip
@@ -132,11 +131,11 @@ def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figur
 
 
 def draw_batch(runs: dict[str, Run]) -> Figure:
-    """A panel a run: a line a row of the batch, a column a forward, and the block at which the row was."""
+    """One panel per run: a line per row of the batch, a column per forward, and the block at which the row was."""
     figure, axes = plt.subplots(len(runs), 1, figsize=(9.5, 4.4), sharex=True, layout="constrained")
     for axis, (name, run) in zip(axes, runs.items(), strict=True):
         for x, seen in enumerate(run.forwards):
-            for row, block in zip(seen.rows, seen.blocks, strict=True):
+            for row, block in sorted(zip(seen.rows, seen.blocks, strict=True)):
                 axis.add_patch(Rectangle((x + 0.04, row + 0.06), 0.92, 0.86, color=REFRESH if seen.refresh else STEP, lw=0))
                 axis.text(x + 0.5, row + 0.5, str(block + 1), ha="center", va="center", fontsize=9,
                           color="white" if seen.refresh else INK)  # fmt: skip

@@ -221,7 +221,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's length."""
+        """Log-likelihoods of whole texts, in windows of the model's length."""
         results = []
         for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
             (text,) = request.args

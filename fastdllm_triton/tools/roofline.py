@@ -336,7 +336,7 @@ class Floor:
         forwards: of all phases.
         refresh_seconds, step_seconds: of all refreshes and of all other forwards.
         cost: bytes and FLOPs of the whole generation.
-        tokens: of use, the batch's together.
+        tokens: useful ones, of the whole batch.
     """
 
     forwards: float
@@ -360,7 +360,7 @@ def generation_cost(shape: Shape, schedule: Sequence[Phase], **bits: float) -> l
 
 
 def generation_floor(shape: Shape, schedule: Sequence[Phase], gpu: Gpu, tokens: float, **bits: float) -> Floor:
-    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are those of use, of all rows."""
+    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are the useful ones of all rows."""
     costs = generation_cost(shape, schedule, **bits)
 
     def seconds(refresh: bool) -> float:

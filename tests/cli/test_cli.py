@@ -20,7 +20,7 @@ import fastdllm_triton as fdt
 from fastdllm_triton import tiny as tiny_model
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.generate import Prompt, read_prompts
-from fastdllm_triton.cli.live import AnswerView, LiveView, Painter
+from fastdllm_triton.cli.live import AnswerView, LiveView, TokenRenderer
 from fastdllm_triton.engine import memory
 from fastdllm_triton.engine.runner import Batch
 from fastdllm_triton.evaluation.scoring import read_requests
@@ -139,10 +139,10 @@ def test_a_character_of_several_tokens_is_drawn_whole(tiny: fdt.MaskedDiffusionL
         tokenizer, config = Bytes(), tiny.config
 
     mask, end = 999, tiny.config.eos_ids[0]
-    painter = Painter(Model(), mask)  # type: ignore[arg-type]
+    renderer = TokenRenderer(Model(), mask)  # type: ignore[arg-type]
     euro = list("€".encode())
-    assert painter.paint([*euro, mask, mask, end]).plain == "€░░¶"
-    assert painter.paint(euro, [True, False, False]).plain.count("\ufffd") > 0  # until all of it is of one age
+    assert renderer.render([*euro, mask, mask, end]).plain == "€░░¶"
+    assert renderer.render(euro, [True, False, False]).plain.count("\ufffd") > 0  # until all of it is of one age
 
 
 def console_text(frame: Any) -> str:

@@ -20,7 +20,7 @@ import fastdllm_triton as fdt
 from fastdllm_triton import tiny as built_in
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.console import Terminal, console, say, say_list, show, visible
-from fastdllm_triton.cli.live import LiveView, Painter
+from fastdllm_triton.cli.live import LiveView, TokenRenderer
 from fastdllm_triton.engine.runner import Batch
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
@@ -198,7 +198,7 @@ def test_a_locale_without_a_sign_gets_another_one_and_no_end(encoding: str, monk
 def test_masks_and_ends_have_signs_in_any_encoding(tiny: fdt.MaskedDiffusionLM) -> None:
     mask, end = tiny.config.mask_id, tiny.config.eos_ids[0]
     for encoding, shown in (("utf-8", "░░¶"), ("ascii", "__|"), ("latin-1", "__|"), ("no-such-encoding", "__|")):
-        assert Painter(tiny, mask, encoding).paint([mask, mask, end]).plain == shown
+        assert TokenRenderer(tiny, mask, encoding).render([mask, mask, end]).plain == shown
 
 
 def _table() -> Table:
