@@ -24,6 +24,7 @@ from .lm_eval import lm_eval
 from .names import as_typed, option_names, renamed
 from .options import examples
 from .performance_report import performance_report
+from .profile import profile
 from .roofline import roofline
 from .verify import verify
 
@@ -121,6 +122,10 @@ app.command(
     rich_help_panel=_PROVE,
     epilog=examples("info", "info --model ./LLaDA-8B-Instruct --prompt-length 1000 --gen-length 1024 --batch-size 8"),
 )(info)
+app.command(
+    rich_help_panel=_PROVE,
+    epilog=examples('profile --prompt "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?" --cache dual'),
+)(profile)
 app.command(rich_help_panel=_PROVE, epilog=examples("verify --quick", "verify --op swiglu --out verified.json"))(verify)
 app.command(rich_help_panel=_PROVE, epilog=examples("bench --html bench.html", "bench ops --op swiglu --out results"))(bench)
 app.command(

@@ -1,15 +1,12 @@
-"""Models: a transformer runtime, and for each architecture a config and a name map.
-
-A config needs no torch; :class:`Transformer`, which does, is imported when it is first used.
-"""
+"""Models: a transformer runtime, and for each architecture a config and a name map."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .config import CheckpointError, ModelConfig
-
 if TYPE_CHECKING:
+    from .config import CheckpointError, ModelConfig
     from .transformer import Transformer
 
 __all__ = ["CheckpointError", "ModelConfig", "Transformer"]
@@ -17,9 +14,7 @@ __all__ = ["CheckpointError", "ModelConfig", "Transformer"]
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Imports :class:`Transformer` (PEP 562)."""
-        if name != "Transformer":
+        """Imports a name when it is first used: the command line asks for sizes of models, and does not wait for torch."""
+        if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from .transformer import Transformer
-
-        return Transformer
+        return getattr(import_module(".transformer" if name == "Transformer" else ".config", __name__), name)
