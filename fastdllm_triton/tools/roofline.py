@@ -317,7 +317,7 @@ class Setting:
             if count > 0:
                 # Without a cache every forward is a whole one, and none of them is called a refresh.
                 name = window.kind if policy.reuses else "step"
-                phase = Phase(name, 1, self.batch_size, len(window), window.attend_end, head_rows)
+                phase = Phase(name, 1, self.batch_size, window.end - window.start, window.attend_end, head_rows)
                 counts[phase] = counts.get(phase, 0.0) + count
 
         for index in range(self.blocks):
