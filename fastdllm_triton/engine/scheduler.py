@@ -146,11 +146,11 @@ class Scheduler:
         """Makes rows that share forwards neighbours, those to refresh in front; the swaps that this takes."""
         groups: dict[Hashable, int] = {}
         keys = [(groups.setdefault(self.group_of(request), len(groups)), _turn(request)) for request in self.rows]
-        swaps = []
-        for i, wanted in enumerate(sorted(keys)):
-            if keys[i] != wanted:
-                # A row that does not belong where it is either, and belongs here.
-                j = next(j for j in range(i + 1, len(keys)) if keys[j] == wanted)
+        swaps, wanted = [], sorted(keys)
+        for i, key in enumerate(wanted):
+            if keys[i] != key:
+                # A row that belongs here, and not where it is.
+                j = next(j for j in range(i + 1, len(keys)) if keys[j] == key != wanted[j])
                 self.rows[i], self.rows[j] = self.rows[j], self.rows[i]
                 keys[i], keys[j] = keys[j], keys[i]
                 swaps.append((i, j))

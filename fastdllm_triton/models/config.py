@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..types import RopeRounding
+if TYPE_CHECKING:
+    from ..types import RopeRounding
 
 
 class CheckpointError(ValueError):

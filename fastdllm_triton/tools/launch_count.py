@@ -31,6 +31,16 @@ _FREE = frozenset(
 )
 
 
+def name_of(func: Any) -> str:
+    """What an operator of PyTorch is called, such as ``add``."""
+    return str(func).removeprefix("aten.").split(".")[0].lstrip("_")
+
+
+def is_free(func: Any) -> bool:
+    """Whether an operator of PyTorch launches nothing."""
+    return name_of(func) in _FREE
+
+
 @dataclass(frozen=True)
 class Launches:
     """Kernels by what launches them.
@@ -103,7 +113,7 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.op: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func).removeprefix("aten.").split(".")[0].lstrip("_")
+        name = name_of(func)
         # On a GPU the library's product of the head is float32 without a conversion.
         if name not in _FREE and (self.op, name) != ("head_statistics", "to_copy"):
             self.counts[self.op or f"torch {name}"] += 1
