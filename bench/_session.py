@@ -250,8 +250,9 @@ def sets_and_results(
     cases: OpCases, shape: Shape, device: torch.device, dtype: torch.dtype, count: int = 1
 ) -> tuple[list[dict[str, Any]], Expected]:
     """Sets of inputs, each with memory for the results, and what the first one must give."""
-    sets = [cases.inputs(shape, device, dtype, seed) for seed in range(count)]
-    expected = Expected.of(cases, sets[0])
+    first = cases.inputs(shape, device, dtype)
+    expected = Expected.of(cases, first)  # which takes much memory for a moment, before the other sets are there
+    sets = [first, *(cases.inputs(shape, device, dtype, seed) for seed in range(1, count))]
     return [inputs | cases.result_memory(expected.plain) for inputs in sets], expected
 
 
@@ -326,7 +327,8 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     from fastdllm_triton import bench as package
 
     modules = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("bench_")]
-    found: list[Measurable] = [importlib.import_module(f"{package.__name__}.{name}").BENCH for name in modules]
+    files = [vars(importlib.import_module(f"{package.__name__}.{name}")) for name in modules]
+    found: list[Measurable] = [bench for file in files for bench in file.get("BENCHES") or [file["BENCH"]]]
     unknown = sorted(set(names) - {bench.op for bench in found})
     if unknown:
         raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in found)}")
@@ -340,9 +342,9 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     return sorted(found, key=rank)
 
 
-def main(op: str) -> None:
-    """A bench as a script: ``fastdllm-triton bench --op`` with the script's arguments."""
-    run_command("bench", "all", "--op", op)
+def main(op: str | None = None) -> None:
+    """A bench as a script: ``fastdllm-triton bench`` with the script's arguments, of one op if it is given."""
+    run_command("bench", "all", *(() if op is None else ("--op", op)))
 
 
 def run_command(*words: str) -> None:

@@ -226,5 +226,6 @@ class GenerateBench(ModelBench):
 
 BENCH = GenerateBench()
 
+
 if __name__ == "__main__":
     main(BENCH.op)

@@ -63,5 +63,6 @@ def _counts(output: GenerationOutput) -> dict[str, Any]:
 
 BENCH = RowsBench()
 
+
 if __name__ == "__main__":
     main(BENCH.op)

@@ -378,5 +378,6 @@ def host_of(side: OurStep, device: Timing) -> float:
 
 BENCH = StepBench()
 
+
 if __name__ == "__main__":
     main(BENCH.op)

@@ -2,20 +2,14 @@
 
     python bench/cache_options.py --prompt 1000 --gen-length 256 --block-length 32 --tokens-per-forward 4 --gpu h200
 
-Nothing is timed. The windows are those that the engine recomputes: it decodes with the built-in model, which is small, at the
-lengths asked for; each forward is then priced with LLaDA-8B's sizes.
+Nothing is timed and nothing is decoded: the windows are those that the cache's policy asks for, priced with the model's sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 
-import torch
-
-import fastdllm_triton as fdt
-from fastdllm_triton.evaluation.cost import Meter
-from fastdllm_triton.evaluation.grid import CacheSpec
+from fastdllm_triton.decoding.cache_policy import cache_policy, play
 from fastdllm_triton.tools.roofline import GPUS, SHAPES, Cost, forward_cost
 
 CACHES = (
@@ -42,32 +36,22 @@ def main() -> None:
     parser.add_argument("--block-length", type=int, default=32)
     parser.add_argument("--tokens-per-forward", type=int, default=4)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    lm, shape, gpu = fdt.load("tiny", device="cpu"), SHAPES[arguments.model], GPUS[arguments.gpu]
-    length = arguments.gen_length
-    lm.network.config = replace(lm.config, max_length=arguments.prompt + length)
-    steps = length // arguments.tokens_per_forward
-    prompt = [5] * arguments.prompt
+    shape, gpu, length, block = SHAPES[arguments.model], GPUS[arguments.gpu], arguments.gen_length, arguments.block_length
+    count = -(-block // arguments.tokens_per_forward)  # forwards of a block
+    # What is still masked before each: the first forwards commit one more where the count does not divide the block.
+    masked = [block - done * (block // count) - min(done, block % count) for done in range(count)] * (length // block)
 
-    print(f"{shape.name}, prompt {arguments.prompt}, {length} tokens in blocks of {arguments.block_length}, ", end="")
+    print(f"{shape.name}, prompt {arguments.prompt}, {length} tokens in blocks of {block}, ", end="")
     print(f"{arguments.tokens_per_forward} tokens a forward, batch 1; floor on {gpu.name}\n")
     print("| cache | TFLOP | of dual's | TB | of dual's | floor, s |\n|---|---|---|---|---|---|")
     found: dict[str, tuple[Cost, float]] = {}
     for name in CACHES:
-        spec = CacheSpec.parse(name)
-        config = fdt.GenerationConfig(
-            gen_length=length,
-            block_length=arguments.block_length,
-            cache=spec.name,
-            strategy=fdt.FixedSteps(steps),
-            stop_at_eos=False,
-            **dict(spec.options),  # type: ignore[arg-type]
-        )
-        meter = Meter(shape, [arguments.prompt], config)
-        output = lm.generate([prompt], config, callback=meter)
-        forwards = meter.forwards(output)
-        cost = sum((forward_cost(shape, 1, *sizes) for sizes in forwards[0]), Cost(0, 0))
-        found[name] = cost, sum(forward_cost(shape, 1, *sizes).seconds(gpu) for sizes in forwards[0])
+        cache, *options = name.split("+")
+        values = {option: int(value) for option, value in (text.split("=") for text in options)}
+        policy = cache_policy(cache, **values)  # type: ignore[arg-type]
+        windows = play(policy, arguments.prompt, length, block, [count] * (length // block))
+        costs = [forward_cost(shape, 1, len(w), w.attend_end, rows) for w, rows in zip(windows, masked, strict=True)]
+        found[name] = sum(costs, Cost(0, 0)), sum(cost.seconds(gpu) for cost in costs)
     base = found["dual"][0]
     for name, (cost, seconds) in found.items():
         row = (name, f"{cost.flops / 1e12:.1f}", f"{cost.flops / base.flops:.2f}", f"{cost.bytes / 1e12:.3f}")

@@ -21,7 +21,7 @@ import typer
 
 from fastdllm_triton.bench import bench_step
 from fastdllm_triton.bench._models import network_of, prompt_of
-from fastdllm_triton.bench._session import Bench, Shape, benches, label, needs_gpu, sets_and_results
+from fastdllm_triton.bench._session import Bench, Shape, benches, label, needs_gpu
 from fastdllm_triton.bench._timing import Run, reason
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.verify import jobs_for
@@ -45,7 +45,7 @@ def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
     target, dtype = torch.device(device), torch.float16 if quick else torch.bfloat16
     (bench,) = benches("all", [op])
     if isinstance(bench, Bench):
-        (inputs,), _ = sets_and_results(bench.cases, shape, target, dtype)
+        inputs = bench.cases.inputs(shape, target, dtype)
         providers: dict[str, Run] = {"triton": lambda i: bench.function(**i)}
         providers |= {name: run for name, run in bench.baselines.items() if not (quick and needs_gpu(name))}
         return [name for name, run in providers.items() if not _runs(f"{what} {name}", partial(run, inputs))]

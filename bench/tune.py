@@ -27,9 +27,9 @@ import torch
 import triton
 import typer
 
-from fastdllm_triton.bench import bench_linear
 from fastdllm_triton.bench._session import Shape, check, label, sets_and_results
 from fastdllm_triton.bench._timing import Run, Timer, Timing, sets_of_inputs, time_in_turns
+from fastdllm_triton.bench.bench_ops import library_linear
 from fastdllm_triton.kernels import (
     _library,
     _tuned,
@@ -283,7 +283,7 @@ SWEEPS = {
             _linear_key,
             _linear,
             LINEAR,
-            rule=bench_linear.library,
+            rule=library_linear,
         ),
         Sweep(
             "window_attention",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastdllm_triton.bench._report import Report
-from fastdllm_triton.bench._session import Bench, Measurable, Session, label, needs_gpu
+from fastdllm_triton.bench._session import Bench, Measurable, Session, benches, label, needs_gpu
 from fastdllm_triton.bench._timing import Ceilings, Inputs, Run, Timing, reason
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,7 +23,8 @@ def module_of(op: str) -> Any:
 
 
 def bench_of(op: str) -> Bench:
-    return module_of(op).BENCH
+    (bench,) = benches("all", [op])
+    return bench
 
 
 def small(op: str, baselines: Mapping[str, Run] | None = None, ours: Any = None, **options: Any) -> Bench:

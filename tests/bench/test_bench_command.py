@@ -71,7 +71,7 @@ def test_without_a_gpu_no_speed_is_claimed(tmp_path: Path) -> None:
 def test_a_bench_is_a_script_and_needs_no_interpreter_around_it(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    script = [sys.executable, str(ROOT / "bench" / "bench_rms_norm.py"), "--quick", "--out", str(tmp_path / "out")]
+    script = [sys.executable, str(ROOT / "bench" / "bench_ops.py"), "--op", "rms_norm", "--quick", "--out", str(tmp_path / "out")]
     found = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "plumbing only" in plain(found.stdout)
@@ -91,10 +91,10 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(torch.device("cpu"), timer=run_once, ceilings=CEILINGS, **options)
 
     monkeypatch.setattr(_session, "Session", session)
-    for op in ("swiglu", "rms_norm"):
-        bench = small(op, {"torch": bench_of(op).baselines["torch"]})
-        bench = replace(bench, cases=replace(bench.cases, key=bench.cases.shapes))
-        monkeypatch.setattr(sys.modules[f"fastdllm_triton.bench.bench_{op}"], "BENCH", bench)
+    of_ops = [small(op, {"torch": bench_of(op).baselines["torch"]}) for op in ("swiglu", "rms_norm")]
+    small_ones = {bench.op: replace(bench, cases=replace(bench.cases, key=bench.cases.shapes)) for bench in of_ops}
+    module = sys.modules["fastdllm_triton.bench.bench_ops"]
+    monkeypatch.setattr(module, "BENCHES", [small_ones.get(bench.op, bench) for bench in module.BENCHES])
 
 
 @pytest.mark.usefixtures("pretend_gpu")

@@ -59,7 +59,8 @@ def test_the_main_loop_is_the_innermost_that_loads_and_all_of_a_kernel_without_o
 
 
 def test_bytes_in_flight_are_those_of_the_programs_that_are_there() -> None:
-    (launch,) = launches("head_statistics", SHAPE_CLASSES[0], ARCHS["sm_90"])
+    launch, merge = launches("head_statistics", SHAPE_CLASSES[0], ARCHS["sm_90"])
+    assert merge.launch.kernel.__name__ == "merge_statistics_kernel"
     threads = 32 * launch.launch_options["num_warps"]
     found = describe(SHAPE_CLASSES[0], launch, ARCHS["sm_90"], 2, instructions(SASS))
     assert found["loop_bytes"] == threads * 20

@@ -1,0 +1,115 @@
+"""Every op against PyTorch and against what decoders do today; window_attention has a file of its own.
+
+python bench/bench_ops.py --op NAME [--quick] [--out DIR] [--html FILE] [--only NAME]
+
+Of linear ours is the kernel in the configuration that its pure function chooses, whatever was measured. The library's time is
+what a layer without fusions spends: the norm in front and the gated unit behind are launches of their own, but the residual is
+not, since it is added by the next norm's launch. A launch of commit_tokens or window_inputs reads a few kilobytes: what is timed
+is latency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdllm_triton.bench._baselines import (
+    compiled,
+    compiled_float32,
+    official_float64,
+    official_threshold,
+    reference,
+    torch_float32,
+)
+from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._timing import Inputs, Run
+from fastdllm_triton.kernels.rms_norm import rms_norm
+from fastdllm_triton.kernels.swiglu import swiglu
+from fastdllm_triton.kernels.token_statistics import token_statistics
+from fastdllm_triton.reference.rope_kv_write import rotate
+from fastdllm_triton.verify.cases import OPS
+from fastdllm_triton.verify.cases.commit_tokens import MASK, START
+from fastdllm_triton.verify.cases.linear import chosen_config
+
+
+def torch_rms_norm(i: Inputs) -> Tensor:
+    """PyTorch's own op, after the addition."""
+    x = i["x"] if "residual" not in i else i["x"] + i["residual"]
+    return F.rms_norm(x, x.shape[-1:], i["weight"], i["eps"])
+
+
+def own_linear(**inputs: Any) -> Tensor:
+    """The kernel in the configuration that its pure function chooses."""
+    result: Tensor = OPS["linear"].kernel(**inputs, config=chosen_config(inputs))
+    return result
+
+
+def library_linear(i: Inputs) -> Tensor:
+    """cuBLAS, with a norm and a gated unit as kernels of their own."""
+    x = rms_norm(i["x"], i["norm_weight"], i["eps"]) if "norm_weight" in i else i["x"]
+    y = F.linear(x, i["weight"])  # type: ignore[arg-type]
+    return y if i["activation"] is None else swiglu(y)
+
+
+def torch_rope(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Without the reference's selection of slots, whose number the host would wait for: here every row is valid."""
+    batch, kv_heads, slots, dim = i["k_cache"].shape
+    window, heads = i["qkv"].shape[1], i["qkv"].shape[2] // dim
+    qkv = i["qkv"] if i["bias"] is None else i["qkv"] + i["bias"]
+    q, k, v = qkv.view(batch, window, heads, dim).split((heads - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    position = i["window_start"][:, None] + torch.arange(window, device=q.device) - i["kv_start"][:, None]
+    i["k_cache"][:, :, slots - window :] = rotate(k, position, i["theta"], i["rounding"]).transpose(1, 2)
+    i["v_cache"][:, :, slots - window :] = v.transpose(1, 2)
+    return rotate(q, position, i["theta"], i["rounding"]), i["k_cache"], i["v_cache"]
+
+
+def logits_of(i: Inputs) -> Tensor:
+    """What an engine without head_statistics materialises."""
+    logits: Tensor = i["hidden"] @ i["weight"].T
+    return logits
+
+
+def selecting(select: Callable[[Tensor], object], logits: Callable[[Inputs], Tensor]) -> Run:
+    """A choice of tokens from the logits of the inputs."""
+    return lambda i: select(logits(i))
+
+
+def official_commit(i: Inputs) -> Tensor:
+    """Only the threshold rule is free of host reads in the official code."""
+    if i["state"].rule != "threshold":
+        raise ValueError("the official factor rule reads the GPU from Python; the entropy budget is not in it")
+    return official_threshold(i["x"], i["statistics"].token, i["statistics"].confidence.double(), START, MASK, 0.7)
+
+
+#: What decoders do to logits.
+SELECTIONS = {"official float64": official_float64, "torch float32": torch_float32, "torch.compile float32": compiled_float32}
+BENCHES = [
+    Bench(
+        OPS["head_statistics"],
+        {
+            "matmul": logits_of,
+            "matmul + token_statistics": lambda i: token_statistics(logits_of(i)),
+            **{f"matmul + {name}": selecting(select, logits_of) for name, select in SELECTIONS.items()},
+        },
+    ),
+    Bench(OPS["linear"], {"library": library_linear, "torch.compile": compiled(OPS["linear"])}, own_linear),
+    Bench(OPS["rope_kv_write"], {"torch": torch_rope, "torch.compile": torch.compile(torch_rope)}),
+    Bench(OPS["rms_norm"], {"torch": torch_rms_norm, "torch.compile": compiled(OPS["rms_norm"])}),
+    Bench(OPS["swiglu"], {"torch": reference(OPS["swiglu"]), "torch.compile": compiled(OPS["swiglu"])}),
+    Bench(OPS["token_statistics"], {name: selecting(select, itemgetter("logits")) for name, select in SELECTIONS.items()}),
+    Bench(OPS["commit_tokens"], {"reference": reference(OPS["commit_tokens"]), "official": official_commit}, most_sets=12),
+    Bench(
+        OPS["window_inputs"],
+        {"torch": reference(OPS["window_inputs"]), "torch.compile": compiled(OPS["window_inputs"])},
+        most_sets=12,
+    ),
+]
+
+
+if __name__ == "__main__":
+    main()
