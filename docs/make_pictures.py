@@ -1,6 +1,7 @@
-"""Draws the pictures of choosing.md from runs of the built-in model: ``python docs/make_pictures.py [FOLDER]``.
+"""Draws the pictures of choosing.md, from runs of the built-in model, and of architecture.md:
+``python docs/make_pictures.py [FOLDER]``.
 
-Every mark is something that a forward told (:class:`fastdllm_triton.Forward`); nothing is drawn by hand.
+Every mark of a run is something that a forward reported (:class:`fastdllm_triton.Forward`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ REFRESH, STEP, KEPT, TOKEN, WRONG, INK, PALE = "#2f6fde", "#8fb5f2", "#ececec", 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward told: whether it was a refresh, its rows, their blocks and windows, and what it committed."""
+    """What one forward reported: whether it was a refresh, its rows, their blocks and windows, and what it committed."""
 
     refresh: bool
     rows: tuple[int, ...]
@@ -65,13 +66,12 @@ def record(model: fdt.MaskedDiffusionLM, count: int = 1, **options: Any) -> Run:
 
 
 def chosen() -> list[Any]:
-    """The problems that are drawn."""
-    found = list(islice(problems(SEED, test=True), max(PROBLEMS) + 1))
-    return [found[i] for i in PROBLEMS]
+    first = list(islice(problems(SEED, test=True), max(PROBLEMS) + 1))
+    return [first[i] for i in PROBLEMS]
 
 
 def draw_windows(runs: dict[str, Run]) -> Figure:
-    """A panel a run: a line a forward, the slots that it recomputed, and those that it committed."""
+    """One panel per run, one line per forward: the slots that it recomputed, and those that it committed."""
     figure, axes = plt.subplots(1, len(runs), figsize=(4.2 * len(runs), 3.5), sharey=True, layout="constrained")
     for axis, (name, run) in zip(axes, runs.items(), strict=True):
         slots = run.output.sequences.shape[1]
@@ -93,7 +93,7 @@ def draw_windows(runs: dict[str, Run]) -> Figure:
 
 
 def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figure:
-    """A panel a run: which forward committed each token, and how sure the model was."""
+    """One panel per run: which forward committed each token, and with what confidence."""
     tallest = max(len(run.forwards) for run in runs.values())
     figure, axes = plt.subplots(len(runs), 1, figsize=(10.5, 10.4), layout="constrained",
                                 height_ratios=[len(run.forwards) + 6 for run in runs.values()])  # fmt: skip
@@ -132,11 +132,11 @@ def draw_strategies(model: fdt.MaskedDiffusionLM, runs: dict[str, Run]) -> Figur
 
 
 def draw_batch(runs: dict[str, Run]) -> Figure:
-    """A panel a run: a line a row of the batch, a column a forward, and the block at which the row was."""
+    """One panel per run: a line per row of the batch, a column per forward, and the block at which the row was."""
     figure, axes = plt.subplots(len(runs), 1, figsize=(9.5, 4.4), sharex=True, layout="constrained")
     for axis, (name, run) in zip(axes, runs.items(), strict=True):
         for x, seen in enumerate(run.forwards):
-            for row, block in zip(seen.rows, seen.blocks, strict=True):
+            for row, block in sorted(zip(seen.rows, seen.blocks, strict=True)):
                 axis.add_patch(Rectangle((x + 0.04, row + 0.06), 0.92, 0.86, color=REFRESH if seen.refresh else STEP, lw=0))
                 axis.text(x + 0.5, row + 0.5, str(block + 1), ha="center", va="center", fontsize=9,
                           color="white" if seen.refresh else INK)  # fmt: skip
@@ -158,20 +158,61 @@ def draw_batch(runs: dict[str, Run]) -> Figure:
     return figure
 
 
+def draw_architecture() -> Figure:
+    """The way of a request: a box a class with its file, an arrow where one calls the next."""
+    boxes = [
+        ("generate, stream", "model.py", 0.0, 3.0),
+        ("Engine.step", "engine/engine.py", 5.2, 3.0),
+        ("Scheduler", "engine/scheduler.py", 10.4, 4.2),
+        ("CachePolicy → Window", "decoding/cache_policy.py", 15.6, 4.2),
+        ("ModelRunner", "engine/runner.py", 10.4, 1.8),
+        ("Transformer", "models/transformer.py", 15.6, 1.8),
+        ("Ops", "ops/", 20.8, 1.8),
+        ("kernels", "kernels/", 26.0, 2.6),
+        ("reference", "reference/", 26.0, 1.0),
+        ("KVCache, records", "buffers on the device", 10.4, 0.0),
+    ]
+    arrows = [
+        (0, 1, ""), (1, 2, "schedule"), (2, 3, "asks"), (1, 4, "run, read"), (4, 5, "forward"),
+        (5, 6, ""), (6, 7, ""), (6, 8, ""), (4, 9, ""),
+    ]  # fmt: skip
+    figure, axis = plt.subplots(figsize=(12, 2.8), layout="constrained")
+    width, height = 4.0, 1.0
+    for name, place, x, y in boxes:
+        axis.add_patch(Rectangle((x, y), width, height, facecolor="white", edgecolor=REFRESH, lw=1.4))
+        axis.text(x + width / 2, y + 0.62, name, ha="center", va="center", fontsize=9, color=INK)
+        axis.text(x + width / 2, y + 0.28, place, ha="center", va="center", fontsize=7.2, color=PALE, family="monospace")
+    for start, end, label in arrows:
+        (_, _, x, y), (_, _, to_x, to_y) = boxes[start], boxes[end]
+        below = to_x == x
+        tail = (x + width / 2, y) if below else (x + width, y + height / 2)
+        head = (to_x + width / 2, to_y + height) if below else (to_x, to_y + height / 2)
+        axis.annotate("", head, tail, arrowprops={"arrowstyle": "->", "color": INK, "lw": 1.1})
+        if label:  # above an arrow that goes up or ahead, below one that goes down
+            side = -0.32 if head[1] < tail[1] else 0.22
+            middle = (tail[0] + head[0]) / 2, (tail[1] + head[1]) / 2 + side
+            axis.text(*middle, label, ha="right" if head[1] != tail[1] else "center", va="center", fontsize=7.5, color=INK)
+    axis.set_xlim(-0.2, 30.2)
+    axis.set_ylim(-0.2, 5.4)
+    axis.set_axis_off()
+    return figure
+
+
 def draw_all(folder: Path) -> list[Path]:
-    """Writes every picture of choosing.md to a folder."""
+    """Writes every picture of choosing.md and architecture.md to a folder."""
     model = fdt.load("tiny", device="cpu")
     one: dict[str, Any] = {"block_length": BLOCK_LENGTH}
     pictures = {
-        "caches": draw_windows({cache: record(model, **one, cache=cache) for cache in ("none", "prefix", "dual")}),
-        "windows": draw_windows(
+        "architecture": draw_architecture(),
+        "choosing-caches": draw_windows({cache: record(model, **one, cache=cache) for cache in ("none", "prefix", "dual")}),
+        "choosing-windows": draw_windows(
             {
                 "suffix_window=8": record(model, **one, suffix_window=8),
                 "look_back=8, look_ahead=8": record(model, **one, look_back=8, look_ahead=8),
                 "prompt_refresh=3": record(model, **one, prompt_refresh=3),
             }
         ),
-        "strategies": draw_strategies(
+        "choosing-strategies": draw_strategies(
             model,
             {
                 "FixedSteps(48)": record(model, **one, strategy=fdt.FixedSteps(48)),
@@ -179,7 +220,7 @@ def draw_all(folder: Path) -> list[Path]:
                 "Threshold(0.9)": record(model, **one, strategy=fdt.Threshold(0.9)),
             },
         ),
-        "batch": draw_batch(
+        "choosing-batch": draw_batch(
             {
                 "each row at its own block": record(model, len(PROBLEMS), block_length=8),
                 "lockstep=True": record(model, len(PROBLEMS), block_length=8, lockstep=True),
@@ -190,7 +231,7 @@ def draw_all(folder: Path) -> list[Path]:
     # The same run gives the same file: no date, no random names.
     with mpl.rc_context({"svg.hashsalt": "fastdllm-triton"}):
         for name, figure in pictures.items():
-            path = folder / f"choosing-{name}.svg"
+            path = folder / f"{name}.svg"
             figure.savefig(path, metadata={"Date": None}, facecolor="white")
             plt.close(figure)
             path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")

@@ -17,7 +17,7 @@ from .models.fields import Fields
 from .models.registry import architecture_of
 from .models.transformer import Transformer, Weights, expected_shapes
 from .ops import Ops, resolve
-from .utils.checks import is_bool, require, to_path, told
+from .utils.checks import is_bool, require, short_repr, to_path
 
 #: The model that comes with the package, see :mod:`fastdllm_triton.tiny`.
 BUILT_IN = Path(__file__).with_name("tiny")
@@ -93,7 +93,7 @@ def find(path_or_hub_id: str | Path) -> Path:
         return path
     allowed = "a folder with config.json and safetensors, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
     if not is_hub_id(path_or_hub_id):
-        raise CheckpointError(f"path_or_hub_id: there is no folder {told(name)}; give {allowed}")
+        raise CheckpointError(f"path_or_hub_id: there is no folder {short_repr(name)}; give {allowed}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -110,9 +110,9 @@ def not_fetched(argument: str, name: str, error: Exception) -> CheckpointError:
     )
 
 
-def is_hub_id(given: str | Path) -> bool:
+def is_hub_id(name: str | Path) -> bool:
     """Whether what is no local path can be the id of a hub repository, ``owner/name``."""
-    return isinstance(given, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", given, re.ASCII) is not None
+    return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name, re.ASCII) is not None
 
 
 def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
@@ -143,7 +143,7 @@ def _find_config(model: str | Path) -> Path:
         return path
     allowed = "a checkpoint folder, a config.json, a hub id such as GSAI-ML/LLaDA-8B-Instruct, or 'tiny'"
     if not is_hub_id(model):
-        raise CheckpointError(f"model: there is no folder or file {told(name)}; give {allowed}")
+        raise CheckpointError(f"model: there is no folder or file {short_repr(name)}; give {allowed}")
     from huggingface_hub import hf_hub_download
 
     try:

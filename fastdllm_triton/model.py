@@ -27,7 +27,7 @@ from .models.saving import save_checkpoint
 from .models.token_ids import id_row, id_rows, id_tensor
 from .models.tokenizer import apply_template, read_tokenizer, tokenize
 from .models.transformer import Transformer
-from .utils.checks import is_bool, require, to_path, told
+from .utils.checks import is_bool, require, short_repr, to_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,8 +128,8 @@ class MaskedDiffusionLM:
             TypeError: an option is unknown, or ``config`` no config.
         """
         if config is not None and not isinstance(config, GenerationConfig):
-            told = "fastdllm_triton.compat has the functions that take steps and lengths by position"
-            raise TypeError(f"config must be a GenerationConfig, got {type(config).__name__}; {told}")
+            advice = "fastdllm_triton.compat has the functions that take steps and lengths by position"
+            raise TypeError(f"config must be a GenerationConfig, got {type(config).__name__}; {advice}")
         return replace(config or self.defaults, **options)
 
     def encode(self, text: str | Sequence[Mapping[str, str]], *, chat: bool = False) -> list[int]:
@@ -388,7 +388,7 @@ class MaskedDiffusionLM:
             return id_rows("prompts", prompts)
         if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
             allowed = "a tensor or array [B, T], a list with the token ids of each row, a string, or a list of strings"
-            raise TypeError(f"prompts must be {allowed}, got {told(prompts)} of type {type(prompts).__name__}")
+            raise TypeError(f"prompts must be {allowed}, got {short_repr(prompts)} of type {type(prompts).__name__}")
         return [
             self.encode(prompt) if isinstance(prompt, str) else id_row(f"prompts: row {i}", prompt)
             for i, prompt in enumerate(prompts)
@@ -400,9 +400,9 @@ def _check_text(text: object) -> None:
     if isinstance(text, str):
         return
     if not isinstance(text, Sequence) or isinstance(text, bytes | bytearray | memoryview):
-        raise TypeError(f"text must be a string or a list of messages, got {told(text)} of type {type(text).__name__}")
+        raise TypeError(f"text must be a string or a list of messages, got {short_repr(text)} of type {type(text).__name__}")
     if not text:
         raise ValueError("text must hold at least one message, got none")
     for i, message in enumerate(text):
         if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise TypeError(f"text: message {i} must be a dict with strings as its role and content, got {told(message)}")
+            raise TypeError(f"text: message {i} must be a dict with strings as its role and content, got {short_repr(message)}")

@@ -22,7 +22,7 @@ from fastdllm_triton.engine import buckets as shapes
 from fastdllm_triton.engine import engine as engines
 from fastdllm_triton.engine import generation as generations
 from fastdllm_triton.engine import runner as runners
-from fastdllm_triton.engine.cuda_graphs import Graphs
+from fastdllm_triton.engine.cuda_graphs import CUDAGraphRunner
 from fastdllm_triton.ops import NAMES
 
 
@@ -123,7 +123,7 @@ def emulate(patch: pytest.MonkeyPatch, *models: fdt.MaskedDiffusionLM) -> None:
     predictions = runners.ModelRunner._predictions
 
     def as_captured(self: runners.ModelRunner, *args: Any) -> int:
-        graphs, self._graphs = self._graphs, Graphs(torch.device("cpu"), fall_back=False)
+        graphs, self._graphs = self._graphs, CUDAGraphRunner(torch.device("cpu"), fall_back=False)
         try:
             return predictions(self, *args)
         finally:

@@ -1,4 +1,4 @@
-"""The terminal of a conversation: reads lines, does what they ask, and shows what comes of it."""
+"""The terminal of a conversation: reads lines, runs them, and shows the result."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _STATS: dict[str, Callable[[Usage], str]] = {
 
 
 class Terminal:
-    """Reads lines, does what they ask, and shows what comes of it.
+    """Reads lines, runs them, and shows the result.
 
     Args:
-        conversation: with whom.
-        interactive: whether somebody types the lines.
+        conversation: whose questions and answers they are.
+        interactive: whether a person types the lines.
         pause: seconds to wait after each forward.
     """
 
@@ -52,7 +52,7 @@ class Terminal:
         """Goes on to ``/quit`` or the end of the input.
 
         Returns:
-            Whether no line failed; always true where somebody types and sees the error.
+            Whether no line failed; always true where a person types and sees the error.
         """
         sound = True
         while (line := self.read()) is not None and line.strip() != "/quit":
@@ -96,7 +96,7 @@ class Terminal:
             console.print()
 
     def obey(self, line: str) -> None:
-        """A command, or a question."""
+        """Runs a command, or asks a question."""
         if not line:
             return
         name, *words = line.split()
@@ -144,13 +144,11 @@ class Terminal:
             show(table)
 
     def reset(self) -> None:
-        """Forgets what has been said."""
         self.conversation.reset()
         if self.interactive:
             say(console, "a new conversation", style="dim")
 
     def help(self) -> None:
-        """The commands."""
         table = Table(show_header=False, box=None)
         for name, what in _COMMANDS.items():
             table.add_row(name, what)

@@ -28,14 +28,14 @@ from .profile import profile
 from .roofline import roofline
 from .verify import verify
 
-#: typer has these from click, or from its own copy of it.
+#: typer has these from click, or from its copy of it.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 class Commands(TyperGroup):
     """Every command, and one way to end: a result, or one line on standard error and a status.
 
-    The status is 2 for what a user can mend, 130 after Ctrl-C, and 1 with a traceback for anything else, which is a bug.
+    The status is 2 for what a user can fix, 130 after Ctrl-C, and 1 with a traceback for anything else, which is a bug.
     """
 
     def main(self, args: Sequence[str] | None = None, *other: Any, **options: Any) -> Any:
@@ -43,9 +43,9 @@ class Commands(TyperGroup):
         keep_printing()
         words = list(sys.argv[1:] if args is None else args) or ["--help"]
         command = self.commands.get(words[0])
-        own = command is not None and words[0] != "lm-eval"  # whose arguments are those of the harness
+        checked = command is not None and words[0] != "lm-eval"  # whose arguments are those of the harness
         try:
-            if own:
+            if checked:
                 words[1:] = renamed(command, words[1:], warn)
             status = super().main(words, *other, **options | {"standalone_mode": False})
         except (_USAGE_ERROR, *USER_ERRORS) as error:
@@ -53,12 +53,12 @@ class Commands(TyperGroup):
                 raise
             message = getattr(error, "format_message", error.__str__)()
             message = re.sub(r"^Invalid value for '([^']+)'[^:]*: (?:Value error, )?", r"\1: ", message)  # as ours read
-            tell(as_typed(message, option_names(command) if own else {}) or type(error).__name__)
+            tell(as_typed(message, option_names(command) if checked else {}) or type(error).__name__)
             status = 2
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs a command; Ctrl-C where it has no answer of its own is told in a word."""
+        """Runs a command; Ctrl-C that it does not handle itself ends with a word and status 130."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -111,7 +111,7 @@ app.command(
     ),
 )(evaluate)
 app.command(rich_help_panel=_SCORE, epilog=examples("inspect --caches prefix,dual,dual+refresh_every=4 --out inspected"))(inspect)
-# Every argument is the harness's own, --help too.
+# Every argument is the harness's, --help too.
 app.command(
     "lm-eval",
     rich_help_panel=_SCORE,

@@ -54,7 +54,7 @@ def chat(
         say(console if interactive else errors, _FORGETS, style="dim")
     try:
         sound = Terminal(conversation, interactive, pause).run()
-    except KeyboardInterrupt:  # The terminal has told of it.
+    except KeyboardInterrupt:  # The terminal has said so.
         raise typer.Exit(130) from None
     if not sound:
         raise typer.Exit(2)

@@ -42,8 +42,8 @@ def compile_report(
     if out is not None:
         with naming("--out", out):
             write_records(out, records)
-    faults = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
-    for fault in faults:
-        say(errors, fault, style="red")
-    if faults:
+    failures = report.problems(records) + (report.differences(records, earlier) if earlier is not None else [])
+    for failure in failures:
+        say(errors, failure, style="red")
+    if failures:
         raise typer.Exit(1)

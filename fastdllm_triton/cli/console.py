@@ -18,7 +18,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-#: What a user can mend is told in one line; anything else is a bug and keeps its trace.
+#: Errors that a user can fix take one line; anything else is a bug and keeps its trace.
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, MemoryError, ArithmeticError)
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a model: its history, its settings and what it took. What a terminal shows of it is not known here."""
+"""A conversation with a model: its history, its settings and what it took. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Answer:
 
     @property
     def usage(self) -> Usage:
-        """What it has taken so far."""
+        """What it took so far."""
         output = self._generation.output()
         return Usage(1, self.prompt_tokens, output.committed, output.nfe, output.refreshes, self._seconds)
 
@@ -102,8 +102,8 @@ class Conversation:
         total: what all answers took, those before a reset included.
 
     Args:
-        model: who answers.
-        config: how; the model's defaults if not given.
+        model: the model.
+        config: options of a generation; the model's defaults if not given.
         system: a message before all others.
 
     Raises:

@@ -61,7 +61,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Requests decoded together.", rich_help_panel=cli.DECODING)] = 32,
     caches: Annotated[
         str,
-        typer.Option(help="none, prefix, dual; each may add options, as in dual+refresh_every=4.", rich_help_panel=cli.CACHE),
+        typer.Option(help=cli.CACHES_HELP, rich_help_panel=cli.CACHE),
     ] = "none,dual",
     model: cli.ModelOption = "tiny",
     device: cli.DeviceOption = None,
@@ -85,19 +85,19 @@ def evaluate(
     from ..evaluation.scoring import builtin_requests, builtin_scorer, find_scorer, read_requests
 
     if data is None:
-        requests, judge = builtin_requests(100 if problems is None else problems, problem_seed), builtin_scorer()
+        requests, score = builtin_requests(100 if problems is None else problems, problem_seed), builtin_scorer()
     else:
-        judge = find_scorer(scorer or "number")
+        score = find_scorer(scorer or "number")
         requests = read_requests(data, problems)
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     length = lm.defaults.gen_length if gen_length is None else gen_length
     variants = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
-    with Evaluation(lm, requests, judge, out, gen_length=length, batch_size=batch_size, chat=chat) as run:
+    with Evaluation(lm, requests, score, out, gen_length=length, batch_size=batch_size, chat=chat) as run:
         _evaluate(run, variants, out, as_json, json_copy)
 
 
 def _evaluate(run: Evaluation, variants: list[Variant], out: Path, as_json: bool, json_copy: Path | None) -> None:
-    """Runs all variants, shows what came of them, and writes it."""
+    """Runs all variants, and prints and writes the results."""
     from ..evaluation.summary import compare, compare_caches, summarize
 
     say(errors if as_json else console, f"{run.model!r}: {len(run.requests)} requests, {len(variants)} variants")
@@ -132,7 +132,7 @@ def _evaluate(run: Evaluation, variants: list[Variant], out: Path, as_json: bool
 
 
 def _run(run: Evaluation, variants: list[Variant]) -> dict[Variant, list[Result]]:
-    """Runs every variant under a progress bar, whose time left weighs what each variant costs."""
+    """Runs every variant under a progress bar, whose time left follows from what each of them costs."""
     prompt = sum(map(len, run.prompts)) / len(run.prompts)
     results: dict[Variant, list[Result]] = {}
     columns = (
@@ -161,7 +161,6 @@ def _run(run: Evaluation, variants: list[Variant]) -> dict[Variant, list[Result]
 
 
 def _print(summary: list[Record], comparison: list[Record], caches_compared: list[Record]) -> None:
-    """The tables."""
     extra = any(record["whole"] is not None for record in summary)
     table = Table(title=f"{summary[0]['n']} requests; 95 % intervals")
     for column in ("block", "cache", "strategy"):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..decoding.config import GenerationConfig
     from ..engine.outputs import GenerationOutput
     from ..model import MaskedDiffusionLM
-    from .live import Painter
+    from .live import TokenRenderer
 
 
 @cli.with_decoding_options(before="forbidden")
@@ -89,7 +89,7 @@ def generate(
     from ..decoding.options import changed, strategy_of
     from ..engine.outputs import GenerationOutput
     from ..engine.trace import check_target
-    from .live import LiveView, Painter
+    from .live import LiveView, TokenRenderer
 
     if trace is not None:
         check_target("--trace", trace)
@@ -120,13 +120,13 @@ def generate(
         console.print()
 
     interrupted = isinstance(failure, KeyboardInterrupt)
-    painter = Painter(lm, lm.config.mask_id, console.encoding)
+    renderer = TokenRenderer(lm, lm.config.mask_id, console.encoding)
     if as_json:
         typer.echo(json.dumps(_record(lm, prompts, output) | {"interrupted": interrupted}))
     else:
-        _print(lm, prompts, output, painter)
+        _print(lm, prompts, output, renderer)
     if interrupted:
-        say(errors, f"interrupted{'' if as_json else f'; what is still masked is shown as {painter.mask}'}", style="red")
+        say(errors, f"interrupted{'' if as_json else f'; what is still masked is shown as {renderer.mask}'}", style="red")
         raise typer.Exit(130)
     if failure is not None:
         raise failure
@@ -154,7 +154,7 @@ class Prompt:
     """What to answer.
 
     Attributes:
-        source: where it was given, for messages.
+        source: where it comes from, for messages.
         text: a prompt, or the messages of a conversation.
     """
 
@@ -167,18 +167,18 @@ class Prompt:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.text)
 
 
-def read_prompts(given: Sequence[str] | None, file: Path | None, chat: bool) -> list[Prompt]:
+def read_prompts(texts: Sequence[str] | None, file: Path | None, chat: bool) -> list[Prompt]:
     """The prompts of ``--prompt``, of ``--prompt-file``, or of standard input.
 
     Raises:
         ValueError: there is none, or a line of the file cannot be used.
         OSError: the file cannot be read.
     """
-    if given and file:
+    if texts and file:
         raise ValueError("--prompt and --prompt-file exclude each other")
-    if given:
+    if texts:
         return [
-            Prompt(f"--prompt {number}" if len(given) > 1 else "--prompt", text) for number, text in enumerate(given, start=1)
+            Prompt(f"--prompt {number}" if len(texts) > 1 else "--prompt", text) for number, text in enumerate(texts, start=1)
         ]
     if file is None and sys.stdin.isatty():
         raise ValueError("give --prompt, --prompt-file, or prompts on standard input")
@@ -194,7 +194,7 @@ def read_prompts(given: Sequence[str] | None, file: Path | None, chat: bool) -> 
 
 
 def _check_lengths(prompts: Sequence[Prompt], rows: Sequence[list[int]], config: GenerationConfig, lm: MaskedDiffusionLM) -> None:
-    """Raises for a prompt that does not fit, with the place where it was given."""
+    """Raises for a prompt that does not fit, with the place that it comes from."""
     from ..engine.limits import check_prompts
 
     for prompt, row in zip(prompts, rows, strict=True):
@@ -204,26 +204,26 @@ def _check_lengths(prompts: Sequence[Prompt], rows: Sequence[list[int]], config:
             raise ValueError(f"{prompt.source} {str(error).removeprefix('prompts: row 0 ')}") from None
 
 
-def _print(lm: MaskedDiffusionLM, prompts: Sequence[Prompt], output: GenerationOutput, painter: Painter) -> None:
+def _print(lm: MaskedDiffusionLM, prompts: Sequence[Prompt], output: GenerationOutput, renderer: TokenRenderer) -> None:
     """Prompts and texts, and what they took."""
     for row, prompt in enumerate(prompts):
         say(console, str(prompt), style="bold")
         ids = output.ids(row)
         if lm.config.mask_id in ids:
-            console.print(painter.paint(ids), soft_wrap=True)
+            console.print(renderer.render(ids), soft_wrap=True)
         else:
             say(console, output.texts[row])
-    took = [
+    summary = [
         f"{output.nfe} forwards ({output.refreshes} refreshes, {output.steps} steps)",
         f"{output.tokens_per_forward:.2f} tokens per forward",
         f"{output.tokens_per_second:.1f} tokens/s",
         f"{output.seconds:.2f} s on {lm.device}",
     ]
-    say_list(console, took, style="dim")
+    say_list(console, summary, style="dim")
 
 
 def _record(lm: MaskedDiffusionLM, prompts: Sequence[Prompt], output: GenerationOutput) -> dict[str, Any]:
-    """A generation as ``--json`` tells it."""
+    """What ``--json`` prints of a generation."""
     return {
         "model": str(lm.folder),
         "device": str(lm.device),

@@ -57,7 +57,7 @@ def info(
         raise ValueError("--launches needs --model: the launches of which model?")
     if model is not None:
         announce_lookup(model)
-        config, own = read_config(model)
+        config, checkpoint_dtype = read_config(model)
         if launches:
             counts = launches_text(config, arch, device, batch_size or 1)
         gen = gen_length or min(256, config.max_length // 2)
@@ -66,9 +66,9 @@ def info(
             raise ValueError(
                 f"prompt_length + gen_length must be at most the model's {config.max_length} slots, got {prompt} + {gen}"
             )
-        memory = memory_table(config, model, prompt, gen, batch_size or 1, _itemsize(dtype, own), device)
-    elif given := [name for name, value in sizes.items() if value is not None]:
-        raise ValueError(f"--{' and --'.join(given)} need --model: the memory of which model?")
+        memory = memory_table(config, model, prompt, gen, batch_size or 1, _itemsize(dtype, checkpoint_dtype), device)
+    elif names := [name for name, value in sizes.items() if value is not None]:
+        raise ValueError(f"--{' and --'.join(names)} need --model: the memory of which model?")
     ops = resolve("auto", device)
     table = Table(show_header=False, box=None)
     for package in _PACKAGES:
@@ -158,14 +158,14 @@ def human(size: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-def _itemsize(dtype: str | None, own: str | None) -> int:
-    """Bytes of an element of the dtype that was asked for, or else of the checkpoint's own."""
+def _itemsize(dtype: str | None, checkpoint_dtype: str | None) -> int:
+    """Bytes of an element of a dtype by name, or else of the checkpoint's."""
     import torch
 
-    name = dtype or own
+    name = dtype or checkpoint_dtype
     if name is None:
         raise ValueError("dtype: config.json does not say which; give --dtype")
-    found = getattr(torch, name.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    element = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(element, torch.dtype) or not element.is_floating_point:
         raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {name!r}")
-    return found.itemsize
+    return element.itemsize

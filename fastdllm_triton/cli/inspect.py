@@ -42,7 +42,7 @@ def inspect(
     ] = 8,
     caches: Annotated[
         str,
-        typer.Option(help="prefix, dual; each may add options, as in dual+suffix_window=16.", rich_help_panel=cli.CACHE),
+        typer.Option(help=cli.CACHES_HELP, rich_help_panel=cli.CACHE),
     ] = "prefix,dual,dual+suffix_window=16,dual+refresh_every=4",
     model: cli.ModelOption = "tiny",
     device: cli.DeviceOption = None,
@@ -134,8 +134,8 @@ def _texts(prompt: list[str] | None, data: Path | None, problems: int | None, se
         return prompt
     from ..evaluation.scoring import builtin_requests, read_requests
 
-    found = builtin_requests(64 if problems is None else problems, seed) if data is None else read_requests(data, problems)
-    return [request.prompt for request in found]
+    requests = builtin_requests(64 if problems is None else problems, seed) if data is None else read_requests(data, problems)
+    return [request.prompt for request in requests]
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ..model import MaskedDiffusionLM
 from .console import can_show, visible
 
 
-class Painter:
+class TokenRenderer:
     """Turns the slots of a generation into text.
 
     Attributes:
@@ -31,7 +31,7 @@ class Painter:
         self._tokenizer, self._end_ids, self._mask_id = model.tokenizer, model.config.eos_ids, mask_id
         self.mask, self.end = ("░", "¶") if can_show("░¶", encoding) else ("_", "|")
 
-    def paint(self, ids: list[int], fresh: list[bool] | None = None, underlined: range = range(0)) -> Text:
+    def render(self, ids: list[int], fresh: list[bool] | None = None, underlined: range = range(0)) -> Text:
         """Committed tokens as they read, masked slots as shades, end tokens as a sign that takes little room.
 
         Args:
@@ -45,7 +45,7 @@ class Painter:
         # Tokens of one style are decoded together: a character may be spread over several.
         for (style, sign), run in groupby(styled, key=lambda slot: (slot[1], self._sign(slot[0]))):
             tokens = [token for token, _ in run]
-            text.append(self._words(tokens) if sign is None else sign * len(tokens), style=style or None)
+            text.append(self._text(tokens) if sign is None else sign * len(tokens), style=style or None)
         return text
 
     def _style(self, token: int, fresh: bool, underlined: bool) -> str:
@@ -55,14 +55,14 @@ class Painter:
     def _sign(self, token: int) -> str | None:
         return self.mask if token == self._mask_id else self.end if token in self._end_ids else None
 
-    def _words(self, tokens: list[int]) -> str:
+    def _text(self, tokens: list[int]) -> str:
         if self._tokenizer is None:
             return "".join(f"<{token}>" for token in tokens)
         return visible(str(self._tokenizer.decode(tokens)))
 
 
 class LiveView:
-    """A context manager whose instance is the callback of a generation: a panel a row.
+    """A context manager whose instance is the callback of a generation: one panel per row.
 
     Args:
         model: decodes the tokens.
@@ -86,7 +86,6 @@ class LiveView:
         self._live.__exit__(kind, error, trace)
 
     def __call__(self, forward: Forward) -> None:
-        """Draws the state after a forward."""
         self._live.update(self.render(forward), refresh=True)
 
     def render(self, forward: Forward) -> RenderableType:
@@ -96,14 +95,14 @@ class LiveView:
 
     def rows(self, forward: Forward) -> tuple[Text, list[Text]]:
         """A line on how far the generation is, and the slots of each row."""
-        painter = Painter(self._model, forward.mask_id, self._console.encoding)
+        renderer = TokenRenderer(self._model, forward.mask_id, self._console.encoding)
         blocks = dict(zip(forward.rows, forward.blocks, strict=True))
         ids = forward.x[:, -self._gen_length :].tolist()
         fresh = (forward.step_map[:, -self._gen_length :] == forward.index).tolist()
         rows, shown = [], self.shown(forward)
         for row, (tokens, new) in enumerate(zip(ids, fresh, strict=True)):
             first = blocks[row] * self._block_length if row in blocks else self._gen_length
-            rows.append(painter.paint(tokens[:shown], new[:shown], range(first, first + self._block_length)))
+            rows.append(renderer.render(tokens[:shown], new[:shown], range(first, first + self._block_length)))
         left = sum(tokens.count(forward.mask_id) for tokens in ids)
         numbers = sorted({block + 1 for block in forward.blocks})
         standing = f"block{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
@@ -119,7 +118,6 @@ class AnswerView(LiveView):
     """One row without a frame, up to the end of its block; the last lines of it, if it is higher than the terminal."""
 
     def render(self, forward: Forward) -> RenderableType:
-        """As of :class:`LiveView`."""
         head, (text,) = self.rows(forward)
         lines = text.wrap(self._console, self._console.width)
         return Group(head, *lines[-max(self._console.height - 2, 1) :])

@@ -26,14 +26,14 @@ DtypeOption = Annotated[
 
 
 class BackendChoice(StrEnum):
-    """Backends."""
+    """What ``load(backend)`` takes."""
 
     auto = "auto"
     triton = "triton"
     reference = "reference"
 
 
-BackendOption = Annotated[BackendChoice, typer.Option(help="Who runs the ops.", rich_help_panel=MODEL)]
+BackendOption = Annotated[BackendChoice, typer.Option(help="What runs the ops.", rich_help_panel=MODEL)]
 
 
 CacheChoice = StrEnum("CacheChoice", {name: name for name in CACHE_POLICIES})  # type: ignore[misc]
@@ -51,6 +51,8 @@ BlockLengthOption = Annotated[
 ]
 #: How strategies are written, as every command says it.
 STRATEGY_HELP = f"{strategy_forms(glosses=True)}; each may add :SCORE."
+#: How lists of caches are written.
+CACHES_HELP = f"{', '.join(CACHE_POLICIES)}; each may add options, as in dual+refresh_every=4."
 CacheOption = Annotated[
     CacheChoice,
     typer.Option(

@@ -48,7 +48,7 @@ def profile(
     strategy_of(options)  # refused before the model is loaded
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
     config = changed(lm.defaults, options)
-    rows = [lm.encode(given.text, chat=chat) for given in prompts]
+    rows = [lm.encode(row.text, chat=chat) for row in prompts]
     with status("profiling"):
         result = measure(lm, rows, config, repeat=repeat)
     if as_json:

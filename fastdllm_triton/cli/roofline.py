@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..decoding.cache_policy import cache_options
-from ..tools import roofline as model_of
+from ..tools import roofline as roofline_model
 from ..tools.roofline import GPUS, SHAPES, Floor, Gpu, Setting, Shape
 from . import options as cli
 from .console import console, say, say_list, show
@@ -53,7 +53,7 @@ def roofline(
     as_json: cli.JsonOption = False,
 ) -> None:
     """The least time a generation can take on a GPU: per step, per refresh, in all; and what would change it."""
-    shape = model_of.shape_of(model)
+    shape = roofline_model.shape_of(model)
     target = gpu_of(gpu, bandwidth, tflops)
     setting = Setting(
         prompt_length,
@@ -67,7 +67,7 @@ def roofline(
         weight_bits,
         cache_bits,
     )
-    floors = [(name, model_of.floor(shape, changed, target)) for name, changed in model_of.what_if(setting)]
+    floors = [(name, roofline_model.floor(shape, changed, target)) for name, changed in roofline_model.what_if(setting)]
     if as_json:
         typer.echo(json.dumps(record(shape, target, setting, floors)))
         return
@@ -112,13 +112,12 @@ def _table(title: str, first: str) -> Table:
 
 
 def phases_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
-    """A forward of each kind."""
     table = _table("A forward", "forward")
     for column in ("how many", "rows", "keys", "head rows", "GB", "TFLOP", "bound", "floor ms"):
         table.add_column(column, justify="right")
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
     schedule = setting.schedule()
-    costs = model_of.generation_cost(shape, schedule, **bits)
+    costs = roofline_model.generation_cost(shape, schedule, **bits)
     # Steps over a prefix differ from block to block: the first and the last one show the range.
     shown = costs if len(costs) <= 4 else [costs[0], costs[1], costs[-1]]
     for phase, total in shown:
@@ -152,32 +151,31 @@ def ops_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
         for column in (f"{kind}: GB", "TFLOP", "bound", "ms"):
             table.add_column(column, justify="right")
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
-    costs = [model_of.op_costs(shape, p.batch, p.window, p.keys, p.head_rows, **bits) for p in kinds.values()]
+    costs = [roofline_model.op_costs(shape, p.batch, p.window, p.keys, p.head_rows, **bits) for p in kinds.values()]
     for op, first in costs[0].items():
         cells = []
-        for found in (forward[op].alone for forward in costs):
-            milliseconds = found.seconds(gpu) * 1e3
-            cells += [f"{found.bytes / 1e9:.2f}", f"{found.flops / 1e12:.2f}", found.bound(gpu), f"{milliseconds:.3f}"]
+        for cost in (forward[op].alone for forward in costs):
+            milliseconds = cost.seconds(gpu) * 1e3
+            cells += [f"{cost.bytes / 1e9:.2f}", f"{cost.flops / 1e12:.2f}", cost.bound(gpu), f"{milliseconds:.3f}"]
         table.add_row(op, str(first.calls), *cells)
     return table
 
 
 def what_if_table(floors: list[tuple[str, Floor]]) -> Table:
-    """Whole generations."""
     table = _table("The generation", "what if")
     table.caption = "quantised weights are multiplied in bfloat16"
     for column in ("forwards", "refreshes ms", "steps ms", "all ms", "tokens/s", "speed-up"):
         table.add_column(column, justify="right")
     base = floors[0][1]
-    for name, found in floors:
+    for name, floor in floors:
         table.add_row(
             name,
-            f"{found.forwards:.1f}",
-            f"{found.refresh_seconds * 1e3:.1f}",
-            f"{found.step_seconds * 1e3:.1f}",
-            f"{found.seconds * 1e3:.1f}",
-            f"{found.tokens_per_second:,.0f}",
-            f"{found.tokens_per_second / base.tokens_per_second:.2f}",
+            f"{floor.forwards:.1f}",
+            f"{floor.refresh_seconds * 1e3:.1f}",
+            f"{floor.step_seconds * 1e3:.1f}",
+            f"{floor.seconds * 1e3:.1f}",
+            f"{floor.tokens_per_second:,.0f}",
+            f"{floor.tokens_per_second / base.tokens_per_second:.2f}",
         )
     return table
 
@@ -185,7 +183,7 @@ def what_if_table(floors: list[tuple[str, Floor]]) -> Table:
 def record(shape: Shape, gpu: Gpu, setting: Setting, floors: list[tuple[str, Floor]]) -> dict[str, Any]:
     """What ``--json`` prints: times in milliseconds."""
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
-    costs = model_of.generation_cost(shape, setting.schedule(), **bits)
+    costs = roofline_model.generation_cost(shape, setting.schedule(), **bits)
     return {
         "model": asdict(shape),
         "gpu": asdict(gpu),
@@ -201,12 +199,12 @@ def record(shape: Shape, gpu: Gpu, setting: Setting, floors: list[tuple[str, Flo
         ],
         "generation": {
             name: {
-                "forwards": found.forwards,
-                "refresh_ms": found.refresh_seconds * 1e3,
-                "step_ms": found.step_seconds * 1e3,
-                "floor_ms": found.seconds * 1e3,
-                "tokens_per_second": found.tokens_per_second,
+                "forwards": floor.forwards,
+                "refresh_ms": floor.refresh_seconds * 1e3,
+                "step_ms": floor.step_seconds * 1e3,
+                "floor_ms": floor.seconds * 1e3,
+                "tokens_per_second": floor.tokens_per_second,
             }
-            for name, found in floors
+            for name, floor in floors
         },
     }

@@ -37,7 +37,7 @@ def generate(
     """Decodes without a cache.
 
     Where the official code fails, this one does not: guidance works without an ``attention_mask``, and every row of a batch
-    gets the tokens it would get alone. The official code ranks by a softmax in the logits' dtype, where sure tokens are equal
+    gets the tokens it would get alone. The official code ranks by a softmax in the logits' dtype, where confident tokens tie
     (in bfloat16 many are), and takes any of equals. Here logits are rounded to that dtype, ranks are those of exact
     probabilities, and of equals the first position is taken. Masks in the prompt stay masks. ``[MASK]`` is never committed.
 

@@ -105,7 +105,7 @@ def masked_length(rows: Sequence[Sequence[int]], block_length: int, mask_id: int
     require("block_length", block_length, "an integer of 1 or more", is_int(block_length) and block_length >= 1)
     for row, ids in enumerate(rows):
         if mask_id not in ids:
-            told = f"write {PLACEHOLDER} for each token of a text, or the id {mask_id}"
-            raise ValueError(f"prompts: row {row} has no mask to fill in; {told}")
+            advice = f"write {PLACEHOLDER} for each token of a text, or the id {mask_id}"
+            raise ValueError(f"prompts: row {row} has no mask to fill in; {advice}")
     longest = max((len(ids) - ids.index(mask_id) for ids in rows), default=1)
     return -(-longest // block_length) * block_length

@@ -31,6 +31,7 @@ class Strategy(ABC):
     * ``option``, ``number``, ``help``: the option of the command line, and the setting, that takes its parameter as a number.
     * ``label``: in the legend of a plot.
     * ``rule``, ``scores``: the rule of ``commit_tokens``, and the scores that it can rank by.
+    * ``always_commits``: whether every forward commits a token of each row that has a masked one.
     """
 
     name: ClassVar[str]
@@ -42,7 +43,6 @@ class Strategy(ABC):
     label: ClassVar[str]
     rule: ClassVar[RuleName]
     scores: ClassVar[tuple[ScoreName, ...]]
-    #: Whether every forward commits a token of each row that has a masked one.
     always_commits: ClassVar[bool] = True
 
     score: ScoreName = field(default="confidence", kw_only=True)
@@ -370,6 +370,5 @@ class StrategySpec:
         return self.text
 
     def strategy(self, gen_length: int, block_length: int) -> Strategy:
-        """The strategy for these lengths."""
         score = {"score": self.score} if self.score else {}
         return self.kind.from_text(self.value, gen_length, block_length, **score)

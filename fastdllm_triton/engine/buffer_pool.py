@@ -49,7 +49,7 @@ class BufferPool:
         """Of all buffers that are kept."""
         return sum(runner.nbytes for runner in self._runners)
 
-    def serves(self, rows: int, slots: int, copies: int) -> bool:
+    def has_fitting(self, rows: int, slots: int, copies: int) -> bool:
         """Whether :meth:`take` would find a runner."""
         return any(self._fits(runner, rows, slots, copies) for runner in self._runners)
 

@@ -15,7 +15,7 @@ from ..utils.environment import GRAPHS, PDL
 MAX_GRAPHS = 64
 
 
-class Graphs:
+class CUDAGraphRunner:
     """Calls functions, and from the second call of a key on replays what they launch.
 
     The first call of a key runs as it is, which compiles whatever the capture must find compiled. A batch begins with most
@@ -97,8 +97,8 @@ class Graphs:
             _pdl.turn_off()
             # The next call compiles without them, the one after that captures again.
             self._seen.discard(key)
-            told = f"a capture failed, kernels are launched without programmatic dependent launch from here on: {error}"
-            warnings.warn(f"{told} ({PDL.name}=0 does so from the start)", stacklevel=2)
+            message = f"a capture failed, kernels are launched without programmatic dependent launch from here on: {error}"
+            warnings.warn(f"{message} ({PDL.name}=0 does so from the start)", stacklevel=2)
             return
         if not self._fall_back:
             raise RuntimeError(

@@ -287,7 +287,7 @@ class Engine:
 
     def _check_memory(self, copies: int, described: str) -> None:
         """Sees to it that there are buffers or memory for them, at the expense of buffers that nobody uses."""
-        while not self._buffers.serves(*self._size, copies):
+        while not self._buffers.has_fitting(*self._size, copies):
             try:
                 check_memory(self.network, *self._size, copies=copies, described=described)
                 return

@@ -304,14 +304,14 @@ def _assemble(
     step_map = torch.full(x.shape, -1, dtype=torch.int32, device=device)
     confidence = torch.full(x.shape, torch.nan, dtype=torch.float32, device=device)
     for i, request in enumerate(requests):
-        own, record = slice(columns - len(request), None), rows.get(request)
+        place, record = slice(columns - len(request), None), rows.get(request)
         if record is None:
-            x[i, own] = torch.tensor(request.tokens, device=device)
+            x[i, place] = torch.tensor(request.tokens, device=device)
             continue
         taken = [*request.history, *request.pending] if indices is None else indices[i]
-        x[i, own], confidence[i, own] = record.tokens, record.confidence
+        x[i, place], confidence[i, place] = record.tokens, record.confidence
         # The device numbers a row's own forwards; -1, no forward, is the last entry.
-        step_map[i, own] = torch.tensor([*taken, -1], dtype=torch.int32, device=device)[record.step_map.long()]
+        step_map[i, place] = torch.tensor([*taken, -1], dtype=torch.int32, device=device)[record.step_map.long()]
     return x, step_map, confidence
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..models.transformer import Transformer
 from ..types import PolicyState, TokenStatistics, WindowInputs
 from .buckets import buckets, window_bucket
-from .cuda_graphs import Graphs
+from .cuda_graphs import CUDAGraphRunner
 from .outputs import Committed, RowRecord
 from .program import ROW_TABLES, ForwardShape, Program, table_line
 from .request import Request
@@ -84,7 +84,9 @@ class ModelRunner:
         self._bounds = torch.zeros((3, rows), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._flags = torch.zeros((rows, 4), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._flags_are_read = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-        self._graphs = Graphs(device, fall_back=not network.ops.required) if use_cuda_graphs and can_capture(network) else None
+        self._graphs = (
+            CUDAGraphRunner(device, fall_back=not network.ops.required) if use_cuda_graphs and can_capture(network) else None
+        )
         self._rows_bucket, _ = buckets(device)
         self._window_bucket = window_bucket(device)
 
@@ -210,8 +212,8 @@ class ModelRunner:
         lines = zip(*(source[:rows].gather(1, slots).tolist() for source in sources), strict=True)
         committed = []
         for (request, known), line in zip(since, lines, strict=True):
-            first, own = request.block * request.config.block_length, zip(*line, strict=True)
-            tokens = list(own)[: request.config.block_length]
+            first = request.block * request.config.block_length
+            tokens = list(zip(*line, strict=True))[: request.config.block_length]
             committed.append(tuple(Committed(0, first + i, t, c) for i, (t, step, c) in enumerate(tokens) if step >= known))
         return committed
 
@@ -234,8 +236,8 @@ class ModelRunner:
         cache = self.cache
         caches = map(self._each, (cache.k.transpose(0, 1), cache.v.transpose(0, 1), cache.kv_start, cache.kv_end))
         known = [] if self._known is None else [self._known]
-        own = [self.x, self.block_start, self.window_start, self._temperature]
-        return [*own, *caches, *known, *self._tables.values(), *self.state.by_row.values()]
+        single = [self.x, self.block_start, self.window_start, self._temperature]
+        return [*single, *caches, *known, *self._tables.values(), *self.state.by_row.values()]
 
     def _each(self, tensor: Tensor) -> Tensor:
         """``[C R, ...]`` of the network's rows as ``[R, C, ...]``."""

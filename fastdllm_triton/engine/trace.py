@@ -139,8 +139,8 @@ class Trace:
             "eos_ids": list(model.config.eos_ids if config.eos_ids is None else config.eos_ids),
             "pieces": {token: f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token])) for token in ids},
             "rows": [
-                {"prompt": prompt, "generated": own, "fixed": slots}
-                for prompt, own, slots in zip(self._prompts, generated, fixed, strict=True)
+                {"prompt": prompt, "generated": answer, "fixed": slots}
+                for prompt, answer, slots in zip(self._prompts, generated, fixed, strict=True)
             ],
             "forwards": self._forwards,
         }
@@ -182,5 +182,5 @@ def page(data: str) -> str:
 def _options(config: GenerationConfig) -> dict[str, str]:
     """The options that differ from the defaults, and those that say what a generation was."""
     plain = GenerationConfig(gen_length=config.gen_length, block_length=config.block_length)
-    told = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
-    return {name: str(value) for name, value in {"cache": config.cache, "strategy": config.strategy, **told}.items()}
+    changed = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
+    return {name: str(value) for name, value in {"cache": config.cache, "strategy": config.strategy, **changed}.items()}

@@ -24,12 +24,12 @@ def decode(
 
 def answers(outputs: Sequence[GenerationOutput]) -> list[list[int]]:
     """The ids of each row up to its end token, that one included."""
-    found = []
+    rows = []
     for output in outputs:
         for row in range(len(output.sequences)):
             length = len(output.ids(row))
-            found.append(output.generated[row, : length + 1].tolist())
-    return found
+            rows.append(output.generated[row, : length + 1].tolist())
+    return rows
 
 
 def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -47,11 +47,11 @@ def agreement(exact: Sequence[Sequence[int]], outputs: Sequence[GenerationOutput
     the end of the longer answer, that hold the same token, with a bootstrap interval over prompts; ``first_divergence`` the
     slot of each prompt, or None; ``same_up_to[i]`` the share of prompts whose first ``i`` slots are the same.
     """
-    found = answers(outputs)
-    n = len(found)
-    first = [first_divergence(one, other) for one, other in zip(exact, found, strict=True)]
-    longest = np.array([max(len(one), len(other)) for one, other in zip(exact, found, strict=True)], dtype=np.float64)
-    pairs = [zip(one, other, strict=False) for one, other in zip(exact, found, strict=True)]
+    rows = answers(outputs)
+    n = len(rows)
+    first = [first_divergence(one, other) for one, other in zip(exact, rows, strict=True)]
+    longest = np.array([max(len(one), len(other)) for one, other in zip(exact, rows, strict=True)], dtype=np.float64)
+    pairs = [zip(one, other, strict=False) for one, other in zip(exact, rows, strict=True)]
     alike = np.array([sum(a == b for a, b in pair) for pair in pairs], dtype=np.float64)
     same = sum(slot is None for slot in first)
     length = outputs[0].gen_length

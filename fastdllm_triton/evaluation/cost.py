@@ -13,10 +13,10 @@ from ..tools.roofline import Cost, Shape, forward_cost
 
 @dataclass
 class Meter:
-    """A callback that notes each forward's windows; :meth:`costs` prices them when the generation is done.
+    """A callback that records each forward's windows; :meth:`costs` gives what they cost when the generation is done.
 
-    Each row is priced as if it were decoded alone: every one of its forwards reads all weights. Sums over rows are therefore
-    those of batches of one.
+    Each row costs what it would cost alone: every one of its forwards reads all weights. Sums over rows are therefore those
+    of batches of one.
 
     Attributes:
         shape: of the model whose matrices are multiplied.
@@ -27,11 +27,11 @@ class Meter:
     shape: Shape
     prompts: list[int]
     config: GenerationConfig
-    _seen: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    _windows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
 
     def __call__(self, forward: Forward) -> None:
         for row, block, (first, end) in zip(forward.rows, forward.blocks, forward.windows, strict=True):
-            self._seen.append((forward.index, row, block, first, end))
+            self._windows.append((forward.index, row, block, first, end))
 
     def forwards(self, output: GenerationOutput) -> list[list[tuple[int, int, int]]]:
         """For each row its forwards: slots recomputed, slots attended, and slots that were masked in its block."""
@@ -39,7 +39,7 @@ class Meter:
         generated = output.sequences.shape[1] - output.gen_length
         steps = output.step_map.tolist()
         forwards: list[list[tuple[int, int, int]]] = [[] for _ in self.prompts]
-        for index, row, block, first, end in self._seen:
+        for index, row, block, first, end in self._windows:
             prompt = self.prompts[row]
             start = prompt + block * length
             attended = policy.attend_end(BlockState(prompt, prompt + output.gen_length, start, start + length))

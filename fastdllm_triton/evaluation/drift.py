@@ -109,32 +109,31 @@ def similarity(model: MaskedDiffusionLM, prompt: Sequence[int], config: Generati
     )
     generation = model.stream([prompt], plain)
     cache = generation.batch.cache
-    own = len(prompt)
-    found: dict[str, dict[str, list[Tensor]]] = {part: {"k": [], "v": []} for part in ("prompt", "last")}
+    length_of_prompt = len(prompt)
+    vectors: dict[str, dict[str, list[Tensor]]] = {part: {"k": [], "v": []} for part in ("prompt", "last")}
     for forward in generation:
         if forward.blocks[0] > block:
             break
         if forward.blocks[0] == block:
             for name, tensor in (("k", cache.k), ("v", cache.v)):
-                unit = F.normalize(tensor[chosen, 0, :, -own - length :].float(), dim=-1)  # [layers, H, slots, D]
-                found["prompt"][name].append(unit[:, :, :own].to("cpu", model.dtype))
-                found["last"][name].append(unit[:, :, -size:].to("cpu", model.dtype))
+                unit = F.normalize(tensor[chosen, 0, :, -length_of_prompt - length :].float(), dim=-1)  # [layers, H, slots, D]
+                vectors["prompt"][name].append(unit[:, :, :length_of_prompt].to("cpu", model.dtype))
+                vectors["last"][name].append(unit[:, :, -size:].to("cpu", model.dtype))
     record: Record = {"block": block, "layers": chosen}
-    for part, kinds in found.items():
+    for part, kinds in vectors.items():
         record[part] = {}
         for name, units in kinds.items():
             flat = torch.stack(units).flatten(1).float()  # [forwards, layers * H * slots * D]
-            vectors = units[0][..., 0].numel()
-            record[part][name] = _plain((flat @ flat.T / vectors).double())
+            record[part][name] = _plain((flat @ flat.T / units[0][..., 0].numel()).double())
     return record
 
 
 def _fresh(model: MaskedDiffusionLM, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """Keys and values, ``[layers, H, slots, D]`` from the first slot on, of a forward over everything."""
     start = torch.zeros(1, dtype=torch.int32, device=x.device)
-    own = x[:, first:]
-    cache = model.network.new_cache(start, own.shape[1])
-    model.network.forward(own, start, cache)
+    ids = x[:, first:]
+    cache = model.network.new_cache(start, ids.shape[1])
+    model.network.forward(ids, start, cache)
     return cache.k[:, 0], cache.v[:, 0]
 
 

@@ -75,7 +75,7 @@ class MonteCarlo:
         return total / samples
 
     def is_greedy(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> bool:
-        """Whether decoding one token a forward, the surest first, gives the continuation: as many forwards as it has tokens.
+        """Whether decoding one token a forward, the most confident first, gives the continuation. Takes a forward per token.
 
         Raises:
             ValueError: as :meth:`log_likelihood`.

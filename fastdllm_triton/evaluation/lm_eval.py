@@ -27,7 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ..decoding.config import GenerationConfig
-from ..decoding.options import strategy_of
+from ..decoding.options import changed
 from ..decoding.strategies import STRATEGIES
 from ..loading import load
 from ..models.tokenizer import apply_template
@@ -96,7 +96,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         self.batch_size, self.gen_length, self.temperature, self.seed = int(batch_size), gen_length, temperature, seed
         names = ("strategy", "score", *(kind.option for kind in STRATEGIES.values()))
         strategy = {name: options.pop(name) for name in names if name in options}
-        self.strategy = strategy_of({name: value for name, value in strategy.items() if value not in (None, "")})
+        self.strategy = {name: value for name, value in strategy.items() if value not in (None, "")}
         try:
             block = self.lm.defaults.block_length if block_length is None else block_length
             self.options: dict[str, Any] = {"cache": cache, "block_length": block, **options}
@@ -110,7 +110,8 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         self.totals = dict.fromkeys(("requests", "tokens", "answer_tokens", "forwards", "seconds"), 0.0)
 
     def _config(self, gen_length: int, temperature: float) -> GenerationConfig:
-        return self.lm.options(gen_length=gen_length, strategy=self.strategy, temperature=temperature, **self.options)
+        options = {"gen_length": gen_length, "temperature": temperature, **self.options, **self.strategy}
+        return changed(self.lm.defaults, options)
 
     # What the harness asks of a tokenizer.
 
@@ -221,7 +222,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the model's length."""
+        """Log-likelihoods of whole texts, in windows of the model's length."""
         results = []
         for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
             (text,) = request.args

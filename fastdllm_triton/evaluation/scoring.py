@@ -72,8 +72,8 @@ def builtin_requests(count: int, seed: int) -> list[Request]:
     """``count`` test problems of the built-in task: a stream that is a function of the seed, none of it trained on."""
     if not 1 <= count <= MAX_PROBLEMS:
         raise ValueError(f"--problems must be in [1, {MAX_PROBLEMS:,}], got {count}")
-    found = islice(problems(seed, test=True), count)
-    return [Request(p.prompt, str(p.total), f"problem {i} of seed {seed}", p) for i, p in enumerate(found)]
+    chosen = islice(problems(seed, test=True), count)
+    return [Request(p.prompt, str(p.total), f"problem {i} of seed {seed}", p) for i, p in enumerate(chosen)]
 
 
 def read_requests(path: Path, limit: int | None = None) -> list[Request]:
@@ -146,10 +146,10 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 def final_number(text: str) -> str | None:
     """The number after the last ``####``, or without that mark the last number; commas and a trailing ``.0`` dropped."""
     _, mark, tail = text.rpartition("####")
-    found = _NUMBER.findall(tail if mark else text)
-    if not found:
+    numbers = _NUMBER.findall(tail if mark else text)
+    if not numbers:
         return None
-    number = (found[0] if mark else found[-1]).replace(",", "")
+    number = (numbers[0] if mark else numbers[-1]).replace(",", "")
     return re.sub(r"\.0+$", "", number)
 
 
@@ -159,21 +159,21 @@ def digest(requests: Sequence[Request]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _exact(found: str | None, answer: str | None) -> Scores:
-    return {"exact_match": float(found is not None and found == answer)}
+def _exact(said: str | None, answer: str | None) -> Scores:
+    return {"exact_match": float(said is not None and said == answer)}
 
 
 def _last(pattern: re.Pattern[str], text: str) -> str | None:
-    found = list(pattern.finditer(text))
-    if not found:
+    matches = list(pattern.finditer(text))
+    if not matches:
         return None
-    part: str | None = found[-1].group(1 if pattern.groups else 0)
+    part: str | None = matches[-1].group(1 if pattern.groups else 0)
     return None if part is None else part.strip()
 
 
 def _import(module: str, attribute: str, name: str) -> Callable[[str, Any], Any]:
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # As `python -m` would have it.
+        sys.path.insert(0, os.getcwd())  # As with `python -m`.
     try:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # Whatever a module does when it is imported.

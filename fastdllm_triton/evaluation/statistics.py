@@ -36,7 +36,7 @@ def paired_interval(gained: float, lost: float, n: int) -> tuple[float, float]:
 
     Args:
         gained, lost: requests that only the one, only the other got right. A half is added to each of the four cells, so that
-            no differing request at all is not taken for proof that there is none.
+            no differing request at all does not count as evidence that there is none.
         n: requests.
     """
     b, c, total = gained + 0.5, lost + 0.5, n + 2

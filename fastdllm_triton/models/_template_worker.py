@@ -76,9 +76,9 @@ def answer(request: dict[str, Any], most_characters: int) -> dict[str, str]:
     except MemoryError:
         return {"error": "it takes too much memory"}
     except Exception as error:  # Templates can make Python raise anything.
-        told = str(error)[:1000]
-        is_own = type(error) is jinja2.TemplateError  # What the template itself says is told in its words.
-        return {"error": told if is_own and told else f"{type(error).__name__}: {told}"}
+        message = str(error)[:1000]
+        is_own = type(error) is jinja2.TemplateError  # What the template itself says is message in its words.
+        return {"error": message if is_own and message else f"{type(error).__name__}: {message}"}
     if len(text) > most_characters:
         return {"error": f"it makes {len(text)} characters, more than {most_characters}"}
     return {"text": text}

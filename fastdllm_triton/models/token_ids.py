@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..utils.checks import is_int, to_int, told
+from ..utils.checks import is_int, short_repr, to_int
 from .config import ModelConfig
 
 
@@ -36,10 +36,10 @@ def id_row(name: str, value: Any) -> list[int]:
         ids: list[int] = value.tolist()
         return ids
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray | memoryview):
-        raise TypeError(f"{name} must be a list of token ids, got {told(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a list of token ids, got {short_repr(value)} of type {type(value).__name__}")
     for token in value:
         if not is_int(token):
-            raise TypeError(f"{name} must hold token ids, got {told(token)} of type {type(token).__name__}")
+            raise TypeError(f"{name} must hold token ids, got {short_repr(token)} of type {type(token).__name__}")
     return [to_int(token) for token in value]
 
 
@@ -65,11 +65,11 @@ def id_tensor(name: str, value: Any, model: ModelConfig) -> Tensor:
     elif isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
         rows = [id_row(f"{name}: row {i}", row) for i, row in enumerate(value)]
         if len({len(row) for row in rows}) > 1:
-            raise ValueError(f"{name} must be rows of one length, got lengths {told([len(row) for row in rows])}")
+            raise ValueError(f"{name} must be rows of one length, got lengths {short_repr([len(row) for row in rows])}")
         check_range(name, [token for row in rows for token in row], model)  # A tensor holds none beyond 64 bits.
         ids = torch.tensor(rows, dtype=torch.int64).view(len(rows), -1 if rows else 0)
     else:
-        raise TypeError(f"{name} must be integers of shape [B, T], got {told(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be integers of shape [B, T], got {short_repr(value)} of type {type(value).__name__}")
     if ids.numel() == 0:
         raise ValueError(f"{name} must hold at least one token in at least one row, got shape {list(ids.shape)}")
     if ids.shape[1] > model.max_length:

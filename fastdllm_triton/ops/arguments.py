@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..types import Activation, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
-from ..utils.checks import MAX_TEMPERATURE, check_temperature, is_int, is_number, require, to_ints, told
+from ..utils.checks import MAX_TEMPERATURE, check_temperature, is_int, is_number, require, short_repr, to_ints
 
 
 def token_statistics(
@@ -296,7 +296,7 @@ class _Shapes:
             ValueError: it has another shape, is on another device, or not ``ok``, which ``kind`` tells of in words.
         """
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {told(tensor)} of type {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a tensor, got {short_repr(tensor)} of type {type(tensor).__name__}")
         sizes = shape[1:] if shape[:1] == (...,) else shape
         fits = tensor.dim() >= len(sizes) if sizes is not shape else tensor.dim() == len(sizes)
         last = tensor.shape[tensor.dim() - len(sizes) :] if fits else ()
@@ -365,7 +365,7 @@ def _check_values(name: str, tensor: Tensor, low: int | None, high: int) -> None
 
 def _check_type(name: str, value: object, cls: type) -> None:
     if not isinstance(value, cls):
-        raise TypeError(f"{name} must be a {cls.__name__}, got {told(value)} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a {cls.__name__}, got {short_repr(value)} of type {type(value).__name__}")
 
 
 def _at_least_one(name: str, dimension: str, size: int) -> None:

@@ -48,7 +48,6 @@ class Variant:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens that a forward committed, on average."""
         return sum(output.committed for output in self.outputs) / self.forwards
 
     @property
@@ -60,7 +59,7 @@ class Variant:
 
 
 def demo(console: Console, count: int, seed: int, device: str | None, backend: str) -> None:
-    """Decodes ``count`` problems one at a time in each variant; a table fills in meanwhile, and a line says what came of it.
+    """Decodes ``count`` problems one at a time with each variant, fills in a table meanwhile, and sums up in a line at the end.
 
     The first one, no cache and one token a forward, is the plain loop that the others are compared with. All stop at the end
     token, so the ratios are those of the decoding alone.
@@ -113,7 +112,7 @@ def verdict(plain: Variant, fast: Variant, asked: Sequence[Problem]) -> str:
 
 
 def _table(variants: Sequence[Variant], asked: Sequence[Problem], width: int) -> Table:
-    """A row a variant; what has not been decoded yet is empty."""
+    """One row per variant; what has not been decoded yet is empty."""
     table = Table(box=None, padding=(0, 2 if width >= 72 else 1, 0, 0))
     for column in ("cache", "commits"):
         table.add_column(column, no_wrap=True)

@@ -317,7 +317,7 @@ class Setting:
             if count > 0:
                 # Without a cache every forward is a whole one, and none of them is called a refresh.
                 name = window.kind if policy.reuses else "step"
-                phase = Phase(name, 1, self.batch_size, len(window), window.attend_end, head_rows)
+                phase = Phase(name, 1, self.batch_size, window.end - window.start, window.attend_end, head_rows)
                 counts[phase] = counts.get(phase, 0.0) + count
 
         for index in range(self.blocks):
@@ -336,7 +336,7 @@ class Floor:
         forwards: of all phases.
         refresh_seconds, step_seconds: of all refreshes and of all other forwards.
         cost: bytes and FLOPs of the whole generation.
-        tokens: of use, the batch's together.
+        tokens: useful ones, of the whole batch.
     """
 
     forwards: float
@@ -360,7 +360,7 @@ def generation_cost(shape: Shape, schedule: Sequence[Phase], **bits: float) -> l
 
 
 def generation_floor(shape: Shape, schedule: Sequence[Phase], gpu: Gpu, tokens: float, **bits: float) -> Floor:
-    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are those of use, of all rows."""
+    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are the useful ones of all rows."""
     costs = generation_cost(shape, schedule, **bits)
 
     def seconds(refresh: bool) -> float:

@@ -15,10 +15,10 @@ MAX_TEMPERATURE = 1_000_000
 def require(name: str, value: object, allowed: str, ok: bool) -> None:
     """Raises ``ValueError`` unless ``ok``."""
     if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {told(value)}")
+        raise ValueError(f"{name} must be {allowed}, got {short_repr(value)}")
 
 
-def told(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as an error tells of it: in one line, and not all of a long one."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -82,7 +82,7 @@ def to_path(name: str, value: Any) -> Path:
         ValueError: it is empty.
     """
     if not isinstance(value, str | Path):
-        raise TypeError(f"{name} must be a string or a path, got {told(value)}")
+        raise TypeError(f"{name} must be a string or a path, got {short_repr(value)}")
     require(name, value, "a path", str(value) != "")
     return Path(value)
 

@@ -31,9 +31,9 @@ def naming(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = type(error)(f"{option}: {path} cannot be written: {error.strerror or error}")
-        told.errno = error.errno
-        raise told from None
+        renamed_error = type(error)(f"{option}: {path} cannot be written: {error.strerror or error}")
+        renamed_error.errno = error.errno
+        raise renamed_error from None
 
 
 def check_writable(option: str, path: Path | None) -> None:

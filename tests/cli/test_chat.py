@@ -22,7 +22,7 @@ import fastdllm_triton as fdt
 from fastdllm_triton.cli import _terminal
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.conversation import Conversation
-from fastdllm_triton.engine.runner import Batch
+from fastdllm_triton.engine.runner import ModelRunner
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
 SECOND = "Ann has 20 books. Ann buys 30. Ann loses 12. How many?"
@@ -255,15 +255,15 @@ def test_ctrl_c_in_a_script_ends_it_with_what_was_said(monkeypatch: pytest.Monke
 
 
 def test_a_forward_that_fails_ends_the_answer_and_not_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(self: Batch, rows: int) -> Any:
-        looks.append(rows)
-        if len(looks) == 2:
+    def sync_flags(self: ModelRunner, rows: int) -> Any:
+        reads.append(rows)
+        if len(reads) == 2:
             raise FloatingPointError("forward 1 gave logits that are NaN or nowhere finite in row 0")
         return original(self, rows)
 
-    looks: list[int] = []
-    original = Batch.look
-    monkeypatch.setattr(Batch, "look", look)
+    reads: list[int] = []
+    original = ModelRunner.sync_flags
+    monkeypatch.setattr(ModelRunner, "sync_flags", sync_flags)
     result = _run(f"{FIRST}\n{FIRST}\n")
     assert result.exit_code == 2
     assert "error: forward 1 gave logits that are NaN" in " ".join(result.stderr.split())

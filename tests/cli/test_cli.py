@@ -20,9 +20,9 @@ import fastdllm_triton as fdt
 from fastdllm_triton import tiny as tiny_model
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.generate import Prompt, read_prompts
-from fastdllm_triton.cli.live import AnswerView, LiveView, Painter
+from fastdllm_triton.cli.live import AnswerView, LiveView, TokenRenderer
 from fastdllm_triton.engine import memory
-from fastdllm_triton.engine.runner import Batch
+from fastdllm_triton.engine.runner import ModelRunner
 from fastdllm_triton.evaluation.scoring import read_requests
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
@@ -139,10 +139,10 @@ def test_a_character_of_several_tokens_is_drawn_whole(tiny: fdt.MaskedDiffusionL
         tokenizer, config = Bytes(), tiny.config
 
     mask, end = 999, tiny.config.eos_ids[0]
-    painter = Painter(Model(), mask)  # type: ignore[arg-type]
+    renderer = TokenRenderer(Model(), mask)  # type: ignore[arg-type]
     euro = list("€".encode())
-    assert painter.paint([*euro, mask, mask, end]).plain == "€░░¶"
-    assert painter.paint(euro, [True, False, False]).plain.count("\ufffd") > 0  # until all of it is of one age
+    assert renderer.render([*euro, mask, mask, end]).plain == "€░░¶"
+    assert renderer.render(euro, [True, False, False]).plain.count("\ufffd") > 0  # until all of it is of one age
 
 
 def console_text(frame: Any) -> str:
@@ -210,15 +210,15 @@ def test_windows_and_lockstep_reach_the_engine(monkeypatch: pytest.MonkeyPatch) 
 def _interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C during the sixth forward."""
 
-    def look(self: Batch, rows: int) -> Any:
-        looks.append(rows)
-        if len(looks) == 6:
+    def sync_flags(self: ModelRunner, rows: int) -> Any:
+        reads.append(rows)
+        if len(reads) == 6:
             raise KeyboardInterrupt
         return original(self, rows)
 
-    looks: list[int] = []
-    original = Batch.look
-    monkeypatch.setattr(Batch, "look", look)
+    reads: list[int] = []
+    original = ModelRunner.sync_flags
+    monkeypatch.setattr(ModelRunner, "sync_flags", sync_flags)
 
 
 @pytest.mark.usefixtures("_interrupted")

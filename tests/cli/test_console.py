@@ -20,11 +20,11 @@ import fastdllm_triton as fdt
 from fastdllm_triton import tiny as built_in
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.console import Terminal, console, say, say_list, show, visible
-from fastdllm_triton.cli.live import LiveView, Painter
-from fastdllm_triton.engine.runner import Batch
+from fastdllm_triton.cli.live import LiveView, TokenRenderer
+from fastdllm_triton.engine.runner import ModelRunner
 
 FIRST = "Tom has 51 coins. Tom finds 27. Tom sells 19. How many?"
-#: Sets the title of the window, clears the screen and writes what looks like a command.
+#: Sets the title of the window, clears the screen and writes what reads like a command.
 EVIL = "\x1b]0;PWNED\x07\x1b[2J\x1b[1;1H$ rm -rf / done"
 SHOWN = r"\x1b]0;PWNED\x07\x1b[2J\x1b[1;1H$ rm -rf / done"
 
@@ -98,15 +98,15 @@ def test_generated_text_and_prompts_cannot_steer_a_terminal(evil: Path, tmp_path
 
 
 def test_an_interrupted_answer_cannot_steer_a_terminal_either(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(self: Batch, rows: int) -> Any:
-        looks.append(rows)
-        if len(looks) == 20:
+    def sync_flags(self: ModelRunner, rows: int) -> Any:
+        reads.append(rows)
+        if len(reads) == 20:
             raise KeyboardInterrupt
         return original(self, rows)
 
-    looks: list[int] = []
-    original = Batch.look
-    monkeypatch.setattr(Batch, "look", look)
+    reads: list[int] = []
+    original = ModelRunner.sync_flags
+    monkeypatch.setattr(ModelRunner, "sync_flags", sync_flags)
     result = _run("generate", "--model", str(evil), "--prompt", FIRST, "--steps", "24", "--block-length", "48")
     assert result.exit_code == 130
     assert "\x1b" not in result.output and "\x07" not in result.output
@@ -198,7 +198,7 @@ def test_a_locale_without_a_sign_gets_another_one_and_no_end(encoding: str, monk
 def test_masks_and_ends_have_signs_in_any_encoding(tiny: fdt.MaskedDiffusionLM) -> None:
     mask, end = tiny.config.mask_id, tiny.config.eos_ids[0]
     for encoding, shown in (("utf-8", "░░¶"), ("ascii", "__|"), ("latin-1", "__|"), ("no-such-encoding", "__|")):
-        assert Painter(tiny, mask, encoding).paint([mask, mask, end]).plain == shown
+        assert TokenRenderer(tiny, mask, encoding).render([mask, mask, end]).plain == shown
 
 
 def _table() -> Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import count
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pytest
 from conftest import GOLDEN, GOLDEN_DREAM, GOLDEN_MODELS
@@ -22,6 +22,9 @@ from fastdllm_triton.decoding.cache_policy import (
     play,
 )
 from fastdllm_triton.decoding.config import GenerationConfig
+from fastdllm_triton.decoding.strategies import StrategySpec
+from fastdllm_triton.evaluation.grid import CacheSpec, Variant
+from fastdllm_triton.tools.roofline import Setting
 
 
 def test_the_names_are_those_of_the_registry() -> None:
@@ -138,3 +141,30 @@ def test_a_shifted_model_recomputes_the_slot_that_predicts_the_first_of_a_block(
     assert config.cache_policy(shift=True).next_window(block) == Window(7, 12, 20, "step")
     first = GenerationConfig(gen_length=16, block_length=4, cache="dual", refresh_commits="first")
     assert first.cache_policy(shift=True).next_window(block) == Window(8, 12, 20, "step")
+
+
+class Tail(CachePolicy):
+    """A step recomputes the block and all after it but one slot."""
+
+    name: ClassVar[Any] = "tail"
+    reuses = True
+    recomputes = "the tail"
+
+    def step(self, block: BlockState) -> Window:
+        return Window(block.start, block.length - 1, block.length, "step")
+
+
+def test_a_new_policy_is_known_to_options_grid_and_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CACHE_POLICIES, "tail", Tail)  # type: ignore[arg-type]
+    monkeypatch.setitem(CACHE_OPTIONS, "tail", ("refresh_every", "suffix_window"))  # type: ignore[arg-type]
+    variant = Variant(StrategySpec.parse("fixed:4"), CacheSpec.parse("tail+refresh_every=3"), 8)
+    assert variant.config(16).cache_policy() == Tail(refresh_every=3)
+    assert variant.cost(10, 16) == (26 + 15) + (26 + 7)  # two forwards a block of 8
+    with pytest.raises(ValueError, match=r"an option of refresh_every, suffix_window, got 'tail\+look_back=2'"):
+        CacheSpec.parse("tail+look_back=2")
+    schedule = Setting(10, 16, 8, "tail", tokens_per_forward=4).schedule()  # type: ignore[arg-type]
+    assert [(phase.name, phase.forwards, phase.window, phase.keys) for phase in schedule] == [
+        ("refresh", 2, 26, 26),
+        ("step", 1, 15, 26),
+        ("step", 1, 7, 26),
+    ]

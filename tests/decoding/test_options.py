@@ -268,6 +268,7 @@ STRATEGIES = st.one_of(
     st.builds(fdt.FixedSteps, st.integers(1, 24), score=st.sampled_from(fdt.FixedSteps.scores)),
     st.builds(fdt.Threshold, st.floats(0.01, 1), score=st.sampled_from(fdt.Threshold.scores)),
     st.builds(fdt.Factor, st.floats(0.01, 20), score=st.sampled_from(fdt.Factor.scores)),
+    st.builds(fdt.Timesteps, st.integers(1, 24), score=st.sampled_from(fdt.Timesteps.scores)),
     st.builds(fdt.EntropyBudget, st.floats(0, 20), score=st.sampled_from(fdt.EntropyBudget.scores)),
 )
 OPTIONS = st.fixed_dictionaries(
@@ -300,7 +301,7 @@ def test_every_combination_of_options_decodes_completely_or_is_refused_at_once(
         and all(prompts)
         and blocks > 0
         and gen_length % block_length == 0
-        and not (isinstance(strategy, fdt.FixedSteps) and (strategy.steps < blocks or strategy.steps % blocks))
+        and not (isinstance(strategy, fdt.FixedSteps | fdt.Timesteps) and (strategy.steps < blocks or strategy.steps % blocks))
     )
     if not sound:
         with pytest.raises(ValueError, match=r"gen_length|block_length|steps|prompts"):
@@ -325,5 +326,7 @@ def test_every_combination_of_options_decodes_completely_or_is_refused_at_once(
                 assert 0 <= token < 320
                 assert 0 < confidence <= 1
     assert out.refreshes >= 1
-    assert int(out.step_map.max()) < out.nfe <= gen_length
+    steps = strategy.steps if isinstance(strategy, fdt.Timesteps) else gen_length
+    assert int(out.step_map.max()) < out.nfe
+    assert int(out.row_forwards.max()) <= max(steps, gen_length)  # rows that wait for no other take more forwards together
     assert out.committed == int((out.step_map >= 0).sum()) >= block_length

@@ -11,8 +11,10 @@ from typing import Any, ClassVar, get_args
 
 import pytest
 import torch
+from conftest import GOLDEN, GOLDEN_DREAM
 
 import fastdllm_triton as fdt
+from fastdllm_triton import compat
 from fastdllm_triton.decoding import options
 from fastdllm_triton.decoding.strategies import STRATEGIES, StrategySpec, strategy_forms, strategy_names
 from fastdllm_triton.evaluation import plots
@@ -103,6 +105,28 @@ def test_timesteps_commit_as_many_tokens_as_the_official_schedule(masks: int, st
         assert sum(counts) == masks
 
 
+@pytest.mark.parametrize(
+    ("alg", "score"), [("maskgit_plus", "confidence"), ("topk_margin", "margin"), ("entropy", "neg_entropy")]
+)
+@pytest.mark.parametrize("steps", [5, 12, 40])
+def test_timesteps_over_one_block_are_the_official_decoding(alg: Any, score: Any, steps: int) -> None:
+    model, prompt = fdt.load(GOLDEN / GOLDEN_DREAM), torch.tensor([[40, 41, 42, 43, 44]])
+    want = compat.diffusion_generate(
+        model, prompt, max_new_tokens=24, steps=steps, alg=alg, temperature=0.0, top_k=None, return_dict_in_generate=True
+    )
+    out = model.generate(
+        prompt,
+        gen_length=24,
+        block_length=24,
+        cache="none",
+        strategy=fdt.Timesteps(steps, score=score),
+        stop_at_eos=False,
+    )
+    assert out.sequences.tolist() == want.sequences.tolist()
+    assert out.committed == 24
+    assert out.nfe == want.nfe == steps
+
+
 def test_only_a_schedule_has_shares() -> None:
     strategies = (fdt.FixedSteps(4), fdt.Threshold(), fdt.Factor(), fdt.EntropyBudget(0.1))
     assert all(strategy.shares(2) == () for strategy in strategies)
@@ -162,7 +186,7 @@ for name in ("generate", "chat"):
     assert context.params["left_tokens"] == 3
     assert option_names(commands[name])["left_tokens"] == "--left-tokens"
 """
-    path = os.pathsep.join((str(ROOT), str(Path(__file__).parent)))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", Path(__file__).parent)))
     result = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fastdllm_triton as fdt
-from fastdllm_triton.engine.cuda_graphs import Graphs
+from fastdllm_triton.engine.cuda_graphs import CUDAGraphRunner
 from fastdllm_triton.kernels import _pdl
 
 DEVICE = torch.device("cuda", 1)
@@ -73,13 +73,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     return stub
 
 
-def _call(graphs: Graphs, function: Callable[..., None], *shape: int) -> None:
+def _call(graphs: CUDAGraphRunner, function: Callable[..., None], *shape: int) -> None:
     graphs(shape, lambda: function(*shape))
 
 
 def test_a_shape_runs_once_is_then_captured_and_from_there_on_replayed(cuda: Cuda) -> None:
     calls: list[tuple[int, int, bool]] = []
-    graphs = Graphs(DEVICE, fall_back=False)
+    graphs = CUDAGraphRunner(DEVICE, fall_back=False)
     for shape in [(4, 32), (4, 32), (4, 32), (2, 32), (2, 32)]:
         _call(graphs, lambda rows, window: calls.append((rows, window, FakeGraph.capturing is not None)), *shape)
     assert calls == [(4, 32, False), (4, 32, True), (2, 32, False), (2, 32, True)]
@@ -89,7 +89,7 @@ def test_a_shape_runs_once_is_then_captured_and_from_there_on_replayed(cuda: Cud
 
 
 def test_few_graphs_are_kept_and_the_ones_used_least_recently_go(cuda: Cuda) -> None:
-    graphs = Graphs(DEVICE, fall_back=False, limit=2)
+    graphs = CUDAGraphRunner(DEVICE, fall_back=False, limit=2)
     for shape in (1, 1, 2, 2, 1, 3, 3):
         _call(graphs, lambda rows: None, shape)
     first, second, third = (graph for graph, _, _ in cuda.captures)
@@ -108,7 +108,7 @@ def test_a_failed_capture_falls_back_with_one_warning_that_says_why(cuda: Cuda, 
             raise error
         calls.append(rows)
 
-    graphs = Graphs(DEVICE, fall_back=True)
+    graphs = CUDAGraphRunner(DEVICE, fall_back=True)
     _call(graphs, function, 1)
     with pytest.warns(UserWarning, match=f"without CUDA graphs: the capture failed: {error} .FASTDLLM_GRAPHS=0"):
         _call(graphs, function, 1)
@@ -120,7 +120,7 @@ def test_a_failed_capture_falls_back_with_one_warning_that_says_why(cuda: Cuda, 
     assert calls == [1, 1, 1, 2, 2]
     assert len(cuda.captures) == 1
 
-    strict = Graphs(DEVICE, fall_back=False)
+    strict = CUDAGraphRunner(DEVICE, fall_back=False)
     _call(strict, function, 3)
     with pytest.raises(RuntimeError, match=r"\(3,\) could not be captured as a CUDA graph: .*; FASTDLLM_GRAPHS=0 runs without"):
         _call(strict, function, 3)
@@ -138,7 +138,7 @@ def test_a_capture_that_fails_with_dependent_launches_is_tried_again_without(cud
             raise RuntimeError("invalid resource handle")
         calls.append((FakeGraph.capturing is not None, state["on"]))
 
-    graphs = Graphs(DEVICE, fall_back=False)
+    graphs = CUDAGraphRunner(DEVICE, fall_back=False)
     _call(graphs, function, 1)
     with pytest.warns(UserWarning, match=r"without programmatic dependent launch .* invalid resource handle .FASTDLLM_PDL=0"):
         _call(graphs, function, 1)

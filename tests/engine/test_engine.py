@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastdllm_triton as fdt
-from fastdllm_triton.engine.cuda_graphs import Graphs
+from fastdllm_triton.engine.cuda_graphs import CUDAGraphRunner
 from fastdllm_triton.engine.program import Program
 from fastdllm_triton.engine.request import batch_requests
 from fastdllm_triton.engine.runner import ModelRunner
@@ -148,7 +148,7 @@ def test_where_steps_are_captured_few_numbers_of_predictions_serve(llada: fdt.Ma
         return runner._predictions(rows, program, masked)
 
     assert (predictions(256), predictions(100), predictions(0)) == (256, 100, 1)
-    runner._graphs = Graphs(torch.device("cpu"), fall_back=False)
+    runner._graphs = CUDAGraphRunner(torch.device("cpu"), fall_back=False)
     assert [predictions(masked) for masked in (256, 129, 128, 65, 64, 1, 0)] == [256, 256, 128, 128, 64, 64, 64]
     assert [predictions(0, rows) for rows in (1, 2, 3)] == [32, 64, 96]
 

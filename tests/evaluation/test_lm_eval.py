@@ -194,6 +194,20 @@ def test_bad_model_args(arguments: dict[str, Any], message: str) -> None:
         harness.FastDLLM(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "strategy"),
+    [
+        ({}, fdt.Threshold(0.9)),
+        ({"steps": 24, "score": "margin"}, fdt.FixedSteps(24, score="margin")),
+        ({"strategy": "fixed:4"}, fdt.FixedSteps(12)),
+        ({"entropy_budget": 0.1, "score": ""}, fdt.EntropyBudget(0.1)),
+    ],
+)
+def test_a_strategy_is_asked_for_as_on_the_command_line(arguments: dict[str, Any], strategy: fdt.Strategy) -> None:
+    model = harness.FastDLLM("tiny", gen_length=48, **arguments)
+    assert model._config(48, 0.0).strategy == strategy
+
+
 def test_the_command_line_of_the_harness(tasks: Path) -> None:
     command = [sys.executable, "-m", "fastdllm_triton", "lm-eval", "--model", "fastdllm", "--include_path", str(tasks)]
     command += ["--model_args", "pretrained=tiny,cache=dual,threshold=0.9,gen_length=48,block_length=16"]

@@ -20,6 +20,7 @@ from fastdllm_triton.kernels._arch import ARCHS, arch_of
 from fastdllm_triton.kernels.window_attention import Config, select_config
 from fastdllm_triton.kernels.window_attention import window_attention as kernel
 from fastdllm_triton.reference.window_attention import window_attention as reference
+from fastdllm_triton.types import LaunchOptions
 from fastdllm_triton.verify.cases.window_attention import HEADS, WINDOW_ATTENTION, attended, by_torch
 
 CASES = small_cases("window_attention")
@@ -182,9 +183,7 @@ def test_kernel_cuts_ranges_at_the_cache():
     torch.testing.assert_close(kernel(**args, config=PLAIN), want)
     args["kv_end"] += 9
     out, layout = torch.empty_like(want), module._layout(*args.values(), None, None, None)
-    module._launch(
-        module.arch_of(DEVICE), PLAIN, layout, *args.values(), None, None, 0.25, out, None, None, module.DEFAULT_LAUNCH
-    )
+    module._launch(module.arch_of(DEVICE), PLAIN, layout, *args.values(), None, None, 0.25, out, None, None, LaunchOptions())
     torch.testing.assert_close(out, want)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def pictures() -> dict[str, Any]:
 
 def test_every_picture_is_there_and_drawn_by_the_script(pictures: dict[str, Any], tmp_path: Path) -> None:
     drawn = {path.name for path in pictures["draw_all"](tmp_path)}
-    page = (ROOT / "docs" / "choosing.md").read_text()
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("choosing.md", "architecture.md"))
     assert drawn == set(re.findall(r"!\[[^]]+\]\(([^)]+)\)", page))
     for name in drawn:
         # The words and numbers of a picture are comments of the file: those of the committed one are those of this run.
@@ -114,3 +115,38 @@ def test_a_window_that_is_drawn_is_one_that_was_recomputed(pictures: dict[str, A
     assert sum(len(seen.committed) for seen in run.forwards) == run.output.committed == 48
     assert run.slots == 3 * 76 + (len(run.forwards) - 3) * 16
     assert f"{len(run.forwards)} forwards, {run.slots} slots recomputed" in figure.axes[0].get_xlabel()
+
+
+def test_every_file_and_name_of_the_architecture_is_there() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    shown = page.replace("NAME", "swiglu")  # which stands for any op
+    for quoted in set(re.findall(r"`([^`]+)`", shown)):
+        if re.fullmatch(r"[\w/]+(\.py|/)", quoted):
+            assert (ROOT / quoted).exists() or (ROOT / "fastdllm_triton" / quoted).exists(), quoted
+        elif re.fullmatch(r"[A-Z]\w+(\.\w+)?", quoted):
+            owner, _, name = quoted.partition(".")
+            texts = [path.read_text() for path in (ROOT / "fastdllm_triton").rglob("*.py")] + [
+                path.read_text() for path in (ROOT / "kernels").glob("*.py")
+            ]
+            assert any(re.search(rf"^(class |){owner}\b", text, re.MULTILINE) for text in texts), quoted
+            assert not name or any(f"def {name}(" in text for text in texts), quoted
+
+
+def test_what_is_to_be_added_touches_as_few_files_as_the_budget_has() -> None:
+    recipes = (ROOT / "docs" / "architecture.md").read_text().split("## To add")[1]
+    budgets = {"An op": 6, "A strategy": 3, "A cache policy": 2, "A model family": 2}
+    for what, most in budgets.items():
+        recipe = recipes.split(f"**{what}**")[1].split("\n\n")[0]
+        files = set(re.findall(r"`([\w/]+\.py|models/)`", recipe))
+        assert 1 <= len(files - {"models/dream.py"}) <= most, (what, files)
+
+
+def test_the_floors_of_the_architecture_are_those_that_the_linter_holds() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = [
+        {name.strip() for name in floor.split(",")}
+        for floor in re.search(r"checks it:\n(.*?)\.\n", page, re.DOTALL)[1].replace("\n", " ").split("→")  # type: ignore[index]
+    ]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    held = [set(re.split(r" [:|] ", layer)) for layer in settings["layers"]]
+    assert drawn == [layer for layer in held if layer not in ({"__main__"}, {"tiny"}, {"utils"})]

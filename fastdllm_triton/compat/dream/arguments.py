@@ -48,14 +48,14 @@ _DREAM: dict[str, Any] = {
 _MODEL = _DREAM | {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
-def resolved(given: Mapping[str, Any], generation_config: object | None, model_config: object) -> dict[str, Any]:
+def resolved(arguments: Mapping[str, Any], generation_config: object | None, model_config: object) -> dict[str, Any]:
     """Every option: what the caller gave, None included; else what a config says; else the default.
 
     The config is ``generation_config`` or, without one, the model's. That is the order of the official code, which does not
     look at the model's own ``generation_config`` for any of these.
 
     Args:
-        given: options of the call; :data:`UNSET` is "not given".
+        arguments: options of the call; :data:`UNSET` is "not given".
         generation_config: an object with attributes such as ``steps``.
         model_config: the fields of a ``config.json``, as a mapping or as attributes.
 
@@ -73,7 +73,7 @@ def resolved(given: Mapping[str, Any], generation_config: object | None, model_c
     source, defaults = (model_config, _MODEL) if generation_config is None else (generation_config, _DREAM)
     options = {}
     for name, default in defaults.items():
-        value = given.get(name, UNSET)
+        value = arguments.get(name, UNSET)
         if value is UNSET:
             value = source.get(name) if isinstance(source, Mapping) else getattr(source, name, None)
             value = default if value is None else value

@@ -124,7 +124,7 @@ def diffusion_generate(
     if generation_tokens_hook_func is not None or generation_logits_hook_func is not None:
         hooks = Hooks(generation_tokens_hook_func, generation_logits_hook_func)
     first = first_slots(inputs, attention_mask, lm.config.vocab_size)
-    given = {
+    arguments = {
         "max_new_tokens": max_new_tokens,
         "max_length": max_length,
         "steps": steps,
@@ -139,7 +139,7 @@ def diffusion_generate(
         "output_history": output_history,
         "mask_token_id": mask_token_id,
     }
-    options = resolved(given, generation_config, model_config)
+    options = resolved(arguments, generation_config, model_config)
     copies, as_dict = options["num_return_sequences"], options["return_dict_in_generate"]
     if not is_int(copies) or copies < 1:
         raise ValueError(f"num_return_sequences must be an integer of 1 or more, got {copies!r}")

@@ -19,7 +19,7 @@ from ...model import MaskedDiffusionLM
 from ...models.transformer import Transformer
 from ...ops import Ops, without_kernels
 from .fuse import fuse, fused_storages, unfuse
-from .recognise import Found, recognise
+from .recognise import RecognisedModule, recognise
 from .report import Report, describe
 
 #: The attribute of an accelerated module that holds what it was accelerated with.
@@ -98,25 +98,25 @@ class Accelerated:
             ValueError: the module was changed in a way that is not supported.
             RuntimeError: strict, and something falls back or would be left out; or a fused tensor has no memory.
         """
-        found = recognise(self.module)
-        self._inner = weakref.ref(found.module)
-        if self.options.strict and found.hooked:
-            where = ", ".join(found.hooked)
+        recognised = recognise(self.module)
+        self._inner = weakref.ref(recognised.module)
+        if self.options.strict and recognised.hooked:
+            where = ", ".join(recognised.hooked)
             raise RuntimeError(f"strict: forward hooks would not be run by generate: {where}; remove them first")
-        parameters = list(found.parameters.values())
-        if self._runtime is None or found.config != self._runtime.config or _places(parameters) != self._places:
-            ops = _ops(found, self.options)
+        parameters = list(recognised.parameters.values())
+        if self._runtime is None or recognised.config != self._runtime.config or _places(parameters) != self._places:
+            ops = _ops(recognised, self.options)
             self._runtime = None  # What it holds of the parameters' former memory goes first.
-            weights = fuse(found.parameters, found.config, found.architecture.NAMES)
-            self._runtime = MaskedDiffusionLM(Transformer(found.config, weights, ops), _folder(found.module))
+            weights = fuse(recognised.parameters, recognised.config, recognised.architecture.NAMES)
+            self._runtime = MaskedDiffusionLM(Transformer(recognised.config, weights, ops), _folder(recognised.module))
             self._parameters, self._places = parameters, _places(parameters)
         return self._runtime
 
     def report(self) -> Report:
         """What is replaced and what not."""
         fused = sum(fused_storages(self.runtime().network.weights).values())
-        found = recognise(self.module)
-        return describe(found, ops_for(self.options.backend, found.device, found.dtype), self.options.plain, fused)
+        recognised = recognise(self.module)
+        return describe(recognised, ops_for(self.options.backend, recognised.device, recognised.dtype), self.options.plain, fused)
 
     def install(self) -> None:
         """Gives the module its methods."""
@@ -201,13 +201,13 @@ class Accelerated:
         return self.runtime()._logits("input_ids", input_ids)
 
 
-def _ops(found: Found, options: Options) -> Ops:
+def _ops(recognised: RecognisedModule, options: Options) -> Ops:
     """The ops that the options ask for, on the module's device.
 
     Raises:
         RuntimeError: the backend cannot run; or, if strict, falls back.
     """
-    ops = ops_for(options.backend, found.device, found.dtype)
+    ops = ops_for(options.backend, recognised.device, recognised.dtype)
     if options.strict and ops.name == "reference" and options.backend != "reference":
         raise RuntimeError(f"strict: the kernels cannot run on this module: {ops.reason}")
     return without_kernels(ops, options.plain)

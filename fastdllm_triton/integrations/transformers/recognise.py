@@ -26,7 +26,7 @@ _QUANTISED_CLASSES = ("Linear4bit", "Linear8bitLt", "LinearFP4", "LinearNF4", "P
 
 
 @dataclass(frozen=True)
-class Found:
+class RecognisedModule:
     """A module that can be accelerated.
 
     Attributes:
@@ -54,7 +54,7 @@ class Found:
         return self.parameters[self.architecture.NAMES.embedding].dtype
 
 
-def recognise(module: nn.Module) -> Found:
+def recognise(module: nn.Module) -> RecognisedModule:
     """Looks at a module.
 
     Args:
@@ -80,7 +80,7 @@ def recognise(module: nn.Module) -> Found:
     parameters = _parameters(inner, config, architecture)
     _refuse_mixture(parameters, architecture.NAMES)
     hooked = tuple(name or "the module" for name, m in inner.named_modules() if m._forward_hooks or m._forward_pre_hooks)
-    return Found(inner, architecture, config, parameters, hooked)
+    return RecognisedModule(inner, architecture, config, parameters, hooked)
 
 
 def _inner(module: nn.Module) -> nn.Module:
@@ -127,12 +127,12 @@ def _refuse_quantised(module: nn.Module, raw: dict[str, Any]) -> None:
                 kind = type(p).__name__ if is_lazy(p) else str(p.layout)
                 raise ValueError(f"module: {name} has a parameter that is not a plain tensor ({kind}), which is not supported")
         things = (layer, *parameters.values())
-        found = [type(thing).__name__ for thing in things if type(thing).__name__ in _QUANTISED_CLASSES]
-        found += [field for thing in things for field in _QUANTISED_FIELDS if getattr(thing, field, None) is not None]
-        found += [str(p.dtype) for p in parameters.values() if not p.is_floating_point() or p.element_size() == 1]
-        found += [type(p.data).__name__ for p in parameters.values() if type(p.data) is not Tensor]
-        if found:
-            raise ValueError(f"module: {name} is quantised or not a plain tensor ({found[0]}), which is not supported; {advice}")
+        signs = [type(thing).__name__ for thing in things if type(thing).__name__ in _QUANTISED_CLASSES]
+        signs += [field for thing in things for field in _QUANTISED_FIELDS if getattr(thing, field, None) is not None]
+        signs += [str(p.dtype) for p in parameters.values() if not p.is_floating_point() or p.element_size() == 1]
+        signs += [type(p.data).__name__ for p in parameters.values() if type(p.data) is not Tensor]
+        if signs:
+            raise ValueError(f"module: {name} is quantised or not a plain tensor ({signs[0]}), which is not supported; {advice}")
 
 
 def _refuse_adapters(outer: nn.Module, inner: nn.Module) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...ops import PARTS, Ops
-from .recognise import Found
+from .recognise import RecognisedModule
 
 #: What each part of :data:`fastdllm_triton.ops.PARTS` is, in a reader's words.
 _WHAT = {
@@ -93,34 +93,34 @@ class Report:
         return text.rstrip()
 
 
-def describe(found: Found, ops: Ops, plain: Sequence[str], fused_bytes: int) -> Report:
+def describe(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fused_bytes: int) -> Report:
     """The report on a module.
 
     Args:
-        found: what it is.
+        recognised: what it is.
         ops: what its parts run on,
         plain: but for these, which do without kernels.
         fused_bytes: memory of its fused tensors.
     """
-    layers = found.config.layers
+    layers = recognised.config.layers
     entries = []
     for part in PARTS:
         on_kernels = ops.name == "triton" and part not in plain
         reason = f"{part}=False" if part in plain else ops.reason
         entries.append(Entry(part, "triton" if on_kernels else "reference", _WHAT[part], reason))
-    for field, parts in found.architecture.NAMES.layer.items():
+    for field, parts in recognised.architecture.NAMES.layer.items():
         if len(parts) > 1:
             names = ", ".join(part.split(".")[-2] for part in parts)
             entries.append(Entry(field, "fused", f"{layers} x ({names})", "the parameters are views of one tensor a layer"))
     entries.append(Entry("forward", "module", "its own code", "kept for training; fast_forward gives its logits"))
-    if found.hooked:
-        where = ", ".join(found.hooked[:3]) + (", ..." if len(found.hooked) > 3 else "")
+    if recognised.hooked:
+        where = ", ".join(recognised.hooked[:3]) + (", ..." if len(recognised.hooked) > 3 else "")
         entries.append(Entry("hooks", "module", f"forward hooks of {where}", "only its own forward runs them"))
     return Report(
-        architecture=found.config.architecture,
+        architecture=recognised.config.architecture,
         layers=layers,
-        device=str(found.device),
-        dtype=str(found.dtype).removeprefix("torch."),
+        device=str(recognised.device),
+        dtype=str(recognised.dtype).removeprefix("torch."),
         entries=tuple(entries),
         fused_bytes=fused_bytes,
     )
