@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +23,18 @@ def dtypes_of(op: str) -> list[str]:
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
-def verify_op(op: str, device: torch.device, *, quick: bool = False, dtypes: Sequence[str] = ()) -> Iterator[Record]:
-    """A record for each dtype.
+def verify_op(op: str, dtype: str, device: torch.device, *, quick: bool = False) -> Record:
+    """Tries an op.
 
     Args:
         op: a name in :data:`OPS`.
+        dtype: of :func:`dtypes_of`.
         device: a GPU, or the CPU where Triton's interpreter runs.
         quick: only the quick cases, and on a GPU the key ones.
-        dtypes: of :func:`dtypes_of`; all if not given.
     """
-    for dtype in dtypes or dtypes_of(op):
-        began = time.perf_counter()
-        cases = [_case_record(OPS[op], case, device, getattr(torch, dtype)) for case in wanted(OPS[op], device, quick)]
-        yield Record(op, dtype, cases, time.perf_counter() - began)
+    began = time.perf_counter()
+    cases = [_case_record(OPS[op], case, device, getattr(torch, dtype)) for case in wanted(OPS[op], device, quick)]
+    return Record(op, dtype, cases, time.perf_counter() - began)
 
 
 def wanted(op: OpCases, device: torch.device, quick: bool) -> list[Case]:

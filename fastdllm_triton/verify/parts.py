@@ -35,8 +35,7 @@ class Part:
     def run(self, device: torch.device, *, quick: bool) -> Record:
         if self.name == MODELS:
             return verify_model(self.what, device, quick=quick)
-        (record,) = verify_op(self.name, device, quick=quick, dtypes=[self.what])
-        return record
+        return verify_op(self.name, self.what, device, quick=quick)
 
 
 def names() -> list[str]:
@@ -45,8 +44,7 @@ def names() -> list[str]:
 
 
 def parts_of(chosen: Iterable[str]) -> list[Part]:
-    checks = [check.name for check in MODEL_CHECKS]
-    return [Part(name, what) for name in chosen for what in (checks if name == MODELS else dtypes_of(name))]
+    return [Part(name, what) for name in chosen for what in (MODEL_CHECKS if name == MODELS else dtypes_of(name))]
 
 
 def unproven(chosen: Sequence[str], records: Iterable[Record]) -> list[str]:

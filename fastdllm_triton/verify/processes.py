@@ -21,18 +21,8 @@ from .records import CaseRecord, Record
 
 #: Seconds after which a part is given up.
 MOST_SECONDS = 600
-#: Bytes of GPU memory that a part may take.
-MEMORY = 10 * 2**30
 #: Parts that take longest, to be begun first.
 LONGEST = ("models", "window_attention", "head_statistics", "linear")
-
-
-def jobs_for(device: torch.device) -> int:
-    """Processes that the cores and the memory of the machine have room for; on a CPU one."""
-    if device.type != "cuda":
-        return 1
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return max(1, min(os.cpu_count() or 1, memory // MEMORY))
 
 
 def in_processes(parts: Sequence[Part], device: torch.device, *, quick: bool, jobs: int) -> Iterator[Record]:
@@ -61,9 +51,6 @@ def _in_process(part: Part, device: torch.device, quick: bool) -> Record:
     return Record(*part.key, [CaseRecord("all", math.inf, 0.0, ok=False, note=note)])
 
 
-def main(name: str, what: str, device: str, level: str) -> None:
-    print(json.dumps(Part(name, what).run(torch.device(device), quick=level == "quick").as_json()))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    name, what, device, level = sys.argv[1:]
+    print(json.dumps(Part(name, what).run(torch.device(device), quick=level == "quick").as_json()))
