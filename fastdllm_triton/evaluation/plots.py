@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,21 +46,6 @@ _STYLE: Any = {
 }
 
 
-def draw_all(summary: Sequence[Record], comparison: Sequence[Record], caches: Sequence[Record], folder: Path) -> list[Path]:
-    """Draws every figure that the grid has the data for.
-
-    Args:
-        summary: from :func:`~fastdllm_triton.evaluation.summary.summarize`.
-        comparison: from :func:`~fastdllm_triton.evaluation.summary.compare`.
-        caches: from :func:`~fastdllm_triton.evaluation.summary.compare_caches`.
-        folder: where to.
-
-    Returns:
-        The files written, PNG ones only; an SVG lies beside each.
-    """
-    return save(_figures(summary, comparison, caches), folder)
-
-
 def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
     """Draws figures in one style and writes each as PNG and SVG; returns the PNG files. The same figure is the same bytes."""
     written: list[Path] = []
@@ -74,8 +59,9 @@ def save(figures: Iterable[tuple[str, Figure]], folder: Path) -> list[Path]:
     return written
 
 
-def _figures(summary: Sequence[Record], comparison: Sequence[Record], caches: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
-    # Caches with options have a figure of their own.
+def figures(summary: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
+    """Every figure that the records of :func:`~fastdllm_triton.evaluation.summary.summarize` have the data for, by name."""
+    # Caches with options have a table of their own.
     plain = [r for r in summary if "+" not in r["cache"]] or list(summary)
     by_block = {block: [r for r in plain if r["block_length"] == block] for block in _values(summary, "block_length")}
     for block, records in by_block.items():
@@ -86,11 +72,6 @@ def _figures(summary: Sequence[Record], comparison: Sequence[Record], caches: Se
     for block, records in by_block.items():
         if len({r["strategy"] for r in records if _family(r) == "threshold"}) > 1:
             yield f"threshold-sweep-block-{block}", threshold_sweep(records)
-    if comparison:
-        yield "gain-over-fixed", gain_over_fixed([r for r in comparison if "+" not in r["cache"]] or comparison)
-    for block in by_block:
-        if records := [r for r in caches if r["block_length"] == block]:
-            yield f"caches-block-{block}", caches_with_options(records)
 
 
 def accuracy_against_speed(records: Sequence[Record]) -> Figure:
@@ -203,51 +184,6 @@ def threshold_sweep(records: Sequence[Record]) -> Figure:
     return figure
 
 
-def gain_over_fixed(comparison: Sequence[Record]) -> Figure:
-    """What each strategy scores above fixed steps at its own speed, with paired intervals."""
-    scores = _values(comparison, "score")
-    rows = list(dict.fromkeys((r["block_length"], r["cache"], r["strategy"]) for r in comparison))
-    figure = Figure(figsize=(4.2 * len(scores) + 1.6, 0.19 * len(rows) + 1.2), layout="constrained")
-    axes = list(figure.subplots(1, len(scores), sharey=True, squeeze=False)[0])
-    for ax, score in zip(axes, scores, strict=True):
-        for r in comparison:
-            if r["score"] == score:
-                y = rows.index((r["block_length"], r["cache"], r["strategy"]))
-                ax.errorbar(r["gain"], y, xerr=_bars([r], "gain"), ms=4, **_family_style(_family(r)))
-        ax.axvline(0, color="#000000", lw=0.8)
-        ax.set_title(_SCORES[score])
-        ax.set_xlabel("gain over fixed steps at equal tokens per forward")
-    _name_rows(axes, [f"block {block}, {cache}, {strategy}" for block, cache, strategy in rows], [row[:2] for row in rows])
-    figure.suptitle(f"{comparison[0]['n']} requests; bars: paired 95 % intervals")
-    return figure
-
-
-def caches_with_options(records: Sequence[Record]) -> Figure:
-    """What options of a cache change against the same cache without: accuracy, agreement, FLOPs and bytes of a request."""
-    rows, strategies = _values(records, "cache"), _values(records, "strategy")
-    figure = Figure(figsize=(12, 0.3 * len(rows) + 1.7), layout="constrained")
-    axes = list(figure.subplots(1, 4, sharey=True))
-    panels = {
-        "exact_match_gain": "exact match, difference",
-        "same": "share of the same texts",
-        "flops_ratio": "FLOPs a request, ratio",
-        "bytes_ratio": "bytes a request, ratio",
-    }
-    for ax, (key, label) in zip(axes, panels.items(), strict=True):
-        for r in records:
-            i = strategies.index(r["strategy"])
-            y = rows.index(r["cache"]) + 0.24 * (i - (len(strategies) - 1) / 2)
-            named = r["strategy"] if r["cache"] == rows[0] else None
-            ax.errorbar(r[key], y, xerr=_bars([r], key), label=named, ms=4, ls="", **style(i))
-        ax.axvline(0 if key.endswith("gain") else 1, color="#000000", lw=0.8)
-        ax.set_xlabel(label)
-        ax.locator_params(axis="x", nbins=4)
-    _name_rows(axes, rows, [cache.partition("+")[0] for cache in rows])
-    context = f"{records[0]['n']} requests, blocks of {records[0]['block_length']}"
-    _finish(figure, axes[0], f"against the same cache without options; {context}; bars: 95 % intervals")
-    return figure
-
-
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """The points that no other one beats in both coordinates, by the first."""
     front: list[tuple[float, float]] = []
@@ -292,17 +228,6 @@ def _bars(records: Sequence[Record], key: str) -> list[list[float]] | None:
 def errorbar(ax: Axes, records: Sequence[Record], x: str, y: str, **line: Any) -> None:
     """Records as points with the intervals that they have, by the names of both values."""
     ax.errorbar([r[x] for r in records], [r[y] for r in records], xerr=_bars(records, x), yerr=_bars(records, y), **line)
-
-
-def _name_rows(axes: Sequence[Axes], names: Sequence[str], groups: Sequence[Any]) -> None:
-    """Names the rows of panels that share them, from the top, with a line between two groups."""
-    for ax in axes:
-        ax.grid(axis="y", visible=False)
-        for y, (above, below) in enumerate(pairwise(groups)):
-            if above != below:
-                ax.axhline(y + 0.5, color="#cccccc", lw=0.8)
-    axes[0].set_yticks(range(len(names)), names, fontsize=7)
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
 
 
 def _label(ax: Axes, record: Record, score: str) -> Annotation:

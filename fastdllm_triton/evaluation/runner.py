@@ -242,10 +242,7 @@ def device_name(device: torch.device) -> str:
 
 def use_few_threads(model: MaskedDiffusionLM) -> None:
     """One thread for a small model on a CPU: threads would only get in each other's way."""
-    c = model.config
-    attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    parameters = c.layers * (attention + 3 * c.width * c.mlp) + 2 * c.embedding_size * c.width
-    if model.device.type == "cpu" and parameters < _SMALL:
+    if model.device.type == "cpu" and Shape.of(model.config).streamed_parameters < _SMALL:
         torch.set_num_threads(1)
 
 

@@ -37,7 +37,7 @@ from ..kernels._arch import ARCHS, Arch
 from ..verify.cases import OPS as CASES
 from ..verify.cases import ShapeClass
 from .assembly import cuobjdump
-from .compile_report import CompileCase, Record, compile_case, compiled, in_processes, launched
+from .compile_report import CompileCase, Record, by_arch, chosen, compile_case, compiled, in_processes, launched
 from .roofline import GPUS
 
 #: Seconds from a load to its data when memory is busy: an assumption, above the some 0.3 us of an idle Hopper (Luo et al.,
@@ -74,16 +74,7 @@ SHAPE_CLASSES = (
     ShapeClass("LLaDA refresh", "llada", 1, 1024, 1024),
     ShapeClass("Dream step", "dream", 1, 32, 1024),
 )
-OPS = (
-    "rms_norm",
-    "rope_kv_write",
-    "window_attention",
-    "linear",
-    "swiglu",
-    "token_statistics",
-    "head_statistics",
-    "commit_tokens",
-)
+OPS = [op for op in CASES if op != "window_inputs"]
 
 
 def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[CompileCase]:
@@ -162,10 +153,7 @@ def performance_report(
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = list(archs or PARTS), list(ops or OPS)
-    for argument, given, known in (("archs", archs, list(PARTS)), ("ops", ops, list(OPS))):
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
+    archs, ops = chosen("archs", archs, PARTS), chosen("ops", ops, OPS)
     wanted = [
         (op, arch, number, case.config)
         for op in ops
@@ -235,29 +223,20 @@ HEADS = ("op", "shape: configuration", "programs", "resident of those that fit",
 
 def summary(records: Sequence[Record]) -> Table:
     """The report in a line a kernel: bytes in flight over bytes needed, in the shape where that is least."""
+
+    def cell(group: Sequence[Record]) -> str:
+        return f"{min(record['in_flight'] / record['needed'] for record in group):.2f}" if group else ""
+
     caption = "Below 1, too few bytes are under way to keep memory busy: of small grids, for the most part."
-    table = Table(title="KiB in flight an SM over those needed, the least of all shapes", caption=caption)
-    archs = list(dict.fromkeys(record["arch"] for record in records))
-    table.add_column("kernel", no_wrap=True)
-    for arch in archs:
-        table.add_column(arch, justify="right")
-    for kernel in dict.fromkeys(map(_name, records)):
-        shares = {
-            arch: [r["in_flight"] / r["needed"] for r in records if (_name(r), r["arch"]) == (kernel, arch)] for arch in archs
-        }
-        table.add_row(kernel, *(f"{min(found):.2f}" if found else "" for found in shares.values()))
-    return table
+    title = "KiB in flight an SM over those needed, the least of all shapes"
+    return by_arch(records, cell, _name, title=title, caption=caption)
 
 
 def render(records: Sequence[Record]) -> list[Table]:
-    found = []
-    for arch in dict.fromkeys(record["arch"] for record in records):
-        table = Table(*HEADS, title=f"{arch}, {GPUS[PARTS[arch]].name}")
-        for record in records:
-            if record["arch"] == arch:
-                table.add_row(*_cells(record))
-        found.append(table)
-    return found
+    tables = {arch: Table(*HEADS, title=f"{arch}, {GPUS[PARTS[arch]].name}") for arch in PARTS}
+    for record in records:
+        tables[record["arch"]].add_row(*_cells(record))
+    return [table for table in tables.values() if table.rows]
 
 
 def markdown(records: Sequence[Record]) -> str:
