@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import __version__
 from ..engine.limits import check_prompts
+from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
 from ..tools.environment import commit
 from ..tools.roofline import Shape
@@ -194,13 +196,10 @@ class Evaluation:
                     index=start + row,
                     prompt=request.prompt,
                     answer=request.answer,
-                    text=output.texts[row],
-                    tokens=int((output.step_map[row] >= 0).sum()),
-                    forwards=int(output.row_forwards[row]),
                     bytes=costs[row].bytes,
                     flops=costs[row].flops,
-                    seconds=round(output.seconds / len(batch), 9),
                     step_map=output.step_map[row].tolist(),
+                    **row_figures(output, row),
                 )
                 for row, request in enumerate(batch)
             ]
@@ -229,6 +228,16 @@ class Evaluation:
     def _write(self, variant: Variant, results: Sequence[Result]) -> None:
         with naming("--out", self.folder):
             write_atomically(self._path(variant), _lines(results))
+
+
+def row_figures(output: GenerationOutput, row: int) -> dict[str, Any]:
+    """What a generation made of a row and took for it, which is its share of the time of the batch."""
+    return {
+        "text": output.texts[row],
+        "tokens": int((output.step_map[row] >= 0).sum()),
+        "forwards": int(output.row_forwards[row]),
+        "seconds": round(output.seconds / len(output.sequences), 9),
+    }
 
 
 def device_name(device: torch.device) -> str:

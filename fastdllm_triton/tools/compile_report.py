@@ -29,7 +29,7 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -66,28 +66,20 @@ class CompileCase:
         op: what launches it.
         launch: one of its launches.
         config: short unique label of the configuration within the kernel.
-        constants: values of arguments in the place of the launch's.
-        options: options of the launch in the place of its own.
     """
 
     op: str
     launch: Launch
     config: str
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str]:
         return self.op, self.launch.kernel.__name__, self.config
 
     @property
-    def constexprs(self) -> dict[str, Any]:
-        return {**self.launch.constants, **self.constants}
-
-    @property
     def launch_options(self) -> dict[str, Any]:
         """Warps, stages, and whether products and sums may be fused."""
-        return {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, **self.launch.options, **self.options}
+        return {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, **self.launch.options}
 
 
 def reported_ops() -> list[str]:
@@ -125,7 +117,6 @@ def compile_report(
     archs: Sequence[str] | None = None,
     ops: Sequence[str] | None = None,
     *,
-    keep: Callable[[Record], bool] | None = None,
     processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
@@ -134,7 +125,6 @@ def compile_report(
     Args:
         archs: names in :data:`ARCHS`; all if not given.
         ops: names in :func:`reported_ops`; all if not given.
-        keep: chooses cases by their ``op``, ``kernel``, ``arch`` and ``config``; all if not given.
         processes: compilers that run at once.
         on_progress: told how many cases are done, and of how many, after each.
 
@@ -145,14 +135,8 @@ def compile_report(
         ValueError: an unknown architecture or op.
     """
     archs, ops = chosen("archs", archs, ARCHS), chosen("ops", ops, reported_ops())
-    wanted = [
-        (op, arch, kernel, config)
-        for op in ops
-        for arch in archs
-        for _, kernel, config in (case.key for case in compile_cases(op, arch))
-        if keep is None or keep({"op": op, "kernel": kernel, "arch": arch, "config": config})
-    ]
-    return in_processes(_compile, wanted, processes, on_progress)
+    wanted = [(arch, case.key) for op in ops for arch in archs for case in compile_cases(op, arch)]
+    return in_processes(compile_named, wanted, processes, on_progress)
 
 
 def chosen(argument: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
@@ -266,10 +250,10 @@ def _name(record: Record) -> str:
     return f"{record['op']} {record['kernel']} {record['arch']} [{record['config']}]"
 
 
-def _compile(wanted: tuple[str, str, str, str]) -> Record:
-    """One case by its names, since a process cannot be sent a kernel; runs in the pool."""
-    op, arch, *names = wanted
-    return compile_case(next(case for case in compile_cases(op, arch) if case.key == (op, *names)), ARCHS[arch])
+def compile_named(wanted: tuple[str, tuple[str, str, str]]) -> Record:
+    """One case by its architecture and key, since a process cannot be sent a kernel; runs in the pool."""
+    arch, key = wanted
+    return compile_case(next(case for case in compile_cases(key[0], arch) if case.key == key), ARCHS[arch])
 
 
 def compile_case(case: CompileCase, arch: Arch) -> Record:
@@ -290,12 +274,12 @@ def compile_case(case: CompileCase, arch: Arch) -> Record:
 
 def compiled(case: CompileCase, arch: Arch) -> Any:
     """What Triton makes of a case; from its cache the second time."""
-    kernel, names = case.launch.kernel, case.launch.kernel.arg_names
+    launch, names = case.launch, case.launch.kernel.arg_names
     source = triton.compiler.ASTSource(
-        kernel,
-        {**case.launch.signature, **dict.fromkeys(case.constexprs, "constexpr")},
-        {(names.index(name),): value for name, value in case.constexprs.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in case.launch.divisible},
+        launch.kernel,
+        {**launch.signature, **dict.fromkeys(launch.constants, "constexpr")},
+        {(names.index(name),): value for name, value in launch.constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
     target = triton.backends.compiler.GPUTarget(arch.backend, arch.capability, arch.warp_size)
     options = {name: case.launch_options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}

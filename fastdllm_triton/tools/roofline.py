@@ -359,14 +359,12 @@ def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
 
 
 def what_if(setting: Setting) -> list[tuple[str, Setting]]:
-    changes: list[tuple[str, dict[str, object]]] = [
-        ("as given", {}),
-        ("fp8 weights", {"weight_bits": 8}),
-        ("4-bit weights", {"weight_bits": 4}),
-        ("batch 8", {"batch_size": 8}),
-        ("prompt refresh 2", {"prompt_refresh": 2}),
-        ("prompt refresh 4", {"prompt_refresh": 4}),
-        ("twice the tokens", {"tokens_per_forward": min(2 * setting.tokens_per_forward, setting.block_length)}),
-    ]
-    settings = [(name, replace(setting, **change)) for name, change in changes]  # type: ignore[arg-type]
-    return [(name, changed) for i, (name, changed) in enumerate(settings) if i == 0 or changed != setting]
+    changed = {
+        "fp8 weights": replace(setting, weight_bits=8),
+        "4-bit weights": replace(setting, weight_bits=4),
+        "batch 8": replace(setting, batch_size=8),
+        "prompt refresh 2": replace(setting, prompt_refresh=2),
+        "prompt refresh 4": replace(setting, prompt_refresh=4),
+        "twice the tokens": replace(setting, tokens_per_forward=min(2 * setting.tokens_per_forward, setting.block_length)),
+    }
+    return [("as given", setting), *((name, other) for name, other in changed.items() if other != setting)]

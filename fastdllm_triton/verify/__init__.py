@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from ..ops import resolve
-from .parts import names, parts_of
+from .parts import in_processes, names, parts_of
 from .records import CaseRecord, Record, render
 
 __all__ = ["CaseRecord", "Record", "names", "quiet", "render", "rerun_in_interpreter", "verify"]
@@ -55,8 +55,6 @@ def verify(
     target = check_device(device)
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, needs 1 or more")
-    from .processes import in_processes  # itself the program of these processes
-
     resolve("triton", target)  # raises where the kernels cannot run
     records = {record.key: record for record in known}
     parts = parts_of(chosen)

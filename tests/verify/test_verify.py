@@ -24,7 +24,7 @@ import fastdllm_triton.kernels.swiglu
 from fastdllm_triton import ops, verify
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.utils.files import write_json
-from fastdllm_triton.verify import models, processes
+from fastdllm_triton.verify import models, parts
 from fastdllm_triton.verify.cases import OPS, Random
 from fastdllm_triton.verify.ledger import Ledger, proven
 from fastdllm_triton.verify.ops import dtypes_of, try_case, verify_op, wanted
@@ -239,9 +239,9 @@ def test_what_was_not_tried_is_not_proven() -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/test_verify.py runs in the interpreter")
 def test_processes_give_the_records_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    parts = [Part("swiglu", "float16")]
-    (record,) = processes.in_processes(parts, DEVICE, quick=True, jobs=2)
-    again = parts[0].run(DEVICE, quick=True)
+    part = Part("swiglu", "float16")
+    (record,) = parts.in_processes([part], DEVICE, quick=True, jobs=2)
+    again = part.run(DEVICE, quick=True)
     assert (record.check, record.dtype, record.cases) == (again.check, again.dtype, again.cases)
 
 
@@ -265,9 +265,9 @@ def test_a_part_that_dies_or_never_ends_takes_no_other_with_it(
     )
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(processes, "MOST_SECONDS", 1)
-    parts = [Part("swiglu", "float32"), Part("rms_norm", "float32")]
-    records = {found.check: found for found in processes.in_processes(parts, DEVICE, quick=True, jobs=2)}
+    monkeypatch.setattr(parts, "MOST_SECONDS", 1)
+    tried = [Part("swiglu", "float32"), Part("rms_norm", "float32")]
+    records = {found.check: found for found in parts.in_processes(tried, DEVICE, quick=True, jobs=2)}
     assert records["rms_norm"].ok
     (case,) = records["swiglu"].cases
     assert not case.ok and note in case.note
