@@ -75,7 +75,7 @@ def figures(summary: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
 
 
 def accuracy_against_speed(records: Sequence[Record]) -> Figure:
-    """Score against tokens per forward, a line a family, a column a cache, a row a score; bars are 95 % intervals."""
+    """Score against tokens per forward with the Pareto front, a line a family, a column a cache, a row a score."""
     caches, scores = _values(records, "cache"), _scores(records)
     figure, axes = _grid(len(scores), len(caches), sharey="row", width=4.4, height=3.6)
     labels: list[Annotation] = []
@@ -85,12 +85,16 @@ def accuracy_against_speed(records: Sequence[Record]) -> Figure:
                 line = _family_style(family) | {"elinewidth": 0.9, "label": STRATEGIES[family].label}
                 errorbar(ax, points, "tokens_per_forward", score, **line)
                 labels += [_label(ax, r, score) for r in points]
+        front = pareto([(r["tokens_per_forward"], r[score]) for r in records if r["cache"] == cache])
+        ax.step(*zip(*front, strict=True), where="pre", color="#999999", ls="--", lw=1.2, label="Pareto front", zorder=1)
         _speed_axis(ax, records)
         if score == scores[0]:
             ax.set_title(f"cache: {cache}")
         if cache == caches[0]:
             ax.set_ylabel(_SCORES[score])
-    _finish(figure, axes[0], f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals", labels)
+    figure.suptitle(f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals")
+    legend(figure, axes[0])
+    _place(figure, labels)
     return figure
 
 
@@ -143,44 +147,33 @@ def against_block_length(summary: Sequence[Record]) -> Figure:
     for key, ax in zip(panels, axes, strict=False):  # Once all rows are drawn, since they share the axis.
         if key.startswith("tokens"):
             ax.set_ylim(bottom=0)
-    _finish(figure, axes[0], f"{_context(summary)}; bars: 95 % intervals")
+    figure.suptitle(f"{_context(summary)}; bars: 95 % intervals")
+    legend(figure, axes[0])
     return figure
 
 
 def threshold_sweep(records: Sequence[Record]) -> Figure:
-    """The sweep over thresholds among all strategies, with the Pareto front of each cache; and both axes against t."""
-    caches, sweep_style, speed_color = _values(records, "cache"), _family_style("threshold"), "#D55E00"
-    figure, axes = _grid(2, len(caches), sharey=True, width=4.0, height=3.0)
-    labels: list[Annotation] = []
-    for cache, ax, below in zip(caches, axes, axes[len(caches) :], strict=False):
-        here = [r for r in records if r["cache"] == cache]
-        sweep = sorted((r for r in here if _family(r) == "threshold"), key=_threshold)
-        for family in STRATEGIES:
-            if points := [_point(r) for r in here if _family(r) == family]:
-                faint = 1.0 if family == "threshold" else 0.45
-                ax.plot(*zip(*points, strict=True), ls="", alpha=faint, label=STRATEGIES[family].label, **_family_style(family))
-        front = zip(*pareto([_point(r) for r in here]), strict=True)
-        ax.step(*front, where="pre", color="#999999", ls="--", lw=1.2, label="Pareto front", zorder=1)
-        labels += [_label(ax, r, "exact_match") for r in sweep]
-        _speed_axis(ax, records)
+    """What a threshold t gains and costs, a column a cache: score and tokens per forward on two axes."""
+    caches, score_line, speed_color = _values(records, "cache"), _family_style("threshold"), "#D55E00"
+    figure, axes = _grid(1, len(caches), sharey=True, width=4.0, height=3.0)
+    for cache, ax in zip(caches, axes, strict=True):
+        sweep = [
+            r | {"t": float(r["strategy"].split(":")[1])} for r in records if r["cache"] == cache and _family(r) == "threshold"
+        ]
+        sweep.sort(key=lambda r: float(r["t"]))
+        errorbar(ax, sweep, "t", "exact_match", **score_line)
         ax.set_title(f"cache: {cache}")
-
-        thresholds = [_threshold(r) for r in sweep]
-        below.errorbar(thresholds, [r["exact_match"] for r in sweep], yerr=_bars(sweep, "exact_match"), **sweep_style)
-        below.set_xlabel("threshold t")
-        below.tick_params(axis="y", colors=sweep_style["color"])
-        speed = below.twinx()
-        speed.plot(thresholds, [r["tokens_per_forward"] for r in sweep], color=speed_color, marker="^", ls=":")
+        ax.set_xlabel("threshold t")
+        ax.tick_params(axis="y", colors=score_line["color"])
+        speed = ax.twinx()
+        speed.plot([r["t"] for r in sweep], [r["tokens_per_forward"] for r in sweep], color=speed_color, marker="^", ls=":")
         speed.set_ylim(bottom=0)
         speed.grid(False)
         speed.spines["right"].set_visible(True)
         speed.tick_params(axis="y", colors=speed_color)
-        if cache == caches[0]:
-            ax.set_ylabel("exact match")
-            below.set_ylabel("exact match", color=sweep_style["color"])
-        if cache == caches[-1]:
-            speed.set_ylabel(_SPEED, color=speed_color)
-    _finish(figure, axes[0], f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals", labels)
+    axes[0].set_ylabel("exact match", color=score_line["color"])
+    speed.set_ylabel(_SPEED, color=speed_color)
+    figure.suptitle(f"{_context(records)}, blocks of {records[0]['block_length']}; bars: 95 % intervals")
     return figure
 
 
@@ -202,12 +195,6 @@ def legend(figure: Figure, ax: Axes) -> None:
     """A legend below the panels, of what one of them shows."""
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5))
-
-
-def _finish(figure: Figure, ax: Axes, title: str, labels: Sequence[Annotation] = ()) -> None:
-    figure.suptitle(title)
-    legend(figure, ax)
-    _place(figure, labels)
 
 
 def _grid(
@@ -291,14 +278,6 @@ def _representatives(records: Sequence[Record], *, slowest: bool = False) -> lis
 
 def _by_speed(records: Sequence[Record]) -> list[Record]:
     return sorted(records, key=lambda r: float(r["tokens_per_forward"]))
-
-
-def _point(record: Record) -> tuple[float, float]:
-    return record["tokens_per_forward"], record["exact_match"]
-
-
-def _threshold(record: Record) -> float:
-    return float(record["strategy"].split(":")[1])
 
 
 def _context(records: Sequence[Record]) -> str:

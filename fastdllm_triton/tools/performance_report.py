@@ -124,12 +124,9 @@ def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
     loops = [(begin, end) for begin, end in ends if begin < end]
     inner = [(b, e) for b, e in loops if not any((b, e) != (x, y) and b <= x and y <= e for x, y in loops)]
     bodies = [[one for one in code if begin <= one.address <= end] for begin, end in inner]
-    loading = [body for body in bodies if any(one.loaded_bytes for one in body)]
-    return max(loading, key=_weight, default=list(code))
-
-
-def _weight(body: Sequence[Instruction]) -> tuple[bool, int]:
-    return any(one.kind == "mma" for one in body), sum(one.loaded_bytes for one in body)
+    loaded = [(any(one.kind == "mma" for one in body), sum(one.loaded_bytes for one in body), body) for body in bodies]
+    loading = [entry for entry in loaded if entry[1]]
+    return max(loading, key=lambda entry: entry[:2])[2] if loading else list(code)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------

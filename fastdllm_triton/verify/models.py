@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..decoding.options import strategy_of
 from ..decoding.strategies import STRATEGIES, EntropyBudget, Factor, FixedSteps, Threshold
-from ..engine.outputs import GenerationOutput
 from ..loading import load
 from ..model import MaskedDiffusionLM
 from .records import CaseRecord, Record
@@ -162,27 +160,26 @@ def _captured(setup: Setup) -> Iterator[CaseRecord]:
     for name, options in _options(setup):
         if setup.interpreted:
             yield CaseRecord(name, 0.0, 0.0, ok=True, skipped="captured steps need a GPU")
-            continue
-        buffers = setup.tiny.buffers
-        runs = []
-        for captures in (False, True, True):  # the last one replays from its first step on
-            buffers.use_cuda_graphs = captures
-            runs.append(setup.tiny.generate(_PROMPTS, **setup.lengths, **options))
-        plain, *captured = map(_results, runs)
-        wrong = sum(not bitwise(a, b) for run in captured for a, b in zip(plain, run, strict=True))
-        yield _counted(name, wrong, "other bits in a captured step")
+        else:
+            captures = (False, True, True)  # the last one replays from its first step on
+            yield _counted(name, _unequal_bits(setup, captures, _PROMPTS, options), "other bits in a captured step")
 
 
 def _again(setup: Setup) -> Iterator[CaseRecord]:
     """The same generation twice: tokens, steps and confidences, bit by bit."""
+    captures = (setup.tiny.buffers.use_cuda_graphs,) * 2
     for name, options in _options(setup)[: 1 if setup.interpreted else None]:
-        runs = [setup.tiny.generate(_PROMPTS[1:2], **setup.lengths, **options) for _ in range(2)]
-        wrong = sum(not bitwise(a, b) for a, b in zip(*map(_results, runs), strict=True))
-        yield _counted(name, wrong, "other bits in the second run")
+        yield _counted(name, _unequal_bits(setup, captures, _PROMPTS[1:2], options), "other bits in the second run")
 
 
-def _results(out: GenerationOutput) -> list[Tensor]:
-    return [tensor.cpu() for tensor in (out.sequences, out.step_map, out.confidence)]
+def _unequal_bits(setup: Setup, captures: Sequence[bool], prompts: list[str], options: dict[str, Any]) -> int:
+    """Of runs that capture their steps or do not: how many results are not those of the first one."""
+    runs = []
+    for capture in captures:
+        setup.tiny.buffers.use_cuda_graphs = capture
+        out = setup.tiny.generate(prompts, **setup.lengths, **options)
+        runs.append((out.sequences, out.step_map, out.confidence))
+    return sum(not bitwise(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 MODEL_CHECKS: dict[str, Callable[[Setup], Iterator[CaseRecord]]] = {

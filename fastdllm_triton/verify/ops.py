@@ -120,17 +120,14 @@ class Expected:
 
     def judge(self, got: Outputs) -> dict[str, Judgement]:
         """Each of a kernel's outputs by the rule of :mod:`fastdllm_triton.verify.tolerance`."""
-        return {name: self._judge(name, tensor) for name, tensor in got.items()}
-
-    def _judge(self, name: str, got: Tensor) -> Judgement:
-        plain = self.plain[name]
-        if not plain.is_floating_point():
-            return identical(got, plain)
-        return as_close_as_torch(got, self.exact[name].double(), self.torch.get(name, plain))
+        return {
+            name: as_close_as_torch(tensor, self.exact[name].double(), self.torch.get(name, self.plain[name]))
+            if self.plain[name].is_floating_point()
+            else identical(tensor, self.plain[name])
+            for name, tensor in got.items()
+        }
 
 
 def _in(dtype: torch.dtype, inputs: Inputs) -> Inputs:
-    def convert(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: convert(value) for name, value in inputs.items()}
+    numbers = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return inputs | {name: value.to(dtype) for name, value in numbers.items()}
