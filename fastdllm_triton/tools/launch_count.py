@@ -77,18 +77,16 @@ def count_launches(
     rows: int = 1,
     block_length: int = 32,
     slots: int = 1024,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> Launches:
     """Launches of a step over the dual cache.
 
     Args:
-        model: its shape.
+        model: its shape, in bfloat16.
         arch: what the kernels' configs are chosen for, such as ``"sm_90"``.
         gpu: name of a GPU, as its driver gives it, whose committed measurements decide which products are fused with what
             stands around them; none: the library multiplies.
         fused: count as if all products were fused.
         rows, block_length, slots: of the batch.
-        dtype: of the model.
 
     Raises:
         ValueError: the architecture is unknown.
@@ -100,17 +98,13 @@ def count_launches(
         raise RuntimeError(f"counting launches needs triton: {error}") from None
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    one, two = (
-        _count(replace(model, layers=layers), ARCHS[arch], gpu, fused, (rows, block_length, slots), dtype) for layers in (2, 3)
-    )
-    layer = two - one
-    twice = Counter({name: 2 * times for name, times in layer.items()})
-    return Launches(layer, one - twice, model.layers)
+    sizes = (rows, block_length, slots)
+    two, three = (_count(replace(model, layers=layers), ARCHS[arch], gpu, fused, sizes) for layers in (2, 3))
+    layer = three - two
+    return Launches(layer, two - layer - layer, model.layers)
 
 
-def _count(
-    model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, sizes: tuple[int, int, int], dtype: torch.dtype
-) -> Counter[str]:
+def _count(model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, sizes: tuple[int, int, int]) -> Counter[str]:
     from ..kernels.linear import fuses_residual
     from .recorder import META, launchers, recorded
 
@@ -136,7 +130,7 @@ def _count(
             return call
 
         ops = launchers(counted, partial(fuses_residual, options=options))
-        network = Transformer(model, Weights.allocate(model, META, dtype), ops)
+        network = Transformer(model, Weights.allocate(model, META, torch.bfloat16), ops)
         config = GenerationConfig(gen_length=length, block_length=length)
         requests = batch_requests([[1]] * rows, None, config, model)
         runner = ModelRunner(network, rows, slots)

@@ -120,12 +120,14 @@ class Expected:
 
     def judge(self, got: Outputs) -> dict[str, Judgement]:
         """Each of a kernel's outputs by the rule of :mod:`fastdllm_triton.verify.tolerance`."""
-        return {
-            name: as_close_as_torch(tensor, self.exact[name].double(), self.torch.get(name, self.plain[name]))
-            if self.plain[name].is_floating_point()
-            else identical(tensor, self.plain[name])
-            for name, tensor in got.items()
-        }
+        judged = {}
+        for name, tensor in got.items():
+            plain = self.plain[name]
+            if plain.is_floating_point():
+                judged[name] = as_close_as_torch(tensor, self.exact[name].double(), self.torch.get(name, plain))
+            else:
+                judged[name] = identical(tensor, plain)
+        return judged
 
 
 def _in(dtype: torch.dtype, inputs: Inputs) -> Inputs:
