@@ -120,10 +120,10 @@ def _evaluate(run: Evaluation, variants: list[Variant], out: Path, as_json: bool
         for name, records in (("summary", summary), ("comparison", comparison), ("caches", caches_compared)):
             write_json(out / f"{name}.json", records)
     if check_matplotlib():
-        from ..evaluation.plots import draw_all
+        from ..evaluation.plots import figures, save
 
         with naming("--out", out):
-            drawn = draw_all(summary, comparison, caches_compared, out)
+            drawn = save(figures(summary), out)
         if not as_json:
             say_written(drawn)
     if json_copy is not None:

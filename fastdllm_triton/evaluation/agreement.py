@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import eq
 from typing import Any
 
 import numpy as np
@@ -24,12 +25,9 @@ def decode(
 
 def answers(outputs: Sequence[GenerationOutput]) -> list[list[int]]:
     """The ids of each row up to its end token, that one included."""
-    rows = []
-    for output in outputs:
-        for row in range(len(output.sequences)):
-            length = len(output.ids(row))
-            rows.append(output.generated[row, : length + 1].tolist())
-    return rows
+    return [
+        output.generated[row, : len(output.ids(row)) + 1].tolist() for output in outputs for row in range(len(output.sequences))
+    ]
 
 
 def first_divergence(one: Sequence[int], other: Sequence[int]) -> int | None:
@@ -49,10 +47,11 @@ def agreement(exact: Sequence[Sequence[int]], outputs: Sequence[GenerationOutput
     """
     rows = answers(outputs)
     n = len(rows)
-    first = [first_divergence(one, other) for one, other in zip(exact, rows, strict=True)]
-    longest = np.array([max(len(one), len(other)) for one, other in zip(exact, rows, strict=True)], dtype=np.float64)
-    pairs = [zip(one, other, strict=False) for one, other in zip(exact, rows, strict=True)]
-    alike = np.array([sum(a == b for a, b in pair) for pair in pairs], dtype=np.float64)
+    pairs = list(zip(exact, rows, strict=True))
+    first = [first_divergence(one, other) for one, other in pairs]
+    longest = np.array([max(len(one), len(other)) for one, other in pairs], dtype=np.float64)
+    alike = np.array([sum(map(eq, one, other)) for one, other in pairs], dtype=np.float64)
+    forwards = sum(int(output.row_forwards.sum()) for output in outputs)
     same = sum(slot is None for slot in first)
     length = outputs[0].gen_length
     return {
@@ -63,8 +62,6 @@ def agreement(exact: Sequence[Sequence[int]], outputs: Sequence[GenerationOutput
         "token_agreement_ci": [round(bound, 6) for bound in ratio_interval(alike, longest)],
         "first_divergence": first,
         "same_up_to": [round(sum(slot is None or slot >= i for slot in first) / n, 6) for i in range(length + 1)],
-        "tokens_per_forward": round(
-            sum(output.committed for output in outputs) / sum(int(output.row_forwards.sum()) for output in outputs), 6
-        ),
-        "nfe": round(sum(int(output.row_forwards.sum()) for output in outputs) / n, 6),
+        "tokens_per_forward": round(sum(output.committed for output in outputs) / forwards, 6),
+        "nfe": round(forwards / n, 6),
     }

@@ -109,22 +109,20 @@ def similarity(model: MaskedDiffusionLM, prompt: Sequence[int], config: Generati
     )
     generation = model.stream([prompt], plain)
     cache = generation.batch.cache
-    length_of_prompt = len(prompt)
-    vectors: dict[str, dict[str, list[Tensor]]] = {part: {"k": [], "v": []} for part in ("prompt", "last")}
+    parts = {"prompt": slice(len(prompt)), "last": slice(-size, None)}
+    vectors: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
     for forward in generation:
         if forward.blocks[0] > block:
             break
         if forward.blocks[0] == block:
-            for name, tensor in (("k", cache.k), ("v", cache.v)):
-                unit = F.normalize(tensor[chosen, 0, :, -length_of_prompt - length :].float(), dim=-1)  # [layers, H, slots, D]
-                vectors["prompt"][name].append(unit[:, :, :length_of_prompt].to("cpu", model.dtype))
-                vectors["last"][name].append(unit[:, :, -size:].to("cpu", model.dtype))
-    record: Record = {"block": block, "layers": chosen}
-    for part, kinds in vectors.items():
-        record[part] = {}
-        for name, units in kinds.items():
-            flat = torch.stack(units).flatten(1).float()  # [forwards, layers * H * slots * D]
-            record[part][name] = _plain((flat @ flat.T / units[0][..., 0].numel()).double())
+            for kind, tensor in (("k", cache.k), ("v", cache.v)):
+                unit = F.normalize(tensor[chosen, 0, :, -len(prompt) - length :].float(), dim=-1)  # [layers, H, slots, D]
+                for part, slots in parts.items():
+                    vectors[part, kind].append(unit[:, :, slots].to("cpu", model.dtype))
+    record: Record = {"block": block, "layers": chosen, "prompt": {}, "last": {}}
+    for (part, kind), units in vectors.items():
+        flat = torch.stack(units).flatten(1).float()  # [forwards, layers * H * slots * D]
+        record[part][kind] = _plain((flat @ flat.T / units[0][..., 0].numel()).double())
     return record
 
 

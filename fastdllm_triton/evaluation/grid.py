@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..decoding import CacheName, GenerationConfig
 from ..decoding.cache_policy import CACHE_OPTIONS, CACHE_POLICIES, play
@@ -52,17 +52,16 @@ class Variant:
 
     Attributes:
         strategy, cache, block_length: what is varied.
-        name: of its file.
     """
 
     strategy: StrategySpec
     cache: CacheSpec
     block_length: int
-    name: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        text = f"{self.strategy}_{self.cache}_block={self.block_length}"
-        object.__setattr__(self, "name", text.replace(":", "="))
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.strategy}_{self.cache}_block={self.block_length}".replace(":", "=")
 
     def config(self, gen_length: int) -> GenerationConfig:
         """The options of its generations.
@@ -102,17 +101,12 @@ def parse_grid(strategies: str, caches: str, block_lengths: str | Sequence[int],
         ValueError: an entry cannot be read, or a combination is not valid.
     """
     require("gen_length", gen_length, "an integer of 1 or more", is_int(gen_length) and gen_length >= 1)
-    if isinstance(block_lengths, str):
-        lengths = []
-        for text in block_lengths.split(","):
-            if not text.strip().isdecimal() or int(text) < 1:
-                raise ValueError(f"block_lengths must be a list of integers of 1 or more, got {block_lengths!r}")
-            lengths.append(int(text))
-    else:
-        lengths = list(block_lengths)
+    texts = block_lengths.split(",") if isinstance(block_lengths, str) else list(map(str, block_lengths))
+    are_lengths = all(text.strip().isdecimal() and int(text) for text in texts)
+    require("block_lengths", block_lengths, "a list of integers of 1 or more", are_lengths)
     variants = [
         Variant(StrategySpec.parse(strategy), CacheSpec.parse(cache), length)
-        for length in lengths
+        for length in map(int, texts)
         for cache in caches.split(",")
         for strategy in strategies.split(",")
     ]

@@ -9,12 +9,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .plots import CACHE_COLORS, MARKERS
+from .plots import errorbar, legend, style
 
 Record = dict[str, Any]
 
 _KINDS = {"k": "keys", "v": "values"}
-_HEAT: Any = {"origin": "lower", "cmap": "viridis", "interpolation": "nearest"}
 _REGION_NAMES = {"prompt": "prompt", "before": "blocks before", "block": "the block", "after": "masks after"}
 
 
@@ -35,20 +34,10 @@ def agreement(caches: Sequence[Record]) -> Figure:
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2, 1.2])
     for i, record in enumerate(caches):
-        color = CACHE_COLORS[i % len(CACHE_COLORS)]
+        color = style(i)["color"]
         left.step(range(len(record["same_up_to"])), record["same_up_to"], where="post", color=color, label=record["cache"])
-        for y, (key, hollow) in enumerate((("same", True), ("token_agreement", False))):
-            low, high = record[f"{key}_ci"]
-            bars = [[record[key] - low], [high - record[key]]]
-            right.errorbar(
-                record[key],
-                i + (0.15 if y else -0.15),
-                xerr=bars,
-                color=color,
-                marker=MARKERS[i % len(MARKERS)],
-                mfc="white" if hollow else color,
-                capsize=2,
-            )
+        errorbar(right, [record | {"y": i - 0.15}], "same", "y", mfc="white", **style(i))
+        errorbar(right, [record | {"y": i + 0.15}], "token_agreement", "y", **style(i))
     left.set_xlabel("slots generated")
     left.set_ylabel("share of answers still the same")
     left.set_ylim(0, 1.03)
@@ -63,21 +52,9 @@ def agreement(caches: Sequence[Record]) -> Figure:
 
 def drift_by_layer(caches: Sequence[Record]) -> Figure:
     """Mean cosine similarity of the cache with fresh keys and values: forwards since the refresh by layer."""
+    maps = {f"{record['cache']}: {name}": np.array(_common(record, kind)).T for kind, name in _KINDS.items() for record in caches}
     figure = Figure(figsize=(2.6 * len(caches) + 1.6, 5.2), layout="constrained")
-    grid = figure.subplots(2, len(caches), sharey=True, squeeze=False)
-    data = [[np.array(_common(record, kind)).T for record in caches] for kind in _KINDS]
-    low = min(float(part.min()) for row in data for part in row)
-    for axes, row, name in zip(grid, data, _KINDS.values(), strict=True):
-        for ax, part, record in zip(axes, row, caches, strict=True):
-            image = ax.imshow(part, aspect="auto", vmin=min(low, 0.9999), vmax=1, **_HEAT)
-            ax.grid(False)
-            ax.set_title(f"{record['cache']}: {name}", fontsize=8)
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[0].set_ylabel("layer")
-    for ax in grid[-1]:
-        ax.set_xlabel("forwards since the refresh")
-    figure.colorbar(image, ax=grid, label="cosine similarity with a fresh forward", shrink=0.8)
+    _heat_maps(figure, maps, "forwards since the refresh", "layer", least=0.9999, aspect="auto")
     figure.suptitle("how stale the cache is, over all attended slots")
     return figure
 
@@ -90,41 +67,46 @@ def drift_by_region(caches: Sequence[Record]) -> Figure:
     for axes, (kind, name) in zip(grid, _KINDS.items(), strict=True):
         for ax, region in zip(axes, regions, strict=True):
             for i, record in enumerate(caches):
-                part = record["drift"]["regions"].get(region)
-                values = [] if part is None else [_mean(row) for row in part[kind][: len(_common(record, kind))]]
-                gaps = [np.nan if value is None else 1 - value for value in values]
-                style = {"color": CACHE_COLORS[i % len(CACHE_COLORS)], "marker": MARKERS[i % len(MARKERS)], "ms": 3}
-                ax.plot(range(len(gaps)), gaps, label=record["cache"], **style)
+                layers = record["drift"]["regions"].get(region, {kind: []})[kind][: len(_common(record, kind))]
+                # None where the cache held no such slot.
+                gaps = [np.nan if None in row else 1 - np.mean(row) for row in layers]
+                ax.plot(range(len(gaps)), gaps, label=record["cache"], ms=3, **style(i))
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if kind == "k":
                 ax.set_title(_REGION_NAMES[region])
+            else:
+                ax.set_xlabel("forwards since the refresh")
         axes[0].set_ylabel(f"1 - cosine similarity,\n{name}")
-    for ax in grid[-1]:
-        ax.set_xlabel("forwards since the refresh")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    legend(figure, grid[0, 0])
     figure.suptitle("how stale the cache is, by part of the sequence (mean over layers)")
     return figure
 
 
 def similarity(record: Record) -> Figure:
     """The paper's figure 3: forward against forward within a block, for the prompt and for the last block."""
+    parts = {"prompt": "prompt", "last": "last block"}
+    maps = {f"{name}, {where}": np.array(record[part][kind]) for kind, name in _KINDS.items() for part, where in parts.items()}
     figure = Figure(figsize=(7.2, 6.2), layout="constrained")
-    grid = figure.subplots(2, 2, sharex=True, sharey=True, squeeze=False)
-    low = min(min(min(row) for row in record[part][kind]) for part in ("prompt", "last") for kind in _KINDS)
-    for axes, (kind, name) in zip(grid, _KINDS.items(), strict=True):
-        for ax, (part, where) in zip(axes, (("prompt", "prompt"), ("last", "last block")), strict=True):
-            image = ax.imshow(np.array(record[part][kind]), vmin=low, vmax=1, **_HEAT)
-            ax.grid(False)
-            ax.set_title(f"{name}, {where}")
-            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[0].set_ylabel("forward")
-    for ax in grid[-1]:
-        ax.set_xlabel("forward")
-    figure.colorbar(image, ax=grid, label="cosine similarity", shrink=0.8)
+    _heat_maps(figure, maps, "forward", "forward", least=1.0)
     figure.suptitle(f"keys and values of one forward against another, block {record['block'] + 1}, one token a forward")
     return figure
+
+
+def _heat_maps(figure: Figure, maps: dict[str, np.ndarray], x_label: str, y_label: str, least: float, **options: Any) -> None:
+    """Two rows of cosine similarities by title, on one scale that begins at ``least`` or below."""
+    grid = figure.subplots(2, len(maps) // 2, sharey=True, squeeze=False)
+    low = min(least, *(values.min() for values in maps.values()))
+    for ax, (title, values) in zip(grid.flat, maps.items(), strict=True):
+        image = ax.imshow(values, vmin=low, vmax=1, origin="lower", cmap="viridis", interpolation="nearest", **options)
+        ax.grid(False)
+        ax.set_title(title, fontsize=8)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for ax in grid[:, 0]:
+        ax.set_ylabel(y_label)
+    for ax in grid[-1]:
+        ax.set_xlabel(x_label)
+    figure.colorbar(image, ax=grid, label="cosine similarity", shrink=0.8)
 
 
 def _common(record: Record, kind: str) -> list[list[float]]:
@@ -133,8 +115,3 @@ def _common(record: Record, kind: str) -> list[list[float]]:
     last = max(i for i, count in enumerate(counts) if 20 * count >= counts[0])
     rows: list[list[float]] = record["drift"][kind][: last + 1]
     return rows
-
-
-def _mean(row: Sequence[float | None]) -> float | None:
-    values = [value for value in row if value is not None]
-    return sum(values) / len(values) if values else None

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import MaskedDiffusionLM
+from ..utils.checks import is_int, is_number, require
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,10 @@ class MonteCarlo:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("mc_num", "mc_batch"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of 1 or more, got {value!r}")
-        if self.mc_num % self.mc_batch:
-            raise ValueError(f"mc_num must be a multiple of mc_batch = {self.mc_batch}, got {self.mc_num}")
-        if not isinstance(self.cfg, (int, float)) or isinstance(self.cfg, bool) or not 0 <= self.cfg < float("inf"):
-            raise ValueError(f"cfg must be 0 or more, got {self.cfg!r}")
+        for name, value in (("mc_num", self.mc_num), ("mc_batch", self.mc_batch)):
+            require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
+        require("mc_num", self.mc_num, f"a multiple of mc_batch = {self.mc_batch}", self.mc_num % self.mc_batch == 0)
+        require("cfg", self.cfg, "0 or more", is_number(self.cfg) and self.cfg >= 0)
 
     def log_likelihood(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> float:
         """Estimates ``log p(continuation | context)`` in nats, a lower bound of it.

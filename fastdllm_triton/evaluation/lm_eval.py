@@ -33,7 +33,7 @@ from ..loading import load
 from ..models.tokenizer import apply_template
 from .finished import Finished
 from .likelihood import MonteCarlo
-from .runner import checkpoint_digest, use_few_threads
+from .runner import checkpoint_digest, row_figures, use_few_threads
 
 log = logging.getLogger(__name__)
 
@@ -199,16 +199,8 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
     def _generate(self, batch: Sequence[_Job]) -> None:
         config = batch[0].config
         output = self.lm.generate([job.tokens for job in batch], config, seed=[job.seed for job in batch])
-        entries = {}
-        for row, job in enumerate(batch):
-            entries[job.key] = {
-                "text": output.texts[row],
-                "tokens": int((output.step_map[row] >= 0).sum()),
-                "answer_tokens": len(output.ids(row)),
-                "forwards": int(output.row_forwards[row]),
-                "seconds": output.seconds / len(batch),
-            }
-        self.finished.add(entries)
+        rows = ({**row_figures(output, row), "answer_tokens": len(output.ids(row))} for row in range(len(batch)))
+        self.finished.add({job.key: figures for job, figures in zip(batch, rows, strict=True)})
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

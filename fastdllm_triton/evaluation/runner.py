@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import __version__
 from ..engine.limits import check_prompts
+from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
 from ..tools.environment import commit
 from ..tools.roofline import Shape
@@ -194,13 +196,10 @@ class Evaluation:
                     index=start + row,
                     prompt=request.prompt,
                     answer=request.answer,
-                    text=output.texts[row],
-                    tokens=int((output.step_map[row] >= 0).sum()),
-                    forwards=int(output.row_forwards[row]),
                     bytes=costs[row].bytes,
                     flops=costs[row].flops,
-                    seconds=round(output.seconds / len(batch), 9),
                     step_map=output.step_map[row].tolist(),
+                    **row_figures(output, row),
                 )
                 for row, request in enumerate(batch)
             ]
@@ -231,6 +230,16 @@ class Evaluation:
             write_atomically(self._path(variant), _lines(results))
 
 
+def row_figures(output: GenerationOutput, row: int) -> dict[str, Any]:
+    """What a generation made of a row and took for it, which is its share of the time of the batch."""
+    return {
+        "text": output.texts[row],
+        "tokens": int((output.step_map[row] >= 0).sum()),
+        "forwards": int(output.row_forwards[row]),
+        "seconds": round(output.seconds / len(output.sequences), 9),
+    }
+
+
 def device_name(device: torch.device) -> str:
     """What the times were measured on."""
     if device.type == "cuda":
@@ -242,10 +251,7 @@ def device_name(device: torch.device) -> str:
 
 def use_few_threads(model: MaskedDiffusionLM) -> None:
     """One thread for a small model on a CPU: threads would only get in each other's way."""
-    c = model.config
-    attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    parameters = c.layers * (attention + 3 * c.width * c.mlp) + 2 * c.embedding_size * c.width
-    if model.device.type == "cpu" and parameters < _SMALL:
+    if model.device.type == "cpu" and Shape.of(model.config).streamed_parameters < _SMALL:
         torch.set_num_threads(1)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -124,10 +124,9 @@ def find_scorer(name: str) -> Scorer:
         except re.error as error:
             raise ValueError(f"--scorer: {name!r} is no regular expression: {error}") from None
         return Scorer(name, lambda request, text: _exact(_last(pattern, text), request.answer.strip()))
-    module, mark, attribute = name.partition(":")
-    if not (mark and module and attribute):
+    if not all(name.partition(":")):
         raise ValueError(f"--scorer must be number, text, regex:PATTERN or module:function, got {name!r}")
-    return Scorer(name, _call(_import(module, attribute, name)))
+    return Scorer(name, _call(_import(name)))
 
 
 def builtin_scorer() -> Scorer:
@@ -171,11 +170,11 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
     return None if part is None else part.strip()
 
 
-def _import(module: str, attribute: str, name: str) -> Callable[[str, Any], Any]:
+def _import(name: str) -> Callable[[str, Any], Any]:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # As with `python -m`.
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = pkgutil.resolve_name(name)
     except Exception as error:  # Whatever a module does when it is imported.
         raise ValueError(f"--scorer: {name!r} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(function):

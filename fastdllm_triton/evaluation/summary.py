@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,9 +37,7 @@ def _record(variant: Variant, results: Sequence[Result]) -> Record:
     seconds = sum(result.seconds for result in results)
     names = sorted({name for result in results for name in result.scores or {}})
     record: Record = {
-        "strategy": str(variant.strategy),
-        "cache": str(variant.cache),
-        "block_length": variant.block_length,
+        **_names(variant),
         "gen_length": len(results[0].step_map),
         "n": n,
         "exact_match": None,
@@ -98,23 +96,21 @@ def compare(results: Mapping[Variant, Sequence[Result]], score: str = "exact_mat
             (speed,), (mean,) = _curve(results, [variant], score, weights)
             if not speeds[:, 0].min() <= speed[0] <= speeds[:, 0].max():
                 continue
-            baseline = np.array([_interpolate(speed[i], speeds[:, i], means[:, i]) for i in range(len(speed))])
+            order = np.argsort(speeds, axis=0)
+            lines = zip(speed, np.take_along_axis(speeds, order, 0).T, np.take_along_axis(means, order, 0).T, strict=True)
+            baseline = np.array([np.interp(*line) for line in lines])
             gain = mean - baseline
-            low, high = interval(gain[1:])
-            records.append(
-                {
-                    "strategy": str(variant.strategy),
-                    "cache": str(variant.cache),
-                    "block_length": variant.block_length,
-                    "n": n,
-                    "score": score,
-                    "tokens_per_forward": _round(speed[0]),
-                    "value": _round(mean[0]),
-                    "fixed_at_equal_speed": _round(baseline[0]),
-                    "gain": _round(gain[0]),
-                    "gain_ci": [_round(low), _round(high)],
-                }
-            )
+            record = {
+                **_names(variant),
+                "n": n,
+                "score": score,
+                "tokens_per_forward": _round(speed[0]),
+                "value": _round(mean[0]),
+                "fixed_at_equal_speed": _round(baseline[0]),
+                "gain": _round(gain[0]),
+                "gain_ci": _round(interval(gain[1:])),
+            }
+            records.append(record)
     return records
 
 
@@ -134,10 +130,8 @@ def compare_caches(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
         plain, n = results[base], len(rows)
         same = sum(one.text == other.text for one, other in zip(rows, plain, strict=True))
         record: Record = {
-            "strategy": str(variant.strategy),
-            "cache": str(variant.cache),
+            **_names(variant),
             "base": str(base.cache),
-            "block_length": variant.block_length,
             "n": n,
             "same": _round(same / n),
             "same_ci": _round(wilson(same, n)),
@@ -155,6 +149,10 @@ def compare_caches(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
     return records
 
 
+def _names(variant: Variant) -> Record:
+    return {"strategy": str(variant.strategy), "cache": str(variant.cache), "block_length": variant.block_length}
+
+
 def _curve(
     results: Mapping[Variant, Sequence[Result]], variants: Sequence[Variant], score: str, weights: Floats
 ) -> tuple[Floats, Floats]:
@@ -164,29 +162,20 @@ def _curve(
     return (tokens @ weights.T) / (forwards @ weights.T), (scores @ weights.T) / weights.sum(1)
 
 
-def _interpolate(at: float, x: Floats, y: Floats) -> float:
-    order = np.argsort(x)
-    return float(np.interp(at, x[order], y[order]))
-
-
 def _profile(results: Sequence[Result], block_length: int) -> tuple[Floats, Floats]:
     """Tokens by forward of a block, and by slot of a block: how parallel decoding gets as a block fills."""
-    by_forward: list[list[int]] = [[] for _ in range(block_length)]
-    by_position: list[list[int]] = [[] for _ in range(block_length)]
+    by_forward: dict[int, list[int]] = defaultdict(list)
+    by_position: dict[int, list[int]] = defaultdict(list)
     for result in results:
         for start in range(0, len(result.step_map), block_length):
-            block = result.step_map[start : start + block_length]
-            counts: dict[int, int] = {}
-            for forward in block:
-                if forward >= 0:
-                    counts[forward] = counts.get(forward, 0) + 1
+            slots = {i: forward for i, forward in enumerate(result.step_map[start : start + block_length]) if forward >= 0}
+            counts = Counter(slots.values())
             for order, forward in enumerate(sorted(counts)):
                 by_forward[order].append(counts[forward])
-            for slot, forward in enumerate(block):
-                if forward >= 0:
-                    by_position[slot].append(counts[forward])
-    used = [counts for counts in by_forward if counts]
-    return np.array([np.mean(counts) for counts in used]), np.array([np.mean(c) if c else np.nan for c in by_position])
+            for slot, forward in slots.items():
+                by_position[slot].append(counts[forward])
+    positions = [np.mean(by_position.get(slot, np.nan)) for slot in range(block_length)]
+    return np.array([np.mean(by_forward[order]) for order in sorted(by_forward)]), np.array(positions)
 
 
 def _column(results: Sequence[Result], name: str) -> Floats:

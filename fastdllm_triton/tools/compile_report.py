@@ -29,10 +29,11 @@ import re
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -65,28 +66,20 @@ class CompileCase:
         op: what launches it.
         launch: one of its launches.
         config: short unique label of the configuration within the kernel.
-        constants: values of arguments in the place of the launch's.
-        options: options of the launch in the place of its own.
     """
 
     op: str
     launch: Launch
     config: str
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, str]:
         return self.op, self.launch.kernel.__name__, self.config
 
     @property
-    def constexprs(self) -> dict[str, Any]:
-        return {**self.launch.constants, **self.constants}
-
-    @property
     def launch_options(self) -> dict[str, Any]:
         """Warps, stages, and whether products and sums may be fused."""
-        return {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, **self.launch.options, **self.options}
+        return {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, **self.launch.options}
 
 
 def reported_ops() -> list[str]:
@@ -124,7 +117,6 @@ def compile_report(
     archs: Sequence[str] | None = None,
     ops: Sequence[str] | None = None,
     *,
-    keep: Callable[[Record], bool] | None = None,
     processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
@@ -133,7 +125,6 @@ def compile_report(
     Args:
         archs: names in :data:`ARCHS`; all if not given.
         ops: names in :func:`reported_ops`; all if not given.
-        keep: chooses cases by their ``op``, ``kernel``, ``arch`` and ``config``; all if not given.
         processes: compilers that run at once.
         on_progress: told how many cases are done, and of how many, after each.
 
@@ -143,19 +134,16 @@ def compile_report(
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = list(archs or ARCHS), list(ops or reported_ops())
-    for argument, given, known in (("archs", archs, list(ARCHS)), ("ops", ops, reported_ops())):
-        unknown = sorted(set(given) - set(known))
-        if unknown:
-            raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
-    wanted = [
-        (op, arch, kernel, config)
-        for op in ops
-        for arch in archs
-        for _, kernel, config in (case.key for case in compile_cases(op, arch))
-        if keep is None or keep({"op": op, "kernel": kernel, "arch": arch, "config": config})
-    ]
-    return in_processes(_compile, wanted, processes, on_progress)
+    archs, ops = chosen("archs", archs, ARCHS), chosen("ops", ops, reported_ops())
+    wanted = [(arch, case.key) for op in ops for arch in archs for case in compile_cases(op, arch)]
+    return in_processes(compile_named, wanted, processes, on_progress)
+
+
+def chosen(argument: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """The names, or all that are known; raises ``ValueError`` for an unknown one."""
+    if unknown := sorted(set(names or ()) - set(known)):
+        raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
+    return list(names or known)
 
 
 def in_processes(
@@ -165,61 +153,49 @@ def in_processes(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Record]:
     """Calls a function of a module in new processes, in which the interpreter is off."""
-    # They read this when they import the kernels.
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "0"
-    try:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _end_at_interrupts) as pool:
-            records = []
-            for record in pool.map(function, wanted):
-                records.append(record)
-                if on_progress is not None:
-                    on_progress(len(records), len(wanted))
-            return records
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-
-
-def _end_at_interrupts() -> None:
-    """A compiler ends at once and without a word: the process that waits tells of the interrupt."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # A compiler ends at an interrupt at once and without a word: the process that waits tells of it.
+    initializer = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # They read the variable when they import the kernels.
+    with (
+        patch.dict(os.environ, TRITON_INTERPRET="0"),
+        ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer) as pool,
+    ):
+        records = []
+        for record in pool.map(function, wanted):
+            records.append(record)
+            if on_progress is not None:
+                on_progress(len(records), len(wanted))
+        return records
 
 
 def problems(records: Iterable[Record]) -> list[str]:
     """What no configuration may do, a line each: spill, take more shared memory than there is, serialise, lose a rounding."""
-    found = []
+    lines = []
     for record in records:
+        spilled, shared, lost = record["spill_bytes"], record["shared_bytes"], record["contractions"]
         limit = ARCHS[record["arch"]].shared_bytes
-        if record["spill_bytes"]:
-            found.append(f"{_name(record)}: spills {record['spill_bytes']} bytes")
-        if record["shared_bytes"] > limit:
-            found.append(f"{_name(record)}: {record['shared_bytes']} bytes of shared memory, {limit} allowed")
-        if record["ctas_per_sm"] < 1:
-            found.append(f"{_name(record)}: does not fit an SM")
-        if record["serialised"]:
-            found.append(f"{_name(record)}: ptxas lets every wgmma wait for the one before")
-        if record["contractions"]:
-            found.append(f"{_name(record)}: {record['contractions']} fused multiply-adds leave out a rounding")
-    return found
+        faults = {
+            f"spills {spilled} bytes": spilled > 0,
+            f"{shared} bytes of shared memory, {limit} allowed": shared > limit,
+            "does not fit an SM": record["ctas_per_sm"] < 1,
+            "ptxas lets every wgmma wait for the one before": record["serialised"],
+            f"{lost} fused multiply-adds leave out a rounding": lost > 0,
+        }
+        lines += [f"{_name(record)}: {fault}" for fault, occurs in faults.items() if occurs]
+    return lines
 
 
 def differences(records: Iterable[Record], expected: Iterable[Record]) -> list[str]:
     """What changed against an earlier report, a line each. Cases that were not compiled now are not judged."""
     earlier = {_name(record): record for record in expected}
-    found = []
+    lines = []
     for record in records:
         before = earlier.get(_name(record))
         if before is None:
-            found.append(f"{_name(record)}: not in the earlier report")
-            continue
-        changed = [f"{key} {before.get(key)} -> {value}" for key, value in record.items() if before.get(key) != value]
-        if changed:
-            found.append(f"{_name(record)}: {', '.join(changed)}")
-    return found
+            lines.append(f"{_name(record)}: not in the earlier report")
+        elif changed := [f"{key} {before.get(key)} -> {value}" for key, value in record.items() if before.get(key) != value]:
+            lines.append(f"{_name(record)}: {', '.join(changed)}")
+    return lines
 
 
 def read_json(path: str | Path) -> list[Record]:
@@ -240,22 +216,33 @@ def render(records: Sequence[Record]) -> Table:
 
 def summary(records: Sequence[Record]) -> Table:
     """The report in a line an op; what spills or does not fit is red."""
-    table = Table(
-        title=f"Compiled with Triton {triton.__version__}: most registers a thread / most KiB of shared memory a program"
-    )
+
+    def cell(group: Sequence[Record]) -> Text:
+        registers, shared = (max((record[key] for record in group), default=0) for key in ("registers", "shared_bytes"))
+        return Text(f"{registers} / {shared / 1024:.0f}", style="red" if problems(group) else "")
+
     at_fault = sum(bool(problems([record])) for record in records)
-    table.caption = f"{len(records)} configurations, {at_fault or 'none'} of them spills or does not fit"
+    return by_arch(
+        records,
+        cell,
+        lambda record: record["op"],
+        title=f"Compiled with Triton {triton.__version__}: most registers a thread / most KiB of shared memory a program",
+        caption=f"{len(records)} configurations, {at_fault or 'none'} of them spills or does not fit",
+    )
+
+
+def by_arch(
+    records: Sequence[Record], cell: Callable[[Sequence[Record]], Text | str], name: Callable[[Record], str], **options: str
+) -> Table:
+    """A table with a line a name and a column an architecture; a cell sums up the records of both."""
     archs = list(dict.fromkeys(record["arch"] for record in records))
+    table = Table(**options)  # type: ignore[arg-type]
     table.add_column("op", no_wrap=True)
     for arch in archs:
         table.add_column(arch, justify="right")
-    for op in dict.fromkeys(record["op"] for record in records):
-        groups = [[record for record in records if (record["op"], record["arch"]) == (op, arch)] for arch in archs]
-        cells = []
-        for group in groups:
-            registers, shared = (max((record[key] for record in group), default=0) for key in ("registers", "shared_bytes"))
-            cells.append(Text(f"{registers} / {shared / 1024:.0f}", style="red" if problems(group) else ""))
-        table.add_row(op, *cells)
+    for row in dict.fromkeys(map(name, records)):
+        groups = ([record for record in records if (name(record), record["arch"]) == (row, arch)] for arch in archs)
+        table.add_row(row, *map(cell, groups))
     return table
 
 
@@ -263,10 +250,10 @@ def _name(record: Record) -> str:
     return f"{record['op']} {record['kernel']} {record['arch']} [{record['config']}]"
 
 
-def _compile(wanted: tuple[str, str, str, str]) -> Record:
-    """One case by its names, since a process cannot be sent a kernel; runs in the pool."""
-    op, arch, *names = wanted
-    return compile_case(next(case for case in compile_cases(op, arch) if case.key == (op, *names)), ARCHS[arch])
+def compile_named(wanted: tuple[str, tuple[str, str, str]]) -> Record:
+    """One case by its architecture and key, since a process cannot be sent a kernel; runs in the pool."""
+    arch, key = wanted
+    return compile_case(next(case for case in compile_cases(key[0], arch) if case.key == key), ARCHS[arch])
 
 
 def compile_case(case: CompileCase, arch: Arch) -> Record:
@@ -287,12 +274,12 @@ def compile_case(case: CompileCase, arch: Arch) -> Record:
 
 def compiled(case: CompileCase, arch: Arch) -> Any:
     """What Triton makes of a case; from its cache the second time."""
-    kernel, names = case.launch.kernel, case.launch.kernel.arg_names
+    launch, names = case.launch, case.launch.kernel.arg_names
     source = triton.compiler.ASTSource(
-        kernel,
-        {**case.launch.signature, **dict.fromkeys(case.constexprs, "constexpr")},
-        {(names.index(name),): value for name, value in case.constexprs.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in case.launch.divisible},
+        launch.kernel,
+        {**launch.signature, **dict.fromkeys(launch.constants, "constexpr")},
+        {(names.index(name),): value for name, value in launch.constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible},
     )
     target = triton.backends.compiler.GPUTarget(arch.backend, arch.capability, arch.warp_size)
     options = {name: case.launch_options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}

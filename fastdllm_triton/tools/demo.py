@@ -104,7 +104,8 @@ def verdict(plain: Variant, fast: Variant, asked: Sequence[Problem]) -> str:
     else:
         right = f"{fast.right(asked)} right instead of {plain.right(asked)}"
         answers = f"{same} of {_number(count, 'answer')} the same, {right},"
-    tokens, before, speed = map(_short, (fast.tokens_per_forward, plain.tokens_per_forward, fast.rate / plain.rate))
+    figures = (fast.tokens_per_forward, plain.tokens_per_forward, fast.rate / plain.rate)
+    tokens, before, speed = (f"{figure:.1f}".removesuffix(".0") for figure in figures)
     return (
         f"{answers} with {fast.forwards} forwards instead of {plain.forwards}: {tokens} tokens a forward instead of {before}, "
         f"{speed}x as fast"
@@ -119,15 +120,10 @@ def _table(variants: Sequence[Variant], asked: Sequence[Problem], width: int) ->
     for column in ("right", "forwards", "tokens/forward" if width >= 72 else "tok/fwd", "tokens/s", "speed"):
         table.add_column(column, justify="right", no_wrap=True)
     for variant in variants:
-        figures = ["", "", "", "", ""]
+        figures: tuple[str, ...] = ()
         if done := len(variant.outputs):
-            figures = [
-                f"{variant.right(asked)}/{done}",
-                str(variant.forwards),
-                f"{variant.tokens_per_forward:.1f}",
-                f"{variant.rate:.0f}",
-                f"{variant.rate / variants[0].rate:.1f}x",
-            ]
+            rates = f"{variant.tokens_per_forward:.1f}", f"{variant.rate:.0f}", f"{variant.rate / variants[0].rate:.1f}x"
+            figures = f"{variant.right(asked)}/{done}", str(variant.forwards), *rates
         table.add_row(variant.cache, variant.commits, *figures, style="" if done == len(asked) else "dim")
     return table
 
@@ -141,10 +137,6 @@ def _print_examples(console: Console, plain: Variant, fast: Variant, asked: Sequ
             label = "" if variant is None else f"{variant.cache}, {variant.commits}: "
             outcome = "right" if score(problem, text)[0] else "wrong"
             console.print(Padding(Text(f"{label}{text.strip()}  ({outcome})"), (0, 0, 0, 2)))
-
-
-def _short(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
 
 
 def _number(count: int, noun: str) -> str:

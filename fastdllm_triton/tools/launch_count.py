@@ -31,14 +31,18 @@ _FREE = frozenset(
 )
 
 
-def name_of(func: Any) -> str:
-    """What an operator of PyTorch is called, such as ``add``."""
-    return str(func).removeprefix("aten.").split(".")[0].lstrip("_")
+class ComputingCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells of every call of PyTorch that computes, by the operator's name, such as ``add``."""
 
+    def __init__(self, on_call: Callable[[str], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.on_call = on_call
 
-def is_free(func: Any) -> bool:
-    """Whether an operator of PyTorch launches nothing."""
-    return name_of(func) in _FREE
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.").split(".")[0].lstrip("_")
+        if name not in _FREE:
+            self.on_call(name)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,16 @@ def count_launches(
     rows: int = 1,
     block_length: int = 32,
     slots: int = 1024,
-    dtype: torch.dtype = torch.bfloat16,
 ) -> Launches:
     """Launches of a step over the dual cache.
 
     Args:
-        model: its shape.
+        model: its shape, in bfloat16.
         arch: what the kernels' configs are chosen for, such as ``"sm_90"``.
         gpu: name of a GPU, as its driver gives it, whose committed measurements decide which products are fused with what
             stands around them; none: the library multiplies.
         fused: count as if all products were fused.
         rows, block_length, slots: of the batch.
-        dtype: of the model.
 
     Raises:
         ValueError: the architecture is unknown.
@@ -96,57 +98,45 @@ def count_launches(
         raise RuntimeError(f"counting launches needs triton: {error}") from None
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    one, two = (
-        _count(replace(model, layers=layers), ARCHS[arch], gpu, fused, (rows, block_length, slots), dtype) for layers in (2, 3)
-    )
-    layer = two - one
-    twice = Counter({name: 2 * times for name, times in layer.items()})
-    return Launches(layer, one - twice, model.layers)
+    sizes = (rows, block_length, slots)
+    two, three = (_count(replace(model, layers=layers), ARCHS[arch], gpu, fused, sizes) for layers in (2, 3))
+    layer = three - two
+    return Launches(layer, two - layer - layer, model.layers)
 
 
-class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what PyTorch computes, for the op that asks for it."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counts: Counter[str] = Counter()
-        self.op: str | None = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = name_of(func)
-        # On a GPU the library's product of the head is float32 without a conversion.
-        if name not in _FREE and (self.op, name) != ("head_statistics", "to_copy"):
-            self.counts[self.op or f"torch {name}"] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _count(
-    model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, sizes: tuple[int, int, int], dtype: torch.dtype
-) -> Counter[str]:
+def _count(model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, sizes: tuple[int, int, int]) -> Counter[str]:
     from ..kernels.linear import fuses_residual
     from .recorder import META, launchers, recorded
 
-    (rows, length, slots), calls, options = sizes, _Calls(), LaunchOptions(fuse_linear=fused)
-    with recorded(arch, gpu) as launches, calls:
+    (rows, length, slots), options = sizes, LaunchOptions(fuse_linear=fused)
+    counts: Counter[str] = Counter()
+    running: list[str] = []  # the op, if one is
+
+    def on_call(name: str) -> None:
+        # On a GPU the library's product of the head is float32 without a conversion.
+        if [*running, name] != ["head_statistics", "to_copy"]:
+            counts[running[-1] if running else f"torch {name}"] += 1
+
+    with recorded(arch, gpu) as launches, ComputingCalls(on_call):
 
         def counted(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
-                calls.op, before = op, len(launches)
+                running.append(op)
+                before = len(launches)
                 result = function(*args, **kwargs, **({"options": options} if op == "linear" else {}))
-                calls.counts[op] += len(launches) - before
-                calls.op = None
+                counts[running.pop()] += len(launches) - before
                 return result
 
             return call
 
         ops = launchers(counted, partial(fuses_residual, options=options))
-        network = Transformer(model, Weights.allocate(model, META, dtype), ops)
+        network = Transformer(model, Weights.allocate(model, META, torch.bfloat16), ops)
         config = GenerationConfig(gen_length=length, block_length=length)
         requests = batch_requests([[1]] * rows, None, config, model)
         runner = ModelRunner(network, rows, slots)
         program = runner.program_of(requests, requests)
         window = len(requests[0].policy.step(requests[0].block_state))
         for _ in range(2):  # the first one also makes what is kept
-            calls.counts.clear()
+            counts.clear()
             runner.run(network, runner.step_shape(program, 0, rows, window, rows * length))
-    return calls.counts
+    return counts

@@ -37,7 +37,7 @@ from ..kernels._arch import ARCHS, Arch
 from ..verify.cases import OPS as CASES
 from ..verify.cases import ShapeClass
 from .assembly import cuobjdump
-from .compile_report import CompileCase, Record, compile_case, compiled, in_processes, launched
+from .compile_report import CompileCase, Record, by_arch, chosen, compile_case, compiled, in_processes, launched
 from .roofline import GPUS
 
 #: Seconds from a load to its data when memory is busy: an assumption, above the some 0.3 us of an idle Hopper (Luo et al.,
@@ -74,16 +74,7 @@ SHAPE_CLASSES = (
     ShapeClass("LLaDA refresh", "llada", 1, 1024, 1024),
     ShapeClass("Dream step", "dream", 1, 32, 1024),
 )
-OPS = (
-    "rms_norm",
-    "rope_kv_write",
-    "window_attention",
-    "linear",
-    "swiglu",
-    "token_statistics",
-    "head_statistics",
-    "commit_tokens",
-)
+OPS = [op for op in CASES if op != "window_inputs"]
 
 
 def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[CompileCase]:
@@ -133,12 +124,9 @@ def main_loop(code: Sequence[Instruction]) -> list[Instruction]:
     loops = [(begin, end) for begin, end in ends if begin < end]
     inner = [(b, e) for b, e in loops if not any((b, e) != (x, y) and b <= x and y <= e for x, y in loops)]
     bodies = [[one for one in code if begin <= one.address <= end] for begin, end in inner]
-    loading = [body for body in bodies if any(one.loaded_bytes for one in body)]
-    return max(loading, key=_weight, default=list(code))
-
-
-def _weight(body: Sequence[Instruction]) -> tuple[bool, int]:
-    return any(one.kind == "mma" for one in body), sum(one.loaded_bytes for one in body)
+    loaded = [(any(one.kind == "mma" for one in body), sum(one.loaded_bytes for one in body), body) for body in bodies]
+    loading = [entry for entry in loaded if entry[1]]
+    return max(loading, key=lambda entry: entry[:2])[2] if loading else list(code)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------
@@ -162,10 +150,7 @@ def performance_report(
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = list(archs or PARTS), list(ops or OPS)
-    for argument, given, known in (("archs", archs, list(PARTS)), ("ops", ops, list(OPS))):
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
+    archs, ops = chosen("archs", archs, PARTS), chosen("ops", ops, OPS)
     wanted = [
         (op, arch, number, case.config)
         for op in ops
@@ -235,29 +220,20 @@ HEADS = ("op", "shape: configuration", "programs", "resident of those that fit",
 
 def summary(records: Sequence[Record]) -> Table:
     """The report in a line a kernel: bytes in flight over bytes needed, in the shape where that is least."""
+
+    def cell(group: Sequence[Record]) -> str:
+        return f"{min(record['in_flight'] / record['needed'] for record in group):.2f}" if group else ""
+
     caption = "Below 1, too few bytes are under way to keep memory busy: of small grids, for the most part."
-    table = Table(title="KiB in flight an SM over those needed, the least of all shapes", caption=caption)
-    archs = list(dict.fromkeys(record["arch"] for record in records))
-    table.add_column("kernel", no_wrap=True)
-    for arch in archs:
-        table.add_column(arch, justify="right")
-    for kernel in dict.fromkeys(map(_name, records)):
-        shares = {
-            arch: [r["in_flight"] / r["needed"] for r in records if (_name(r), r["arch"]) == (kernel, arch)] for arch in archs
-        }
-        table.add_row(kernel, *(f"{min(found):.2f}" if found else "" for found in shares.values()))
-    return table
+    title = "KiB in flight an SM over those needed, the least of all shapes"
+    return by_arch(records, cell, _name, title=title, caption=caption)
 
 
 def render(records: Sequence[Record]) -> list[Table]:
-    found = []
-    for arch in dict.fromkeys(record["arch"] for record in records):
-        table = Table(*HEADS, title=f"{arch}, {GPUS[PARTS[arch]].name}")
-        for record in records:
-            if record["arch"] == arch:
-                table.add_row(*_cells(record))
-        found.append(table)
-    return found
+    tables = {arch: Table(*HEADS, title=f"{arch}, {GPUS[PARTS[arch]].name}") for arch in PARTS}
+    for record in records:
+        tables[record["arch"]].add_row(*_cells(record))
+    return [table for table in tables.values() if table.rows]
 
 
 def markdown(records: Sequence[Record]) -> str:

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..decoding.config import GenerationConfig
 from ..engine.generation import Generation
@@ -26,7 +26,7 @@ from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
 from ..ops import NAMES, Ops
 from .environment import describe
-from .launch_count import is_free
+from .launch_count import ComputingCalls
 
 #: What of a forward is in no op: gathers, flags, and on a CPU Python itself.
 REST = "rest"
@@ -302,21 +302,14 @@ class _Counter(_Probe):
             self.launches += not kwargs.get("warmup")
             return launch(function, *args, **kwargs)
 
-        with patch.object(JITFunction, "run", run), _Calls(self):
+        def on_call(name: str) -> None:
+            self.launches += 1
+
+        with patch.object(JITFunction, "run", run), ComputingCalls(on_call):
             yield
 
     def finish(self, record: _Call) -> None:
         self.forwards[-1].launches = record.launches
-
-
-class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, counter: _Counter) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.counter = counter
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counter.launches += not is_free(func)
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -5,13 +5,11 @@ kernel notes its launch instead of running. What is compiled ahead of time, coun
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -69,19 +67,19 @@ class Launch:
 
     @property
     def signature(self) -> dict[str, str]:
-        types = {name: self._type(name) for name in self.arguments}
-        return {name: kind for name, kind in types.items() if kind != "constexpr"}
+        constants = self.constants
+        return {name: self._type(name) for name in self.arguments if name not in constants}
 
     @property
     def divisible(self) -> tuple[str, ...]:
         """Of these the ones that are divisible by 16, as memory from PyTorch is."""
         fixed = {*self._listed("do_not_specialize"), *self._listed("do_not_specialize_on_alignment")}
-        known = [name for name in self.signature if name not in fixed]
-        return tuple(name for name in known if _is_divisible(self.arguments[name]))
+        values = ((name, self.arguments[name]) for name in self.signature if name not in fixed)
+        return tuple(name for name, value in values if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))
 
     def _type(self, name: str) -> str:
         value = self.arguments[name]
-        if value is None or name in _constexprs(self.kernel.fn):
+        if value is None or "constexpr" in str(self.kernel.fn.__annotations__.get(name)):
             return "constexpr"
         if isinstance(value, Tensor):
             return f"*{_TYPES[value.dtype]}"
@@ -95,16 +93,6 @@ class Launch:
         # Of the interpreter, and of the compiler.
         options = self.kernel.kwargs if hasattr(self.kernel, "kwargs") else vars(self.kernel)
         return tuple(options.get(option) or ())
-
-
-@cache
-def _constexprs(function: Callable[..., Any]) -> frozenset[str]:
-    parameters = inspect.signature(function).parameters.items()
-    return frozenset(name for name, parameter in parameters if "constexpr" in str(parameter.annotation))
-
-
-def _is_divisible(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
 
 
 class _Recorded:

@@ -27,6 +27,7 @@ from .. import tiny
 from ..decoding.cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockState, CacheName, Window, cache_policy
 from ..models.config import ModelConfig
 from ..models.published import PUBLISHED
+from ..utils.checks import require
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,6 @@ class Gpu:
     name: str
     bandwidth: float
     matrix_rate: float
-
-    def __post_init__(self) -> None:
-        for name in ("bandwidth", "matrix_rate"):
-            value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 #: NVIDIA's data sheets and architecture white papers: memory bandwidth, and the dense bfloat16 rate with float32 accumulation
@@ -188,8 +183,7 @@ def op_costs(
     """
     sizes = {"batch": batch, "window": window, "keys": keys, "weight_bits": weight_bits, "cache_bits": cache_bits}
     for name, value in sizes.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        require(name, value, "a number above 0", math.isfinite(value) and value > 0)
     if not 0 <= head_rows <= window <= keys:
         raise ValueError(f"head_rows, window and keys must be in this order, got {head_rows}, {window} and {keys}")
     s, element = shape, 2
@@ -276,19 +270,15 @@ class Setting:
 
     def __post_init__(self) -> None:
         for name in ("prompt_length", "gen_length", "block_length", "batch_size", "prompt_refresh"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}")
+            require(name, getattr(self, name), "1 or more", getattr(self, name) >= 1)
         if self.gen_length % self.block_length:
             raise ValueError(f"block_length must divide gen_length, {self.gen_length}, got {self.block_length}")
-        if self.cache not in CACHE_POLICIES:
-            raise ValueError(f"cache must be one of {', '.join(CACHE_POLICIES)}, got {self.cache!r}")
-        if not 0 < self.tokens_per_forward <= self.block_length:
-            raise ValueError(f"tokens_per_forward must be in (0, block_length], got {self.tokens_per_forward}")
-        if self.stop_at is not None and not 1 <= self.stop_at <= self.gen_length:
-            raise ValueError(f"stop_at must be in [1, gen_length], got {self.stop_at}")
-        for name in ("weight_bits", "cache_bits"):
-            if not 0 < getattr(self, name) <= 64:
-                raise ValueError(f"{name} must be in (0, 64], got {getattr(self, name)}")
+        require("cache", self.cache, f"one of {', '.join(CACHE_POLICIES)}", self.cache in CACHE_POLICIES)
+        rate = self.tokens_per_forward
+        require("tokens_per_forward", rate, "in (0, block_length]", 0 < rate <= self.block_length)
+        require("stop_at", self.stop_at, "in [1, gen_length]", self.stop_at is None or 1 <= self.stop_at <= self.gen_length)
+        require("weight_bits", self.weight_bits, "in (0, 64]", 0 < self.weight_bits <= 64)
+        require("cache_bits", self.cache_bits, "in (0, 64]", 0 < self.cache_bits <= 64)
 
     @property
     def slots(self) -> int:
@@ -359,31 +349,22 @@ def generation_cost(shape: Shape, schedule: Sequence[Phase], **bits: float) -> l
     return [(p, forward_cost(shape, p.batch, p.window, p.keys, p.head_rows, **bits) * p.forwards) for p in schedule]
 
 
-def generation_floor(shape: Shape, schedule: Sequence[Phase], gpu: Gpu, tokens: float, **bits: float) -> Floor:
-    """The floor of a schedule, which need not come from a :class:`Setting`; ``tokens`` are the useful ones of all rows."""
-    costs = generation_cost(shape, schedule, **bits)
-
-    def seconds(refresh: bool) -> float:
-        return sum(cost.seconds(gpu) for phase, cost in costs if (phase.name == "refresh") == refresh)
-
-    total = sum((cost for _, cost in costs), Cost(0, 0))
-    return Floor(sum(phase.forwards for phase, _ in costs), seconds(True), seconds(False), total, tokens)
-
-
 def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
-    bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
-    return generation_floor(shape, setting.schedule(), gpu, setting.batch_size * setting.tokens, **bits)
+    costs = generation_cost(shape, setting.schedule(), weight_bits=setting.weight_bits, cache_bits=setting.cache_bits)
+    seconds = {"refresh": 0.0, "step": 0.0}
+    for phase, cost in costs:
+        seconds[phase.name] += cost.seconds(gpu)
+    forwards, total = sum(phase.forwards for phase, _ in costs), sum((cost for _, cost in costs), Cost(0, 0))
+    return Floor(forwards, seconds["refresh"], seconds["step"], total, setting.batch_size * setting.tokens)
 
 
 def what_if(setting: Setting) -> list[tuple[str, Setting]]:
-    changes: list[tuple[str, dict[str, object]]] = [
-        ("as given", {}),
-        ("fp8 weights", {"weight_bits": 8}),
-        ("4-bit weights", {"weight_bits": 4}),
-        ("batch 8", {"batch_size": 8}),
-        ("prompt refresh 2", {"prompt_refresh": 2}),
-        ("prompt refresh 4", {"prompt_refresh": 4}),
-        ("twice the tokens", {"tokens_per_forward": min(2 * setting.tokens_per_forward, setting.block_length)}),
-    ]
-    settings = [(name, replace(setting, **change)) for name, change in changes]  # type: ignore[arg-type]
-    return [(name, changed) for i, (name, changed) in enumerate(settings) if i == 0 or changed != setting]
+    changed = {
+        "fp8 weights": replace(setting, weight_bits=8),
+        "4-bit weights": replace(setting, weight_bits=4),
+        "batch 8": replace(setting, batch_size=8),
+        "prompt refresh 2": replace(setting, prompt_refresh=2),
+        "prompt refresh 4": replace(setting, prompt_refresh=4),
+        "twice the tokens": replace(setting, tokens_per_forward=min(2 * setting.tokens_per_forward, setting.block_length)),
+    }
+    return [("as given", setting), *((name, other) for name, other in changed.items() if other != setting)]

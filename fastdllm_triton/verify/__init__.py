@@ -15,16 +15,14 @@ from contextlib import contextmanager
 
 import torch
 
+from ..ops import resolve
+from .parts import in_processes, names, parts_of
 from .records import CaseRecord, Record, render
 
-__all__ = ["CaseRecord", "Record", "quiet", "render", "rerun_in_interpreter", "verify"]
+__all__ = ["CaseRecord", "Record", "names", "quiet", "render", "rerun_in_interpreter", "verify"]
 
-
-def names() -> list[str]:
-    """What can be verified: the ops in the order of a forward, and ``models``."""
-    from .parts import names
-
-    return names()
+#: Bytes of GPU memory that a part may take.
+MEMORY = 10 * 2**30
 
 
 def verify(
@@ -57,18 +55,13 @@ def verify(
     target = check_device(device)
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, needs 1 or more")
-    from ..ops import resolve
-    from .parts import parts_of
-    from .processes import in_processes
-
     resolve("triton", target)  # raises where the kernels cannot run
     records = {record.key: record for record in known}
     parts = parts_of(chosen)
     todo = [part for part in parts if part.key not in records]
+    here = (part.run(target, quick=quick) for part in todo)
     with quiet(target):
-        for record in (
-            in_processes(todo, target, quick=quick, jobs=jobs) if jobs > 1 else (part.run(target, quick=quick) for part in todo)
-        ):
+        for record in here if jobs == 1 else in_processes(todo, target, quick=quick, jobs=jobs):
             records[record.key] = record
             if on_record is not None:
                 on_record(record)
@@ -76,9 +69,11 @@ def verify(
 
 
 def jobs_for(device: torch.device) -> int:
-    from .processes import jobs_for
-
-    return jobs_for(device)
+    """Processes that the cores and the memory of the machine have room for; on a CPU one."""
+    if device.type != "cuda":
+        return 1
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(os.cpu_count() or 1, memory // MEMORY))
 
 
 @contextmanager

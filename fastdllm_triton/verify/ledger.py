@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from .records import Record
 SAME = ("device", "commit", "torch", "triton")
 
 
+@dataclass
 class Ledger:
     """Records of one machine and commit.
 
-    Args:
+    Attributes:
         machine: see :func:`fastdllm_triton.tools.environment.describe`.
         quick: whether only a part is tried.
         path: where they are kept, if anywhere.
+        records: so far.
     """
 
-    def __init__(self, machine: Mapping[str, Any], quick: bool, path: Path | None = None) -> None:
-        self.machine, self.quick, self.path = dict(machine), quick, path
-        self.records: list[Record] = []
+    machine: Mapping[str, Any]
+    quick: bool
+    path: Path | None = None
+    records: list[Record] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path) -> Ledger:
@@ -37,11 +41,9 @@ class Ledger:
         """
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            ledger = cls(found["machine"], found["quick"], path)
-            ledger.records = [Record.from_json(record) for record in found["records"]]
+            return cls(found["machine"], found["quick"], path, [Record.from_json(record) for record in found["records"]])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no verification: {type(error).__name__}: {error}") from None
-        return ledger
 
     def check_same(self, machine: Mapping[str, Any], option: str) -> None:
         """Raises where the records are of another machine, commit or version.
@@ -81,12 +83,8 @@ class Ledger:
                 write_json(self.path, self.as_json())
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "ok": all(record.ok for record in self.records),
-            "machine": self.machine,
-            "quick": self.quick,
-            "records": [record.as_json() for record in self.records],
-        }
+        records = [record.as_json() for record in self.records]
+        return {"ok": all(record.ok for record in self.records), "machine": self.machine, "quick": self.quick, "records": records}
 
 
 def proven(paths: Sequence[Path], machine: Mapping[str, Any]) -> list[Record]:

@@ -1,24 +1,22 @@
 """Whole models with the kernels: recorded trajectories, batches against single rows, the reference, and a second run.
 
-A check is a function that yields cases; :data:`MODEL_CHECKS` lists them. One more is one more entry.
+A check is a function that yields cases; :data:`MODEL_CHECKS` names them.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..decoding.options import strategy_of
 from ..decoding.strategies import STRATEGIES, EntropyBudget, Factor, FixedSteps, Threshold
-from ..engine.outputs import GenerationOutput
 from ..loading import load
 from ..model import MaskedDiffusionLM
 from .records import CaseRecord, Record
@@ -70,24 +68,10 @@ class Setup:
         return {"gen_length": 8, "block_length": 4} if self.interpreted else {"gen_length": 48, "block_length": 16}
 
 
-@dataclass(frozen=True)
-class ModelCheck:
-    """A check of whole models.
-
-    Attributes:
-        name: in the table.
-        run: yields a record for each case.
-    """
-
-    name: str
-    run: Callable[[Setup], Iterator[CaseRecord]]
-
-
 def verify_model(name: str, device: torch.device, *, quick: bool = False) -> Record:
-    check = next(check for check in MODEL_CHECKS if check.name == name)
     began = time.perf_counter()
     try:
-        cases = list(check.run(Setup(device, quick)))
+        cases = list(MODEL_CHECKS[name](Setup(device, quick)))
     except Exception as error:  # the other checks are still run
         cases = [CaseRecord("all", 1.0, 0.0, ok=False, note=f"{type(error).__name__}: {str(error)[:160]}")]
     return Record(name, DTYPE, cases, time.perf_counter() - began)
@@ -131,36 +115,29 @@ def _golden(setup: Setup) -> Iterator[CaseRecord]:
         yield CaseRecord(name, wrong, 0.0, ok=not note, note=note)
 
 
-#: What a step can differ in.
-_OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    ("dual, threshold", {"cache": "dual", "strategy": Threshold(0.9)}),
-    ("prefix, entropy budget, samples", {"cache": "prefix", "strategy": EntropyBudget(0.5), "temperature": 1.0, "seed": 5}),
-    ("dual, fixed steps at random", {"cache": "dual", "strategy": FixedSteps(2, score="random"), "seed": 9}),
-    ("none, factor, margin", {"cache": "none", "strategy": Factor(1.0, score="margin")}),
-]
-
-
 def _options(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
-    """The ways to decode: the first one where it is to be quick. Fixed steps are one a block, or a few."""
-    steps = setup.lengths["gen_length"] // setup.lengths["block_length"] * 2
-    found = [
-        (name, options | ({"strategy": FixedSteps(steps, score="random")} if isinstance(options["strategy"], FixedSteps) else {}))
-        for name, options in _OPTIONS
+    """What a step can differ in: the first one where it is to be quick. Fixed steps are two a block."""
+    steps = 2 * setup.lengths["gen_length"] // setup.lengths["block_length"]
+    options: list[tuple[str, dict[str, Any]]] = [
+        ("dual, threshold", {"cache": "dual", "strategy": Threshold(0.9)}),
+        ("prefix, entropy budget, samples", {"cache": "prefix", "strategy": EntropyBudget(0.5), "temperature": 1.0, "seed": 5}),
+        ("dual, fixed steps at random", {"cache": "dual", "strategy": FixedSteps(steps, score="random"), "seed": 9}),
+        ("none, factor, margin", {"cache": "none", "strategy": Factor(1.0, score="margin")}),
     ]
-    return found[:1] if setup.quick and setup.interpreted else found
+    return options[:1] if setup.quick and setup.interpreted else options
 
 
-def _differences(name: str, got: GenerationOutput, want: GenerationOutput) -> CaseRecord:
-    """Tokens and the forward that committed each."""
-    wrong = int((got.sequences != want.sequences).sum()) + int((got.step_map != want.step_map).sum())
-    return CaseRecord(name, float(wrong), 0.0, ok=not wrong, note=f"{wrong} tokens or steps differ" if wrong else "")
+def _counted(name: str, wrong: int, what: str) -> CaseRecord:
+    """A case that holds if nothing is wrong."""
+    return CaseRecord(name, float(wrong), 0.0, ok=not wrong, note=what if wrong else "")
 
 
 def _reference(setup: Setup) -> Iterator[CaseRecord]:
     """The built-in model with the kernels and with PyTorch."""
     for name, options in _options(setup):
         got, want = (model.generate(_PROMPTS[:2], **setup.lengths, **options) for model in (setup.tiny, setup.tiny_reference))
-        yield _differences(name, got, want)
+        wrong = int((got.sequences != want.sequences).sum()) + int((got.step_map != want.step_map).sum())
+        yield _counted(name, wrong, f"{wrong} tokens or steps differ")
 
 
 def _ragged(setup: Setup) -> Iterator[CaseRecord]:
@@ -175,7 +152,7 @@ def _ragged(setup: Setup) -> Iterator[CaseRecord]:
         for row, prompt in enumerate(prompts):
             alone = setup.tiny.generate(prompt, **setup.lengths, **options)
             wrong += int((batch.generated[row] != alone.generated[0]).sum())
-        yield CaseRecord(name, float(wrong), 0.0, ok=not wrong, note=f"{wrong} tokens differ" if wrong else "")
+        yield _counted(name, wrong, f"{wrong} tokens differ")
 
 
 def _captured(setup: Setup) -> Iterator[CaseRecord]:
@@ -183,33 +160,32 @@ def _captured(setup: Setup) -> Iterator[CaseRecord]:
     for name, options in _options(setup):
         if setup.interpreted:
             yield CaseRecord(name, 0.0, 0.0, ok=True, skipped="captured steps need a GPU")
-            continue
-        buffers = setup.tiny.buffers
-        runs = []
-        for captures in (False, True, True):  # the last one replays from its first step on
-            buffers.use_cuda_graphs = captures
-            runs.append(setup.tiny.generate(_PROMPTS, **setup.lengths, **options))
-        plain, *captured = map(_results, runs)
-        wrong = sum(not bitwise(a, b) for run in captured for a, b in zip(plain, run, strict=True))
-        yield CaseRecord(name, float(wrong), 0.0, ok=not wrong, note="other bits in a captured step" if wrong else "")
+        else:
+            captures = (False, True, True)  # the last one replays from its first step on
+            yield _counted(name, _unequal_bits(setup, captures, _PROMPTS, options), "other bits in a captured step")
 
 
 def _again(setup: Setup) -> Iterator[CaseRecord]:
     """The same generation twice: tokens, steps and confidences, bit by bit."""
+    captures = (setup.tiny.buffers.use_cuda_graphs,) * 2
     for name, options in _options(setup)[: 1 if setup.interpreted else None]:
-        runs = [setup.tiny.generate(_PROMPTS[1:2], **setup.lengths, **options) for _ in range(2)]
-        wrong = sum(not bitwise(a, b) for a, b in zip(*map(_results, runs), strict=True))
-        yield CaseRecord(name, float(wrong), 0.0, ok=not wrong, note="other bits in the second run" if wrong else "")
+        yield _counted(name, _unequal_bits(setup, captures, _PROMPTS[1:2], options), "other bits in the second run")
 
 
-def _results(out: GenerationOutput) -> list[Tensor]:
-    return [tensor.cpu() for tensor in (out.sequences, out.step_map, out.confidence)]
+def _unequal_bits(setup: Setup, captures: Sequence[bool], prompts: list[str], options: dict[str, Any]) -> int:
+    """Of runs that capture their steps or do not: how many results are not those of the first one."""
+    runs = []
+    for capture in captures:
+        setup.tiny.buffers.use_cuda_graphs = capture
+        out = setup.tiny.generate(prompts, **setup.lengths, **options)
+        runs.append((out.sequences, out.step_map, out.confidence))
+    return sum(not bitwise(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-MODEL_CHECKS = [
-    ModelCheck("recorded trajectories", _golden),
-    ModelCheck("kernels against PyTorch", _reference),
-    ModelCheck("ragged batch against rows", _ragged),
-    ModelCheck("captured step against uncaptured", _captured),
-    ModelCheck("run twice", _again),
-]
+MODEL_CHECKS: dict[str, Callable[[Setup], Iterator[CaseRecord]]] = {
+    "recorded trajectories": _golden,
+    "kernels against PyTorch": _reference,
+    "ragged batch against rows": _ragged,
+    "captured step against uncaptured": _captured,
+    "run twice": _again,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,19 +23,18 @@ def dtypes_of(op: str) -> list[str]:
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
-def verify_op(op: str, device: torch.device, *, quick: bool = False, dtypes: Sequence[str] = ()) -> Iterator[Record]:
-    """A record for each dtype.
+def verify_op(op: str, dtype: str, device: torch.device, *, quick: bool = False) -> Record:
+    """Tries an op.
 
     Args:
         op: a name in :data:`OPS`.
+        dtype: of :func:`dtypes_of`.
         device: a GPU, or the CPU where Triton's interpreter runs.
         quick: only the quick cases, and on a GPU the key ones.
-        dtypes: of :func:`dtypes_of`; all if not given.
     """
-    for dtype in dtypes or dtypes_of(op):
-        began = time.perf_counter()
-        cases = [_case_record(OPS[op], case, device, getattr(torch, dtype)) for case in wanted(OPS[op], device, quick)]
-        yield Record(op, dtype, cases, time.perf_counter() - began)
+    began = time.perf_counter()
+    cases = [_case_record(OPS[op], case, device, getattr(torch, dtype)) for case in wanted(OPS[op], device, quick)]
+    return Record(op, dtype, cases, time.perf_counter() - began)
 
 
 def wanted(op: OpCases, device: torch.device, quick: bool) -> list[Case]:
@@ -121,17 +120,16 @@ class Expected:
 
     def judge(self, got: Outputs) -> dict[str, Judgement]:
         """Each of a kernel's outputs by the rule of :mod:`fastdllm_triton.verify.tolerance`."""
-        return {name: self._judge(name, tensor) for name, tensor in got.items()}
-
-    def _judge(self, name: str, got: Tensor) -> Judgement:
-        plain = self.plain[name]
-        if not plain.is_floating_point():
-            return identical(got, plain)
-        return as_close_as_torch(got, self.exact[name].double(), self.torch.get(name, plain))
+        judged = {}
+        for name, tensor in got.items():
+            plain = self.plain[name]
+            if plain.is_floating_point():
+                judged[name] = as_close_as_torch(tensor, self.exact[name].double(), self.torch.get(name, plain))
+            else:
+                judged[name] = identical(tensor, plain)
+        return judged
 
 
 def _in(dtype: torch.dtype, inputs: Inputs) -> Inputs:
-    def convert(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return {name: convert(value) for name, value in inputs.items()}
+    numbers = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return inputs | {name: value.to(dtype) for name, value in numbers.items()}

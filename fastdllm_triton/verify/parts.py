@@ -1,8 +1,18 @@
-"""What a verification consists of: an op in a dtype, or a check of whole models."""
+"""What a verification consists of, in this process or in several others at once.
+
+Most of its time goes into compiling, which uses one core. And a kernel that writes where it must not, dies or never ends takes
+its process with it, and nothing else.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +20,14 @@ import torch
 from .cases import OPS
 from .models import DTYPE, MODEL_CHECKS, verify_model
 from .ops import dtypes_of, verify_op
-from .records import Record
+from .records import CaseRecord, Record
 
 #: Besides the ops, what can be verified.
 MODELS = "models"
+#: Seconds after which a part in a process of its own is given up.
+MOST_SECONDS = 600
+#: Parts that take longest, to be begun first.
+LONGEST = ("models", "window_attention", "head_statistics", "linear")
 
 
 @dataclass(frozen=True)
@@ -35,8 +49,7 @@ class Part:
     def run(self, device: torch.device, *, quick: bool) -> Record:
         if self.name == MODELS:
             return verify_model(self.what, device, quick=quick)
-        (record,) = verify_op(self.name, device, quick=quick, dtypes=[self.what])
-        return record
+        return verify_op(self.name, self.what, device, quick=quick)
 
 
 def names() -> list[str]:
@@ -45,11 +58,42 @@ def names() -> list[str]:
 
 
 def parts_of(chosen: Iterable[str]) -> list[Part]:
-    checks = [check.name for check in MODEL_CHECKS]
-    return [Part(name, what) for name in chosen for what in (checks if name == MODELS else dtypes_of(name))]
+    return [Part(name, what) for name in chosen for what in (MODEL_CHECKS if name == MODELS else dtypes_of(name))]
 
 
 def unproven(chosen: Sequence[str], records: Iterable[Record]) -> list[str]:
     """Of names those of which a part did not hold, or was not tried."""
     held = {record.key for record in records if record.ok}
     return list(dict.fromkeys(part.name for part in parts_of(chosen) if part.key not in held))
+
+
+def in_processes(parts: Sequence[Part], device: torch.device, *, quick: bool, jobs: int) -> Iterator[Record]:
+    """The records of parts as they come, in no order."""
+    first = sorted(parts, key=lambda part: LONGEST.index(part.name) if part.name in LONGEST else len(LONGEST))
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(_in_process, part, device, quick) for part in first]):
+                yield future.result()
+        finally:  # where it is left early, nothing more is begun
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_process(part: Part, device: torch.device, quick: bool) -> Record:
+    program = f"from {__name__} import main; main()"
+    command = [sys.executable, "-c", program, part.name, part.what, str(device), "quick" if quick else "full"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=MOST_SECONDS)
+        if done.returncode == 0:
+            return Record.from_json(json.loads(done.stdout.splitlines()[-1]))
+        said = done.stderr.strip().splitlines()
+        note = f"its process ended with status {done.returncode}: {said[-1][:120] if said else 'no message'}"
+    except subprocess.TimeoutExpired:
+        note = f"no end after {MOST_SECONDS} s"
+    return Record(*part.key, [CaseRecord("all", math.inf, 0.0, ok=False, note=note)])
+
+
+def main() -> None:
+    """Runs a part and prints its record as JSON."""
+    name, what, device, level = sys.argv[1:]
+    print(json.dumps(Part(name, what).run(torch.device(device), quick=level == "quick").as_json()))

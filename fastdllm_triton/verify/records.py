@@ -10,6 +10,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from .tolerance import Judgement
+
 
 @dataclass(frozen=True)
 class CaseRecord:
@@ -63,12 +65,8 @@ class Record:
     @property
     def worst(self) -> CaseRecord | None:
         """The case that came closest to its bound, or went furthest beyond it."""
-
-        def severity(case: CaseRecord) -> tuple[bool, float]:
-            share = case.error / case.bound if case.bound else (math.inf if case.error else 0.0)
-            return not case.ok, share
-
-        return max((case for case in self.cases if not case.skipped), key=severity, default=None)
+        tried = (case for case in self.cases if not case.skipped)
+        return max(tried, key=lambda case: (not case.ok, Judgement(case.error, case.bound).severity), default=None)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; an infinite error is null."""

@@ -64,8 +64,4 @@ def bitwise(first: Tensor, second: Tensor) -> bool:
     """Whether two results are the same bits, NaNs and zeros of either sign included."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    return torch.equal(_bits(first), _bits(second))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).contiguous().view(torch.uint8)
+    return torch.equal(*(tensor.reshape(-1).contiguous().view(torch.uint8) for tensor in (first, second)))

@@ -154,7 +154,7 @@ def test_a_path_is_no_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     from fastdllm_triton.evaluation import plots
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plots, "draw_all", lambda *records: [records[-1] / "accuracy.png"])
+    monkeypatch.setattr(plots, "save", lambda figures, folder: [folder / "accuracy.png"])
     out = "o[/red]x[red]y:smile:"  # A closing tag that was not opened is an error of rich; one that opens would be eaten.
     result = _run("evaluate", "--problems", "1", "--strategies", "threshold:0.5", "--caches", "dual", "--out", out)
     assert result.exit_code == 0, result.output

@@ -163,7 +163,7 @@ def test_a_new_strategy_has_a_line_of_its_own_in_plots() -> None:
 
     figure = plots.accuracy_against_speed([record("threshold:0.9", 2.0), record("leftmost:2", 3.0)])
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert labels == ["threshold t", "n tokens from the left"]
+    assert labels == ["Pareto front", "threshold t", "n tokens from the left"]
 
 
 def test_a_new_strategy_is_known_to_the_command_line() -> None:

@@ -481,7 +481,8 @@ def test_every_figure_is_drawn_from_the_summary(tmp_path: Path) -> None:
     assert _evaluate(tmp_path, "--problems", 6, "--strategies", strategies, "--block-length", "16,48",
                      "--caches", "dual,dual+suffix_window=8").exit_code == 0  # fmt: skip
     names = ["accuracy-block-16", "accuracy-block-48", "tokens-in-block", "block-length", "threshold-sweep-block-16"]
-    names += ["threshold-sweep-block-48", "gain-over-fixed", "caches-block-16"]
+    names += ["threshold-sweep-block-48"]
+    assert {path.stem for path in tmp_path.glob("*.png")} == set(names)
     for name in names:
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         svg = (tmp_path / f"{name}.svg").read_text()
@@ -497,16 +498,27 @@ def test_every_figure_is_drawn_from_the_summary(tmp_path: Path) -> None:
 def test_points_have_names_that_do_not_cover_each_other_and_scores_one_scale() -> None:
     folder = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "2026-11-21-618ec41" / "strategies"
     records = [r for r in json.loads((folder / "summary.json").read_text()) if r["block_length"] == 16]
-    for figure, rows in ((plots.accuracy_against_speed(records), 1), (plots.threshold_sweep(records), 2)):
-        left, right, *_ = figure.axes
-        names = [label.get_text() for label in left.texts]
-        assert "threshold 0.9" in names and all(re.fullmatch(r"[a-z]+ [\d.]+", name) for name in names)
-        assert len(names) == len(right.texts) == (16 if rows == 1 else 5)
-        for ax in (left, right):
-            boxes = [Text.get_window_extent(label) for label in ax.texts]  # the words, without the lines to the points
-            assert not any(one.shrunk(0.9, 0.9).overlaps(other) for one, other in combinations(boxes, 2))
-            assert ax.get_ylim() == left.get_ylim()
-        assert rows == 1 or figure.axes[2].get_ylim() == left.get_ylim()
+    left, right, *_ = plots.accuracy_against_speed(records).axes
+    names = [label.get_text() for label in left.texts]
+    assert "threshold 0.9" in names and all(re.fullmatch(r"[a-z]+ [\d.]+", name) for name in names)
+    assert len(names) == len(right.texts) == 16
+    for ax in (left, right):
+        boxes = [Text.get_window_extent(label) for label in ax.texts]  # the words, without the lines to the points
+        assert not any(one.shrunk(0.9, 0.9).overlaps(other) for one, other in combinations(boxes, 2))
+        assert ax.get_ylim() == left.get_ylim()
+
+
+def test_a_sweep_shows_score_and_speed_of_every_threshold() -> None:
+    folder = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "2026-11-21-618ec41" / "strategies"
+    records = [r for r in json.loads((folder / "summary.json").read_text()) if r["block_length"] == 16]
+    figure = plots.threshold_sweep(records)
+    scores, speeds = figure.axes[: len(figure.axes) // 2], figure.axes[len(figure.axes) // 2 :]
+    for cache, score_axis, speed_axis in zip(dict.fromkeys(r["cache"] for r in records), scores, speeds, strict=True):
+        sweep = {float(r["strategy"][10:]): r for r in records if r["cache"] == cache and r["strategy"].startswith("threshold:")}
+        assert len(sweep) == 5
+        for ax, key in ((score_axis, "exact_match"), (speed_axis, "tokens_per_forward")):
+            assert ax.get_lines()[0].get_xydata().tolist() == [[t, sweep[t][key]] for t in sorted(sweep)]
+        assert score_axis.get_ylim() == scores[0].get_ylim()
 
 
 def _evaluate(out: Path, *arguments: object) -> Any:

@@ -75,11 +75,13 @@ from fastdllm_triton.kernels._arch import ARCHS
 for name in ("sm_80", "sm_90"):
     case = next(case for case in compile_cases("rope_kv_write", name) if "bf16 dream" in case.config)
     for fused in (False, True):
-        print(compile_case(replace(case, options={"enable_fp_fusion": fused}), ARCHS[name])["contractions"])
+        launch = replace(case.launch, options=case.launch.options | {"enable_fp_fusion": fused})
+        print(compile_case(replace(case, launch=launch), ARCHS[name])["contractions"])
 cases = compile_cases("linear", "sm_90")
 case = next(case for case in cases if case.config.startswith("bf16 K=4096 64x64x64 swapped norm swiglu"))
 for swap in (True, False):
-    print(compile_case(replace(case, constants={"SWAP": swap}), ARCHS["sm_90"])["serialised"])
+    launch = replace(case.launch, arguments=case.launch.arguments | {"SWAP": swap})
+    print(compile_case(replace(case, launch=launch), ARCHS["sm_90"])["serialised"])
 """
 
 

@@ -17,8 +17,10 @@ from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.tools.compile_report import (
     COMMITTED_WITH,
     compile_cases,
+    compile_named,
     compile_report,
     differences,
+    in_processes,
     problems,
     read_json,
     render,
@@ -62,7 +64,8 @@ def sample() -> set[tuple[str, str, str, str]]:
 
 def test_a_sample_compiles_without_problems_and_as_committed():
     chosen, told = sample(), []
-    records = compile_report(keep=lambda case: name(case) in chosen, on_progress=lambda *done: told.append(done))
+    wanted = [(arch, (op, kernel, config)) for op, kernel, arch, config in sorted(chosen)]
+    records = in_processes(compile_named, wanted, 2, lambda *done: told.append(done))
     assert told == [(done, len(chosen)) for done in range(1, len(chosen) + 1)]
     assert {name(record) for record in records} == chosen
     assert problems(records) == []
@@ -109,7 +112,7 @@ def test_the_bound_of_window_attention_on_shared_memory_is_one():
             continue
         arch = ARCHS[record["arch"]]
         case = next(case for case in compile_cases("window_attention", arch.name) if case.config == record["config"])
-        constant, options = case.constexprs, case.launch_options
+        constant, options = case.launch.constants, case.launch_options
         config = module.Config(
             constant["BLOCK_M"],
             constant["BLOCK_N"],
@@ -172,8 +175,9 @@ from dataclasses import replace
 from fastdllm_triton.tools.compile_report import compile_case, compile_cases
 from fastdllm_triton.kernels._arch import ARCHS
 for name in ("sm_80", "gfx942"):
-    case = next(case for case in compile_cases("window_attention", name) if case.constexprs.get("BLOCK_M") == 128)
-    print(compile_case(replace(case, options={"num_warps": 1}), ARCHS[name])["spill_bytes"])
+    case = next(case for case in compile_cases("window_attention", name) if case.launch.constants.get("BLOCK_M") == 128)
+    launch = replace(case.launch, options=case.launch.options | {"num_warps": 1})
+    print(compile_case(replace(case, launch=launch), ARCHS[name])["spill_bytes"])
 """
 
 
