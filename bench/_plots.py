@@ -37,9 +37,7 @@ def plots_of(report: Report) -> list[tuple[str, list[Plot]]]:
     by_op = {op: [row for row in rows if row["op"] == op] for op in dict.fromkeys(row["op"] for row in rows)}
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
         sections = [
-            ("Whole steps", [plot for plot in (_parts(rows),) if plot]),
             ("How close to this GPU's ceilings", _ceiling_plots(rows, report.ceilings) if report.ceilings else []),
-            ("Accuracy against tokens per forward", _accuracy(report.evaluation)),
             *((f"{op}: time", _along_axis(of_op)) for op, of_op in by_op.items()),
         ]
     return [(title, plots) for title, plots in sections if plots]
@@ -104,44 +102,6 @@ def _roofline(rows: Sequence[Row], ceilings: Ceilings) -> Plot | None:
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
     axes.legend(frameon=False, fontsize=8)
     return Plot("Roofline, as measured on this machine", _svg(figure, "roofline"))
-
-
-def _parts(rows: Sequence[Row]) -> Plot | None:
-    """Where the time of a step goes: a bar a shape and provider."""
-    steps = [row for row in rows if row.get("parts")][:12]
-    if not steps:
-        return None
-    names = list(dict.fromkeys(name for row in steps for name in row["parts"]))
-    figure, axes = _figure(height=1.0 + 0.32 * len(steps) + 0.18 * len(names))
-    left = [0.0] * len(steps)
-    for colour, name in zip(_cycle(), names, strict=False):
-        widths = [row["parts"].get(name, 0.0) for row in steps]
-        axes.barh(range(len(steps)), widths, left=left, color=colour, label=name)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    axes.set_yticks(range(len(steps)), [f"{row['provider']} {' '.join(map(str, row['shape'].values()))}" for row in steps])
-    axes.tick_params(axis="y", labelsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel="ms")
-    axes.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
-    return Plot("Time of a step by op", _svg(figure, "parts"))
-
-
-def _accuracy(evaluation: Sequence[dict[str, Any]]) -> list[Plot]:
-    """A plot for each cache and block length: a dot a strategy, with the interval of its score."""
-    found = []
-    scored = [record for record in evaluation if record["exact_match"] is not None]
-    for cache, block in dict.fromkeys((record["cache"], record["block_length"]) for record in scored):
-        figure, axes = _figure()
-        for colour, record in zip(
-            _cycle(), [r for r in scored if (r["cache"], r["block_length"]) == (cache, block)], strict=False
-        ):
-            score, (low, high) = 100 * record["exact_match"], (100 * end for end in record["exact_match_ci"])
-            x = record["tokens_per_forward"]
-            axes.errorbar(x, score, [[score - low], [high - score]], fmt="o", color=colour, label=record["strategy"])
-        axes.set(xlabel="tokens per forward", ylabel="exact match, %")
-        figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=3)
-        found.append(Plot(f"cache {cache}, blocks of {block}", _svg(figure, f"accuracy {cache} {block}")))
-    return found
 
 
 def _cycle() -> Iterator[str]:

@@ -5,7 +5,6 @@
 | ``machine.json``  | what it was measured on, the ceilings, whether anything was timed                          |
 | ``verify.json``   | the verification before it                                                                 |
 | ``<bench>.json``  | the rows of a bench, a row a line                                                          |
-| ``evaluation/``   | what ``fastdllm-triton evaluate`` has written there, if it has: ``summary.json`` is read     |
 """
 
 from __future__ import annotations
@@ -37,14 +36,12 @@ class Report:
         ceilings: None where nothing was timed.
         verification: records as JSON.
         rows: of all benches.
-        evaluation: records of :func:`fastdllm_triton.evaluation.summary.summarize`, if there are any.
     """
 
     machine: dict[str, Any]
     ceilings: Ceilings | None = None
     verification: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    evaluation: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> Report:
@@ -65,8 +62,6 @@ class Report:
                     found.rows += rows if isinstance(rows, list) and all("bench" in row for row in rows) else []
             if (path := folder / "verify.json").is_file():
                 found.verification = json.loads(path.read_text())["records"]
-            if (path := folder / "evaluation" / "summary.json").is_file():
-                found.evaluation = json.loads(path.read_text())
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder} holds damaged results: {error!r}") from None
         return found

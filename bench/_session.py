@@ -13,7 +13,6 @@ inputs that are timed, unless a run asks for it; then the rows say so. A row is 
 | of_copy, of_matrix, of_floor | fractions of the copy bandwidth, of the matrix rate, and of the nearer of the two    |
 | times_triton                 | a baseline's time over ours: how many times faster ours is                           |
 | peak_bytes                   | allocated at the highest point of a launch, beside its inputs; captured ones too     |
-| parts                        | milliseconds by name, where a row is a whole step                                    |
 | unverified                   | true where something that it rests on was not verified, or did not hold              |
 | wrong                        | what did not hold on the very inputs of the row, or was not looked at yet            |
 | missing                      | why there is no time: not installed, rejected, refused, too little memory, no GPU    |
@@ -344,10 +343,5 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
 
 def main(op: str | None = None) -> None:
     """A bench as a script: ``fastdllm-triton bench`` with the script's arguments, of one op if it is given."""
-    run_command("bench", "all", *(() if op is None else ("--op", op)))
-
-
-def run_command(*words: str) -> None:
-    """A command of ``fastdllm-triton`` with these words, and the script's arguments behind them."""
-    sys.argv[1:1] = words
+    sys.argv[1:1] = ["bench", "all", *(() if op is None else ("--op", op))]
     runpy.run_module("fastdllm_triton", run_name="__main__")

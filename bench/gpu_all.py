@@ -153,7 +153,7 @@ def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
         verify("verify all", "every op and model on the whole grid", proofs[1]),
         bench("step all", "steps and refreshes of all sizes", "step", share=0.4),
         *(bench(f"ops {op} all", f"{op} at all shapes", "ops", "--op", op, share=0.25) for op in OPS),
-        bench("generate all", "generations of all sizes, and batches of the built-in model", "generate", share=0.5),
+        bench("generate all", "generations of all sizes", "generate", share=0.5),
         tests,
         tune("tune all", "the other ops", share=0.6),
         *(sanitize(tool, op) for tool in ("memcheck", "racecheck") for op in OPS),
