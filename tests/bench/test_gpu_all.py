@@ -45,7 +45,7 @@ def test_the_dry_path_runs_to_its_end_and_goes_on_where_it_ended(tmp_path: Path)
     assert folder.parent.name == "cpu"
     expected = {"machine.json", "verify.json", "rms_norm.json", "step.json", "generate.json"}
     assert expected <= {path.name for path in folder.iterdir()}
-    assert "all held" in found.stdout and "rms_norm           not timed" in found.stdout
+    assert "all held" in found.stdout and "nothing was timed" in found.stdout
     # One stage is to be repeated, and nothing else is.
     status = out / "status.tsv"
     status.write_text(
@@ -315,12 +315,13 @@ def test_the_summary_tells_of_steps_and_ceilings(tmp_path: Path) -> None:
     folder = tmp_path / "made-up-gpu" / "2026-11-21-0123456789"
     folder.mkdir(parents=True)
     report.write_machine(folder)
+    next(row for row in report.rows if row["op"] == "swiglu")["unverified"] = True
     for bench in ("swiglu", "window_attention"):
         report.write_rows(folder, bench)
     (tmp_path / "folder").write_text("made-up-gpu/2026-11-21-0123456789\n")
     (tmp_path / "status.tsv").write_text("verify\tok\t12\nbench-ops\tstopped\t600\n")
     text = "\n".join(summary(tmp_path))
     assert "verify           ok          12 s" in text and "bench-ops        stopped    600 s" in text
-    assert "copy 1000 GB/s, matrix 100 TFLOP/s" in text
+    assert "**Made-up GPU**: copy 1,000 GB/s, matrix 100 TFLOP/s" in text
     # The baselines of the made-up report take two and three times ours.
-    assert "swiglu              10 shapes" in text and "against the best other 2.00 .. 2.00 .. 2.00" in text
+    assert "| `swiglu` | 10 (1 UNVERIFIED) | " in text and "| 2.00 (2.00 to 2.00) |" in text
