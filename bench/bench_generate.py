@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
-from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main
-from fastdllm_triton.bench._timing import reason
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, timed
+from fastdllm_triton.bench._timing import Timing, reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
 from fastdllm_triton.decoding import CacheName, GenerationConfig
 from fastdllm_triton.decoding.strategies import FixedSteps
@@ -56,10 +56,11 @@ TASKS = [
 ]
 
 
+NAMES = ("task", "prompt", "gen_length", "tokens_per_forward", "end")
+
+
 def _shape(model: str, task: tuple[str, int, int, float, int], cache: str, batch: int) -> dict[str, Any]:
-    name, prompt, gen_length, tokens, end = task
-    return {"model": model, "task": name, "prompt": prompt, "gen_length": gen_length, "tokens_per_forward": tokens, "end": end,
-            "cache": cache, "batch": batch}  # fmt: skip
+    return {"model": model, **dict(zip(NAMES, task, strict=True)), "cache": cache, "batch": batch}
 
 
 #: The most asked for first; of these the first :data:`KEY` are the key ones.
@@ -116,26 +117,24 @@ def run_official(model: OfficialModel, prompts: Tensor, cache: str, counts: Sequ
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
     """Wall clock of the best of some runs, after one that compiles and captures."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     run()
-    best = float("inf")
+    seconds = []
     for _ in range(repeat):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         began = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
 def ratios(row: Row, rows: Mapping[str, Row]) -> Row:
     """A row's time over ours, and the vanilla time over it: how many times faster than vanilla it is."""
-    if "median_ms" not in row:
-        return {}
     ours, vanilla = (rows.get(name, {}).get("median_ms") for name in ("triton", "vanilla"))
-    found: Row = {"times_triton": row["median_ms"] / ours} if ours else {}
-    return found | ({"over_vanilla": vanilla / row["median_ms"]} if vanilla else {})
+    milliseconds = row.get("median_ms")
+    over_ours: Row = {"times_triton": milliseconds / ours} if milliseconds and ours else {}
+    return over_ours | ({"over_vanilla": vanilla / milliseconds} if milliseconds and vanilla else {})
 
 
 class GenerateBench(ModelBench):
@@ -148,18 +147,16 @@ class GenerateBench(ModelBench):
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         """One shape: the rows so far, after each provider."""
-        device, timed = session.device, session.timer is not None
+        device, dtype = session.device, torch.float32 if session.timer is None else torch.bfloat16
         base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": "batch"}
-        network = network_of(shape["model"], device, torch.bfloat16 if timed else torch.float32)
-        ours = MaskedDiffusionLM(network, None)
+        network = network_of(shape["model"], device, dtype)
+        ours, model = MaskedDiffusionLM(network, None), OfficialModel(network)
         prompts = prompt_of(shape["model"], shape["batch"], shape["prompt"], device)
-        model = OfficialModel(network)
         gen_length, cache = shape["gen_length"], shape["cache"]
         counts = spread(gen_length, shape["tokens_per_forward"])
         until_end = counts[: blocks_until(shape["end"])]
-        single = model.config.architecture == "dream" and shape["batch"] > 1
         rows: dict[str, Row] = {}
-        for provider, run, kept in (
+        for provider, run, schedule in (
             ("triton", lambda: run_ours(ours, prompts, cache, counts, gen_length), counts),
             ("triton eos", lambda: run_ours(ours, prompts, cache, until_end, gen_length), until_end),
             ("official", lambda: run_official(model, prompts, cache, counts, gen_length), counts),
@@ -167,18 +164,19 @@ class GenerateBench(ModelBench):
         ):
             if not session.wants(provider):
                 continue
-            if not provider.startswith("triton"):
+            is_ours = provider in self.ours
+            if not is_ours:
                 release(ours)  # our buffers take no room from the official loop
             try:
-                if single and not provider.startswith("triton"):
+                if not is_ours and model.config.architecture == "dream" and shape["batch"] > 1:
                     raise NotImplementedError("the official loop is for one row")
-                if timed:
-                    seconds = seconds_of(run, device, repeat=3 if provider.startswith("triton") else 1)
-                    seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
-                    rows[provider] = self.row_of(shape, kept, seconds, session, provider)
-                else:
+                if session.timer is None:
                     run()
                     rows[provider] = {"missing": "ran; not timed without a GPU"}
+                else:
+                    seconds = seconds_of(run, device, repeat=3 if is_ours else 1)
+                    seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
+                    rows[provider] = self.row_of(shape, schedule, seconds, session, provider)
             except Exception as error:  # too little memory for a float64 softmax over a long context
                 rows[provider] = {"missing": reason(error)}
             yield [base | {"provider": name} | row | ratios(row, rows) for name, row in rows.items()]
@@ -192,9 +190,9 @@ class GenerateBench(ModelBench):
             llada_generate(model, prompts, gen_length, BLOCK, "none", forwards=BLOCK, most=SAMPLED)
 
     def row_of(self, shape: Shape, counts: Sequence[int], seconds: float, session: Session, provider: str) -> Row:
+        """A time next to the floor of its schedule, where the forwards follow one another."""
         assert session.ceilings is not None
         stops = len(counts) * BLOCK < shape["gen_length"]
-        tokens = shape["batch"] * (shape["end"] if stops else shape["gen_length"])
         setting = Setting(
             shape["prompt"],
             shape["gen_length"],
@@ -204,22 +202,12 @@ class GenerateBench(ModelBench):
             batch_size=shape["batch"],
             stop_at=shape["end"] if stops else None,
         )
-        gpu = Gpu("this one", session.ceilings.copy, session.ceilings.matrix)
-        floor = floor_of(MODELS[shape["model"]], setting, gpu)
-        milliseconds = seconds * 1e3
-        return {
-            "median_ms": milliseconds,
-            "p20_ms": milliseconds,
-            "p80_ms": milliseconds,
-            "bytes": int(floor.cost.bytes),
-            "flops": int(floor.cost.flops),
-            "gb_per_s": floor.cost.bytes / seconds / 1e9,
-            "tflop_per_s": floor.cost.flops / seconds / 1e12,
-            "of_copy": floor.cost.bytes / seconds / gpu.bandwidth,
-            "of_matrix": floor.cost.flops / seconds / gpu.matrix_rate,
+        floor = floor_of(MODELS[shape["model"]], setting, Gpu("this one", session.ceilings.copy, session.ceilings.matrix))
+        timing = Timing(*[1e3 * seconds] * 3)
+        return timed(timing, int(floor.cost.bytes), int(floor.cost.flops), session.ceilings) | {
             "of_floor": floor.seconds / seconds,
             "forwards": sum(counts),
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": floor.tokens / seconds,
             "extrapolated": provider == "vanilla",
         }
 
