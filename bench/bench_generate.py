@@ -31,10 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdllm_triton.bench import official_step as official
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
 from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, timed
 from fastdllm_triton.bench._timing import Timing, reason
-from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
+from fastdllm_triton.bench.official_step import OfficialModel
 from fastdllm_triton.decoding import CacheName, GenerationConfig
 from fastdllm_triton.decoding.strategies import FixedSteps
 from fastdllm_triton.engine.generation import Generation
@@ -109,10 +110,11 @@ def run_ours(model: MaskedDiffusionLM, prompts: Tensor, cache: CacheName, counts
     return generation.output().sequences
 
 
-def run_official(model: OfficialModel, prompts: Tensor, cache: str, counts: Sequence[int], gen_length: int) -> Tensor:
-    """The same with the official loop."""
-    generate = dream_generate if model.config.architecture == "dream" else llada_generate
-    return generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, blocks=len(counts))[0]
+def run_official(
+    model: OfficialModel, prompts: Tensor, cache: str, counts: Sequence[int], gen_length: int, most: int | None = None
+) -> Tensor:
+    """The same with the official loop, or the first forwards of it."""
+    return official.generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, most=most)[0]
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
@@ -154,13 +156,14 @@ class GenerateBench(ModelBench):
         prompts = prompt_of(shape["model"], shape["batch"], shape["prompt"], device)
         gen_length, cache = shape["gen_length"], shape["cache"]
         counts = spread(gen_length, shape["tokens_per_forward"])
+        one_a_forward = [BLOCK] * len(counts)
         until_end = counts[: blocks_until(shape["end"])]
         rows: dict[str, Row] = {}
         for provider, run, schedule in (
             ("triton", lambda: run_ours(ours, prompts, cache, counts, gen_length), counts),
             ("triton eos", lambda: run_ours(ours, prompts, cache, until_end, gen_length), until_end),
             ("official", lambda: run_official(model, prompts, cache, counts, gen_length), counts),
-            ("vanilla", lambda: self.vanilla(model, prompts, gen_length), [BLOCK] * len(counts)),
+            ("vanilla", lambda: run_official(model, prompts, "none", one_a_forward, gen_length, SAMPLED), one_a_forward),
         ):
             if not session.wants(provider):
                 continue
@@ -168,7 +171,7 @@ class GenerateBench(ModelBench):
             if not is_ours:
                 release(ours)  # our buffers take no room from the official loop
             try:
-                if not is_ours and model.config.architecture == "dream" and shape["batch"] > 1:
+                if not is_ours and model.is_dream and shape["batch"] > 1:
                     raise NotImplementedError("the official loop is for one row")
                 if session.timer is None:
                     run()
@@ -181,13 +184,6 @@ class GenerateBench(ModelBench):
                 rows[provider] = {"missing": reason(error)}
             yield [base | {"provider": name} | row | ratios(row, rows) for name, row in rows.items()]
         release(ours)
-
-    def vanilla(self, model: OfficialModel, prompts: Tensor, gen_length: int) -> None:
-        """Some forwards of the official loop without a cache."""
-        if model.config.architecture == "dream":
-            dream_generate(model, prompts, gen_length, BLOCK, "none", forwards=gen_length, most=SAMPLED)
-        else:
-            llada_generate(model, prompts, gen_length, BLOCK, "none", forwards=BLOCK, most=SAMPLED)
 
     def row_of(self, shape: Shape, counts: Sequence[int], seconds: float, session: Session, provider: str) -> Row:
         """A time next to the floor of its schedule, where the forwards follow one another."""

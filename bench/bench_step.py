@@ -31,8 +31,7 @@ from torch import Tensor
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, peak, timed
 from fastdllm_triton.bench._timing import Timing, percentiles, pool_bytes, reason
-from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
-from fastdllm_triton.bench.official_step import shift as shift_logits
+from fastdllm_triton.bench.official_step import OfficialModel, dream_block, llada_block
 from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
 from fastdllm_triton.engine.request import batch_requests
@@ -116,53 +115,32 @@ class OfficialStep:
     """The official code at the same block."""
 
     def __init__(self, network: Transformer, sequences: Tensor, start: int, window: int) -> None:
-        if network.config.architecture == "dream" and len(sequences) > 1:
-            raise NotImplementedError("the official loop is for one row")
         self.model, self.mask_id = OfficialModel(network), network.config.mask_id
-        self.dream = network.config.architecture == "dream"
+        if self.model.is_dream and len(sequences) > 1:
+            raise NotImplementedError("the official loop is for one row")
         self.sequences, self.start, self.window = sequences, start, window
         self.x = sequences.clone()
-        self.past: Past | None = None
-        self.replace = torch.zeros_like(sequences, dtype=torch.bool)
-        self.replace[:, start : start + window] = True
 
     def reset(self) -> None:
         self.x.copy_(self.sequences)
 
     def refresh(self) -> None:
         """A forward of everything, its cache kept, and the first selection."""
-        self.past = None  # as there, where the next cache is made while the last one may be freed
-        with torch.no_grad():
-            logits, self.past = self.model(self.x, use_cache=True)
-            if self.dream:
-                x0 = dream_sample(shift_logits(logits))[1]
-                self.x[:, self.start] = x0[:, self.start]
-            else:
-                self._select(logits, 0, self.x.shape[1])
+        block = dream_block if self.model.is_dream else llada_block
+        self.forwards = block(self.model, self.x, self.start, self.window, "dual", 0.9, None)  # the last cache may be freed
+        self.step()
 
     def step(self) -> None:
         """A forward of the block, selection, and the look at what is left."""
-        with torch.no_grad():
-            first, last = self.start, self.start + self.window
-            logits, _ = self.model(self.x[:, first:last], self.past, self.replace)
-            self._select(shift_logits(logits) if self.dream else logits, first, last)
-            bool((self.x[:, first:last] == self.mask_id).sum() == 0)
+        next(self.forwards)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        self.reset()
-        self.refresh()
-        return self.model(self.sequences[:, self.start : self.start + self.window], self.past, self.replace)[0]
-
-    def _select(self, logits: Tensor, first: int, last: int) -> None:
-        x = self.x[:, first:last]
-        eligible = x == self.mask_id
-        eligible[:, self.start + self.window - first :] = False
-        if self.dream:
-            dream_commit(x, logits, self.window, self.mask_id, int(eligible.sum()), 0.9)
-        else:
-            x0, chosen = llada_select(logits, eligible, x, None, 0.9)
-            self.x[:, first:last] = torch.where(chosen, x0, x)
+        """``[B, N, V]``: of the masked block, over the cache of a refresh."""
+        end, replace = self.start + self.window, torch.zeros_like(self.x, dtype=torch.bool)
+        replace[:, self.start : end] = True
+        past = self.model(self.sequences, use_cache=True)[1]
+        return self.model(self.sequences[:, self.start : end], past, replace)[0]
 
 
 def difference(got: Tensor, want: Tensor) -> float:

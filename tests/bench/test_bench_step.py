@@ -143,7 +143,8 @@ def test_the_vanilla_sample_has_its_number_of_forwards(model, monkeypatch):
         OfficialModel, "__call__", lambda self, *args, **kwargs: forwards.append(args) or forward(self, *args, **kwargs)
     )
     network = _models.network_of(model, CPU, torch.float32)
-    bench_generate.BENCH.vanilla(OfficialModel(network), _models.prompt_of(model, 1, 9, CPU), 64)
+    prompts = _models.prompt_of(model, 1, 9, CPU)
+    bench_generate.run_official(OfficialModel(network), prompts, "none", [32, 32], 64, bench_generate.SAMPLED)
     assert [len(args[0][0]) for args in forwards] == [9 + 64] * bench_generate.SAMPLED
 
 
@@ -244,9 +245,8 @@ def test_what_generations_keep_is_given_back_before_the_official_loop_runs(monke
     log = []
     for name in ("run_ours", "run_official", "release"):
         monkeypatch.setattr(bench_generate, name, lambda *args, name=name: log.append(name))
-    monkeypatch.setattr(bench_generate.GenerateBench, "vanilla", lambda *args: log.append("vanilla"))
     list(bench_generate.BENCH.rows_of(bench_generate.QUICK[0], Session(CPU)))
-    assert log == ["run_ours", "run_ours", "release", "run_official", "release", "vanilla", "release"]
+    assert log == ["run_ours", "run_ours", "release", "run_official", "release", "run_official", "release"]
     model = MaskedDiffusionLM(_models.network_of("tiny llada", CPU, torch.float32), None)
     model.buffers.limit = 1
     model.buffers.give(SimpleNamespace(nbytes=1, release=lambda: log.append("freed")))
