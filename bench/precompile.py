@@ -22,7 +22,7 @@ import typer
 from fastdllm_triton.bench import bench_step
 from fastdllm_triton.bench._models import network_of, prompt_of
 from fastdllm_triton.bench._session import Bench, Shape, benches, label, needs_gpu
-from fastdllm_triton.bench._timing import Run, reason
+from fastdllm_triton.bench._timing import reason
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.verify import jobs_for
 
@@ -35,40 +35,35 @@ def shapes_of(op: str, quick: bool) -> list[Shape]:
     return list(bench_step.QUICK[:1] if quick else bench_step.SHAPES[: bench_step.KEY])
 
 
-def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
-    """Launches every provider once.
-
-    Returns:
-        Names of those that could not be launched.
-    """
-    what = f"{op} {label(shape)}"
-    target, dtype = torch.device(device), torch.float16 if quick else torch.bfloat16
+def providers_of(op: str, shape: Shape, device: torch.device, quick: bool) -> dict[str, Callable[[], object]]:
+    """What a bench launches at a shape."""
     (bench,) = benches("all", [op])
+    dtype = torch.float16 if quick else torch.bfloat16
     if isinstance(bench, Bench):
-        inputs = bench.cases.inputs(shape, target, dtype)
-        providers: dict[str, Run] = {"triton": lambda i: bench.function(**i)}
-        providers |= {name: run for name, run in bench.baselines.items() if not (quick and needs_gpu(name))}
-        return [name for name, run in providers.items() if not _runs(f"{what} {name}", partial(run, inputs))]
-    network = network_of(shape["model"], target, torch.float32 if quick else dtype, layers=1)
-    ids = prompt_of(shape["model"], shape["batch"], shape["context"], target)
-    networks = {"triton": network} if quick else {"triton": network, "triton fused": bench_step.launched(network, "triton fused")}
+        inputs = bench.cases.inputs(shape, device, dtype)
+        baselines = {name: partial(run, inputs) for name, run in bench.baselines.items() if not (quick and needs_gpu(name))}
+        return {"triton": partial(bench.function, **inputs), **baselines}
+    network = network_of(shape["model"], device, torch.float32 if quick else dtype, layers=1)
+    ids = prompt_of(shape["model"], shape["batch"], shape["context"], device)
 
-    def one(network: Transformer) -> None:
+    def step_of(network: Transformer) -> None:
         step = bench_step.OurStep(network, ids, shape["window"])
         for run in (step.reset, step.refresh, step.step):
             run()
 
-    return [name for name, network in networks.items() if not _runs(f"{what} {name}", partial(one, network))]
+    fused = {} if quick else {"triton fused": partial(step_of, bench_step.launched(network, "triton fused"))}
+    return {"triton": partial(step_of, network), **fused}
 
 
-def _runs(what: str, run: Callable[[], object]) -> bool:
-    """Whether it ran; why not goes to standard error."""
-    try:
-        run()
-    except Exception as error:  # Whatever one provider raises, the others are still to be launched.
-        typer.echo(f"{what}: {reason(error)}", err=True)
-        return False
-    return True
+def launch(op: str, shape: Shape, device: str, quick: bool) -> dict[str, str]:
+    """Launches every provider once; why those were not launched that could not be."""
+    failed = {}
+    for name, run in providers_of(op, shape, torch.device(device), quick).items():
+        try:
+            run()
+        except Exception as error:  # Whatever one provider raises, the others are still to be launched.
+            failed[name] = reason(error)
+    return failed
 
 
 def main(
@@ -79,15 +74,14 @@ def main(
     """Compile what the key shapes of all benches launch."""
     began = time.perf_counter()
     ops = op or ["step", *(bench.op for bench in benches("ops"))]
-    wanted = [(name, shape) for name in ops for shape in shapes_of(name, quick)]
-    processes = min(jobs_for(torch.device(device)), len(wanted))
+    cases = [(name, shape) for name in ops for shape in shapes_of(name, quick)]
+    processes = min(jobs_for(torch.device(device)), len(cases))
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(launch, name, shape, device, quick): (name, shape) for name, shape in wanted}
+        running = {pool.submit(launch, *case, device, quick): case for case in cases}
         for future in as_completed(running):
             name, shape = running[future]
-            failed = ["all", str(error)] if (error := future.exception()) else future.result()
-            ended = f"not {', '.join(failed)}" if failed else "all"
-            typer.echo(f"{time.perf_counter() - began:5.1f} s  {name} {label(shape)}: {ended}")
+            failed = {"all": error} if (error := future.exception()) else future.result()
+            typer.echo(f"{time.perf_counter() - began:5.1f} s  {name} {label(shape)}{f': not {failed}' if failed else ''}")
 
 
 if __name__ == "__main__":
