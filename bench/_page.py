@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
-from fastdllm_triton.bench._report import Report, changes, columns_of, note_of
-from fastdllm_triton.bench._session import Row
+from fastdllm_triton.bench._report import Report, cells_of, changes
 from fastdllm_triton.utils.files import write_atomically
 
 
@@ -34,30 +32,7 @@ def page(report: Report, earlier: Report | None = None) -> str:
         ceilings=report.ceilings,
         verification=report.verification,
         sections=plots_of(report),
-        tables=[_table(op, rows) for op, rows in report.by_op()],
+        tables=[(op, list(zip(rows, cells_of(rows), strict=True))) for op, rows in report.by_op()],
         changes=[] if earlier is None else [change for change in changes(earlier, report) if change.verdict != "same"],
         earlier=earlier,
     )
-
-
-def _table(op: str, rows: list[Row]) -> dict[str, Any]:
-    """The cells of an op: what is shown, and the number that it is sorted by."""
-    shape, columns = list(rows[0]["shape"]), columns_of(rows)
-    notes = ["note"] if any(note_of(row) for row in rows) else []
-    return {
-        "op": op,
-        "heads": [*shape, "provider", *(column.title for column in columns), *notes],
-        "rows": [
-            {
-                "ours": row["provider"] == "triton",
-                "refused": bool(row.get("refused") or row.get("unverified")),
-                "cells": [
-                    *({"text": str(row["shape"].get(key, "")), "sort": row["shape"].get(key)} for key in shape),
-                    {"text": row["provider"], "sort": None},
-                    *({"text": column.text(row), "sort": row.get(column.key)} for column in columns),
-                    *({"text": note_of(row), "sort": None} for _ in notes),
-                ],
-            }
-            for row in rows
-        ],
-    }
