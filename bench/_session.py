@@ -21,8 +21,6 @@ inputs that are timed, unless a run asks for it; then the rows say so. A row is 
 from __future__ import annotations
 
 import gc
-import importlib
-import pkgutil
 import runpy
 import sys
 import time
@@ -42,19 +40,7 @@ from ._timing import Ceilings, Inputs, Run, Timer, Timing, reason, sets_of_input
 Row = dict[str, Any]
 Shape = Mapping[str, Any]
 
-#: In the order of importance, so that a time limit cuts the least.
 SUITES = ("step", "generate", "ops")
-ORDER = (
-    "window_attention",
-    "head_statistics",
-    "linear",
-    "rope_kv_write",
-    "rms_norm",
-    "swiglu",
-    "token_statistics",
-    "commit_tokens",
-    "window_inputs",
-)
 
 
 @dataclass
@@ -159,8 +145,8 @@ class Bench:
         return key if session.quick else [*key, *(shape for shape in self.cases.shapes if shape not in key)]
 
     def rows_of(self, shape: Shape, session: Session) -> dict[str, Row]:
-        needed, flops, timer, ceilings = self.cases.bytes(shape), self.cases.flops(shape), session.timer, session.ceilings
-        count = min(sets_of_inputs(needed, session.cache), self.most_sets) if timer else 1
+        needed, flops = self.cases.bytes(shape), self.cases.flops(shape)
+        count = min(sets_of_inputs(needed, session.cache), self.most_sets) if session.timer else 1
         # The interpreter has no bfloat16.
         dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float16
         inputs, expected = sets_and_results(self.cases, shape, session.device, dtype, count)
@@ -174,27 +160,31 @@ class Bench:
         del expected
         runs: dict[str, Run] = {"triton": lambda i: self.function(**i)}
         runs |= {name: run for name, run in self.baselines.items() if session.wants(name)}
-        if timer is None or ceilings is None:
-            return {name: self._plumbing(name, run, inputs[0]) | wrong for name, run in runs.items()}
-        times = timer(runs, inputs)
+        times = (session.timer or run_untimed)(runs, inputs)
         ours = times["triton"]
         rows: dict[str, Row] = {}
         for name, timing in times.items():
-            if isinstance(timing, str) or isinstance(ours, str):
-                rows[name] = {"missing": str(timing)}
+            if isinstance(timing, str) or isinstance(ours, str) or session.ceilings is None:
+                rows[name] = {"missing": str(timing)} | wrong
                 continue
-            rows[name] = timed(timing, needed, flops, ceilings)
+            rows[name] = timed(timing, needed, flops, session.ceilings)
             rows[name] |= {"times_triton": timing.median / ours.median, "peak_bytes": peak(runs[name], inputs[0])} | wrong
         return rows
 
-    def _plumbing(self, name: str, run: Run, inputs: Inputs) -> Row:
+
+def run_untimed(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, Timing | str]:
+    """Stands for a timer where there is no GPU: runs every provider once."""
+
+    def ended(name: str, run: Run) -> str:
         if needs_gpu(name):
-            return {"missing": "needs a GPU"}
+            return "needs a GPU"
         try:
-            run(inputs)
+            run(inputs[0])
         except Exception as error:
-            return {"missing": reason(error)}
-        return {"missing": "ran, untimed"}
+            return reason(error)
+        return "ran, untimed"
+
+    return {name: ended(name, run) for name, run in runs.items()}
 
 
 class ModelBench:
@@ -256,8 +246,7 @@ def sets_and_results(
 
 
 def _first_line(error: AssertionError) -> str:
-    lines = str(error).strip().splitlines() or ["the kernel disagrees with the reference"]
-    return lines[0][:80]
+    return str(error).strip().split("\n")[0][:80]
 
 
 def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:
@@ -323,22 +312,17 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     """
     if suite != "all" and suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, needs all, {' or '.join(SUITES)}")
-    from fastdllm_triton import bench as package
+    from fastdllm_triton.bench import bench_generate, bench_ops, bench_step, bench_window_attention
 
-    modules = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("bench_")]
-    files = [vars(importlib.import_module(f"{package.__name__}.{name}")) for name in modules]
-    found: list[Measurable] = [bench for file in files for bench in file.get("BENCHES") or [file["BENCH"]]]
-    unknown = sorted(set(names) - {bench.op for bench in found})
-    if unknown:
-        raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in found)}")
-    found = [bench for bench in found if suite in ("all", bench.suite) and (not names or bench.op in names)]
-    if not found:
+    everything: list[Measurable] = [
+        bench_step.BENCH, bench_generate.BENCH, bench_window_attention.BENCH, *bench_ops.BENCHES
+    ]  # fmt: skip
+    if unknown := sorted(set(names) - {bench.op for bench in everything}):
+        raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in everything)}")
+    chosen = [bench for bench in everything if suite in ("all", bench.suite) and (not names or bench.op in names)]
+    if not chosen:
         raise ValueError(f"suite: there is no bench in {suite!r}" + (f" among {', '.join(names)}" if names else ""))
-
-    def rank(bench: Measurable) -> tuple[int, int]:
-        return SUITES.index(bench.suite), ORDER.index(bench.op) if bench.op in ORDER else len(ORDER)
-
-    return sorted(found, key=rank)
+    return chosen
 
 
 def main(op: str | None = None) -> None:

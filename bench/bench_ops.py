@@ -88,6 +88,7 @@ def official_commit(i: Inputs) -> Tensor:
 
 #: What decoders do to logits.
 SELECTIONS = {"official float64": official_float64, "torch float32": torch_float32, "torch.compile float32": compiled_float32}
+#: In the order of importance, so that a time limit cuts the least.
 BENCHES = [
     Bench(
         OPS["head_statistics"],
