@@ -19,6 +19,7 @@ import torch
 
 Inputs = Mapping[str, Any]
 Run = Callable[[Inputs], Any]
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 #: Turns of each provider, and the milliseconds that a turn takes at least.
 TURNS, TURN_MS = 50, 0.5
@@ -53,20 +54,25 @@ def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str
             graphs[name] = graph
         except Exception as error:
             found[name] = reason(error)
-    turns: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+    turns: dict[str, list[Events]] = {name: [] for name in graphs}
     for _ in range(TURNS):
         for name, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(replays[name]):
-                graph.replay()
-            end.record()
-            turns[name].append((begin, end))
+            turns[name].append(events_around(graph.replay, replays[name]))
     torch.cuda.synchronize()
     for name, events in turns.items():
         launches = len(inputs) * replays[name]
         found[name] = percentiles([begin.elapsed_time(end) / launches for begin, end in events])
     return {name: found[name] for name in runs}
+
+
+def events_around(run: Callable[[], object], repeat: int = 1) -> Events:
+    """Two events on the GPU's clock, with runs in a row between them."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeat):
+        run()
+    end.record()
+    return begin, end
 
 
 def _captured(run: Run, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
@@ -89,10 +95,7 @@ def _captured(run: Run, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
 
 def _replays(graph: torch.cuda.CUDAGraph) -> int:
     graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    graph.replay()
-    end.record()
+    begin, end = events_around(graph.replay)
     torch.cuda.synchronize()
     return max(1, min(MOST_REPLAYS, math.ceil(TURN_MS / max(begin.elapsed_time(end), 1e-3))))
 

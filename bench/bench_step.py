@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, peak, timed
-from fastdllm_triton.bench._timing import Timing, percentiles, pool_bytes, reason
+from fastdllm_triton.bench._timing import Timing, events_around, percentiles, pool_bytes, reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_block, llada_block
 from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
@@ -154,12 +154,8 @@ def time_of(run: Callable[[], None], reset: Callable[[], None], repeat: int, tur
     turned = []
     for turn in range(turns + 2):
         reset()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        begin.record()
-        for _ in range(repeat):
-            run()
-        end.record()
+        begin, end = events_around(run, repeat)
         torch.cuda.synchronize()
         if turn >= 2:  # the first ones compile and capture
             turned.append(begin.elapsed_time(end) / repeat)

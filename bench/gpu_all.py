@@ -26,15 +26,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "einops", "numpy", "typer", "rich")
 #: In the order of the time that a step spends in them.
 MAIN_OPS = ("window_attention", "linear", "head_statistics", "rope_kv_write", "rms_norm")
 OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens", "window_inputs")
@@ -186,26 +185,16 @@ class Runner:
     Args:
         out: the folder of the run.
         minutes: the limit.
-        clock: seconds that pass.
-        execute: runs a command of a stage for at most so many seconds and gives back its status.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        minutes: float,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        execute: Callable[[Stage, Sequence[str], float, Path], int] = execute,
-    ) -> None:
+    def __init__(self, out: Path, minutes: float) -> None:
         self.out, self.seconds = out, minutes * 60
-        self._clock, self._execute = clock, execute
-        self._end = clock() + self.seconds
+        self._end = monotonic() + self.seconds
         self._status = out / "status.tsv"
 
     @property
     def left(self) -> float:
-        return self._end - self._clock()
+        return self._end - monotonic()
 
     def states(self) -> dict[str, tuple[str, int]]:
         """State and seconds of each stage that was begun."""
@@ -223,9 +212,9 @@ class Runner:
                 self._note(stage, "no time", 0)
             else:
                 print(f"{head}: at most {_time(self.limit(stage))} of {_time(self.left)}", flush=True)
-                began = self._clock()
+                began = monotonic()
                 state = self._run(stage)
-                took = self._clock() - began
+                took = monotonic() - began
                 self._note(stage, state, took)
                 print(f"    {state} after {_time(took)}", flush=True)
                 if state not in ("ok", "skipped"):
@@ -247,13 +236,13 @@ class Runner:
             self.log(stage).write_text(f"{', '.join(missing)} not installed\n")
             return "skipped"
         self._note(stage, "cut", 0)  # as it is where this run ends meanwhile
-        end = self._clock() + self.limit(stage)
+        end = monotonic() + self.limit(stage)
         for _ in range(1 + RETRIES):
-            left = end - self._clock()
+            left = end - monotonic()
             if left < LEAST_SECONDS:
                 return "cut"
             # A case that has begun within its minutes should end within the limit.
-            status = self._execute(stage, stage.command(0.7 * left / 60), left, self.log(stage))
+            status = execute(stage, stage.command(0.7 * left / 60), left, self.log(stage))
             if status != LOST:
                 return {0: "ok", CUT: "cut", 124: "cut"}.get(status, "failed")
         return "failed"
@@ -278,6 +267,7 @@ def _time(seconds: float) -> str:
 #: Says, in a process of its own, since this one is to leave the GPU alone, whether there is one and what its results are called.
 PROBE = """
 import json, torch
+from fastdllm_triton.cli import app  # which imports what commands need
 from fastdllm_triton.tools import environment
 gpu = torch.cuda.is_available()
 print(json.dumps([gpu, environment.folder_name(environment.describe(torch.device("cuda" if gpu else "cpu")))]))
@@ -293,8 +283,6 @@ def prepare(out: Path, dry: bool) -> Path:
     Raises:
         ValueError: nothing can be run here; it says why.
     """
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"{sys.executable} lacks {', '.join(missing)}, and nothing is fetched here")
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -114,8 +115,8 @@ class Simulation:
     def run(self, out: Path, minutes: float, stages: Sequence[Stage] | None = None) -> int:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         self.begun.clear()
-        runner = Runner(out, minutes, clock=lambda: self.now, execute=self.execute)
-        return runner.run(plan(out, out / "results") if stages is None else stages)
+        with patch.object(gpu_all, "execute", self.execute), patch.object(gpu_all, "monotonic", lambda: self.now):
+            return Runner(out, minutes).run(plan(out, out / "results") if stages is None else stages)
 
 
 def a_stage(name: str, seconds: float | None = None, share: float = 0.5, needs: Sequence[str] = ()) -> Stage:
