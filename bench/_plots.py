@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from fastdllm_triton.bench._report import Report
@@ -21,92 +20,78 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#9
 MOST_PANELS = 6
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A plot and what it shows, in words."""
-
-    title: str
-    svg: str
+#: A title and an SVG element.
+Plot = tuple[str, str]
 
 
 def plots_of(report: Report) -> list[tuple[str, list[Plot]]]:
     """The plots of a report by section; sections without data are left out."""
     import matplotlib
+    from cycler import cycler
 
     rows = [row for row in report.rows if "median_ms" in row]
-    by_op = {op: [row for row in rows if row["op"] == op] for op in dict.fromkeys(row["op"] for row in rows)}
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
-        sections = [
-            ("How close to this GPU's ceilings", _ceiling_plots(rows, report.ceilings) if report.ceilings else []),
-            *((f"{op}: time", _along_axis(of_op)) for op, of_op in by_op.items()),
-        ]
+    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.prop_cycle": cycler(color=COLOURS)}
+    with matplotlib.rc_context(style):
+        sections = [("How close to this GPU's ceilings", _ceilings(rows, report.ceilings) if report.ceilings else [])]
+        ops = dict.fromkeys(row["op"] for row in rows)
+        sections += [(f"{op}: time", _along_axis([row for row in rows if row["op"] == op])) for op in ops]
     return [(title, plots) for title, plots in sections if plots]
-
-
-def _ceiling_plots(rows: Sequence[Row], ceilings: Ceilings) -> list[Plot]:
-    return [plot for plot in (_fractions(rows), _roofline(rows, ceilings)) if plot]
 
 
 def _along_axis(rows: Sequence[Row]) -> list[Plot]:
     """Time against the op's axis, a plot for each other size and a line for each provider."""
     axis = rows[0]["axis"]
     panels: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row["shape"][axis]):
         panels.setdefault(label({key: value for key, value in row["shape"].items() if key != axis}), []).append(row)
-    several = {name: found for name, found in panels.items() if len({row["shape"].get(axis) for row in found}) > 1}
-    found = []
-    for name in list(several)[:: max(1, math.ceil(len(several) / MOST_PANELS))]:
-        providers = dict.fromkeys(row["provider"] for row in several[name])
+    lines = [(name, panel) for name, panel in panels.items() if len({row["shape"][axis] for row in panel}) > 1]
+    plots = []
+    for name, panel in lines[:: max(1, math.ceil(len(lines) / MOST_PANELS))]:
+        providers = dict.fromkeys(row["provider"] for row in panel)
         figure, axes = _figure(height=SIZE[1] + 0.09 * len(providers))
-        for colour, provider in zip(_cycle(), providers, strict=False):
-            mine = sorted((row for row in several[name] if row["provider"] == provider), key=lambda row: row["shape"][axis])
+        for provider in providers:
+            mine = [row for row in panel if row["provider"] == provider]
             x = [row["shape"][axis] for row in mine]
-            axes.plot(x, [row["median_ms"] for row in mine], marker="o", markersize=3, color=colour, label=provider)
-            axes.fill_between(x, [r["p20_ms"] for r in mine], [r["p80_ms"] for r in mine], color=colour, alpha=0.2, linewidth=0)
+            (line,) = axes.plot(x, [row["median_ms"] for row in mine], marker="o", markersize=3, label=provider)
+            low, high = ([row[key] for row in mine] for key in ("p20_ms", "p80_ms"))
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms")
-        _ticks_at(axes, sorted({row["shape"][axis] for row in several[name]}))
+        _ticks_at(axes, sorted({row["shape"][axis] for row in panel}))
         figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=2)
-        found.append(Plot(name or axis, _svg(figure, f"{rows[0]['op']} {name}")))
-    return found
+        plots.append((name or axis, _svg(figure, f"{rows[0]['op']} {name}")))
+    return plots
 
 
-def _fractions(rows: Sequence[Row]) -> Plot | None:
-    """Our fraction of the floor: a dot a shape, a line an op."""
-    mine = [row for row in rows if row["provider"] == "triton" and "of_floor" in row]
-    if not mine:
-        return None
-    ops = list(dict.fromkeys(row["op"] for row in mine))
-    figure, axes = _figure(height=0.6 + 0.4 * len(ops))
-    for line, op in enumerate(reversed(ops)):
-        x = [100 * row["of_floor"] for row in mine if row["op"] == op]
-        axes.plot(x, [line] * len(x), "o", markersize=5, alpha=0.5, color=COLOURS[0])
-    axes.axvline(100, color="black", linewidth=1)
-    axes.set_yticks(range(len(ops)), reversed(ops))
-    axes.set(xlim=(0, 110), ylim=(-0.5, len(ops) - 0.5), xlabel="% of the floor, a dot a shape")
-    return Plot("Floor over time: bytes at copy bandwidth or FLOPs at matrix rate, whichever is longer", _svg(figure, "floors"))
-
-
-def _roofline(rows: Sequence[Row], ceilings: Ceilings) -> Plot | None:
-    """FLOP/s reached against FLOPs a byte, under the roof."""
-    mine = [row for row in rows if row["provider"] == "triton" and row.get("flops")]
-    if not mine:
-        return None
-    figure, axes = _figure()
-    intensity = [row["flops"] / row["bytes"] for row in mine]
-    ridge = ceilings.matrix / ceilings.copy
-    reach = [min([ridge / 30, *intensity]) / 2, ridge, max([ridge * 10, *intensity]) * 2]
-    axes.plot(reach, [min(x * ceilings.copy, ceilings.matrix) / 1e12 for x in reach], color="black", linewidth=1)
-    for colour, op in zip(_cycle(), dict.fromkeys(row["op"] for row in mine), strict=False):
-        points = [(row["flops"] / row["bytes"], row["tflop_per_s"]) for row in mine if row["op"] == op]
-        axes.plot(*zip(*points, strict=True), "o", markersize=4, alpha=0.7, color=colour, label=op)
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
-    axes.legend(frameon=False, fontsize=8)
-    return Plot("Roofline, as measured on this machine", _svg(figure, "roofline"))
-
-
-def _cycle() -> Iterator[str]:
-    while True:
-        yield from COLOURS
+def _ceilings(rows: Sequence[Row], ceilings: Ceilings) -> list[Plot]:
+    """Our fraction of the floor, a dot a shape and a line an op; and FLOP/s reached against FLOPs a byte, under the roof."""
+    by_op: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["provider"] == "triton" and "of_floor" in row:
+            by_op.setdefault(row["op"], []).append(row)
+    plots = []
+    if by_op:
+        figure, axes = _figure(height=0.6 + 0.4 * len(by_op))
+        for line, of_op in enumerate(by_op.values()):
+            axes.plot([100 * row["of_floor"] for row in of_op], [line] * len(of_op), "o", alpha=0.5, color=COLOURS[0])
+        axes.axvline(100, color="black", linewidth=1)
+        axes.set_yticks(range(len(by_op)), by_op)
+        axes.set(xlim=(0, 110), ylim=(len(by_op) - 0.5, -0.5), xlabel="% of the floor, a dot a shape")
+        title = "Floor over time: bytes at copy bandwidth or FLOPs at matrix rate, whichever is longer"
+        plots.append((title, _svg(figure, "floors")))
+    by_op = {op: computing for op, of_op in by_op.items() if (computing := [row for row in of_op if row.get("flops")])}
+    if by_op:
+        figure, axes = _figure()
+        ridge = ceilings.matrix / ceilings.copy
+        intensity = [row["flops"] / row["bytes"] for of_op in by_op.values() for row in of_op]
+        reach = [min([ridge / 30, *intensity]) / 2, ridge, max([ridge * 10, *intensity]) * 2]
+        axes.plot(reach, [min(x * ceilings.copy, ceilings.matrix) / 1e12 for x in reach], color="black", linewidth=1)
+        for op, of_op in by_op.items():
+            x, y = [row["flops"] / row["bytes"] for row in of_op], [row["tflop_per_s"] for row in of_op]
+            axes.plot(x, y, "o", markersize=4, alpha=0.7, label=op)
+        axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="TFLOP/s")
+        axes.legend(frameon=False, fontsize=8)
+        plots.append(("Roofline, as measured on this machine", _svg(figure, "roofline")))
+    return plots
 
 
 def _figure(height: float = SIZE[1]) -> tuple[Any, Any]:
