@@ -21,8 +21,6 @@ inputs that are timed, unless a run asks for it; then the rows say so. A row is 
 from __future__ import annotations
 
 import gc
-import runpy
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -323,9 +321,3 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     if not chosen:
         raise ValueError(f"suite: there is no bench in {suite!r}" + (f" among {', '.join(names)}" if names else ""))
     return chosen
-
-
-def main(op: str | None = None) -> None:
-    """A bench as a script: ``fastdllm-triton bench`` with the script's arguments, of one op if it is given."""
-    sys.argv[1:1] = ["bench", "all", *(() if op is None else ("--op", op))]
-    runpy.run_module("fastdllm_triton", run_name="__main__")

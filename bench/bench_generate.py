@@ -1,7 +1,5 @@
 """Whole generations at the paper's settings, ours and the official code's re-created, with random weights at the true sizes.
 
-python bench/bench_generate.py [--quick] [--out DIR] [--html FILE] [--minutes N]
-
 With random weights no confidence reaches a threshold, so the schedule is imposed: each block is spread over as many forwards
 as the paper's tokens per forward make it, the same for ours and for the official loop. Providers:
 
@@ -33,7 +31,7 @@ from torch import Tensor
 
 from fastdllm_triton.bench import official_step as official
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
-from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, timed
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, timed
 from fastdllm_triton.bench._timing import Timing, reason
 from fastdllm_triton.bench.official_step import OfficialModel
 from fastdllm_triton.decoding import CacheName, GenerationConfig
@@ -209,7 +207,3 @@ class GenerateBench(ModelBench):
 
 
 BENCH = GenerateBench()
-
-
-if __name__ == "__main__":
-    main(BENCH.op)

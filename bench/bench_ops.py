@@ -1,7 +1,5 @@
 """Every op against PyTorch and against what decoders do today; window_attention has a file of its own.
 
-python bench/bench_ops.py --op NAME [--quick] [--out DIR] [--html FILE] [--only NAME]
-
 Of linear ours is the kernel in the configuration that its pure function chooses, whatever was measured. The library's time is
 what a layer without fusions spends: the norm in front and the gated unit behind are launches of their own, but the residual is
 not, since it is added by the next norm's launch. A launch of commit_tokens or window_inputs reads a few kilobytes: what is timed
@@ -18,23 +16,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdllm_triton.bench._baselines import (
-    compiled,
-    compiled_float32,
-    official_float64,
-    official_threshold,
-    reference,
-    torch_float32,
-)
-from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._session import Bench
 from fastdllm_triton.bench._timing import Inputs, Run
 from fastdllm_triton.kernels.rms_norm import rms_norm
 from fastdllm_triton.kernels.swiglu import swiglu
 from fastdllm_triton.kernels.token_statistics import token_statistics
 from fastdllm_triton.reference.rope_kv_write import rotate
-from fastdllm_triton.verify.cases import OPS
+from fastdllm_triton.verify.cases import OPS, OpCases
 from fastdllm_triton.verify.cases.commit_tokens import MASK, START
 from fastdllm_triton.verify.cases.linear import chosen_config
+
+
+def reference(cases: OpCases) -> Run:
+    """The op's reference, which makes its own results."""
+    return lambda i: cases.reference(**_without_results(cases, i))
+
+
+def compiled(cases: OpCases) -> Run:
+    """The op's reference, fused by Inductor."""
+    function = torch.compile(cases.reference)
+    return lambda i: function(**_without_results(cases, i))
+
+
+def _without_results(cases: OpCases, i: Inputs) -> Inputs:
+    return {name: value for name, value in i.items() if name not in cases.outs}
+
+
+def official_float64(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and confidence as LLaDA's and Fast-dLLM's generate do: argmax, then a float64 softmax over the whole vocabulary."""
+    token = torch.argmax(logits, dim=-1)
+    p = torch.softmax(logits.to(torch.float64), dim=-1)
+    return token, torch.gather(p, -1, token[:, None])[:, 0]
+
+
+def torch_float32(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in float32: softmax, its maximum and where it is."""
+    confidence, token = torch.softmax(logits.float(), dim=-1).max(dim=-1)
+    return token, confidence
+
+
+#: The same, fused by Inductor.
+compiled_float32 = torch.compile(torch_float32)
+
+
+def official_threshold(x: Tensor, token: Tensor, confidence: Tensor, start: int, mask_id: int, threshold: float) -> Tensor:
+    """Fast-dLLM's choice by threshold, vectorised, and the write of the chosen tokens; one block at one place for all rows.
+
+    Returns:
+        ``[B]``: whether a row's block has no mask left, which the official loop then reads on the host.
+    """
+    block = x[:, start : start + token.shape[1]]
+    masked = block == mask_id
+    score = torch.where(masked, confidence, torch.finfo(torch.float64).min)
+    chosen = masked & (score >= threshold)
+    best = torch.zeros_like(chosen).scatter_(1, score.argmax(dim=1, keepdim=True), True)
+    chosen = (chosen | best) & masked
+    block.copy_(torch.where(chosen, token, block))
+    return (block == mask_id).sum(1) == 0
 
 
 def torch_rms_norm(i: Inputs) -> Tensor:
@@ -110,7 +148,3 @@ BENCHES = [
         most_sets=12,
     ),
 ]
-
-
-if __name__ == "__main__":
-    main()

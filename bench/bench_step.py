@@ -1,7 +1,5 @@
 """A whole denoising step and a refresh, ours and the official code's re-created, with random weights at the true sizes.
 
-python bench/bench_step.py [--quick] [--out DIR] [--html FILE] [--minutes N]
-
 A step of ours is the captured graph, from token ids to committed tokens, over the dual cache; it is timed several times in
 a row on a block that is masked again before each turn. The official step (``official_step.py``) does the same work with the
 same weights: its forward over the block, selection, and the test on the host whether the block is done. A refresh recomputes the
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
-from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, peak, timed
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, peak, timed
 from fastdllm_triton.bench._timing import Timing, events_around, percentiles, pool_bytes, reason
 from fastdllm_triton.bench.official_step import OfficialModel, dream_block, llada_block
 from fastdllm_triton.decoding.config import GenerationConfig
@@ -240,34 +238,26 @@ class StepBench(ModelBench):
         return self.row_of("step", step, shape, session)
 
     def row_of(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
-        try:
-            return self.measured(forward, side, shape, session)
-        except Exception as error:  # too little memory for a float64 softmax over a long context
-            return {"missing": reason(error)}
-
-    def measured(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
         """A time with its ceilings, and the peak of memory."""
         run = side.step if forward == "step" else side.refresh
-        if session.timer is None or session.ceilings is None:
+        try:
             side.reset()
-            run()
-            return {"missing": "ran; not timed without a GPU"}
-        if forward == "step":
+            if session.timer is None or session.ceilings is None:
+                run()
+                return {"missing": "ran; not timed without a GPU"}
+            if forward == "step":
+                side.refresh()
+            pools = pool_bytes()
+            timing = time_of(run, side.reset, STEPS if forward == "step" else 1)
+            pools = pool_bytes() - pools
             side.reset()
-            side.refresh()
-        pools = pool_bytes()
-        timing = time_of(run, side.reset, STEPS if forward == "step" else 1)
-        pools = pool_bytes() - pools
-        side.reset()
+            reached = peak(lambda _: run(), {})
+        except Exception as error:  # too little memory for a float64 softmax over a long context
+            return {"missing": reason(error)}
         window = shape["window"] if forward == "step" else shape["context"]
         cost = forward_cost(MODELS[shape["model"]], shape["batch"], window, shape["context"], shape["window"])
         row = timed(timing, int(cost.bytes), int(cost.flops), session.ceilings)
-        reached = peak(lambda _: run(), {})
         return row | {"peak_bytes": None if reached is None else reached + pools}
 
 
 BENCH = StepBench()
-
-
-if __name__ == "__main__":
-    main(BENCH.op)

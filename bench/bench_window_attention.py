@@ -1,7 +1,5 @@
 """window_attention against every backend of PyTorch's attention that takes the shape, FlexAttention and flash-attn.
 
-    python bench/bench_window_attention.py [--quick] [--out DIR] [--html FILE] [--only NAME]
-
 ``triton plain`` and ``triton swapped`` force an operand order where the chosen config has the other one.
 """
 
@@ -18,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._session import Bench
 from fastdllm_triton.bench._timing import Inputs, Run
 from fastdllm_triton.kernels import window_attention as module
 from fastdllm_triton.kernels._arch import arch_of
@@ -87,7 +85,3 @@ BENCH = Bench(
         "flash-attn": flash_attn,
     },
 )
-
-
-if __name__ == "__main__":
-    main(BENCH.op)

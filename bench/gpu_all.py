@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from types import FrameType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,7 +325,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 < chosen.minutes < math.inf:
         parser.error(f"MINUTES must be a number above 0, got {chosen.minutes}")
     # Told to end by somebody else's time limit: what runs is ended, and its line says that it was cut.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out = chosen.out.absolute()
     runner = Runner(out, chosen.minutes)
     try:
@@ -344,10 +343,6 @@ def main(arguments: Sequence[str]) -> int:
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         (out / "summary.txt").write_text(found.stdout)
         print(found.stdout or found.stderr, flush=True)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from _bench import CEILINGS, DEVICE, bench_of, module_of, rows_of, run_once, ses
 from _cuda import PretendCuda
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdllm_triton.bench import _baselines as baselines
 from fastdllm_triton.bench import _timing as timing
+from fastdllm_triton.bench import bench_ops
 from fastdllm_triton.bench._session import benches, check, label, sets_and_results, sets_of_inputs, timed
 from fastdllm_triton.tools import roofline
 from fastdllm_triton.verify.cases import OPS as OP_CASES
@@ -322,7 +322,7 @@ def test_flex_is_compiled_at_every_shape(monkeypatch):
     module.compiled_flex.cache_clear()
 
 
-@pytest.mark.parametrize("choose", [baselines.official_float64, baselines.torch_float32])
+@pytest.mark.parametrize("choose", [bench_ops.official_float64, bench_ops.torch_float32])
 def test_the_baselines_choose_what_the_kernel_chooses(choose):
     cases = OP_CASES["token_statistics"]
     logits = cases.inputs({"rows": 4, "vocabulary": 300}, DEVICE, torch.float32)["logits"]
@@ -341,7 +341,7 @@ def test_the_official_baseline_commits_what_the_threshold_rule_commits():
     statistics.rest[4] += 1  # nothing passes: the best alone
     statistics.logsumexp[4] = (statistics.logit + torch.log1p(statistics.rest))[4]
     x = i["x"].clone()
-    done = baselines.official_threshold(x, statistics.token, statistics.confidence.double(), START, MASK, 0.7)
+    done = bench_ops.official_threshold(x, statistics.token, statistics.confidence.double(), START, MASK, 0.7)
     OP_CASES["commit_tokens"].reference(**i)
     assert x.tolist() == i["x"].tolist() and (x[4] != MASK).sum() == 1
     assert done.tolist() == i["state"].done.tolist()

@@ -272,7 +272,7 @@ def test_a_run_that_is_told_to_end_notes_what_was_cut(tmp_path: Path) -> None:
 import signal, sys
 from pathlib import Path
 from fastdllm_triton.bench import gpu_all
-signal.signal(signal.SIGTERM, gpu_all._interrupt)
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 out = Path({str(tmp_path)!r})
 (out / "logs").mkdir()
 stage = gpu_all.Stage("one", lambda minutes: ["sleep", "300"])
