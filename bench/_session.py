@@ -211,13 +211,17 @@ class ModelBench:
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
         providers = [provider for provider in (*self.ours, *self.baselines) if session.wants(provider)]
-        for shape in self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes:
+        for shape in self.chosen(session):
             if session.skips(self.op, {**self.first, **shape}, providers):
                 continue
             if session.is_over():
                 return
             gc.collect()
             yield from self.rows_of(shape, session)
+
+    def chosen(self, session: Session) -> Sequence[Shape]:
+        """The small shapes on a CPU; on a GPU the key ones if it is to be quick, all if not."""
+        return self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         """The rows of a shape as they come."""
@@ -310,11 +314,9 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     """
     if suite != "all" and suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, needs all, {' or '.join(SUITES)}")
-    from fastdllm_triton.bench import bench_generate, bench_ops, bench_step, bench_window_attention
+    from fastdllm_triton.bench import bench_generate, bench_ops, bench_step
 
-    everything: list[Measurable] = [
-        bench_step.BENCH, bench_generate.BENCH, bench_window_attention.BENCH, *bench_ops.BENCHES
-    ]  # fmt: skip
+    everything: list[Measurable] = [bench_step.BENCH, bench_generate.BENCH, *bench_ops.BENCHES]
     if unknown := sorted(set(names) - {bench.op for bench in everything}):
         raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in everything)}")
     chosen = [bench for bench in everything if suite in ("all", bench.suite) and (not names or bench.op in names)]

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+from fastdllm_triton.tools.profile import Limits
+from fastdllm_triton.verify.cases._base import Random
+
 Inputs = Mapping[str, Any]
 Run = Callable[[Inputs], Any]
 Events = tuple[torch.cuda.Event, torch.cuda.Event]
@@ -138,33 +141,18 @@ def sets_of_inputs(bytes_each: int, cache: int) -> int:
     return max(2, min(math.ceil(3 * cache / bytes_each), MEMORY // bytes_each))
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches at its best, measured before anything else.
-
-    Attributes:
-        copy: bytes a second of a plain copy of 1 GiB, read and write counted.
-        matrix: FLOPs a second of cuBLAS on a product of 8192 x 8192 matrices in bfloat16.
-    """
-
-    copy: float
-    matrix: float
+#: What the machine reaches at its best, measured before anything else: with a plain copy of 1 GiB, and with cuBLAS on a product
+#: of 8192 x 8192 matrices in bfloat16.
+Ceilings = Limits
 
 
 def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
     """Copies and multiplies; normal numbers, since zeros draw less power and run at a higher clock."""
-    generator = torch.Generator(device).manual_seed(0)
-    copies = [
-        {"x": torch.randn(2**28, device=device, generator=generator), "y": torch.empty(2**28, device=device)} for _ in range(2)
-    ]
+    random, size = Random(device, torch.bfloat16), 8192
+    copies = [{"x": random(2**28, dtype=torch.float32), "y": torch.empty(2**28, device=device)} for _ in range(2)]
     copy = timer({"copy": lambda i: i["y"].copy_(i["x"])}, copies)["copy"]
     del copies
-    size = 8192
-
-    def matrix() -> torch.Tensor:
-        return torch.randn((size, size), device=device, generator=generator).bfloat16()
-
-    factors = [{"a": matrix(), "b": matrix(), "out": matrix()} for _ in range(2)]
+    factors = [{name: random(size, size) for name in ("a", "b", "out")} for _ in range(2)]
     product = timer({"matmul": lambda i: torch.matmul(i["a"], i["b"], out=i["out"])}, factors)["matmul"]
     if isinstance(copy, str) or isinstance(product, str):
         raise RuntimeError(f"the ceilings of this GPU could not be measured: copy {copy}, matmul {product}")

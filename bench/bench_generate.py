@@ -21,13 +21,13 @@ parallel decoding alone in tables 1, 3 and 4, whose forwards cost the same with 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer
 
 from fastdllm_triton.bench import official_step as official
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
@@ -115,17 +115,14 @@ def run_official(
     return official.generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, most=most)[0]
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
+def seconds_of(run: Callable[[], object], repeat: int = 1) -> float:
     """Wall clock of the best of some runs, after one that compiles and captures."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     run()
     seconds = []
     for _ in range(repeat):
-        wait()
-        began = time.perf_counter()
+        began = timer()  # which waits for the GPU
         run()
-        wait()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(timer() - began)
     return min(seconds)
 
 
@@ -175,7 +172,7 @@ class GenerateBench(ModelBench):
                     run()
                     rows[provider] = {"missing": "ran; not timed without a GPU"}
                 else:
-                    seconds = seconds_of(run, device, repeat=3 if is_ours else 1)
+                    seconds = seconds_of(run, repeat=3 if is_ours else 1)
                     seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
                     rows[provider] = self.row_of(shape, schedule, seconds, session, provider)
             except Exception as error:  # too little memory for a float64 softmax over a long context

@@ -70,7 +70,7 @@ class OurStep:
         self.config = GenerationConfig(
             gen_length=gen_length, block_length=window, cache="dual", strategy=Threshold(0.9), stop_at_eos=False
         )
-        self.start, self.rows = context - gen_length // 2, rows
+        self.start, self.rows, self.masked = context - gen_length // 2, rows, rows * window
         self.network = network
         self.sequences = ids.clone()
         self.sequences[:, self.start :] = network.config.mask_id
@@ -90,13 +90,11 @@ class OurStep:
 
     def refresh(self) -> None:
         """The first forward of the block."""
-        masked = self.rows * self.config.block_length
-        self.batch.run(self.network, self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, masked))
+        self.batch.run(self.network, self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, self.masked))
 
     def step(self) -> None:
         """Another forward."""
-        masked = self.rows * self.config.block_length
-        self.batch.run(self.network, self.batch.step_shape(self.program, 0, self.rows, self.window, masked))
+        self.batch.run(self.network, self.batch.step_shape(self.program, 0, self.rows, self.window, self.masked))
 
     @torch.no_grad()
     def logits(self) -> Tensor:

@@ -22,6 +22,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,7 +218,8 @@ class Runner:
                 self._note(stage, state, took)
                 print(f"    {state} after {_time(took)}", flush=True)
                 if state not in ("ok", "skipped"):
-                    self._show_end_of(stage)
+                    for line in self.log(stage).read_text(errors="replace").splitlines()[-3:]:
+                        print(f"    {line[:160]}", flush=True)
         states = [self.states()[stage.name][0] for stage in stages]
         return CUT if any(state not in ENDED for state in states) else int("failed" in states)
 
@@ -252,11 +254,6 @@ class Runner:
         part = self._status.with_suffix(".part")
         part.write_text("".join(f"{name}\t{state}\t{total}\n" for name, (state, total) in states.items()))
         part.replace(self._status)
-
-    def _show_end_of(self, stage: Stage) -> None:
-        log = self.log(stage)
-        for line in log.read_text(errors="replace").splitlines()[-3:] if log.exists() else ():
-            print(f"    {line[:160]}", flush=True)
 
 
 def _time(seconds: float) -> str:
@@ -300,17 +297,12 @@ def prepare(out: Path, dry: bool) -> Path:
     if not folder.exists():
         folder.write_text(name + "\n")
     earlier = folder.read_text().strip()
-    if _without_date(earlier) != _without_date(name):
+    without_date = (re.sub(r"\d{4}-\d\d-\d\d-", "", run) for run in (earlier, name))
+    if len(set(without_date)) > 1:
         raise ValueError(f"{out} was begun as {earlier}, and here it would be {name}: give another folder")
     results = out / earlier
     results.mkdir(parents=True, exist_ok=True)
     return results
-
-
-def _without_date(folder: str) -> tuple[str, str]:
-    """GPU and commit of a name of :func:`fastdllm_triton.tools.environment.folder_name`."""
-    gpu, run = folder.split("/")
-    return gpu, run[len("2026-11-21-") :]
 
 
 def main(arguments: Sequence[str]) -> int:

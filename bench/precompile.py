@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from typing import Annotated
@@ -21,23 +21,19 @@ import typer
 
 from fastdllm_triton.bench import bench_step
 from fastdllm_triton.bench._models import network_of, prompt_of
-from fastdllm_triton.bench._session import Bench, Shape, benches, label, needs_gpu
-from fastdllm_triton.bench._timing import reason
+from fastdllm_triton.bench._session import Bench, Measurable, Session, Shape, benches, label, needs_gpu
+from fastdllm_triton.bench._timing import reason, time_in_turns
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.verify import jobs_for
 
 
-def shapes_of(op: str, quick: bool) -> list[Shape]:
-    """The key shapes of an op or of a step; where there is no GPU the small ones."""
-    (bench,) = benches("all", [op])
-    if isinstance(bench, Bench):
-        return [bench.cases.small] if quick else list(bench.cases.key)
-    return list(bench_step.QUICK[:1] if quick else bench_step.SHAPES[: bench_step.KEY])
+def shapes_of(bench: Measurable, quick: bool) -> Sequence[Shape]:
+    """The key shapes of a bench; where there is no GPU the small ones."""
+    return bench.chosen(Session(torch.device("cpu"), timer=None if quick else time_in_turns, quick=True))
 
 
-def providers_of(op: str, shape: Shape, device: torch.device, quick: bool) -> dict[str, Callable[[], object]]:
+def providers_of(bench: Measurable, shape: Shape, device: torch.device, quick: bool) -> dict[str, Callable[[], object]]:
     """What a bench launches at a shape."""
-    (bench,) = benches("all", [op])
     dtype = torch.float16 if quick else torch.bfloat16
     if isinstance(bench, Bench):
         inputs = bench.cases.inputs(shape, device, dtype)
@@ -58,7 +54,8 @@ def providers_of(op: str, shape: Shape, device: torch.device, quick: bool) -> di
 def launch(op: str, shape: Shape, device: str, quick: bool) -> dict[str, str]:
     """Launches every provider once; why those were not launched that could not be."""
     failed = {}
-    for name, run in providers_of(op, shape, torch.device(device), quick).items():
+    (bench,) = benches("all", [op])
+    for name, run in providers_of(bench, shape, torch.device(device), quick).items():
         try:
             run()
         except Exception as error:  # Whatever one provider raises, the others are still to be launched.
@@ -73,8 +70,8 @@ def main(
 ) -> None:
     """Compile what the key shapes of all benches launch."""
     began = time.perf_counter()
-    ops = op or ["step", *(bench.op for bench in benches("ops"))]
-    cases = [(name, shape) for name in ops for shape in shapes_of(name, quick)]
+    chosen = benches("all", op) if op else [*benches("step"), *benches("ops")]
+    cases = [(bench.op, shape) for bench in chosen for shape in shapes_of(bench, quick)]
     processes = min(jobs_for(torch.device(device)), len(cases))
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(launch, *case, device, quick): case for case in cases}

@@ -28,6 +28,4 @@ def summary(out: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
     print("\n".join(summary(Path(sys.argv[1]))))

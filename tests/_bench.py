@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,10 +15,6 @@ from fastdllm_triton.bench._timing import Ceilings, Inputs, Run, Timing, reason
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CEILINGS = Ceilings(copy=1e12, matrix=1e14)
-
-
-def module_of(op: str) -> Any:
-    return importlib.import_module(f"fastdllm_triton.bench.bench_{op}")
 
 
 def bench_of(op: str) -> Bench:

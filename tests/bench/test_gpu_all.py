@@ -294,16 +294,17 @@ except KeyboardInterrupt:
 
 
 def test_the_key_shapes_of_every_op_and_of_the_step_are_compiled() -> None:
-    for op in gpu_all.OPS:
-        assert len(precompile.shapes_of(op, quick=False)) >= 2
-    (step,) = precompile.shapes_of("step", quick=False)
+    for bench in benches("ops"):
+        assert len(precompile.shapes_of(bench, quick=False)) >= 2
+    ((step,),) = (precompile.shapes_of(bench, quick=False) for bench in benches("step"))
     assert (step["model"], step["batch"]) == ("llada-8b", 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")
 @pytest.mark.parametrize("op", ["rms_norm", "step"])
 def test_every_provider_is_launched_once(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (shape,) = precompile.shapes_of(op, quick=True)
+    (bench,) = benches("all", [op])
+    shape = precompile.shapes_of(bench, quick=True)[0]
     assert precompile.launch(op, shape, "cpu", quick=True) == {}
     if op == "step":
         monkeypatch.setattr(precompile.bench_step.OurStep, "step", lambda self: 1 / 0)
