@@ -13,7 +13,7 @@ The rules and their sources are in ``reference/commit_tokens.py``.
 | pointer                        | shape          | dtype       | owned by                                         |
 |--------------------------------|----------------|-------------|--------------------------------------------------|
 | x_ptr                          | [B, L]         | int64       | caller, read and written; stride_x between rows  |
-| place_ptr                      | [B, N] or None | int32       | caller, read: a slot's entry; None: all in order |
+| place_ptr                      | [B, N]         | int32       | caller, read: a slot's entry of the statistics   |
 | token_ptr                      | [P]            | int64       | statistics, read, as are the five below in fp32  |
 | logit_ptr … entropy_ptr        | [P]            | fp32        | what the score does not need is not read         |
 | window_start_ptr, kv_start_ptr | [B]            | int32       | caller, read                                     |
@@ -30,6 +30,7 @@ The rules and their sources are in ``reference/commit_tokens.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import get_args
 
 import torch
@@ -50,10 +51,7 @@ STREAM_SCORE = tl.constexpr(1)
 @triton.jit
 def _entry(place_ptr, row, block, o, mask):
     """Where the statistics of the slots ``o`` of a row's block are, below ``MAX_ROWS * MAX_BLOCK``; -1 is nowhere."""
-    at = row.to(tl.int32) * block + o
-    if place_ptr is not None:
-        at = tl.load(place_ptr + at, mask=mask, other=-1)
-    return at
+    return tl.load(place_ptr + row.to(tl.int32) * block + o, mask=mask, other=-1)
 
 
 @triton.jit
@@ -334,6 +332,12 @@ _ENTRIES = tuple(field.name for field in fields(TokenStatistics))
 _STATE = tuple(field.name for field in fields(PolicyState) if field.name not in ("score", "rule", "mask_id"))
 
 
+@lru_cache(maxsize=64)
+def _in_order(rows: int, block: int, device: torch.device) -> Tensor:
+    """The places of statistics that are in order, ``[B, N]``: one kernel serves, and only the first call of a size makes them."""
+    return torch.arange(rows * block, dtype=torch.int32, device=device).view(rows, block)
+
+
 def commit_tokens(
     x: Tensor,
     statistics: TokenStatistics,
@@ -368,7 +372,7 @@ def commit_tokens(
     with torch.cuda.device_of(x):
         _commit_tokens_kernel[(rows,)](
             x,
-            place,
+            _in_order(rows, block, device) if place is None else place,
             *entries,
             window_start,
             state.kv_start,

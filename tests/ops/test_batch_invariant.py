@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton.kernels.window_attention import INVARIANT_CHUNK as CHUNK
+from fastdllm_triton.ops import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +63,23 @@ def test_statistics_have_the_same_bits_whatever_they_are_asked_with() -> None:
             part = lm.network.ops.head_statistics(hidden, lm.network.head, rows=index, **own)
             for name, entry in vars(part).items():
                 assert torch.equal(entry, getattr(whole, name)[index]), name
+
+
+def test_options_of_a_row_and_default_positions_go_with_their_rows() -> None:
+    ops = resolve("triton", DEVICE).with_options(batch_invariant=True)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(70, 32, generator=generator).to(DEVICE), torch.randn(90, 32, generator=generator).to(DEVICE)
+    row = torch.arange(70, device=DEVICE)
+    options = {"seed": 3, "temperature": 0.1 * (row % 5), "forbidden": torch.stack((row, -torch.ones_like(row)), dim=1)}
+    whole = ops.head_statistics(hidden, weight, position=row, **options)
+    out = ops.head_statistics(hidden[:1], weight)
+    assert torch.equal(ops.head_statistics(hidden, weight, **options).token, whole.token)
+    part = ops.head_statistics(
+        hidden[69:], weight, position=row[69:], seed=3, temperature=options["temperature"][69:], forbidden=[69], out=out
+    )
+    assert part is out
+    for name, entry in vars(part).items():
+        assert torch.equal(entry, getattr(whole, name)[69:]), name
 
 
 def test_chunks_of_keys_are_counted_from_a_rows_own_first_key() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from fastdllm_triton import ops as module
 from fastdllm_triton import reference
-from fastdllm_triton.ops import NAMES, Ops, backends, registry, resolve
+from fastdllm_triton.ops import NAMES, Ops, backends, registry, resolve, without_kernels
 from fastdllm_triton.ops.backends import _resolved
-from fastdllm_triton.types import PolicyState, TokenStatistics
+from fastdllm_triton.types import LaunchOptions, PolicyState, TokenStatistics
 
 CPU = torch.device("cpu")
 KERNELS = [op for op in NAMES if importlib.util.find_spec(f"fastdllm_triton.kernels.{op}")]
@@ -52,6 +52,24 @@ def test_auto_falls_back_on_a_gpu_with_a_warning_that_says_why_and_triton_raises
     with pytest.raises(RuntimeError, match=f"backend='triton' cannot run here: {obstacle}"):
         resolve("triton", device)
     _resolved.cache_clear()
+
+
+@pytest.mark.skipif(not KERNELS, reason="no kernels")
+def test_launch_options_are_values_that_the_kernels_alone_are_given():
+    ops = resolve("triton", DEVICE)
+    serial = ops.with_options(pdl=False)
+    assert (ops.options.pdl, serial.options.pdl) == (True, False)
+    assert {name for name in NAMES if getattr(serial, name) is not getattr(ops, name)} == {
+        "head_statistics", "linear", "rms_norm", "rope_kv_write", "swiglu", "window_attention",
+    }  # fmt: skip
+    assert serial.with_options(fuse_linear=True).options == LaunchOptions(pdl=False, fuse_linear=True)
+    x, weight = randn(3, 64, dtype=torch.float32, device=DEVICE), randn(64, 64, dtype=torch.float32, device=DEVICE)
+    assert not serial.fuses_residual(x, weight)
+    assert serial.with_options(fuse_linear=True).fuses_residual(x, weight)
+    mixed = without_kernels(ops, ["norms"]).with_options(pdl=False)
+    assert mixed.rms_norm is reference.rms_norm and mixed.rope_kv_write is not ops.rope_kv_write
+    plain = resolve("reference", DEVICE)
+    assert plain.with_options(pdl=False).linear is plain.linear
 
 
 def test_a_missing_kernel_is_an_obstacle(monkeypatch):

@@ -57,7 +57,7 @@ def named_statistics(statistics: TokenStatistics, inputs: Inputs) -> Outputs:
 
 
 #: How tokens are chosen: the best, samples, and each row in its way.
-SAMPLING: list[dict[str, Any]] = [{"forbidden": [0]}, {"forbidden": [0], "temperature": 1.0}, {"by_row": 1}]
+SAMPLING: list[dict[str, Any]] = [{"forbidden": [0]}, {"forbidden": [0], "temperature": 1.0}, {"by_row": 2}]
 
 
 def sampling_label(c: Mapping[str, Any]) -> str:
