@@ -47,7 +47,7 @@ Timer = Callable[[Mapping[str, Run], Sequence[Inputs]], dict[str, Timing | str]]
 
 def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, Timing | str]:
     """Times providers that do the same job."""
-    found: dict[str, Timing | str] = {}
+    times: dict[str, Timing | str] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     replays: dict[str, int] = {}
     for name, run in runs.items():
@@ -56,7 +56,7 @@ def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str
             replays[name] = _replays(graph)
             graphs[name] = graph
         except Exception as error:
-            found[name] = reason(error)
+            times[name] = reason(error)
     turns: dict[str, list[Events]] = {name: [] for name in graphs}
     for _ in range(TURNS):
         for name, graph in graphs.items():
@@ -64,8 +64,8 @@ def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str
     torch.cuda.synchronize()
     for name, events in turns.items():
         launches = len(inputs) * replays[name]
-        found[name] = percentiles([begin.elapsed_time(end) / launches for begin, end in events])
-    return {name: found[name] for name in runs}
+        times[name] = percentiles([begin.elapsed_time(end) / launches for begin, end in events])
+    return {name: times[name] for name in runs}
 
 
 def events_around(run: Callable[[], object], repeat: int = 1) -> Events:

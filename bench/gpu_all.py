@@ -111,7 +111,7 @@ def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
         )
 
     show = '''nvidia-smi || echo "no nvidia-smi"; "$0" -m pip list || echo "no pip"'''
-    collect = ["--collect-only", "tests/kernels/test_swiglu.py"] if dry else []
+    collect = ["--collect-only", "tests/kernels/test_head_statistics.py"] if dry else []
     tests = Stage(
         "tests",
         lambda _: [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *collect],
@@ -332,9 +332,9 @@ def main(arguments: Sequence[str]) -> int:
         return CUT
     finally:
         command = [sys.executable, str(ROOT / "bench/summary.py"), str(out)]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        (out / "summary.txt").write_text(found.stdout)
-        print(found.stdout or found.stderr, flush=True)
+        summary = subprocess.run(command, capture_output=True, text=True, check=False)
+        (out / "summary.txt").write_text(summary.stdout)
+        print(summary.stdout or summary.stderr, flush=True)
 
 
 if __name__ == "__main__":

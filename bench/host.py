@@ -87,12 +87,12 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
 
 def table() -> Table:
     model = "llada-8b"
-    found = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
+    table = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
     for name in ("op", "refresh, us", "step, us"):
-        found.add_column(name, justify="left" if name == "op" else "right")
+        table.add_column(name, justify="left" if name == "op" else "right")
     refresh, step = microseconds(model), microseconds(model, refresh=False)
     for op in refresh:
-        found.add_row(op, f"{refresh[op]:,.0f}", f"{step[op]:,.0f}")
-    found.add_section()
-    found.add_row("all", f"{sum(refresh.values()):,.0f}", f"{sum(step.values()):,.0f}")
-    return found
+        table.add_row(op, f"{refresh[op]:,.0f}", f"{step[op]:,.0f}")
+    table.add_section()
+    table.add_row("all", f"{sum(refresh.values()):,.0f}", f"{sum(step.values()):,.0f}")
+    return table

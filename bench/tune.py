@@ -333,8 +333,8 @@ def tune(
             continue
         runs[name] = lambda i, function=candidate.function: function(**i)  # type: ignore[misc]
         configs[name] = dict(candidate.config)
-    found = timer(runs, sets)
-    times = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
+    measured = timer(runs, sets)
+    times = {name: timing.median for name, timing in measured.items() if isinstance(timing, Timing)}
     before = times.pop("rule")
     entry = {"op": sweep.op, "shape": sweep.key(shape, dtype), "config": None, "ms": before, "without_ms": before}
     best = choice(times, before)
@@ -363,8 +363,8 @@ def earlier(gpu: str, folder: Path) -> list[dict[str, Any]]:
     path = folder / _tuned.path_of(gpu).name
     if not path.exists():
         return []
-    found = json.loads(path.read_text())
-    return list(found["entries"]) if found["versions"] == _versions() else []
+    tuned = json.loads(path.read_text())
+    return list(tuned["entries"]) if tuned["versions"] == _versions() else []
 
 
 def _versions() -> dict[str, str]:
