@@ -118,7 +118,7 @@ def forbid(logits, ids, start, end, forbidden_ptr, FORBIDDEN: tl.constexpr):
 def forbid_by_row(logits, ids, row, in_row, forbidden_ptr, FORBIDDEN: tl.constexpr):
     """-inf for the ids that each row ``[M]`` of ``logits [M, K]`` forbids, from ``[R, FORBIDDEN]``; -1 is none."""
     for j in range(FORBIDDEN):  # a loop: unrolled, a few ids would spill
-        token = tl.load(forbidden_ptr + row * FORBIDDEN + j, mask=in_row, other=-1)
+        token = tl.load(forbidden_ptr + (row * FORBIDDEN + j), mask=in_row, other=-1)
         token = tl.minimum(token, NO_ID).to(tl.int32)  # half the registers
         logits = tl.where(ids == token[:, None], float("-inf"), logits)
     return logits

@@ -51,7 +51,8 @@ STREAM_SCORE = tl.constexpr(1)
 @triton.jit
 def _entry(place_ptr, row, block, o, mask):
     """Where the statistics of the slots ``o`` of a row's block are, below ``MAX_ROWS * MAX_BLOCK``; -1 is nowhere."""
-    return tl.load(place_ptr + row.to(tl.int32) * block + o, mask=mask, other=-1)
+    at = row.to(tl.int32) * block + o
+    return tl.load(place_ptr + at, mask=mask, other=-1)
 
 
 @triton.jit
@@ -108,13 +109,13 @@ def _ordered(cost):
 
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
-SLICED = [
+_SLICED = [
     "window_start_ptr", "kv_start_ptr", "seed_ptr", "value_ptr", "steps_ptr", "shares_ptr", "eos_ptr", "step_ptr", "masked_ptr",
     "remaining_ptr", "invalid_ptr", "ended_ptr", "forward_ptr",
 ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize_on_alignment=_SLICED)
 def _commit_tokens_kernel(
     x_ptr,
     place_ptr,

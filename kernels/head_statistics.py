@@ -214,8 +214,11 @@ def _tile(arch: Arch, block_rows: int, element_size: int, sample: bool) -> tuple
     block = 128 if load <= 32 else 64
     if arch.backend == "hip":
         return block, 4, 1
-    if element_size == 4 and not room and load > 128:  # 64 float32 rows that sample, and forbid ids of their own
-        return 32, 8, 1
+    # Rows that sample and forbid ids of their own hold the most.
+    if element_size == 4 and sample and block_rows == 64 and (arch.name == "sm_90" or not room):
+        return 16 if room else 32, 8, 1
+    if arch.name == "sm_90" and sample and block_rows == 32 and element_size == 2:
+        return 32, 4, 2
     if element_size == 4 or not room:
         return block, 4 if block_rows == 64 and not sample else 8, 2 if room and (not sample or block_rows == 16) else 1
     if arch.name == "sm_90" and load == 64 and not sample:

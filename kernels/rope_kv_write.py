@@ -75,10 +75,10 @@ def _rotate(first, second, cos, sin, dtype: tl.constexpr, DREAM: tl.constexpr):
 
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
-SLICED = ["window_start_ptr", "kv_start_ptr"]
+_SLICED = ["window_start_ptr", "kv_start_ptr"]
 
 
-@triton.jit(do_not_specialize=["W", "L"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["W", "L"], do_not_specialize_on_alignment=_SLICED)
 def _rope_kv_write_kernel(
     qkv_ptr,
     bias_ptr,

@@ -49,7 +49,7 @@ from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, nearest
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
-SLICED = ["start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr"]
+_SLICED = ["start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr"]
 #: Keys of a chunk at least.
 MIN_CHUNK = 128
 #: What the number of chunks is chosen by, estimates in microseconds: a tile of keys that a program waits for, the launch of a
@@ -107,7 +107,7 @@ def _attend(
     return m_new, l_i, acc
 
 
-@triton.jit(do_not_specialize=["W", "L", "chunk"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["W", "L", "chunk"], do_not_specialize_on_alignment=_SLICED)
 def _window_attention_kernel(
     q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, skip_start_ptr, skip_end_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     stride_qb, stride_qw, stride_qh, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,

@@ -32,10 +32,10 @@ from ..types import WindowInputs
 from ._check import check_device, check_shape, check_slots, once, require
 from ._limits import MAX_BLOCK, MAX_ROWS
 
-SLICED = ["base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr", "seed_ptr", "step_ptr"]
+_SLICED = ["base_ptr", "block_start_ptr", "remaining_ptr", "kv_start_ptr", "seed_ptr", "step_ptr"]
 
 
-@triton.jit(do_not_specialize=["slots", "window", "predicted", "rows"], do_not_specialize_on_alignment=SLICED)
+@triton.jit(do_not_specialize=["slots", "window", "predicted", "rows"], do_not_specialize_on_alignment=_SLICED)
 def _window_inputs_kernel(
     x_ptr,
     base_ptr,
