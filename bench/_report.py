@@ -5,7 +5,6 @@
 | ``machine.json``  | what it was measured on, the ceilings, whether anything was timed                          |
 | ``verify.json``   | the verification before it                                                                 |
 | ``<bench>.json``  | the rows of a bench, a row a line                                                          |
-| ``evaluation/``   | what ``fastdllm-triton evaluate`` has written there, if it has: ``summary.json`` is read     |
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ from fastdllm_triton.bench._session import Row, label
 from fastdllm_triton.bench._timing import Ceilings
 from fastdllm_triton.utils.files import write_json, write_records
 
-#: Files of a folder that hold no rows.
-OTHER_FILES = ("machine.json", "verify.json")
-
 
 @dataclass
 class Report:
@@ -37,14 +33,12 @@ class Report:
         ceilings: None where nothing was timed.
         verification: records as JSON.
         rows: of all benches.
-        evaluation: records of :func:`fastdllm_triton.evaluation.summary.summarize`, if there are any.
     """
 
     machine: dict[str, Any]
     ceilings: Ceilings | None = None
     verification: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    evaluation: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def load(cls, folder: Path) -> Report:
@@ -58,18 +52,16 @@ class Report:
             raise ValueError(f"{folder} holds no results of a bench: {file.name} is missing")
         try:
             about = json.loads(file.read_text())
-            found = cls(about["machine"], Ceilings(**about["ceilings"]) if about["ceilings"] else None)
+            report = cls(about["machine"], Ceilings(**about["ceilings"]) if about["ceilings"] else None)
             for path in sorted(folder.glob("*.json")):
-                if path.name not in OTHER_FILES:
+                if path.name == "verify.json":
+                    report.verification = json.loads(path.read_text())["records"]
+                elif path != file:
                     rows = json.loads(path.read_text())
-                    found.rows += rows if isinstance(rows, list) and all("bench" in row for row in rows) else []
-            if (path := folder / "verify.json").is_file():
-                found.verification = json.loads(path.read_text())["records"]
-            if (path := folder / "evaluation" / "summary.json").is_file():
-                found.evaluation = json.loads(path.read_text())
+                    report.rows += rows if isinstance(rows, list) and all("bench" in row for row in rows) else []
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{folder} holds damaged results: {error!r}") from None
-        return found
+        return report
 
     def by_op(self) -> list[tuple[str, list[Row]]]:
         """The rows of each op, in order; a refused op has no shape, and its own table."""
@@ -104,37 +96,46 @@ def check_unmixed(folder: Path, resume: bool) -> None:
         raise ValueError(f"--out: {folder} holds results; give another folder, or --resume to go on where they end")
 
 
-@dataclass(frozen=True)
-class Column:
-    """A number of a row as people read it: the key's value times the factor."""
-
-    title: str
-    key: str
-    form: str
-    factor: float = 1
-
-    def text(self, row: Row) -> str:
-        value = row.get(self.key)
-        return "" if value is None else self.form.format(value * self.factor)
-
-
+#: The numbers of a row as people read them: title, key, form, and the factor of the key's value.
 COLUMNS = (
-    Column("median ms", "median_ms", "{:.4g}"),
-    Column("p20", "p20_ms", "{:.4g}"),
-    Column("p80", "p80_ms", "{:.4g}"),
-    Column("GB/s", "gb_per_s", "{:.0f}"),
-    Column("TFLOP/s", "tflop_per_s", "{:.1f}"),
-    Column("% of copy", "of_copy", "{:.0f}", 100),
-    Column("% of matrix", "of_matrix", "{:.0f}", 100),
-    Column("% of floor", "of_floor", "{:.0f}", 100),
-    Column("x ours", "times_triton", "{:.2f}"),
-    Column("peak MB", "peak_bytes", "{:.1f}", 2**-20),
+    ("median ms", "median_ms", "{:.4g}", 1),
+    ("p20", "p20_ms", "{:.4g}", 1),
+    ("p80", "p80_ms", "{:.4g}", 1),
+    ("GB/s", "gb_per_s", "{:.0f}", 1),
+    ("TFLOP/s", "tflop_per_s", "{:.1f}", 1),
+    ("% of copy", "of_copy", "{:.0f}", 100),
+    ("% of matrix", "of_matrix", "{:.0f}", 100),
+    ("% of floor", "of_floor", "{:.0f}", 100),
+    ("x ours", "times_triton", "{:.2f}", 1),
+    ("peak MB", "peak_bytes", "{:.1f}", 2**-20),
 )
 
 
-def columns_of(rows: Sequence[Row]) -> list[Column]:
-    """The columns in which anything stands."""
-    return [column for column in COLUMNS if any(row.get(column.key) for row in rows)]
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows under a head, and the number that it is sorted by."""
+
+    head: str
+    text: str
+    sort: float | None = None
+
+
+def cells_of(rows: Sequence[Row]) -> list[list[Cell]]:
+    """The cells of the rows of one op, every number next to its ceiling; columns in which nothing stands are left out."""
+    columns = [column for column in COLUMNS if any(row.get(column[1]) for row in rows)]
+    notes = [note_of(row) for row in rows]
+    return [
+        [
+            *(Cell(name, str(row["shape"].get(name, "")), row["shape"].get(name)) for name in rows[0]["shape"]),
+            Cell("provider", row["provider"]),
+            *(
+                Cell(title, "" if row.get(key) is None else form.format(row[key] * factor), row.get(key))
+                for title, key, form, factor in columns
+            ),
+            *([Cell("note", note)] if any(notes) else []),
+        ]
+        for row, note in zip(rows, notes, strict=True)
+    ]
 
 
 def note_of(row: Row) -> str:
@@ -144,21 +145,14 @@ def note_of(row: Row) -> str:
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """The rows of one op, every number next to its ceiling."""
-    found, shape, columns = Table(title=title), list(rows[0]["shape"]), columns_of(rows)
-    for key in shape:
-        found.add_column(key, justify="right")
-    found.add_column("provider")
-    for column in columns:
-        found.add_column(column.title, justify="right")
-    notes = any(note_of(row) for row in rows)
-    if notes:
-        found.add_column("note")
-    for row in rows:
-        cells = [*(str(row["shape"].get(key, "")) for key in shape), row["provider"], *(column.text(row) for column in columns)]
+    """The rows of one op."""
+    table, cells = Table(title=title), cells_of(rows)
+    for cell in cells[0]:
+        table.add_column(cell.head, justify="left" if cell.head in ("provider", "note") else "right")
+    for row, line in zip(rows, cells, strict=True):
         style = "red" if row.get("refused") or row.get("unverified") else "dim" if "missing" in row else None
-        found.add_row(*cells, *([Text(note_of(row))] if notes else []), style=style)
-    return found
+        table.add_row(*(Text(cell.text) for cell in line), style=style)
+    return table
 
 
 @dataclass(frozen=True)
@@ -183,22 +177,20 @@ class Change:
 
 def changes(before: Report, after: Report) -> list[Change]:
     """What became of the cases that both runs have timed, the largest change first."""
-    found = []
     earlier = {_key(row): row for row in before.rows if "median_ms" in row}
-    for row in after.rows:
-        old = earlier.get(_key(row))
-        if old is None or "median_ms" not in row:
-            continue
-        apart = row["p80_ms"] < old["p20_ms"] or row["p20_ms"] > old["p80_ms"]
-        verdict = ("faster" if row["median_ms"] < old["median_ms"] else "slower") if apart else "same"
-        spread = max(max(r["p80_ms"] - r["median_ms"], r["median_ms"] - r["p20_ms"]) / r["median_ms"] for r in (old, row))
-        found.append(Change(*_key(row), old["median_ms"], row["median_ms"], spread, verdict))
-    return sorted(found, key=lambda change: -abs(change.after / change.before - 1))
+    pairs = [(earlier[_key(row)], row) for row in after.rows if "median_ms" in row and _key(row) in earlier]
+    compared = []
+    for old, new in pairs:
+        apart = new["p80_ms"] < old["p20_ms"] or new["p20_ms"] > old["p80_ms"]
+        verdict = ("faster" if new["median_ms"] < old["median_ms"] else "slower") if apart else "same"
+        spread = max(max(r["p80_ms"] - r["median_ms"], r["median_ms"] - r["p20_ms"]) / r["median_ms"] for r in (old, new))
+        compared.append(Change(*_key(new), old["median_ms"], new["median_ms"], spread, verdict))
+    return sorted(compared, key=lambda change: -abs(change.after / change.before - 1))
 
 
-def changes_table(found: Sequence[Change], before: Report, after: Report) -> Table:
+def changes_table(compared: Sequence[Change], before: Report, after: Report) -> Table:
     """What became faster or slower; what stayed the same is counted."""
-    moved = [change for change in found if change.verdict != "same"]
+    moved = [change for change in compared if change.verdict != "same"]
     title = f"Against {before.machine['date'][:10]}, {(before.machine['commit'] or 'unknown commit')[:10]}"
     if before.machine["device"] != after.machine["device"]:
         title += f", on another device: {before.machine['device']}"
@@ -206,19 +198,10 @@ def changes_table(found: Sequence[Change], before: Report, after: Report) -> Tab
     for column in ("before ms", "after ms", "change", "spread"):
         table.add_column(column, justify="right")
     for change in moved:
-        style = "green" if change.verdict == "faster" else "red"
-        table.add_row(
-            change.op,
-            change.shape,
-            change.provider,
-            f"{change.before:.4g}",
-            f"{change.after:.4g}",
-            f"{change.after / change.before - 1:+.1%}",
-            f"±{change.spread:.1%}",
-            style=style,
-        )
-    count = len(found) - len(moved)
-    table.caption = f"{len(found)} cases in both runs; {count} the same within their spread"
+        ratio, style = change.after / change.before - 1, "green" if change.verdict == "faster" else "red"
+        numbers = f"{change.before:.4g}", f"{change.after:.4g}", f"{ratio:+.1%}", f"±{change.spread:.1%}"
+        table.add_row(change.op, change.shape, change.provider, *numbers, style=style)
+    table.caption = f"{len(compared)} cases in both runs; {len(compared) - len(moved)} the same within their spread"
     return table
 
 

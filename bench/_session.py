@@ -13,7 +13,6 @@ inputs that are timed, unless a run asks for it; then the rows say so. A row is 
 | of_copy, of_matrix, of_floor | fractions of the copy bandwidth, of the matrix rate, and of the nearer of the two    |
 | times_triton                 | a baseline's time over ours: how many times faster ours is                           |
 | peak_bytes                   | allocated at the highest point of a launch, beside its inputs; captured ones too     |
-| parts                        | milliseconds by name, where a row is a whole step                                    |
 | unverified                   | true where something that it rests on was not verified, or did not hold              |
 | wrong                        | what did not hold on the very inputs of the row, or was not looked at yet            |
 | missing                      | why there is no time: not installed, rejected, refused, too little memory, no GPU    |
@@ -22,10 +21,6 @@ inputs that are timed, unless a run asks for it; then the rows say so. A row is 
 from __future__ import annotations
 
 import gc
-import importlib
-import pkgutil
-import runpy
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,19 +38,7 @@ from ._timing import Ceilings, Inputs, Run, Timer, Timing, reason, sets_of_input
 Row = dict[str, Any]
 Shape = Mapping[str, Any]
 
-#: In the order of importance, so that a time limit cuts the least.
 SUITES = ("step", "generate", "ops")
-ORDER = (
-    "window_attention",
-    "head_statistics",
-    "linear",
-    "rope_kv_write",
-    "rms_norm",
-    "swiglu",
-    "token_statistics",
-    "commit_tokens",
-    "window_inputs",
-)
 
 
 @dataclass
@@ -160,8 +143,8 @@ class Bench:
         return key if session.quick else [*key, *(shape for shape in self.cases.shapes if shape not in key)]
 
     def rows_of(self, shape: Shape, session: Session) -> dict[str, Row]:
-        needed, flops, timer, ceilings = self.cases.bytes(shape), self.cases.flops(shape), session.timer, session.ceilings
-        count = min(sets_of_inputs(needed, session.cache), self.most_sets) if timer else 1
+        needed, flops = self.cases.bytes(shape), self.cases.flops(shape)
+        count = min(sets_of_inputs(needed, session.cache), self.most_sets) if session.timer else 1
         # The interpreter has no bfloat16.
         dtype = torch.bfloat16 if session.device.type == "cuda" else torch.float16
         inputs, expected = sets_and_results(self.cases, shape, session.device, dtype, count)
@@ -175,27 +158,31 @@ class Bench:
         del expected
         runs: dict[str, Run] = {"triton": lambda i: self.function(**i)}
         runs |= {name: run for name, run in self.baselines.items() if session.wants(name)}
-        if timer is None or ceilings is None:
-            return {name: self._plumbing(name, run, inputs[0]) | wrong for name, run in runs.items()}
-        times = timer(runs, inputs)
+        times = (session.timer or run_untimed)(runs, inputs)
         ours = times["triton"]
         rows: dict[str, Row] = {}
         for name, timing in times.items():
-            if isinstance(timing, str) or isinstance(ours, str):
-                rows[name] = {"missing": str(timing)}
+            if isinstance(timing, str) or isinstance(ours, str) or session.ceilings is None:
+                rows[name] = {"missing": str(timing)} | wrong
                 continue
-            rows[name] = timed(timing, needed, flops, ceilings)
+            rows[name] = timed(timing, needed, flops, session.ceilings)
             rows[name] |= {"times_triton": timing.median / ours.median, "peak_bytes": peak(runs[name], inputs[0])} | wrong
         return rows
 
-    def _plumbing(self, name: str, run: Run, inputs: Inputs) -> Row:
+
+def run_untimed(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, Timing | str]:
+    """Stands for a timer where there is no GPU: runs every provider once."""
+
+    def ended(name: str, run: Run) -> str:
         if needs_gpu(name):
-            return {"missing": "needs a GPU"}
+            return "needs a GPU"
         try:
-            run(inputs)
+            run(inputs[0])
         except Exception as error:
-            return {"missing": reason(error)}
-        return {"missing": "ran, untimed"}
+            return reason(error)
+        return "ran, untimed"
+
+    return {name: ended(name, run) for name, run in runs.items()}
 
 
 class ModelBench:
@@ -224,13 +211,17 @@ class ModelBench:
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
         providers = [provider for provider in (*self.ours, *self.baselines) if session.wants(provider)]
-        for shape in self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes:
+        for shape in self.chosen(session):
             if session.skips(self.op, {**self.first, **shape}, providers):
                 continue
             if session.is_over():
                 return
             gc.collect()
             yield from self.rows_of(shape, session)
+
+    def chosen(self, session: Session) -> Sequence[Shape]:
+        """The small shapes on a CPU; on a GPU the key ones if it is to be quick, all if not."""
+        return self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         """The rows of a shape as they come."""
@@ -257,8 +248,7 @@ def sets_and_results(
 
 
 def _first_line(error: AssertionError) -> str:
-    lines = str(error).strip().splitlines() or ["the kernel disagrees with the reference"]
-    return lines[0][:80]
+    return str(error).strip().split("\n")[0][:80]
 
 
 def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:
@@ -324,30 +314,12 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     """
     if suite != "all" and suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, needs all, {' or '.join(SUITES)}")
-    from fastdllm_triton import bench as package
+    from fastdllm_triton.bench import bench_generate, bench_ops, bench_step
 
-    modules = [module.name for module in pkgutil.iter_modules(package.__path__) if module.name.startswith("bench_")]
-    files = [vars(importlib.import_module(f"{package.__name__}.{name}")) for name in modules]
-    found: list[Measurable] = [bench for file in files for bench in file.get("BENCHES") or [file["BENCH"]]]
-    unknown = sorted(set(names) - {bench.op for bench in found})
-    if unknown:
-        raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in found)}")
-    found = [bench for bench in found if suite in ("all", bench.suite) and (not names or bench.op in names)]
-    if not found:
+    everything: list[Measurable] = [bench_step.BENCH, bench_generate.BENCH, *bench_ops.BENCHES]
+    if unknown := sorted(set(names) - {bench.op for bench in everything}):
+        raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in everything)}")
+    chosen = [bench for bench in everything if suite in ("all", bench.suite) and (not names or bench.op in names)]
+    if not chosen:
         raise ValueError(f"suite: there is no bench in {suite!r}" + (f" among {', '.join(names)}" if names else ""))
-
-    def rank(bench: Measurable) -> tuple[int, int]:
-        return SUITES.index(bench.suite), ORDER.index(bench.op) if bench.op in ORDER else len(ORDER)
-
-    return sorted(found, key=rank)
-
-
-def main(op: str | None = None) -> None:
-    """A bench as a script: ``fastdllm-triton bench`` with the script's arguments, of one op if it is given."""
-    run_command("bench", "all", *(() if op is None else ("--op", op)))
-
-
-def run_command(*words: str) -> None:
-    """A command of ``fastdllm-triton`` with these words, and the script's arguments behind them."""
-    sys.argv[1:1] = words
-    runpy.run_module("fastdllm_triton", run_name="__main__")
+    return chosen

@@ -17,8 +17,12 @@ from typing import Any
 
 import torch
 
+from fastdllm_triton.tools.profile import Limits
+from fastdllm_triton.verify.cases._base import Random
+
 Inputs = Mapping[str, Any]
 Run = Callable[[Inputs], Any]
+Events = tuple[torch.cuda.Event, torch.cuda.Event]
 
 #: Turns of each provider, and the milliseconds that a turn takes at least.
 TURNS, TURN_MS = 50, 0.5
@@ -43,7 +47,7 @@ Timer = Callable[[Mapping[str, Run], Sequence[Inputs]], dict[str, Timing | str]]
 
 def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, Timing | str]:
     """Times providers that do the same job."""
-    found: dict[str, Timing | str] = {}
+    times: dict[str, Timing | str] = {}
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     replays: dict[str, int] = {}
     for name, run in runs.items():
@@ -52,21 +56,26 @@ def time_in_turns(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str
             replays[name] = _replays(graph)
             graphs[name] = graph
         except Exception as error:
-            found[name] = reason(error)
-    turns: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
+            times[name] = reason(error)
+    turns: dict[str, list[Events]] = {name: [] for name in graphs}
     for _ in range(TURNS):
         for name, graph in graphs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(replays[name]):
-                graph.replay()
-            end.record()
-            turns[name].append((begin, end))
+            turns[name].append(events_around(graph.replay, replays[name]))
     torch.cuda.synchronize()
     for name, events in turns.items():
         launches = len(inputs) * replays[name]
-        found[name] = percentiles([begin.elapsed_time(end) / launches for begin, end in events])
-    return {name: found[name] for name in runs}
+        times[name] = percentiles([begin.elapsed_time(end) / launches for begin, end in events])
+    return {name: times[name] for name in runs}
+
+
+def events_around(run: Callable[[], object], repeat: int = 1) -> Events:
+    """Two events on the GPU's clock, with runs in a row between them."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeat):
+        run()
+    end.record()
+    return begin, end
 
 
 def _captured(run: Run, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
@@ -89,10 +98,7 @@ def _captured(run: Run, inputs: Sequence[Inputs]) -> torch.cuda.CUDAGraph:
 
 def _replays(graph: torch.cuda.CUDAGraph) -> int:
     graph.replay()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    graph.replay()
-    end.record()
+    begin, end = events_around(graph.replay)
     torch.cuda.synchronize()
     return max(1, min(MOST_REPLAYS, math.ceil(TURN_MS / max(begin.elapsed_time(end), 1e-3))))
 
@@ -135,33 +141,18 @@ def sets_of_inputs(bytes_each: int, cache: int) -> int:
     return max(2, min(math.ceil(3 * cache / bytes_each), MEMORY // bytes_each))
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine reaches at its best, measured before anything else.
-
-    Attributes:
-        copy: bytes a second of a plain copy of 1 GiB, read and write counted.
-        matrix: FLOPs a second of cuBLAS on a product of 8192 x 8192 matrices in bfloat16.
-    """
-
-    copy: float
-    matrix: float
+#: What the machine reaches at its best, measured before anything else: with a plain copy of 1 GiB, and with cuBLAS on a product
+#: of 8192 x 8192 matrices in bfloat16.
+Ceilings = Limits
 
 
 def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
     """Copies and multiplies; normal numbers, since zeros draw less power and run at a higher clock."""
-    generator = torch.Generator(device).manual_seed(0)
-    copies = [
-        {"x": torch.randn(2**28, device=device, generator=generator), "y": torch.empty(2**28, device=device)} for _ in range(2)
-    ]
+    random, size = Random(device, torch.bfloat16), 8192
+    copies = [{"x": random(2**28, dtype=torch.float32), "y": torch.empty(2**28, device=device)} for _ in range(2)]
     copy = timer({"copy": lambda i: i["y"].copy_(i["x"])}, copies)["copy"]
     del copies
-    size = 8192
-
-    def matrix() -> torch.Tensor:
-        return torch.randn((size, size), device=device, generator=generator).bfloat16()
-
-    factors = [{"a": matrix(), "b": matrix(), "out": matrix()} for _ in range(2)]
+    factors = [{name: random(size, size) for name in ("a", "b", "out")} for _ in range(2)]
     product = timer({"matmul": lambda i: torch.matmul(i["a"], i["b"], out=i["out"])}, factors)["matmul"]
     if isinstance(copy, str) or isinstance(product, str):
         raise RuntimeError(f"the ceilings of this GPU could not be measured: copy {copy}, matmul {product}")

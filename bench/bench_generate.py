@@ -1,7 +1,5 @@
 """Whole generations at the paper's settings, ours and the official code's re-created, with random weights at the true sizes.
 
-python bench/bench_generate.py [--quick] [--out DIR] [--html FILE] [--minutes N]
-
 With random weights no confidence reaches a threshold, so the schedule is imposed: each block is spread over as many forwards
 as the paper's tokens per forward make it, the same for ours and for the official loop. Providers:
 
@@ -23,18 +21,19 @@ parallel decoding alone in tables 1, 3 and 4, whose forwards cost the same with 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import timer
 
+from fastdllm_triton.bench import official_step as official
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of, release
-from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main
-from fastdllm_triton.bench._timing import reason
-from fastdllm_triton.bench.official_step import OfficialModel, dream_generate, llada_generate
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, timed
+from fastdllm_triton.bench._timing import Timing, reason
+from fastdllm_triton.bench.official_step import OfficialModel
 from fastdllm_triton.decoding import CacheName, GenerationConfig
 from fastdllm_triton.decoding.strategies import FixedSteps
 from fastdllm_triton.engine.generation import Generation
@@ -56,10 +55,11 @@ TASKS = [
 ]
 
 
+NAMES = ("task", "prompt", "gen_length", "tokens_per_forward", "end")
+
+
 def _shape(model: str, task: tuple[str, int, int, float, int], cache: str, batch: int) -> dict[str, Any]:
-    name, prompt, gen_length, tokens, end = task
-    return {"model": model, "task": name, "prompt": prompt, "gen_length": gen_length, "tokens_per_forward": tokens, "end": end,
-            "cache": cache, "batch": batch}  # fmt: skip
+    return {"model": model, **dict(zip(NAMES, task, strict=True)), "cache": cache, "batch": batch}
 
 
 #: The most asked for first; of these the first :data:`KEY` are the key ones.
@@ -108,34 +108,30 @@ def run_ours(model: MaskedDiffusionLM, prompts: Tensor, cache: CacheName, counts
     return generation.output().sequences
 
 
-def run_official(model: OfficialModel, prompts: Tensor, cache: str, counts: Sequence[int], gen_length: int) -> Tensor:
-    """The same with the official loop."""
-    generate = dream_generate if model.config.architecture == "dream" else llada_generate
-    return generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, blocks=len(counts))[0]
+def run_official(
+    model: OfficialModel, prompts: Tensor, cache: str, counts: Sequence[int], gen_length: int, most: int | None = None
+) -> Tensor:
+    """The same with the official loop, or the first forwards of it."""
+    return official.generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, most=most)[0]
 
 
-def seconds_of(run: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
+def seconds_of(run: Callable[[], object], repeat: int = 1) -> float:
     """Wall clock of the best of some runs, after one that compiles and captures."""
     run()
-    best = float("inf")
+    seconds = []
     for _ in range(repeat):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = timer()  # which waits for the GPU
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best
+        seconds.append(timer() - began)
+    return min(seconds)
 
 
 def ratios(row: Row, rows: Mapping[str, Row]) -> Row:
     """A row's time over ours, and the vanilla time over it: how many times faster than vanilla it is."""
-    if "median_ms" not in row:
-        return {}
     ours, vanilla = (rows.get(name, {}).get("median_ms") for name in ("triton", "vanilla"))
-    found: Row = {"times_triton": row["median_ms"] / ours} if ours else {}
-    return found | ({"over_vanilla": vanilla / row["median_ms"]} if vanilla else {})
+    milliseconds = row.get("median_ms")
+    over_ours: Row = {"times_triton": milliseconds / ours} if milliseconds and ours else {}
+    return over_ours | ({"over_vanilla": vanilla / milliseconds} if milliseconds and vanilla else {})
 
 
 class GenerateBench(ModelBench):
@@ -148,53 +144,46 @@ class GenerateBench(ModelBench):
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         """One shape: the rows so far, after each provider."""
-        device, timed = session.device, session.timer is not None
+        device, dtype = session.device, torch.float32 if session.timer is None else torch.bfloat16
         base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": "batch"}
-        network = network_of(shape["model"], device, torch.bfloat16 if timed else torch.float32)
-        ours = MaskedDiffusionLM(network, None)
+        network = network_of(shape["model"], device, dtype)
+        ours, model = MaskedDiffusionLM(network, None), OfficialModel(network)
         prompts = prompt_of(shape["model"], shape["batch"], shape["prompt"], device)
-        model = OfficialModel(network)
         gen_length, cache = shape["gen_length"], shape["cache"]
         counts = spread(gen_length, shape["tokens_per_forward"])
+        one_a_forward = [BLOCK] * len(counts)
         until_end = counts[: blocks_until(shape["end"])]
-        single = model.config.architecture == "dream" and shape["batch"] > 1
         rows: dict[str, Row] = {}
-        for provider, run, kept in (
+        for provider, run, schedule in (
             ("triton", lambda: run_ours(ours, prompts, cache, counts, gen_length), counts),
             ("triton eos", lambda: run_ours(ours, prompts, cache, until_end, gen_length), until_end),
             ("official", lambda: run_official(model, prompts, cache, counts, gen_length), counts),
-            ("vanilla", lambda: self.vanilla(model, prompts, gen_length), [BLOCK] * len(counts)),
+            ("vanilla", lambda: run_official(model, prompts, "none", one_a_forward, gen_length, SAMPLED), one_a_forward),
         ):
             if not session.wants(provider):
                 continue
-            if not provider.startswith("triton"):
+            is_ours = provider in self.ours
+            if not is_ours:
                 release(ours)  # our buffers take no room from the official loop
             try:
-                if single and not provider.startswith("triton"):
+                if not is_ours and model.is_dream and shape["batch"] > 1:
                     raise NotImplementedError("the official loop is for one row")
-                if timed:
-                    seconds = seconds_of(run, device, repeat=3 if provider.startswith("triton") else 1)
-                    seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
-                    rows[provider] = self.row_of(shape, kept, seconds, session, provider)
-                else:
+                if session.timer is None:
                     run()
                     rows[provider] = {"missing": "ran; not timed without a GPU"}
+                else:
+                    seconds = seconds_of(run, repeat=3 if is_ours else 1)
+                    seconds *= gen_length / SAMPLED if provider == "vanilla" else 1
+                    rows[provider] = self.row_of(shape, schedule, seconds, session, provider)
             except Exception as error:  # too little memory for a float64 softmax over a long context
                 rows[provider] = {"missing": reason(error)}
             yield [base | {"provider": name} | row | ratios(row, rows) for name, row in rows.items()]
         release(ours)
 
-    def vanilla(self, model: OfficialModel, prompts: Tensor, gen_length: int) -> None:
-        """Some forwards of the official loop without a cache."""
-        if model.config.architecture == "dream":
-            dream_generate(model, prompts, gen_length, BLOCK, "none", forwards=gen_length, most=SAMPLED)
-        else:
-            llada_generate(model, prompts, gen_length, BLOCK, "none", forwards=BLOCK, most=SAMPLED)
-
     def row_of(self, shape: Shape, counts: Sequence[int], seconds: float, session: Session, provider: str) -> Row:
+        """A time next to the floor of its schedule, where the forwards follow one another."""
         assert session.ceilings is not None
         stops = len(counts) * BLOCK < shape["gen_length"]
-        tokens = shape["batch"] * (shape["end"] if stops else shape["gen_length"])
         setting = Setting(
             shape["prompt"],
             shape["gen_length"],
@@ -204,28 +193,14 @@ class GenerateBench(ModelBench):
             batch_size=shape["batch"],
             stop_at=shape["end"] if stops else None,
         )
-        gpu = Gpu("this one", session.ceilings.copy, session.ceilings.matrix)
-        floor = floor_of(MODELS[shape["model"]], setting, gpu)
-        milliseconds = seconds * 1e3
-        return {
-            "median_ms": milliseconds,
-            "p20_ms": milliseconds,
-            "p80_ms": milliseconds,
-            "bytes": int(floor.cost.bytes),
-            "flops": int(floor.cost.flops),
-            "gb_per_s": floor.cost.bytes / seconds / 1e9,
-            "tflop_per_s": floor.cost.flops / seconds / 1e12,
-            "of_copy": floor.cost.bytes / seconds / gpu.bandwidth,
-            "of_matrix": floor.cost.flops / seconds / gpu.matrix_rate,
+        floor = floor_of(MODELS[shape["model"]], setting, Gpu("this one", session.ceilings.copy, session.ceilings.matrix))
+        timing = Timing(*[1e3 * seconds] * 3)
+        return timed(timing, int(floor.cost.bytes), int(floor.cost.flops), session.ceilings) | {
             "of_floor": floor.seconds / seconds,
             "forwards": sum(counts),
-            "tokens_per_s": tokens / seconds,
+            "tokens_per_s": floor.tokens / seconds,
             "extrapolated": provider == "vanilla",
         }
 
 
 BENCH = GenerateBench()
-
-
-if __name__ == "__main__":
-    main(BENCH.op)

@@ -1,6 +1,7 @@
-"""Every op against PyTorch and against what decoders do today; window_attention has a file of its own.
+"""Every op against PyTorch and against what decoders do today.
 
-python bench/bench_ops.py --op NAME [--quick] [--out DIR] [--html FILE] [--only NAME]
+window_attention meets every backend of PyTorch's attention that takes the shape, FlexAttention and flash-attn; ``triton plain``
+and ``triton swapped`` force an operand order where the chosen config has the other one.
 
 Of linear ours is the kernel in the configuration that its pure function chooses, whatever was measured. The library's time is
 what a layer without fusions spends: the norm in front and the gated unit behind are launches of their own, but the residual is
@@ -11,30 +12,76 @@ is latency.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
-from fastdllm_triton.bench._baselines import (
-    compiled,
-    compiled_float32,
-    official_float64,
-    official_threshold,
-    reference,
-    torch_float32,
-)
-from fastdllm_triton.bench._session import Bench, main
+from fastdllm_triton.bench._session import Bench
 from fastdllm_triton.bench._timing import Inputs, Run
+from fastdllm_triton.kernels._arch import arch_of
 from fastdllm_triton.kernels.rms_norm import rms_norm
 from fastdllm_triton.kernels.swiglu import swiglu
 from fastdllm_triton.kernels.token_statistics import token_statistics
+from fastdllm_triton.kernels.window_attention import select_config, window_attention
 from fastdllm_triton.reference.rope_kv_write import rotate
-from fastdllm_triton.verify.cases import OPS
+from fastdllm_triton.verify.cases import OPS, OpCases
 from fastdllm_triton.verify.cases.commit_tokens import MASK, START
 from fastdllm_triton.verify.cases.linear import chosen_config
+
+
+def reference(cases: OpCases) -> Run:
+    """The op's reference, which makes its own results."""
+    return lambda i: cases.reference(**_without_results(cases, i))
+
+
+def compiled(cases: OpCases) -> Run:
+    """The op's reference, fused by Inductor."""
+    function = torch.compile(cases.reference)
+    return lambda i: function(**_without_results(cases, i))
+
+
+def _without_results(cases: OpCases, i: Inputs) -> Inputs:
+    return {name: value for name, value in i.items() if name not in cases.outs}
+
+
+def official_float64(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Token and confidence as LLaDA's and Fast-dLLM's generate do: argmax, then a float64 softmax over the whole vocabulary."""
+    token = torch.argmax(logits, dim=-1)
+    p = torch.softmax(logits.to(torch.float64), dim=-1)
+    return token, torch.gather(p, -1, token[:, None])[:, 0]
+
+
+def torch_float32(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in float32: softmax, its maximum and where it is."""
+    confidence, token = torch.softmax(logits.float(), dim=-1).max(dim=-1)
+    return token, confidence
+
+
+#: The same, fused by Inductor.
+compiled_float32 = torch.compile(torch_float32)
+
+
+def official_threshold(x: Tensor, token: Tensor, confidence: Tensor, start: int, mask_id: int, threshold: float) -> Tensor:
+    """Fast-dLLM's choice by threshold, vectorised, and the write of the chosen tokens; one block at one place for all rows.
+
+    Returns:
+        ``[B]``: whether a row's block has no mask left, which the official loop then reads on the host.
+    """
+    block = x[:, start : start + token.shape[1]]
+    masked = block == mask_id
+    score = torch.where(masked, confidence, torch.finfo(torch.float64).min)
+    chosen = masked & (score >= threshold)
+    best = torch.zeros_like(chosen).scatter_(1, score.argmax(dim=1, keepdim=True), True)
+    chosen = (chosen | best) & masked
+    block.copy_(torch.where(chosen, token, block))
+    return (block == mask_id).sum(1) == 0
 
 
 def torch_rms_norm(i: Inputs) -> Tensor:
@@ -86,9 +133,72 @@ def official_commit(i: Inputs) -> Tensor:
     return official_threshold(i["x"], i["statistics"].token, i["statistics"].confidence.double(), START, MASK, 0.7)
 
 
+def sdpa(backend: SDPBackend) -> Run:
+    """One backend of PyTorch's attention, on the same layouts."""
+
+    def run(i: Inputs) -> Tensor:
+        grouped = i["q"].shape[2] != i["k_cache"].shape[1]
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(i["q"].transpose(1, 2), i["k_cache"], i["v_cache"], enable_gqa=grouped)
+
+    return run
+
+
+def flex(i: Inputs) -> Any:
+    """FlexAttention without a mask, for one row and the paper's window or a refresh: compiling takes seconds a shape."""
+    (batch, window, q_heads, _), (kv_heads, slots) = i["q"].shape, i["k_cache"].shape[1:3]
+    if batch > 1 or window not in (32, slots):
+        raise ValueError("compiled for one row and windows of 32 or all alone")
+    run = compiled_flex(i["q"].shape, i["k_cache"].shape)
+    return run(i["q"].transpose(1, 2), i["k_cache"], i["v_cache"], enable_gqa=q_heads != kv_heads)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex(*shapes: torch.Size) -> Callable[..., Any]:
+    """Compiled for these shapes. Earlier versions are dropped, since of more than a few the rest would run uncompiled."""
+    torch._dynamo.reset()
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flash_attn(i: Inputs) -> Any:
+    """The flash-attn package, if it is installed; it takes [B, L, H, D]."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(i["q"], i["k_cache"].transpose(1, 2), i["v_cache"].transpose(1, 2))
+
+
+def in_order(swap: bool) -> Run:
+    """The kernel with an operand order of its own."""
+
+    def run(i: Inputs) -> Any:
+        (batch, window, q_heads, dim), (kv_heads, slots) = i["q"].shape, i["k_cache"].shape[1:3]
+        device = i["q"].device
+        sizes = (batch, window, q_heads, kv_heads, dim, slots, i["q"].element_size())
+        config = select_config(arch_of(device), *sizes)
+        if config.swap == swap:
+            raise ValueError("the chosen config has this order")
+        return window_attention(**i, config=replace(config, swap=swap))
+
+    return run
+
+
 #: What decoders do to logits.
 SELECTIONS = {"official float64": official_float64, "torch float32": torch_float32, "torch.compile float32": compiled_float32}
+#: In the order of importance, so that a time limit cuts the least.
 BENCHES = [
+    Bench(
+        OPS["window_attention"],
+        {
+            "triton plain": in_order(False),
+            "triton swapped": in_order(True),
+            "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
+            "sdpa efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+            "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "sdpa math": sdpa(SDPBackend.MATH),
+            "flex": flex,
+            "flash-attn": flash_attn,
+        },
+    ),
     Bench(
         OPS["head_statistics"],
         {
@@ -109,7 +219,3 @@ BENCHES = [
         most_sets=12,
     ),
 ]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,5 @@
 """A whole denoising step and a refresh, ours and the official code's re-created, with random weights at the true sizes.
 
-python bench/bench_step.py [--quick] [--out DIR] [--html FILE] [--minutes N]
-
 A step of ours is the captured graph, from token ids to committed tokens, over the dual cache; it is timed several times in
 a row on a block that is masked again before each turn. The official step (``official_step.py``) does the same work with the
 same weights: its forward over the block, selection, and the test on the host whether the block is done. A refresh recomputes the
@@ -13,19 +11,14 @@ product, measured or not.
 Ours are timed first, and their buffers freed before the official ones are made. Until the logits of both were compared, which
 is last, rows of ours say so under ``wrong``.
 
-Rows of ours have more entries: ``parts`` (milliseconds by op) and ``launches`` a step, both empty where the profiler sees no
-kernels; ``host_ms`` (what reading the flags after every step adds), ``selection_share`` (of the commit and the merge of
-statistics), ``weights_floor_ms`` (the matrices over the copy bandwidth), and ``of_weights_floor``. ``peak_bytes`` counts what a
-captured step holds in the memory pool of its graph.
+``peak_bytes`` counts what a captured step holds in the memory pool of its graph. Where the time of a forward goes, op by op, is
+what ``fastdllm-triton profile`` shows.
 """
 
 from __future__ import annotations
 
 import gc
-import re
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import product
 from types import MappingProxyType
 from typing import Any
@@ -34,10 +27,9 @@ import torch
 from torch import Tensor
 
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
-from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, main, timed
-from fastdllm_triton.bench._timing import Timing, percentiles, pool_bytes, reason
-from fastdllm_triton.bench.official_step import OfficialModel, Past, dream_commit, dream_sample, llada_select
-from fastdllm_triton.bench.official_step import shift as shift_logits
+from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, peak, timed
+from fastdllm_triton.bench._timing import Timing, events_around, percentiles, pool_bytes, reason
+from fastdllm_triton.bench.official_step import OfficialModel, dream_block, llada_block
 from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
 from fastdllm_triton.engine.request import batch_requests
@@ -68,22 +60,6 @@ STEPS, TURNS = 4, 10
 #: Of the logits' size: bfloat16 through 32 layers in two orders of summation makes a hundredth, a wrong operand makes one.
 TOLERANCE = 0.1
 
-#: Of a kernel's name, which op it belongs to; the first that fits.
-OPS = {
-    "linear": r"_linear_kernel|_finish_kernel",
-    "window_attention": r"_window_attention_kernel|^_merge_kernel",
-    "rope_kv_write": r"_rope_kv_write_kernel",
-    "rms_norm": r"_rms_norm_kernel",
-    "swiglu": r"_swiglu_kernel",
-    "head_statistics": r"_head_statistics_kernel|_token_statistics_kernel",
-    "merge_statistics": r"merge_statistics_kernel",
-    "window_inputs": r"_window_inputs_kernel",
-    "commit_tokens": r"_commit_tokens_kernel",
-    "prefetch": r"_prefetch_kernel",
-    "cuBLAS": r"gemm|gemv|cutlass|nvjet|splitK|cublas",
-    "copies": r"^Mem(cpy|set)",
-}
-
 
 class OurStep:
     """A batch that stands at a block, to be stepped again and again."""
@@ -94,7 +70,7 @@ class OurStep:
         self.config = GenerationConfig(
             gen_length=gen_length, block_length=window, cache="dual", strategy=Threshold(0.9), stop_at_eos=False
         )
-        self.start, self.rows = context - gen_length // 2, rows
+        self.start, self.rows, self.masked = context - gen_length // 2, rows, rows * window
         self.network = network
         self.sequences = ids.clone()
         self.sequences[:, self.start :] = network.config.mask_id
@@ -114,13 +90,11 @@ class OurStep:
 
     def refresh(self) -> None:
         """The first forward of the block."""
-        masked = self.rows * self.config.block_length
-        self.batch.run(self.network, self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, masked))
+        self.batch.run(self.network, self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, self.masked))
 
     def step(self) -> None:
         """Another forward."""
-        masked = self.rows * self.config.block_length
-        self.batch.run(self.network, self.batch.step_shape(self.program, 0, self.rows, self.window, masked))
+        self.batch.run(self.network, self.batch.step_shape(self.program, 0, self.rows, self.window, self.masked))
 
     @torch.no_grad()
     def logits(self) -> Tensor:
@@ -137,53 +111,32 @@ class OfficialStep:
     """The official code at the same block."""
 
     def __init__(self, network: Transformer, sequences: Tensor, start: int, window: int) -> None:
-        if network.config.architecture == "dream" and len(sequences) > 1:
-            raise NotImplementedError("the official loop is for one row")
         self.model, self.mask_id = OfficialModel(network), network.config.mask_id
-        self.dream = network.config.architecture == "dream"
+        if self.model.is_dream and len(sequences) > 1:
+            raise NotImplementedError("the official loop is for one row")
         self.sequences, self.start, self.window = sequences, start, window
         self.x = sequences.clone()
-        self.past: Past | None = None
-        self.replace = torch.zeros_like(sequences, dtype=torch.bool)
-        self.replace[:, start : start + window] = True
 
     def reset(self) -> None:
         self.x.copy_(self.sequences)
 
     def refresh(self) -> None:
         """A forward of everything, its cache kept, and the first selection."""
-        self.past = None  # as there, where the next cache is made while the last one may be freed
-        with torch.no_grad():
-            logits, self.past = self.model(self.x, use_cache=True)
-            if self.dream:
-                x0 = dream_sample(shift_logits(logits))[1]
-                self.x[:, self.start] = x0[:, self.start]
-            else:
-                self._select(logits, 0, self.x.shape[1])
+        block = dream_block if self.model.is_dream else llada_block
+        self.forwards = block(self.model, self.x, self.start, self.window, "dual", 0.9, None)  # the last cache may be freed
+        self.step()
 
     def step(self) -> None:
         """A forward of the block, selection, and the look at what is left."""
-        with torch.no_grad():
-            first, last = self.start, self.start + self.window
-            logits, _ = self.model(self.x[:, first:last], self.past, self.replace)
-            self._select(shift_logits(logits) if self.dream else logits, first, last)
-            bool((self.x[:, first:last] == self.mask_id).sum() == 0)
+        next(self.forwards)
 
     @torch.no_grad()
     def logits(self) -> Tensor:
-        self.reset()
-        self.refresh()
-        return self.model(self.sequences[:, self.start : self.start + self.window], self.past, self.replace)[0]
-
-    def _select(self, logits: Tensor, first: int, last: int) -> None:
-        x = self.x[:, first:last]
-        eligible = x == self.mask_id
-        eligible[:, self.start + self.window - first :] = False
-        if self.dream:
-            dream_commit(x, logits, self.window, self.mask_id, int(eligible.sum()), 0.9)
-        else:
-            x0, chosen = llada_select(logits, eligible, x, None, 0.9)
-            self.x[:, first:last] = torch.where(chosen, x0, x)
+        """``[B, N, V]``: of the masked block, over the cache of a refresh."""
+        end, replace = self.start + self.window, torch.zeros_like(self.x, dtype=torch.bool)
+        replace[:, self.start : end] = True
+        past = self.model(self.sequences, use_cache=True)[1]
+        return self.model(self.sequences[:, self.start : end], past, replace)[0]
 
 
 def difference(got: Tensor, want: Tensor) -> float:
@@ -197,51 +150,12 @@ def time_of(run: Callable[[], None], reset: Callable[[], None], repeat: int, tur
     turned = []
     for turn in range(turns + 2):
         reset()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        begin.record()
-        for _ in range(repeat):
-            run()
-        end.record()
+        begin, end = events_around(run, repeat)
         torch.cuda.synchronize()
         if turn >= 2:  # the first ones compile and capture
             turned.append(begin.elapsed_time(end) / repeat)
     return percentiles(turned)
-
-
-def parts_of(run: Callable[[], None]) -> Row:
-    """Milliseconds by op, launches, and the share of the selection; of one run, and empty where the profiler sees no kernels."""
-    parts: dict[str, float] = {}
-    launches = 0
-    try:
-        for name, spent, count in kernels_of(run):
-            parts[op_of(name)] = parts.get(op_of(name), 0.0) + spent
-            launches += count
-    except Exception as error:  # no CUPTI, or no permission to count
-        warnings.warn(f"a step is not taken apart: the profiler failed: {error}", stacklevel=2)
-    if not parts:
-        return {"parts": {}}
-    selected = sum(parts.get(name, 0.0) for name in ("merge_statistics", "commit_tokens"))
-    largest_first = dict(sorted(parts.items(), key=lambda part: -part[1]))
-    return {"parts": largest_first, "launches": launches, "selection_share": selected / sum(parts.values())}
-
-
-def kernels_of(run: Callable[[], None]) -> Iterator[tuple[str, float, int]]:
-    """Name, milliseconds and launches of each kernel of a run."""
-    from torch.profiler import ProfilerActivity, profile
-
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    for event in profiler.key_averages():
-        if event.self_device_time_total > 0:
-            yield event.key, event.self_device_time_total / 1e3, event.count
-
-
-def op_of(kernel: str) -> str:
-    """The op that a kernel belongs to, by its name."""
-    return next((op for op, pattern in OPS.items() if re.search(pattern, kernel)), "other")
 
 
 #: Providers that are ours with a choice made otherwise.
@@ -266,10 +180,12 @@ class StepBench(ModelBench):
 
         def listed(**more: Any) -> list[Row]:
             common = {"bench": self.op, "op": self.op, "axis": "batch"}
+            ours = {forward: row.get("median_ms") for (forward, provider), row in rows.items() if provider == "triton"}
             return [
                 common | {"shape": {"forward": forward, **shape}, "provider": provider} | row | more
+                | ({"times_triton": row["median_ms"] / ours[forward]} if ours.get(forward) and "median_ms" in row else {})
                 for (forward, provider), row in rows.items()
-            ]
+            ]  # fmt: skip
 
         dtype = torch.float32 if session.timer is None else torch.bfloat16
         try:
@@ -281,13 +197,13 @@ class StepBench(ModelBench):
             return
         for forward in ("refresh", "step"):
             rows[forward, "triton"] = self.row_of(forward, ours, shape, session)
-        for provider in self.baselines[1:]:
+        for provider in OPTIONS:
             if session.wants(provider):
                 rows["step", provider] = self.other_row(provider, ours, shape, session)
         if not session.wants("official"):
-            yield [row | _ratio(row, rows) for row in listed()]
+            yield listed()
             return
-        yield [row | _ratio(row, rows) for row in listed(wrong="not compared with the official logits yet")]
+        yield listed(wrong="not compared with the official logits yet")
         try:
             logits, block = ours.logits(), (ours.sequences, ours.start, shape["window"])
             del ours  # its cache takes no room from the official one
@@ -296,7 +212,7 @@ class StepBench(ModelBench):
             apart = difference(logits, theirs.logits())
         except Exception as error:  # not one for such a shape, or too little memory
             rows |= {(forward, "official"): {"missing": reason(error)} for forward in ("refresh", "step")}
-            yield [row | _ratio(row, rows) for row in listed()]
+            yield listed()
             return
         wrong = {}
         if not apart <= TOLERANCE:  # NaN is none either
@@ -307,7 +223,7 @@ class StepBench(ModelBench):
                 return
         for forward in ("refresh", "step"):
             rows[forward, "official"] = self.row_of(forward, theirs, shape, session)
-        yield [row | _ratio(row, rows) for row in listed(**wrong)]
+        yield listed(**wrong)
 
     def other_row(self, provider: str, ours: OurStep, shape: Shape, session: Session) -> Row:
         """A step of ours with another choice."""
@@ -315,69 +231,31 @@ class StepBench(ModelBench):
             return {"missing": "needs a GPU"}
         try:
             step = OurStep(launched(ours.network, provider), ours.sequences, shape["window"])
-            return self.measured("step", step, shape, session)
         except Exception as error:
             return {"missing": reason(error)}
+        return self.row_of("step", step, shape, session)
 
     def row_of(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
+        """A time with its ceilings, and the peak of memory."""
+        run = side.step if forward == "step" else side.refresh
         try:
-            return self.measured(forward, side, shape, session)
+            side.reset()
+            if session.timer is None or session.ceilings is None:
+                run()
+                return {"missing": "ran; not timed without a GPU"}
+            if forward == "step":
+                side.refresh()
+            pools = pool_bytes()
+            timing = time_of(run, side.reset, STEPS if forward == "step" else 1)
+            pools = pool_bytes() - pools
+            side.reset()
+            reached = peak(lambda _: run(), {})
         except Exception as error:  # too little memory for a float64 softmax over a long context
             return {"missing": reason(error)}
-
-    def measured(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
-        """A time, what it is made of, and its ceilings."""
-        run = side.step if forward == "step" else side.refresh
-        if session.timer is None or session.ceilings is None:
-            side.reset()
-            run()
-            return {"missing": "ran; not timed without a GPU"}
-        if forward == "step":
-            side.reset()
-            side.refresh()
-        repeat, pools = STEPS if forward == "step" else 1, pool_bytes()
-        timing = time_of(run, side.reset, repeat)
-        pools = pool_bytes() - pools
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        side.reset()
-        run()
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() - held + pools
         window = shape["window"] if forward == "step" else shape["context"]
-        model, window_rows = MODELS[shape["model"]], shape["window"]
-        cost = forward_cost(model, shape["batch"], window, shape["context"], window_rows)
-        row = timed(timing, int(cost.bytes), int(cost.flops), session.ceilings) | {"peak_bytes": peak}
-        if isinstance(side, OurStep):
-            side.reset()
-            row |= parts_of(run)
-            if forward == "step":
-                floor = 2 * model.streamed_parameters / session.ceilings.copy * 1e3
-                row |= {"weights_floor_ms": floor, "of_weights_floor": floor / timing.median, "host_ms": host_of(side, timing)}
-        return row
-
-
-def _ratio(row: Row, rows: Mapping[tuple[str, str], Row]) -> Row:
-    ours = rows.get((row["shape"]["forward"], "triton"), {}).get("median_ms")
-    return {"times_triton": row["median_ms"] / ours} if ours and "median_ms" in row else {}
-
-
-def host_of(side: OurStep, device: Timing) -> float:
-    """Milliseconds that a step takes longer if the flags are read after each, as the engine does."""
-    times = []
-    for _ in range(TURNS):
-        side.reset()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(STEPS):
-            side.step()
-            side.batch.sync_flags(side.rows)
-        times.append((time.perf_counter() - began) / STEPS * 1e3)
-    return percentiles(times).median - device.median
+        cost = forward_cost(MODELS[shape["model"]], shape["batch"], window, shape["context"], shape["window"])
+        row = timed(timing, int(cost.bytes), int(cost.flops), session.ceilings)
+        return row | {"peak_bytes": None if reached is None else reached + pools}
 
 
 BENCH = StepBench()
-
-
-if __name__ == "__main__":
-    main(BENCH.op)

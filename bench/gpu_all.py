@@ -22,18 +22,18 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from time import monotonic
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "einops", "numpy", "typer", "rich")
 #: In the order of the time that a step spends in them.
 MAIN_OPS = ("window_attention", "linear", "head_statistics", "rope_kv_write", "rms_norm")
 OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens", "window_inputs")
@@ -42,8 +42,8 @@ OPS = (*MAIN_OPS, *OTHER_OPS)
 SECONDS = 540
 #: Not worth beginning anything with.
 LEAST_SECONDS = 5
-#: Exit statuses of commands: not possible here; cut by its own time limit; the GPU has to be opened anew.
-SKIPPED, CUT, LOST = 75, 3, 4
+#: Exit statuses of commands: cut by its own time limit; the GPU has to be opened anew.
+CUT, LOST = 3, 4
 #: Times that a stage is begun again at once after it has lost the GPU.
 RETRIES = 3
 #: States after which a stage is not run again.
@@ -56,7 +56,6 @@ class Stage:
 
     Attributes:
         name: in the status file.
-        about: for people.
         command: made when the stage begins, from the minutes that it should take.
         seconds: at most, of a run of :data:`SECONDS`.
         share: at most, of the time that is left; for what has no number of seconds.
@@ -65,7 +64,6 @@ class Stage:
     """
 
     name: str
-    about: str
     command: Callable[[float], Sequence[str]]
     seconds: float | None = None
     share: float = 0.5
@@ -81,83 +79,78 @@ def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
         results: where in it rows go.
         dry: a small part, on a CPU.
     """
-    python = sys.executable
-    cli = [python, "-m", "fastdllm_triton"]
+    cli = [sys.executable, "-m", "fastdllm_triton"]
     small = ["--device", "cpu", "--quick"] if dry else []
     key = small or ["--quick"]
     one_op = ["--op", "rms_norm"] if dry else []
-    proofs = (out / "verify.json", out / "verify-all.json")
+    verified = (out / "verify.json", out / "verify-all.json")
 
-    def bench(name: str, about: str, *what: str, seconds: float | None = None, share: float = 0.5) -> Stage:
+    def bench(name: str, *what: str, **limits: Any) -> Stage:
         def command(minutes: float) -> list[str]:
-            verified = [part for path in proofs if path.exists() for part in ("--verified", str(path))]
-            limits = ["--resume", "--minutes", f"{minutes:.2f}", "--unverified"]
-            return [*cli, "bench", *what, "--out", str(results), *verified, *limits]
+            known = [part for path in verified if path.exists() for part in ("--verified", str(path))]
+            return [*cli, "bench", *what, "--out", str(results), *known,
+                    "--resume", "--minutes", f"{minutes:.2f}", "--unverified"]  # fmt: skip
 
-        return Stage(name, about, command, seconds, share)
+        return Stage(name, command, **limits)
 
-    def tune(name: str, about: str, *ops: str, share: float) -> Stage:
+    def tune(name: str, *ops: str, share: float = 0.5) -> Stage:
         chosen = [part for op in ops for part in ("--op", op)]
-        command = [python, str(ROOT / "bench/tune.py"), *chosen, "--out", str(out / "tuned")]
-        return Stage(name, about, lambda minutes: [*command, "--minutes", f"{minutes:.2f}"], share=share)
+        command = [sys.executable, str(ROOT / "bench/tune.py"), *chosen, "--out", str(out / "tuned")]
+        return Stage(name, lambda minutes: [*command, "--minutes", f"{minutes:.2f}"], share=share)
 
-    def verify(name: str, about: str, path: Path, *options: str, seconds: float | None = None) -> Stage:
-        return Stage(name, about, lambda _: [*cli, "verify", *options, *one_op, "--out", str(path), "--resume"], seconds)
+    def verify(name: str, path: Path, *options: str, **limits: Any) -> Stage:
+        return Stage(name, lambda _: [*cli, "verify", *options, *one_op, "--out", str(path), "--resume"], **limits)
 
     def sanitize(tool: str, op: str) -> Stage:
         checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         return Stage(
             f"{tool} {op}",
-            f"small cases of {op} under compute-sanitizer",
             lambda _: [*checked, *cli, "verify", "--quick", "--op", op, "--jobs", "1"],
             needs=["compute-sanitizer"],
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )
 
     show = '''nvidia-smi || echo "no nvidia-smi"; "$0" -m pip list || echo "no pip"'''
-    collect = ["--collect-only", "tests/kernels/test_swiglu.py"] if dry else []
+    collect = ["--collect-only", "tests/kernels/test_head_statistics.py"] if dry else []
     tests = Stage(
         "tests",
-        "all tests that need a GPU",
-        lambda _: [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *collect],
+        lambda _: [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *collect],
         needs=["pytest", "hypothesis"],
     )
-    precompile = [python, str(ROOT / "bench/precompile.py"), *small, *one_op]
     stages = [
-        Stage("environment", "the GPU, its driver, installed packages", lambda _: ["bash", "-c", show, python], 10),
+        Stage("environment", lambda _: ["bash", "-c", show, sys.executable], 10),
         # Each of its processes compiles in its own: torch.compile would begin as many again as there are cores.
         Stage(
             "compile",
-            "what the key shapes launch, on all cores",
-            lambda _: precompile,
+            lambda _: [sys.executable, str(ROOT / "bench/precompile.py"), *small, *one_op],
             70,
             environment={"TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"},
         ),
-        verify("verify", "every op at the key shapes, and whole models", proofs[0], *key, seconds=115),
-        bench("step", "the step of LLaDA-8B of one row, ours and the official code's", "step", *key, seconds=110),
+        verify("verify", verified[0], *key, seconds=115),
+        bench("step", "step", *key, seconds=110),
     ]
     if dry:
         return [
             *stages,
-            bench("ops rms_norm", "one op", "ops", *key, *one_op, seconds=60),
-            tune("tune", "nothing, without a GPU", share=0.5),
-            bench("generate", "generations of tiny models", "generate", "--op", "generate", *key),
+            bench("ops rms_norm", "ops", *key, *one_op, seconds=60),
+            tune("tune"),
+            bench("generate", "generate", *key),
             tests,
         ]
     return [
         *stages,
-        *(bench(f"ops {op}", f"{op} at the key shapes", "ops", "--op", op, *key, seconds=44) for op in MAIN_OPS),
-        tune("tune", "linear and window_attention", "linear", "window_attention", share=0.4),
-        bench("generate", "generations of one row", "generate", "--op", "generate", *key, share=0.5),
-        *(bench(f"ops {op}", f"{op} at the key shapes", "ops", "--op", op, *key, share=0.15) for op in OTHER_OPS),
-        verify("verify all", "every op and model on the whole grid", proofs[1]),
-        bench("step all", "steps and refreshes of all sizes", "step", share=0.4),
-        *(bench(f"ops {op} all", f"{op} at all shapes", "ops", "--op", op, share=0.25) for op in OPS),
-        bench("generate all", "generations of all sizes, and batches of the built-in model", "generate", share=0.5),
+        *(bench(f"ops {op}", "ops", "--op", op, *key, seconds=44) for op in MAIN_OPS),
+        tune("tune", "linear", "window_attention", share=0.4),
+        bench("generate", "generate", *key),
+        *(bench(f"ops {op}", "ops", "--op", op, *key, share=0.15) for op in OTHER_OPS),
+        verify("verify all", verified[1]),
+        bench("step all", "step", share=0.4),
+        *(bench(f"ops {op} all", "ops", "--op", op, share=0.25) for op in OPS),
+        bench("generate all", "generate"),
         tests,
-        tune("tune all", "the other ops", share=0.6),
+        tune("tune all", share=0.6),
         *(sanitize(tool, op) for tool in ("memcheck", "racecheck") for op in OPS),
-    ]  # fmt: skip
+    ]
 
 
 def execute(stage: Stage, command: Sequence[str], limit: float, log: Path) -> int:
@@ -192,26 +185,16 @@ class Runner:
     Args:
         out: the folder of the run.
         minutes: the limit.
-        clock: seconds that pass.
-        execute: runs a command of a stage for at most so many seconds and gives back its status.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        minutes: float,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        execute: Callable[[Stage, Sequence[str], float, Path], int] = execute,
-    ) -> None:
+    def __init__(self, out: Path, minutes: float) -> None:
         self.out, self.seconds = out, minutes * 60
-        self._clock, self._execute = clock, execute
-        self._end = clock() + self.seconds
+        self._end = monotonic() + self.seconds
         self._status = out / "status.tsv"
 
     @property
     def left(self) -> float:
-        return self._end - self._clock()
+        return self._end - monotonic()
 
     def states(self) -> dict[str, tuple[str, int]]:
         """State and seconds of each stage that was begun."""
@@ -228,14 +211,15 @@ class Runner:
                 print(f"{head}: no time left", flush=True)
                 self._note(stage, "no time", 0)
             else:
-                print(f"{head}: {stage.about}; at most {_time(self.limit(stage))} of {_time(self.left)}", flush=True)
-                began = self._clock()
+                print(f"{head}: at most {_time(self.limit(stage))} of {_time(self.left)}", flush=True)
+                began = monotonic()
                 state = self._run(stage)
-                took = self._clock() - began
+                took = monotonic() - began
                 self._note(stage, state, took)
                 print(f"    {state} after {_time(took)}", flush=True)
                 if state not in ("ok", "skipped"):
-                    self._show_end_of(stage)
+                    for line in self.log(stage).read_text(errors="replace").splitlines()[-3:]:
+                        print(f"    {line[:160]}", flush=True)
         states = [self.states()[stage.name][0] for stage in stages]
         return CUT if any(state not in ENDED for state in states) else int("failed" in states)
 
@@ -253,15 +237,15 @@ class Runner:
             self.log(stage).write_text(f"{', '.join(missing)} not installed\n")
             return "skipped"
         self._note(stage, "cut", 0)  # as it is where this run ends meanwhile
-        end = self._clock() + self.limit(stage)
+        end = monotonic() + self.limit(stage)
         for _ in range(1 + RETRIES):
-            left = end - self._clock()
+            left = end - monotonic()
             if left < LEAST_SECONDS:
                 return "cut"
             # A case that has begun within its minutes should end within the limit.
-            status = self._execute(stage, stage.command(0.7 * left / 60), left, self.log(stage))
+            status = execute(stage, stage.command(0.7 * left / 60), left, self.log(stage))
             if status != LOST:
-                return {0: "ok", SKIPPED: "skipped", CUT: "cut", 124: "cut"}.get(status, "failed")
+                return {0: "ok", CUT: "cut", 124: "cut"}.get(status, "failed")
         return "failed"
 
     def _note(self, stage: Stage, state: str, seconds: float) -> None:
@@ -271,11 +255,6 @@ class Runner:
         part.write_text("".join(f"{name}\t{state}\t{total}\n" for name, (state, total) in states.items()))
         part.replace(self._status)
 
-    def _show_end_of(self, stage: Stage) -> None:
-        log = self.log(stage)
-        for line in log.read_text(errors="replace").splitlines()[-3:] if log.exists() else ():
-            print(f"    {line[:160]}", flush=True)
-
 
 def _time(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
@@ -284,6 +263,7 @@ def _time(seconds: float) -> str:
 #: Says, in a process of its own, since this one is to leave the GPU alone, whether there is one and what its results are called.
 PROBE = """
 import json, torch
+from fastdllm_triton.cli import app  # which imports what commands need
 from fastdllm_triton.tools import environment
 gpu = torch.cuda.is_available()
 print(json.dumps([gpu, environment.folder_name(environment.describe(torch.device("cuda" if gpu else "cpu")))]))
@@ -299,8 +279,6 @@ def prepare(out: Path, dry: bool) -> Path:
     Raises:
         ValueError: nothing can be run here; it says why.
     """
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ValueError(f"{sys.executable} lacks {', '.join(missing)}, and nothing is fetched here")
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -319,41 +297,27 @@ def prepare(out: Path, dry: bool) -> Path:
     if not folder.exists():
         folder.write_text(name + "\n")
     earlier = folder.read_text().strip()
-    if _without_date(earlier) != _without_date(name):
+    without_date = (re.sub(r"\d{4}-\d\d-\d\d-", "", run) for run in (earlier, name))
+    if len(set(without_date)) > 1:
         raise ValueError(f"{out} was begun as {earlier}, and here it would be {name}: give another folder")
     results = out / earlier
     results.mkdir(parents=True, exist_ok=True)
     return results
 
 
-def _without_date(folder: str) -> tuple[str, str]:
-    """GPU and commit of a name of :func:`fastdllm_triton.tools.environment.folder_name`."""
-    gpu, run = folder.split("/")
-    return gpu, run[len("2026-11-21-") :]
-
-
-def minutes(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
 def main(arguments: Sequence[str]) -> int:
     """Runs what there is time for, and sums up."""
     parser = argparse.ArgumentParser(
-        prog="bench/gpu_all.sh", usage="%(prog)s OUT [MINUTES] [--dry-run]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+        "bench/gpu_all.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="where results go")
-    parser.add_argument("minutes", metavar="MINUTES", type=minutes, nargs="?", default=120.0, help="default 120")
+    parser.add_argument("minutes", metavar="MINUTES", type=float, nargs="?", default=120.0, help="default 120")
     parser.add_argument("--dry-run", action="store_true", help="the path on a CPU")
     chosen = parser.parse_args(arguments)
+    if not 0 < chosen.minutes < math.inf:
+        parser.error(f"MINUTES must be a number above 0, got {chosen.minutes}")
     # Told to end by somebody else's time limit: what runs is ended, and its line says that it was cut.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     out = chosen.out.absolute()
     runner = Runner(out, chosen.minutes)
     try:
@@ -368,13 +332,9 @@ def main(arguments: Sequence[str]) -> int:
         return CUT
     finally:
         command = [sys.executable, str(ROOT / "bench/summary.py"), str(out)]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        (out / "summary.txt").write_text(found.stdout)
-        print(found.stdout or found.stderr, flush=True)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+        summary = subprocess.run(command, capture_output=True, text=True, check=False)
+        (out / "summary.txt").write_text(summary.stdout)
+        print(summary.stdout or summary.stderr, flush=True)
 
 
 if __name__ == "__main__":

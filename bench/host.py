@@ -18,10 +18,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from fastdllm_triton.bench._models import config_of
-from fastdllm_triton.decoding.config import GenerationConfig
-from fastdllm_triton.engine.request import batch_requests
-from fastdllm_triton.engine.runner import ModelRunner
+from fastdllm_triton.bench._models import config_of, prompt_of
+from fastdllm_triton.bench.bench_step import OurStep
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.tools.recorder import META, launchers, recorded
@@ -79,29 +77,22 @@ def microseconds(model: str = "llada-8b", prompt: int = 268, *, refresh: bool = 
     with no_launches():
         backend = launchers(timed, fuses_residual=lambda x, weight: False)
         network = Transformer(config, Weights.allocate(config, META, torch.bfloat16), backend)
-        options = GenerationConfig(gen_length=length, block_length=length)
-        requests = batch_requests([[1] * prompt], None, options, config)
-        runner = ModelRunner(network, 1, prompt + length)
-        program = runner.program_of(requests, requests)
-        window = len(requests[0].policy.step(requests[0].block_state))
+        forwards = OurStep(network, prompt_of(model, 1, prompt + length, torch.device("cpu")), length)
         for _ in range(REPEATS):
             seconds.clear()
-            if refresh:
-                runner.run(network, runner.refresh_shape(program, 0, 1, 0, prompt + length, length))
-            else:
-                runner.run(network, runner.step_shape(program, 0, 1, window, length))
+            forwards.refresh() if refresh else forwards.step()
             best = {op: min(1e6 * time_, best.get(op, float("inf"))) for op, time_ in seconds.items()}
     return best
 
 
 def table() -> Table:
     model = "llada-8b"
-    found = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
+    table = Table(title=f"Host time of a forward of {model}, launches replaced by nothing")
     for name in ("op", "refresh, us", "step, us"):
-        found.add_column(name, justify="left" if name == "op" else "right")
+        table.add_column(name, justify="left" if name == "op" else "right")
     refresh, step = microseconds(model), microseconds(model, refresh=False)
     for op in refresh:
-        found.add_row(op, f"{refresh[op]:,.0f}", f"{step[op]:,.0f}")
-    found.add_section()
-    found.add_row("all", f"{sum(refresh.values()):,.0f}", f"{sum(step.values()):,.0f}")
-    return found
+        table.add_row(op, f"{refresh[op]:,.0f}", f"{step[op]:,.0f}")
+    table.add_section()
+    table.add_row("all", f"{sum(refresh.values()):,.0f}", f"{sum(step.values()):,.0f}")
+    return table

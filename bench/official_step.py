@@ -5,8 +5,7 @@ of the paper's version, which always finishes a block): separate projections, th
 index, all keys rotated in every layer of every forward, PyTorch's attention, logits of the whole window, a float64 softmax
 over them (Dream: one in the model's dtype), selection by sorting, and a loop on the host that reads the device. Written from a
 description of it, not copied; where the description leaves a choice, the cheaper op is taken.
-``tests/bench/test_bench_official.py``
-shows that it gives the recorded tokens of the official code.
+``tests/bench/test_bench_official.py`` shows that it gives the recorded tokens of the official code.
 
 The matrices are views of our fused ones, so that both models fit a GPU together. Schedules can be imposed: with random weights
 no confidence reaches a threshold, so a bench says how many forwards each block takes.
@@ -14,7 +13,7 @@ no confidence reaches a threshold, so a bench says how many forwards each block 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +58,7 @@ class OfficialModel:
 
     def __init__(self, network: Transformer) -> None:
         c = network.config
-        self.config, self.weights = c, network.weights
+        self.config, self.weights, self.is_dream = c, network.weights, c.architecture == "dream"
         rows = (c.heads * c.head_dim, c.kv_heads * c.head_dim, c.kv_heads * c.head_dim)
         self.layers = []
         for layer in network.weights.layers:
@@ -83,14 +82,14 @@ class OfficialModel:
             use_cache: return the keys and values.
         """
         c = self.config
-        attend = self._attend_dream if c.architecture == "dream" else self._attend_llada
         x = F.embedding(ids, self.weights.embedding)
         cache: Past = []
-        tables = self._dream_table(ids, past, replace) if c.architecture == "dream" else None
+        length = 0 if past is None else past[0][0].shape[1 if self.is_dream else 2]
+        tables = self._tables(length if replace is not None else length + ids.shape[1], ids.device)
         for i, (layer, p) in enumerate(zip(self.weights.layers, self.layers, strict=True)):
             h = _rms_norm(x, layer.attn_norm, c.eps)
             q, k, v = (F.linear(h, w, b) for w, b in zip((p.q, p.k, p.v), p.biases, strict=True))
-            attended, present = attend(q, k, v, None if past is None else past[i], replace, tables)
+            attended, present = self._attend(q, k, v, None if past is None else past[i], replace, tables)
             if use_cache:
                 cache.append(present)
             x = x + F.linear(attended, p.out)
@@ -98,40 +97,47 @@ class OfficialModel:
             x = x + F.linear(F.silu(F.linear(h, p.gate)) * F.linear(h, p.up), p.down)
         return F.linear(_rms_norm(x, self.weights.final_norm, c.eps), self.head), cache
 
-    def _heads(self, x: Tensor, heads: int) -> Tensor:
-        return x.view(*x.shape[:2], heads, self.config.head_dim).transpose(1, 2)
-
-    def _attend_llada(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, _: Tables | None
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, tables: Tables
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """All keys are rotated in every forward: LLaDA's in float32, Dream's in the model's dtype."""
         c, dtype = self.config, q.dtype
-        q, k, v = self._heads(q, c.heads), self._heads(k, c.kv_heads), self._heads(v, c.kv_heads)
-        if past is not None:
-            past_k, past_v = past
-            if replace is None:
-                k, v = torch.cat((past_k, k), dim=-2), torch.cat((past_v, v), dim=-2)
-            else:
-                for row in range(len(q)):
-                    at = replace[row].nonzero(as_tuple=True)[0]
-                    past_k[row, :, at] = k[row]
-                    past_v[row, :, at] = v[row]
-                k, v = past_k, past_v
+        if not self.is_dream:
+            k, v = self._heads(k), self._heads(v)
+        if past is not None and replace is None:
+            k, v = (torch.cat((old, new), dim=1 if self.is_dream else 2) for old, new in zip(past, (k, v), strict=True))
+        elif past is not None and replace is not None:
+            for old, new in zip(past, (k, v), strict=True):
+                if self.is_dream:
+                    old[:, replace.nonzero(as_tuple=True)[1]] = new
+                else:
+                    for row in range(len(q)):
+                        old[row, :, replace[row].nonzero(as_tuple=True)[0]] = new[row]
+            k, v = past
         present = (k, v)
-        # In float32: all keys, and the queries at the end of the keys or of what was replaced.
-        length, window = k.shape[-2], q.shape[-2]
-        sin, cos = self._llada_table(length, q.device)
+        if self.is_dream:
+            k, v = self._heads(k), self._heads(v)
+        q = self._heads(q)
+        window, length, (sin, cos) = q.shape[2], k.shape[2], tables
+        # The queries are at the end of the keys, or of what was replaced.
         end = length if replace is None else int(replace.nonzero(as_tuple=True)[1].max()) + 1
-        q_, k_ = q.float(), k.float()
-        q_ = q_ * cos[end - window : end] + _rotate_half(q_) * sin[end - window : end]
-        k_ = k_ * cos[:length] + _rotate_half(k_) * sin[:length]
-        q, k = q_.to(dtype), k_.to(dtype)
+        q, k = q.to(sin.dtype), k.to(sin.dtype)
+        q = q * cos[end - window : end] + _rotate_half(q) * sin[end - window : end]
+        k = k * cos[:length] + _rotate_half(k) * sin[:length]
+        q, k = q.to(dtype), k.to(dtype)
         if c.heads != c.kv_heads:
             k, v = (t.repeat_interleave(c.heads // c.kv_heads, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v)
         return y.transpose(1, 2).contiguous().view(*y.shape[:1], window, -1), present
 
-    def _llada_table(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Sine and cosine, kept, and made again when a longer sequence comes."""
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.config.head_dim).transpose(1, 2)
+
+    def _tables(self, length: int, device: torch.device) -> Tables:
+        """LLaDA's are kept until a longer sequence comes; Dream's are made in each forward and rounded to the model's dtype."""
+        if self.is_dream:
+            angles, dtype = self._angles(length, device), self.weights.embedding.dtype
+            return angles.sin().to(dtype), angles.cos().to(dtype)
         if self._table is None or len(self._table[0]) < length:
             angles = self._angles(length, device)
             self._table = angles.sin(), angles.cos()
@@ -143,44 +149,52 @@ class OfficialModel:
         angles = torch.einsum("i,j->ij", torch.arange(length, device=device, dtype=torch.float), frequency)
         return torch.cat((angles, angles), dim=-1)
 
-    def _dream_table(self, ids: Tensor, past: Past | None, replace: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Sine and cosine of all positions, made once a forward and rounded to the model's dtype."""
-        length = ids.shape[1] if past is None else past[0][0].shape[1] + (ids.shape[1] if replace is None else 0)
-        angles = self._angles(length, ids.device)
-        dtype = self.weights.embedding.dtype
-        return angles.sin().to(dtype), angles.cos().to(dtype)
 
-    def _attend_dream(
-        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor] | None, replace: Tensor | None, tables: Tables | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        c = self.config
-        end = None
-        if past is not None:
-            past_k, past_v = past
-            if replace is None:
-                k, v = torch.cat((past_k, k), dim=-2), torch.cat((past_v, v), dim=-2)
-            else:
-                at = replace.nonzero(as_tuple=True)[1]
-                past_k[:, at] = k
-                past_v[:, at] = v
-                k, v, end = past_k, past_v, int(at.max()) + 1
-        present = (k, v)
-        window, length = q.shape[1], k.shape[1]
-        end = end or length
-        q, k, v = self._heads(q, c.heads), self._heads(k, c.kv_heads), self._heads(v, c.kv_heads)
-        assert tables is not None
-        sin, cos = tables
-        q = q * cos[end - window : end] + _rotate_half(q) * sin[end - window : end]
-        k = k * cos[:length] + _rotate_half(k) * sin[:length]
-        k, v = (
-            t[:, :, None].expand(-1, -1, c.heads // c.kv_heads, -1, -1).reshape(len(t), c.heads, length, c.head_dim)
-            for t in (k, v)
-        )
-        y = F.scaled_dot_product_attention(q, k.contiguous(), v.contiguous())
-        return y.transpose(1, 2).contiguous().view(*y.shape[:1], window, -1), present
+@torch.no_grad()
+def generate(
+    model: OfficialModel,
+    prompt: Tensor,
+    gen_length: int,
+    block_length: int,
+    cache: str,
+    *,
+    threshold: float | None = None,
+    forwards: Sequence[int] = (),
+    most: int | None = None,
+) -> tuple[Tensor, int]:
+    """LLaDA's ``generate`` with each cache, and Dream's ``diffusion_generate``: without a cache ``alg="maskgit_plus"``.
+
+    Args:
+        model: with the weights.
+        prompt: ``[B, P]``; Dream's loops are for one row.
+        gen_length, block_length: as there; Dream without a cache has no blocks.
+        cache: ``none``, ``prefix`` or ``dual``.
+        threshold: commit what reaches it, in all blocks (Dream: ``alg="confidence_threshold"``, over a cache).
+        forwards: without a threshold, those of each block; as many blocks are decoded as have a number.
+        most: stop after so many forwards.
+
+    Returns:
+        The sequences ``[B, P + gen_length]``, and the number of forwards.
+    """
+    x = F.pad(prompt, (0, gen_length), value=model.config.mask_id)
+    if model.is_dream and cache == "none":
+        blocks = [dream_whole(model, x, sum(forwards))]
+    else:
+        counts = [None] * (gen_length // block_length) if threshold is not None else forwards
+        block, start = dream_block if model.is_dream else llada_block, prompt.shape[1]
+        blocks = [
+            block(model, x, start + i * block_length, block_length, cache, threshold, count) for i, count in enumerate(counts)
+        ]
+    nfe = 0
+    while blocks:
+        for _ in blocks.pop(0):  # whose cache goes with it
+            nfe += 1
+            if nfe == most:
+                return x, nfe
+    return x, nfe
 
 
-# LLaDA: selection and the three loops.
+# LLaDA: selection and the loop of a block.
 
 
 def _transfer_counts(masked: Tensor, steps: int) -> Tensor:
@@ -209,63 +223,30 @@ def llada_select(
 
 
 @torch.no_grad()
-def llada_generate(
-    model: OfficialModel,
-    prompt: Tensor,
-    gen_length: int,
-    block_length: int,
-    cache: str,
-    *,
-    threshold: float | None = None,
-    forwards: int | Sequence[int] = 1,
-    blocks: int | None = None,
-    most: int | None = None,
-) -> tuple[Tensor, int]:
-    """``generate``, ``generate_with_prefix_cache`` and ``generate_with_dual_cache``.
-
-    Args:
-        model: of a LLaDA.
-        prompt: ``[B, P]``.
-        gen_length, block_length: as there.
-        cache: ``none``, ``prefix`` or ``dual``.
-        threshold: commit what reaches it; otherwise each block is spread over ``forwards``.
-        forwards: of each block, or of all.
-        blocks: stop after so many (the official code has no such stop).
-        most: stop after so many forwards.
-
-    Returns:
-        The sequences ``[B, P + gen_length]``, and the number of forwards.
-    """
-    mask_id, length = model.config.mask_id, prompt.shape[1]
-    x = torch.full((len(prompt), length + gen_length), mask_id, dtype=torch.long, device=prompt.device)
-    x[:, :length] = prompt
-    nfe = 0
-    for block in range(blocks or gen_length // block_length):
-        start, end = length + block * block_length, length + (block + 1) * block_length
-        counts = None
-        if threshold is None:
-            counts = _transfer_counts(x[:, start:end] == mask_id, forwards if isinstance(forwards, int) else forwards[block])
-        i, past, replace = 0, None, None
-        while True:
-            first = 0 if cache == "none" or i == 0 else start
-            last = end if cache == "dual" and i else x.shape[1]
-            logits, present = model(x[:, first:last], past, replace, use_cache=cache != "none" and i == 0)
-            nfe += 1
-            eligible = x[:, first:last] == mask_id
-            eligible[:, end - first :] = False
-            x0, chosen = llada_select(logits, eligible, x[:, first:last], None if counts is None else counts[:, i], threshold)
-            x[:, first:last] = torch.where(chosen, x0, x[:, first:last])
-            i += 1
-            if (x[:, start:end] == mask_id).sum() == 0:
-                break
-            if nfe == most:
-                return x, nfe
-            if cache == "prefix" and i == 1:
-                past = [(k[:, :, :start], v[:, :, :start]) for k, v in present]
-            elif cache == "dual" and i == 1:
-                past, replace = present, torch.zeros_like(x, dtype=torch.bool)
-                replace[:, start:end] = True
-    return x, nfe
+def llada_block(
+    model: OfficialModel, x: Tensor, start: int, length: int, cache: str, threshold: float | None, forwards: int | None
+) -> Iterator[None]:
+    """Decodes a block of ``x`` in place, a forward at a time; arguments as :func:`generate` takes them."""
+    mask_id, end = model.config.mask_id, start + length
+    counts = None if forwards is None else _transfer_counts(x[:, start:end] == mask_id, forwards)
+    i, past, replace, done = 0, None, None, False
+    while not done:
+        first = 0 if cache == "none" or i == 0 else start
+        last = end if cache == "dual" and i else x.shape[1]
+        window = x[:, first:last]
+        logits, present = model(window, past, replace, use_cache=cache != "none" and i == 0)
+        eligible = window == mask_id
+        eligible[:, end - first :] = False
+        x0, chosen = llada_select(logits, eligible, window, None if counts is None else counts[:, i], threshold)
+        x[:, first:last] = torch.where(chosen, x0, window)
+        if cache == "prefix" and i == 0:
+            past = [(k[:, :, :start], v[:, :, :start]) for k, v in present]
+        elif cache == "dual" and i == 0:
+            past, replace = present, torch.zeros_like(x, dtype=torch.bool)
+            replace[:, start:end] = True
+        i += 1
+        done = bool((x[:, start:end] == mask_id).sum() == 0)
+        yield
 
 
 # Dream: sampling in the model's dtype, shifted logits, the loops without a cache and over blocks.
@@ -307,74 +288,44 @@ def dream_commit(x: Tensor, logits: Tensor, block_length: int, mask_id: int, cou
 
 
 @torch.no_grad()
-def dream_generate(
-    model: OfficialModel,
-    prompt: Tensor,
-    gen_length: int,
-    block_length: int,
-    cache: str,
-    *,
-    threshold: float | None = None,
-    forwards: int | Sequence[int] = 1,
-    blocks: int | None = None,
-    most: int | None = None,
-) -> tuple[Tensor, int]:
-    """Dream's ``diffusion_generate``: without a cache with ``alg="maskgit_plus"``, with one block by block.
+def dream_whole(model: OfficialModel, x: Tensor, forwards: int) -> Iterator[None]:
+    """Decodes ``x`` in place without a cache and without blocks, a forward at a time."""
+    mask_id = model.config.mask_id
+    timesteps = torch.linspace(1, 1e-3, forwards + 1, device=x.device)
+    for i in range(forwards):
+        logits = shift(model(x)[0])
+        masks = (x == mask_id).sum() / len(x)
+        count = int(masks * (1 - timesteps[i + 1] / timesteps[i]) if i < forwards - 1 else masks)
+        if count > 0:
+            dream_commit(x, logits, x.shape[1], mask_id, count, None, by_entropy=False)
+        yield
 
-    Args:
-        model: of a Dream.
-        prompt: ``[1, P]``; the official loops are for one row.
-        gen_length, block_length: as there; without a cache there are no blocks.
-        cache: ``none``, ``prefix`` or ``dual``.
-        threshold: over a cache, commit what reaches it (``alg="confidence_threshold"``).
-        forwards: without a threshold, of the generation (``none``), of each block, or of all blocks.
-        blocks: stop after so many (the official code has no such stop).
-        most: stop after so many forwards.
 
-    Returns:
-        The sequences ``[1, P + gen_length]``, and the number of forwards.
-    """
-    mask_id, length = model.config.mask_id, prompt.shape[1]
-    x = F.pad(prompt, (0, gen_length), value=mask_id)
-    if cache == "none":
-        assert isinstance(forwards, int)
-        timesteps = torch.linspace(1, 1e-3, forwards + 1, device=x.device)
-        for i in range(min(forwards, most or forwards)):
-            logits = shift(model(x)[0])
-            masks = (x == mask_id).sum() / len(x)
-            count = int(masks * (1 - timesteps[i + 1] / timesteps[i]) if i < forwards - 1 else masks)
-            if count > 0:
-                dream_commit(x, logits, x.shape[1], mask_id, count, None, by_entropy=False)
-        return x, min(forwards, most or forwards)
-
-    nfe = 0
-    for block in range(blocks or gen_length // block_length):
-        start, end = length + block * block_length, length + (block + 1) * block_length
-        logits, past = model(x, use_cache=True)
-        nfe += 1
-        _, x0 = dream_sample(shift(logits))
-        x[:, start] = x0[:, start]
-        replace, stop = None, x.shape[1]
-        if cache == "prefix":
-            past = [(k[:, :start], v[:, :start]) for k, v in past]
-        else:
-            replace, stop = torch.zeros_like(x, dtype=torch.bool), end
-            replace[:, start:end] = True
-        steps = 0 if threshold is not None else forwards if isinstance(forwards, int) else forwards[block]
-        timesteps = torch.linspace(1, 1e-3, steps + 1, device=x.device)
-        i = 1
-        while True:
-            window = x[:, start:stop]
-            logits = shift(model(window, past, replace)[0])
-            nfe += 1
-            left = int((window[:, :block_length] == mask_id).sum())
-            count = left
-            if threshold is None and i < steps - 1:
-                count = int(left * (1 - timesteps[i + 1] / timesteps[i]))
-            dream_commit(window, logits, block_length, mask_id, count, threshold)
-            i += 1
-            if (window[:, :block_length] == mask_id).sum() == 0 or (threshold is None and i >= steps):
-                break
-            if nfe == most:
-                return x, nfe
-    return x, nfe
+@torch.no_grad()
+def dream_block(
+    model: OfficialModel, x: Tensor, start: int, length: int, cache: str, threshold: float | None, forwards: int | None
+) -> Iterator[None]:
+    """Decodes a block of ``x`` in place, a forward at a time; arguments as :func:`generate` takes them."""
+    mask_id, steps = model.config.mask_id, forwards or 0
+    logits, past = model(x, use_cache=True)
+    _, x0 = dream_sample(shift(logits))
+    x[:, start] = x0[:, start]
+    replace, stop = None, x.shape[1]
+    if cache == "prefix":
+        past = [(k[:, :start], v[:, :start]) for k, v in past]
+    else:
+        replace, stop = torch.zeros_like(x, dtype=torch.bool), start + length
+        replace[:, start:stop] = True
+    timesteps = torch.linspace(1, 1e-3, steps + 1, device=x.device)
+    yield
+    i, done = 1, False
+    while not done:
+        window = x[:, start:stop]
+        logits = shift(model(window, past, replace)[0])
+        count = left = int((window[:, :length] == mask_id).sum())
+        if threshold is None and i < steps - 1:
+            count = int(left * (1 - timesteps[i + 1] / timesteps[i]))
+        dream_commit(window, logits, length, mask_id, count, threshold)
+        i += 1
+        done = bool((window[:, :length] == mask_id).sum() == 0) or (threshold is None and i >= steps)
+        yield

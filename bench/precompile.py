@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from typing import Annotated
@@ -21,54 +21,46 @@ import typer
 
 from fastdllm_triton.bench import bench_step
 from fastdllm_triton.bench._models import network_of, prompt_of
-from fastdllm_triton.bench._session import Bench, Shape, benches, label, needs_gpu
-from fastdllm_triton.bench._timing import Run, reason
+from fastdllm_triton.bench._session import Bench, Measurable, Session, Shape, benches, label, needs_gpu
+from fastdllm_triton.bench._timing import reason, time_in_turns
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.verify import jobs_for
 
 
-def shapes_of(op: str, quick: bool) -> list[Shape]:
-    """The key shapes of an op or of a step; where there is no GPU the small ones."""
-    (bench,) = benches("all", [op])
+def shapes_of(bench: Measurable, quick: bool) -> Sequence[Shape]:
+    """The key shapes of a bench; where there is no GPU the small ones."""
+    return bench.chosen(Session(torch.device("cpu"), timer=None if quick else time_in_turns, quick=True))
+
+
+def providers_of(bench: Measurable, shape: Shape, device: torch.device, quick: bool) -> dict[str, Callable[[], object]]:
+    """What a bench launches at a shape."""
+    dtype = torch.float16 if quick else torch.bfloat16
     if isinstance(bench, Bench):
-        return [bench.cases.small] if quick else list(bench.cases.key)
-    return list(bench_step.QUICK[:1] if quick else bench_step.SHAPES[: bench_step.KEY])
+        inputs = bench.cases.inputs(shape, device, dtype)
+        baselines = {name: partial(run, inputs) for name, run in bench.baselines.items() if not (quick and needs_gpu(name))}
+        return {"triton": partial(bench.function, **inputs), **baselines}
+    network = network_of(shape["model"], device, torch.float32 if quick else dtype, layers=1)
+    ids = prompt_of(shape["model"], shape["batch"], shape["context"], device)
 
-
-def launch(op: str, shape: Shape, device: str, quick: bool) -> list[str]:
-    """Launches every provider once.
-
-    Returns:
-        Names of those that could not be launched.
-    """
-    what = f"{op} {label(shape)}"
-    target, dtype = torch.device(device), torch.float16 if quick else torch.bfloat16
-    (bench,) = benches("all", [op])
-    if isinstance(bench, Bench):
-        inputs = bench.cases.inputs(shape, target, dtype)
-        providers: dict[str, Run] = {"triton": lambda i: bench.function(**i)}
-        providers |= {name: run for name, run in bench.baselines.items() if not (quick and needs_gpu(name))}
-        return [name for name, run in providers.items() if not _runs(f"{what} {name}", partial(run, inputs))]
-    network = network_of(shape["model"], target, torch.float32 if quick else dtype, layers=1)
-    ids = prompt_of(shape["model"], shape["batch"], shape["context"], target)
-    networks = {"triton": network} if quick else {"triton": network, "triton fused": bench_step.launched(network, "triton fused")}
-
-    def one(network: Transformer) -> None:
+    def step_of(network: Transformer) -> None:
         step = bench_step.OurStep(network, ids, shape["window"])
         for run in (step.reset, step.refresh, step.step):
             run()
 
-    return [name for name, network in networks.items() if not _runs(f"{what} {name}", partial(one, network))]
+    fused = {} if quick else {"triton fused": partial(step_of, bench_step.launched(network, "triton fused"))}
+    return {"triton": partial(step_of, network), **fused}
 
 
-def _runs(what: str, run: Callable[[], object]) -> bool:
-    """Whether it ran; why not goes to standard error."""
-    try:
-        run()
-    except Exception as error:  # Whatever one provider raises, the others are still to be launched.
-        typer.echo(f"{what}: {reason(error)}", err=True)
-        return False
-    return True
+def launch(op: str, shape: Shape, device: str, quick: bool) -> dict[str, str]:
+    """Launches every provider once; why those were not launched that could not be."""
+    failed = {}
+    (bench,) = benches("all", [op])
+    for name, run in providers_of(bench, shape, torch.device(device), quick).items():
+        try:
+            run()
+        except Exception as error:  # Whatever one provider raises, the others are still to be launched.
+            failed[name] = reason(error)
+    return failed
 
 
 def main(
@@ -78,16 +70,15 @@ def main(
 ) -> None:
     """Compile what the key shapes of all benches launch."""
     began = time.perf_counter()
-    ops = op or ["step", *(bench.op for bench in benches("ops"))]
-    wanted = [(name, shape) for name in ops for shape in shapes_of(name, quick)]
-    processes = min(jobs_for(torch.device(device)), len(wanted))
+    chosen = benches("all", op) if op else [*benches("step"), *benches("ops")]
+    cases = [(bench.op, shape) for bench in chosen for shape in shapes_of(bench, quick)]
+    processes = min(jobs_for(torch.device(device)), len(cases))
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(launch, name, shape, device, quick): (name, shape) for name, shape in wanted}
+        running = {pool.submit(launch, *case, device, quick): case for case in cases}
         for future in as_completed(running):
             name, shape = running[future]
-            failed = ["all", str(error)] if (error := future.exception()) else future.result()
-            ended = f"not {', '.join(failed)}" if failed else "all"
-            typer.echo(f"{time.perf_counter() - began:5.1f} s  {name} {label(shape)}: {ended}")
+            failed = {"all": error} if (error := future.exception()) else future.result()
+            typer.echo(f"{time.perf_counter() - began:5.1f} s  {name} {label(shape)}{f': not {failed}' if failed else ''}")
 
 
 if __name__ == "__main__":

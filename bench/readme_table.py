@@ -21,48 +21,41 @@ BEGIN, END = "<!-- results: begin (bench/readme_table.py) -->", "<!-- results: e
 NOTHING = "No results of a GPU are committed yet, so no speed is claimed."
 
 
-def newest(results: Path) -> list[tuple[Path, Report]]:
-    """The newest run of each GPU that was timed."""
-    found = []
-    for gpu in sorted(path for path in results.iterdir() if path.is_dir()):
-        runs = [(path, Report.load(path)) for path in sorted(gpu.iterdir()) if (path / "machine.json").is_file()]
-        timed = [(path, report) for path, report in runs if report.ceilings is not None]
-        found += [max(timed, key=lambda run: run[1].machine["date"])] if timed else []
-    return found
-
-
 def table(results: Path, root: Path = ROOT) -> str:
-    runs = newest(results)
-    if not runs:
-        return NOTHING
-    lines = []
-    for path, report in runs:
-        assert report.ceilings is not None
-        machine = report.machine
-        lines += [
-            f"**{machine['device']}**: copy {report.ceilings.copy / 1e9:,.0f} GB/s, matrix "
-            f"{report.ceilings.matrix / 1e12:,.0f} TFLOP/s, as measured in the same run "
-            f"([all numbers]({path.relative_to(root)}), {machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:10]}, "
-            f"torch {machine['torch']}, triton {machine['triton']})",
-            "",
-            "| op | shapes | % of the floor: median (least to most) | time of the best baseline over ours: the same |",
-            "|---|---|---|---|",
-            *(line for op in dict.fromkeys(row["op"] for row in report.rows) if (line := _line(op, report.rows))),
-            "",
-        ]
-    return "\n".join(lines).rstrip()
+    """Of the newest run of each GPU that was timed, what was verified."""
+    sections = []
+    for gpu in sorted(path for path in results.iterdir() if path.is_dir()):
+        runs = [(Report.load(path), path) for path in gpu.iterdir() if (path / "machine.json").is_file()]
+        if timed := [run for run in runs if run[0].ceilings is not None]:
+            report, path = max(timed, key=lambda run: run[0].machine["date"])
+            report.rows = [row for row in report.rows if not row.get("unverified")]
+            sections.append("\n".join(summary(report, f"[all numbers]({path.relative_to(root)}), ")))
+    return "\n\n".join(sections) or NOTHING
+
+
+def summary(report: Report, link: str = "") -> list[str]:
+    """The machine of a report that was timed, and a line for each op."""
+    machine, ceilings = report.machine, report.ceilings
+    assert ceilings is not None
+    return [
+        f"**{machine['device']}**: copy {ceilings.copy / 1e9:,.0f} GB/s, matrix {ceilings.matrix / 1e12:,.0f} TFLOP/s, "
+        f"as measured in the same run ({link}{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:10]}, "
+        f"torch {machine['torch']}, triton {machine['triton']})",
+        "",
+        "| op | shapes | % of the floor: median (least to most) | time of the best baseline over ours: the same |",
+        "|---|---|---|---|",
+        *(line for op in dict.fromkeys(row["op"] for row in report.rows) if (line := _line(op, report.rows))),
+    ]
 
 
 def _line(op: str, rows: Sequence[Row]) -> str | None:
-    ours, floors, ratios = figures(op, [row for row in rows if not row.get("unverified")])
-    return f"| `{op}` | {len(ours)} | {_range(floors, '{:.0f}')} | {_range(ratios, '{:.2f}')} |" if ours else None
-
-
-def figures(op: str, rows: Sequence[Row]) -> tuple[list[Row], list[float], list[float]]:
-    """Our rows of an op that were timed, their shares of the floor in percent, and the best baselines' times over theirs."""
+    """How many shapes of an op were timed, their shares of the floor, and the best baselines' times over ours."""
     ours = [row for row in rows if row["op"] == op and row["provider"] == "triton" and "median_ms" in row]
     floors = [100 * row["of_floor"] for row in ours if "of_floor" in row]
-    return ours, floors, [ratio for row in ours if (ratio := fastest_other(rows, row))]
+    ratios = [ratio for row in ours if (ratio := fastest_other(rows, row))]
+    unverified = sum(bool(row.get("unverified")) for row in ours)
+    count = f"{len(ours)} ({unverified} UNVERIFIED)" if unverified else len(ours)
+    return f"| `{op}` | {count} | {_range(floors, '{:.0f}')} | {_range(ratios, '{:.2f}')} |" if ours else None
 
 
 def fastest_other(rows: Sequence[Row], ours: Row) -> float | None:
@@ -83,7 +76,7 @@ def _range(values: Sequence[float], form: str) -> str:
     return f"{form.format(statistics.median(values))} ({form.format(min(values))} to {form.format(max(values))})"
 
 
-def rewritten(text: str, found: str) -> str:
+def rewritten(text: str, results: str) -> str:
     """The README with the table in its place.
 
     Raises:
@@ -91,7 +84,7 @@ def rewritten(text: str, found: str) -> str:
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the README needs the markers {BEGIN} and {END}, once each, in this order")
-    return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + found + "\n" + text[text.index(END) :]
+    return text[: text.index(BEGIN) + len(BEGIN)] + "\n" + results + "\n" + text[text.index(END) :]
 
 
 def main(arguments: Sequence[str]) -> int:

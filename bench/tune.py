@@ -16,7 +16,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from operator import attrgetter, ne
@@ -44,15 +44,10 @@ from fastdllm_triton.kernels import (
 from fastdllm_triton.kernels._arch import Arch, arch_of
 from fastdllm_triton.types import Activation
 from fastdllm_triton.utils.files import write_atomically
+from fastdllm_triton.verify.cases import OPS
 from fastdllm_triton.verify.cases._base import Function, OpCases
-from fastdllm_triton.verify.cases.head_statistics import HEAD_STATISTICS
-from fastdllm_triton.verify.cases.linear import LINEAR
 from fastdllm_triton.verify.cases.prefetch import PREFETCH
-from fastdllm_triton.verify.cases.rms_norm import RMS_NORM
-from fastdllm_triton.verify.cases.rope_kv_write import ROPE_KV_WRITE
-from fastdllm_triton.verify.cases.swiglu import SWIGLU
-from fastdllm_triton.verify.cases.token_statistics import TOKEN_STATISTICS
-from fastdllm_triton.verify.cases.window_attention import HEADS, WINDOW_ATTENTION
+from fastdllm_triton.verify.cases.window_attention import HEADS
 
 #: A candidate must take less than this share of the time without it.
 MARGIN = 0.97
@@ -75,29 +70,39 @@ class Candidate:
     function: Function
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sweep:
-    """How an op is tuned.
+    """How an op is tuned; stands as a decorator at the function that makes its candidates.
 
     Attributes:
-        op: its name in the file.
+        cases: of what is timed.
         shapes: what is tried.
         key: of a shape and the inputs' dtype, the entry's ``shape`` in the words of the config function.
-        candidates: what to try on a shape, best guesses first.
-        cases: of what is timed.
         rule: what runs without the file; the kernel if not given.
+        op: its name in the file; that of the cases if not given.
     """
 
-    op: str
+    cases: OpCases
     shapes: Sequence[Shape]
     key: Callable[[Shape, torch.dtype], dict[str, Any]]
-    candidates: Callable[[Arch, Shape, torch.dtype], Iterator[Candidate]]
-    cases: OpCases
     rule: Run | None = None
+    op: str = ""
+
+    def __call__(self, candidates: Callable[..., Iterator[Candidate]]) -> None:
+        """Takes a function of an architecture and the entries of a ``key``, which gives the best guesses first."""
+        self.op, self._candidates = self.op or self.cases.op, candidates
+        SWEEPS[self.op] = self
+
+    def candidates(self, arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
+        return self._candidates(arch, **self.key(shape, dtype))
 
     def tried(self, arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
         """The candidates that there is time for."""
         return itertools.islice(self.candidates(arch, shape, dtype), max(MOST_CANDIDATES // len(self.shapes), 1))
+
+
+#: By the ops' names; where a whole step spends its time first.
+SWEEPS: dict[str, Sweep] = {}
 
 
 def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
@@ -111,102 +116,10 @@ def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
             yield replace(rule, **dict(zip(choices, values, strict=True)))
 
 
-def _rms_norm(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    rule = rms_norm.select_config(arch, shape["width"])
-    for num_warps in (1, 2, 4, 8, 16):
-        if num_warps != rule.num_warps:
-            config = replace(rule, num_warps=num_warps)
-            yield Candidate({"num_warps": num_warps}, partial(rms_norm.rms_norm, config=config))
-
-
-def _swiglu(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    rule = swiglu.select_config(arch, shape["width"])
-    for block, num_warps in itertools.product((256, 512, 1024, 2048), (1, 2, 4, 8)):
-        config = swiglu.Config(block, num_warps)
-        if config != rule and 4 * num_warps * arch.warp_size <= block <= triton.next_power_of_2(shape["width"]):
-            yield Candidate(asdict(config), partial(swiglu.swiglu, config=config))
-
-
-def _rope(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    _, kv_heads, dim = HEADS[shape["model"]]
-    rule = rope_kv_write.select_config(arch, kv_heads, dim)
-    for block, num_warps in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
-        config = rope_kv_write.Config(block, num_warps)
-        enough = block <= triton.next_power_of_2(kv_heads) and 2 <= block * dim // (num_warps * arch.warp_size) <= 64
-        if config != rule and enough:
-            yield Candidate(asdict(config), partial(rope_kv_write.rope_kv_write, config=config))
-
-
-def _token(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    rows, vocabulary, sample = shape["rows"], shape["vocabulary"], shape["temperature"] > 0
-    itemsize = _itemsize(shape, dtype)
-    rule = token_statistics.select_config(arch, rows, vocabulary, itemsize, sample)
-    seen = {rule}
-    # Splits follow from programs an SM, and tiles from warps.
-    wanted = replace(rule, splits=4)
-    for guess in nearest_first(wanted, splits=(4, 8, 2, 1), num_stages=(4, 3, 2, 1), num_warps=(4, 8, 2)):
-        found = {"num_warps": guess.num_warps, "num_stages": guess.num_stages}
-        found["splits"] = max(triton.cdiv(guess.splits * arch.sms, rows), 1)
-        config = token_statistics.tiling(arch, rows, vocabulary, itemsize, **found)
-        if config not in seen:
-            seen.add(config)
-            yield Candidate(found, partial(token_statistics.token_statistics, config=config))
-
-
-def _head(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    rows, vocabulary, width, sample = shape["rows"], shape["vocabulary"], shape["width"], shape["temperature"] > 0
-    rule = head_statistics.select_config(arch, rows, vocabulary, width, dtype.itemsize, sample)
-    if rule is not None:
-        yield Candidate(head_statistics.BY_LIBRARY, head_statistics.by_library)
-    else:  # beyond what is sure not to spill
-        block_rows = max(16, triton.next_power_of_2(rows))
-        part = triton.cdiv(triton.cdiv(vocabulary, arch.sms), 16) * 16
-        rule = head_statistics.Config(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
-    choices = {"block_vocabulary": (64, 128), "num_warps": (8, 4), "num_stages": (4, 3, 5, 6), "block_width": (64, 128)}
-    for resident in (1, 2, 3):
-        part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
-        near = replace(rule, part=part, parts=triton.cdiv(vocabulary, part))
-        for config in (near, *nearest_first(near, **choices)):
-            stage = (config.block_vocabulary + config.block_rows) * config.block_width * dtype.itemsize
-            if config == rule or not config.block_vocabulary:
-                continue
-            if config.num_stages * stage <= min(arch.shared_bytes_per_sm // resident - 1024, arch.shared_bytes):
-                found = {name: getattr(config, name) for name in choices} | {"parts": resident * arch.sms}
-                yield Candidate(found, partial(head_statistics.head_statistics, config=config))
-
-
-def _attention(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    heads, slots = HEADS[shape["model"]], shape["slots"]
-    rule = window_attention.select_config(arch, shape["batch"], shape["window"], *heads, slots, dtype.itemsize)
-    rows = shape["window"] * heads[0] // heads[1]
-    tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)][-2:]
-    splits = sorted({max(rule.splits // 2, 1), rule.splits, rule.splits + 1, rule.splits + 2, 2 * rule.splits})
-    # The usual tile of a large product on Hopper, and Ampere's with longer tiles of keys.
-    large = [replace(rule, block_m=128, block_n=128, num_warps=8, num_stages=2, swap=False)] if tiles[-1] == 128 else []
-    large += [replace(rule, block_m=128, block_n=64, num_warps=8, num_stages=4, swap=False)] if tiles[-1] == 128 else []
-    choices = {"splits": splits, "block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8), "block_m": tiles}
-    choices |= {"swap": (False, True)} if arch.name == "sm_90" else {}
-    seen = {rule}
-    for guess in (*large, *nearest_first(rule, **choices)):
-        config = guess.split(slots, guess.splits)
-        fits = window_attention.shared_bytes(arch, config, heads[2], dtype.itemsize) <= arch.shared_bytes
-        if config in seen or not fits or config.block_m * config.block_n > 128 * 128:
-            continue
-        seen.add(config)
-        found = {name: value for name, value in asdict(config).items() if name != "chunk"}
-        yield Candidate(found, partial(window_attention.window_attention, config=config))
-
-
-def _cudnn(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    span = (0, shape["slots"])
-    yield Candidate({"library": "cudnn"}, lambda q, k_cache, v_cache, **_: _library.by_cudnn(q, k_cache, v_cache, span))
-
-
-def _prefetch(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    for megabytes in (8, 16, 4, 32, 2, 48):
-        size = megabytes * 2**20
-        if size <= dtype.itemsize * shape["n"] * shape["k"]:
-            yield Candidate({"bytes": size}, partial(PREFETCH.kernel, size=size))
+def of_config(kernel: Function, config: Any, *derived: str) -> Candidate:
+    """A config of a kernel; fields that follow from the others are not written."""
+    written = {name: value for name, value in asdict(config).items() if name not in derived}
+    return Candidate(written, partial(kernel, config=config))
 
 
 def linear_candidates(
@@ -214,7 +127,7 @@ def linear_candidates(
 ) -> list[linear.Config]:  # fmt: skip
     """The choice of ``linear.select_config``, then what differs from it in one respect, in two, and so on."""
     first, gated = linear.select_config(arch, rows, n, k, itemsize, activation), activation == "swiglu"
-    found = [first]
+    configs = [first]
     outputs, tiles_m = n // (2 if gated else 1), triton.cdiv(rows, first.block_m)
     for block_n, block_k, swap, splits in itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4)):
         programs = tiles_m * triton.cdiv(outputs, block_n) * splits
@@ -228,132 +141,174 @@ def linear_candidates(
         room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - 4 * sums
         num_stages = 2 if arch.backend == "hip" else min(room // stage, 6)
         if num_stages >= 2:
-            found.append(linear.Config(first.block_m, block_n, block_k, swap, splits, 8 if sums > 4096 else 4, num_stages))
+            configs.append(linear.Config(first.block_m, block_n, block_k, swap, splits, 8 if sums > 4096 else 4, num_stages))
     choices = attrgetter("block_n", "block_k", "swap", "splits")  # The rest follows from them.
-    return sorted(dict.fromkeys(found), key=lambda c: sum(map(ne, choices(c), choices(first))))
+    return sorted(dict.fromkeys(configs), key=lambda c: sum(map(ne, choices(c), choices(first))))
 
 
-def _linear(arch: Arch, shape: Shape, dtype: torch.dtype) -> Iterator[Candidate]:
-    sizes = (shape["rows"], shape["n"], shape["k"], dtype.itemsize, shape["activation"])
-    for config in linear_candidates(arch, *sizes):
-        yield Candidate(asdict(config), partial(linear.linear, config=config))
-
-
-def _linear_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    found = {name: shape[name] for name in ("rows", "n", "k", "norm", "activation", "residual")}
-    return found | {"dtype": str(dtype).removeprefix("torch.")}
+@Sweep(
+    OPS["linear"],
+    [shape for shape in OPS["linear"].shapes if shape["rows"] in (16, 32, 64, 128)],
+    lambda shape, dtype: {
+        **{name: shape[name] for name in ("rows", "n", "k", "norm", "activation", "residual")},
+        "dtype": str(dtype).removeprefix("torch."),
+    },
+    rule=library_linear,
+)
+def _linear(arch: Arch, *, rows: int, n: int, k: int, activation: Activation | None, dtype: str, **_: Any) -> Iterator[Candidate]:
+    for config in linear_candidates(arch, rows, n, k, getattr(torch, dtype).itemsize, activation):
+        yield of_config(linear.linear, config)
 
 
 def _attention_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    q_heads, kv_heads, dim = HEADS[shape["model"]]
-    sizes = {name: shape[name] for name in ("batch", "window", "slots")}
-    return {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim, "itemsize": dtype.itemsize, **sizes}
+    heads = dict(zip(("q_heads", "kv_heads", "dim"), HEADS[shape["model"]], strict=True))
+    return {**heads, "itemsize": dtype.itemsize, **{name: shape[name] for name in ("batch", "window", "slots")}}
 
 
-def _head_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    rows = max(16, triton.next_power_of_2(shape["rows"]))
-    return {
-        "block_rows": rows, "vocabulary": shape["vocabulary"], "width": shape["width"], "element_size": dtype.itemsize,
+def _attention_shapes(sizes: Iterable[tuple[int, int, int]]) -> list[Shape]:
+    """Of all models, from batch, window and slots."""
+    return [dict(zip(("model", "batch", "window", "slots"), (model, *size), strict=True)) for model in HEADS for size in sizes]
+
+
+@Sweep(
+    OPS["window_attention"],
+    _attention_shapes(
+        [
+            (batch, window, slots)
+            for slots in (1024, 320, 2048, 4096)
+            for batch, window in ((1, 32), (4, 32), (16, 32), (1, 64), (1, slots))
+        ]
+    ),
+    _attention_key,
+)
+def _attention(arch: Arch, **sizes: int) -> Iterator[Candidate]:
+    rule, slots = window_attention.select_config(arch, **sizes), sizes["slots"]
+    rows = sizes["window"] * sizes["q_heads"] // sizes["kv_heads"]
+    tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)][-2:]
+    splits = sorted({max(rule.splits // 2, 1), rule.splits, rule.splits + 1, rule.splits + 2, 2 * rule.splits})
+    # The usual tile of a large product on Hopper, and Ampere's with longer tiles of keys.
+    large = [replace(rule, block_m=128, block_n=128, num_warps=8, num_stages=2, swap=False)] if tiles[-1] == 128 else []
+    large += [replace(rule, block_m=128, block_n=64, num_warps=8, num_stages=4, swap=False)] if tiles[-1] == 128 else []
+    choices = {"splits": splits, "block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8), "block_m": tiles}
+    choices |= {"swap": (False, True)} if arch.name == "sm_90" else {}
+    seen = {rule}
+    for guess in (*large, *nearest_first(rule, **choices)):
+        config = guess.split(slots, guess.splits)
+        fits = window_attention.shared_bytes(arch, config, sizes["dim"], sizes["itemsize"]) <= arch.shared_bytes
+        if config in seen or not fits or config.block_m * config.block_n > 128 * 128:
+            continue
+        seen.add(config)
+        yield of_config(window_attention.window_attention, config, "chunk")
+
+
+@Sweep(
+    OPS["window_attention"],
+    _attention_shapes([(batch, slots, slots) for slots in (512, 1024, 2048, 4096) for batch in (1, 4)]),
+    _attention_key,
+    op="cudnn_attention",
+)
+def _cudnn(arch: Arch, slots: int, **_: Any) -> Iterator[Candidate]:
+    yield Candidate({"library": "cudnn"}, lambda q, k_cache, v_cache, **_: _library.by_cudnn(q, k_cache, v_cache, (0, slots)))
+
+
+@Sweep(
+    PREFETCH,
+    PREFETCH.shapes,
+    lambda shape, dtype: {"n": shape["n"], "k": shape["k"], "itemsize": dtype.itemsize},
+)
+def _prefetch(arch: Arch, n: int, k: int, itemsize: int) -> Iterator[Candidate]:
+    for megabytes in (8, 16, 4, 32, 2, 48):
+        size = megabytes * 2**20
+        if size <= itemsize * n * k:
+            yield Candidate({"bytes": size}, partial(PREFETCH.kernel, size=size))
+
+
+@Sweep(
+    OPS["head_statistics"],
+    [shape for rows in (32, 64, 16, 128) for shape in OPS["head_statistics"].shapes if shape["rows"] == rows],
+    lambda shape, dtype: {
+        "block_rows": max(16, triton.next_power_of_2(shape["rows"])),
+        **{name: shape[name] for name in ("vocabulary", "width")},
+        "element_size": dtype.itemsize,
         "sample": shape["temperature"] > 0,
-    }  # fmt: skip
+    },
+)
+def _head(arch: Arch, *, block_rows: int, vocabulary: int, width: int, element_size: int, sample: bool) -> Iterator[Candidate]:
+    rule = head_statistics.select_config(arch, block_rows, vocabulary, width, element_size, sample)
+    if rule is not None:
+        yield Candidate(head_statistics.BY_LIBRARY, head_statistics.by_library)
+    else:  # beyond what is sure not to spill
+        part = triton.cdiv(triton.cdiv(vocabulary, arch.sms), 16) * 16
+        rule = head_statistics.Config(block_rows, 0, 64, part, triton.cdiv(vocabulary, part), 8, 4)
+    choices = {"block_vocabulary": (64, 128), "num_warps": (8, 4), "num_stages": (4, 3, 5, 6), "block_width": (64, 128)}
+    for resident in (1, 2, 3):
+        part = triton.cdiv(triton.cdiv(vocabulary, resident * arch.sms), 16) * 16
+        near = replace(rule, part=part, parts=triton.cdiv(vocabulary, part))
+        for config in (near, *nearest_first(near, **choices)):
+            stage = (config.block_vocabulary + config.block_rows) * config.block_width * element_size
+            if config == rule or not config.block_vocabulary:
+                continue
+            if config.num_stages * stage <= min(arch.shared_bytes_per_sm // resident - 1024, arch.shared_bytes):
+                written = {name: getattr(config, name) for name in choices} | {"parts": resident * arch.sms}
+                yield Candidate(written, partial(head_statistics.head_statistics, config=config))
 
 
-def _token_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
-    sizes = {"rows": shape["rows"], "vocabulary": shape["vocabulary"]}
-    return sizes | {"element_size": _itemsize(shape, dtype), "sample": shape["temperature"] > 0}
+@Sweep(
+    OPS["rope_kv_write"],
+    [shape for shape in OPS["rope_kv_write"].shapes if (shape["batch"], shape["window"]) == (1, 32)],
+    lambda shape, dtype: dict(zip(("kv_heads", "dim"), HEADS[shape["model"]][1:], strict=True)),
+)
+def _rope(arch: Arch, kv_heads: int, dim: int) -> Iterator[Candidate]:
+    rule = rope_kv_write.select_config(arch, kv_heads, dim)
+    for config in nearest_first(rule, block_h=(1, 2, 4, 8, 16, 32), num_warps=(1, 2, 4, 8)):
+        lanes = config.num_warps * arch.warp_size
+        if config.block_h <= triton.next_power_of_2(kv_heads) and 2 <= config.block_h * dim // lanes <= 64:
+            yield of_config(rope_kv_write.rope_kv_write, config)
 
 
-def _itemsize(shape: Shape, dtype: torch.dtype) -> int:
-    return 4 if shape["bits"] == 32 else dtype.itemsize
+def _width(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
+    return {"width": shape["width"]}
 
 
-def _attention_shapes(*sizes: tuple[int, int, int]) -> list[Shape]:
-    return [
-        {"model": model, "batch": batch, "window": window, "slots": slots} for model in HEADS for batch, window, slots in sizes
-    ]
+@Sweep(OPS["rms_norm"], [shape for shape in OPS["rms_norm"].shapes if shape["rows"] == 32 and shape["residual"]], _width)
+def _rms_norm(arch: Arch, width: int) -> Iterator[Candidate]:
+    for config in nearest_first(rms_norm.select_config(arch, width), num_warps=(1, 2, 4, 8, 16)):
+        yield of_config(rms_norm.rms_norm, config)
 
 
-#: Where a whole step spends its time first. Ops whose entries hold for any rows are tried on those of a step.
-SWEEPS = {
-    sweep.op: sweep
-    for sweep in (
-        Sweep(
-            "linear",
-            [shape for shape in LINEAR.shapes if shape["rows"] in (16, 32, 64, 128)],
-            _linear_key,
-            _linear,
-            LINEAR,
-            rule=library_linear,
-        ),
-        Sweep(
-            "window_attention",
-            _attention_shapes(
-                *(
-                    (batch, window, slots)
-                    for slots in (1024, 320, 2048, 4096)
-                    for batch, window in ((1, 32), (4, 32), (16, 32), (1, 64), (1, slots))
-                )
-            ),
-            _attention_key,
-            _attention,
-            WINDOW_ATTENTION,
-        ),
-        Sweep(
-            "cudnn_attention",
-            _attention_shapes(*((batch, slots, slots) for slots in (512, 1024, 2048, 4096) for batch in (1, 4))),
-            _attention_key,
-            _cudnn,
-            WINDOW_ATTENTION,
-        ),
-        Sweep(
-            "prefetch",
-            PREFETCH.shapes,
-            lambda shape, dtype: {"n": shape["n"], "k": shape["k"], "itemsize": dtype.itemsize},
-            _prefetch,
-            PREFETCH,
-        ),
-        Sweep(
-            "head_statistics",
-            [shape for rows in (32, 64, 16, 128) for shape in HEAD_STATISTICS.shapes if shape["rows"] == rows],
-            _head_key,
-            _head,
-            HEAD_STATISTICS,
-        ),
-        Sweep(
-            "rope_kv_write",
-            [shape for shape in ROPE_KV_WRITE.shapes if (shape["batch"], shape["window"]) == (1, 32)],
-            lambda shape, dtype: dict(zip(("kv_heads", "dim"), HEADS[shape["model"]][1:], strict=True)),
-            _rope,
-            ROPE_KV_WRITE,
-        ),
-        Sweep(
-            "rms_norm",
-            [shape for shape in RMS_NORM.shapes if shape["rows"] == 32 and shape["residual"]],
-            lambda shape, dtype: {"width": shape["width"]},
-            _rms_norm,
-            RMS_NORM,
-        ),
-        Sweep(
-            "swiglu",
-            [shape for shape in SWIGLU.shapes if shape["rows"] == 32],
-            lambda shape, dtype: {"width": shape["width"]},
-            _swiglu,
-            SWIGLU,
-        ),
-        Sweep(
-            "token_statistics",
-            [
-                shape
-                for rows in (128, 512, 32)
-                for shape in TOKEN_STATISTICS.shapes
-                if shape["rows"] == rows and (shape["bits"] == 32 or not shape["temperature"])
-            ],
-            _token_key,
-            _token,
-            TOKEN_STATISTICS,
-        ),
-    )
-}
+@Sweep(OPS["swiglu"], [shape for shape in OPS["swiglu"].shapes if shape["rows"] == 32], _width)
+def _swiglu(arch: Arch, width: int) -> Iterator[Candidate]:
+    rule = swiglu.select_config(arch, width)
+    for config in nearest_first(rule, block_f=(256, 512, 1024, 2048), num_warps=(1, 2, 4, 8)):
+        if 4 * config.num_warps * arch.warp_size <= config.block_f <= triton.next_power_of_2(width):
+            yield of_config(swiglu.swiglu, config)
+
+
+@Sweep(
+    OPS["token_statistics"],
+    [
+        shape
+        for rows in (128, 512, 32)
+        for shape in OPS["token_statistics"].shapes
+        if shape["rows"] == rows and (shape["bits"] == 32 or not shape["temperature"])
+    ],
+    lambda shape, dtype: {
+        **{name: shape[name] for name in ("rows", "vocabulary")},
+        "element_size": 4 if shape["bits"] == 32 else dtype.itemsize,
+        "sample": shape["temperature"] > 0,
+    },
+)
+def _token(arch: Arch, rows: int, vocabulary: int, element_size: int, sample: bool) -> Iterator[Candidate]:
+    rule = token_statistics.select_config(arch, rows, vocabulary, element_size, sample)
+    seen = {rule}
+    # Splits follow from programs an SM, and tiles from warps.
+    for guess in nearest_first(replace(rule, splits=4), splits=(4, 8, 2, 1), num_stages=(4, 3, 2, 1), num_warps=(4, 8, 2)):
+        written = {"num_warps": guess.num_warps, "num_stages": guess.num_stages}
+        written["splits"] = max(triton.cdiv(guess.splits * arch.sms, rows), 1)
+        config = token_statistics.tiling(arch, rows, vocabulary, element_size, **written)
+        if config not in seen:
+            seen.add(config)
+            yield Candidate(written, partial(token_statistics.token_statistics, config=config))
 
 
 def tune(
@@ -378,8 +333,8 @@ def tune(
             continue
         runs[name] = lambda i, function=candidate.function: function(**i)  # type: ignore[misc]
         configs[name] = dict(candidate.config)
-    found = timer(runs, sets)
-    times = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
+    measured = timer(runs, sets)
+    times = {name: timing.median for name, timing in measured.items() if isinstance(timing, Timing)}
     before = times.pop("rule")
     entry = {"op": sweep.op, "shape": sweep.key(shape, dtype), "config": None, "ms": before, "without_ms": before}
     best = choice(times, before)
@@ -408,8 +363,8 @@ def earlier(gpu: str, folder: Path) -> list[dict[str, Any]]:
     path = folder / _tuned.path_of(gpu).name
     if not path.exists():
         return []
-    found = json.loads(path.read_text())
-    return list(found["entries"]) if found["versions"] == _versions() else []
+    tuned = json.loads(path.read_text())
+    return list(tuned["entries"]) if tuned["versions"] == _versions() else []
 
 
 def _versions() -> dict[str, str]:

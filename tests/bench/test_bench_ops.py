@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _bench import CEILINGS, DEVICE, bench_of, module_of, rows_of, run_once, session, small
+from _bench import CEILINGS, DEVICE, bench_of, rows_of, run_once, session, small
 from _cuda import PretendCuda
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastdllm_triton.bench import _baselines as baselines
 from fastdllm_triton.bench import _timing as timing
+from fastdllm_triton.bench import bench_ops
 from fastdllm_triton.bench._session import benches, check, label, sets_and_results, sets_of_inputs, timed
 from fastdllm_triton.tools import roofline
 from fastdllm_triton.verify.cases import OPS as OP_CASES
@@ -298,7 +298,6 @@ def test_a_bench_times_on_a_gpu(op):
 
 
 def test_flex_is_compiled_at_every_shape(monkeypatch):
-    module = module_of("window_attention")
     compiled = []
 
     def count(graph, inputs):
@@ -307,22 +306,22 @@ def test_flex_is_compiled_at_every_shape(monkeypatch):
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend=count, **options))
-    module.compiled_flex.cache_clear()
+    bench_ops.compiled_flex.cache_clear()
     shapes = [{"model": "llada", "batch": 1, "window": 32, "slots": slots} for slots in (64, 80, 96)]
     with torch._dynamo.config.patch(recompile_limit=2):  # of which there are more shapes
         for shape in shapes:
             i = OP_CASES["window_attention"].inputs(shape, CPU, torch.float32)
             for _ in range(2):
-                got = module.flex(i)
+                got = bench_ops.flex(i)
     assert len(compiled) == len(shapes)
     torch.testing.assert_close(got.transpose(1, 2), OP_CASES["window_attention"].reference(**i), rtol=1e-4, atol=1e-4)
     two_rows = OP_CASES["window_attention"].inputs({**shapes[0], "batch": 2}, CPU, torch.float32)
     with pytest.raises(ValueError, match="one row and windows of 32 or all"):
-        module.flex(two_rows)
-    module.compiled_flex.cache_clear()
+        bench_ops.flex(two_rows)
+    bench_ops.compiled_flex.cache_clear()
 
 
-@pytest.mark.parametrize("choose", [baselines.official_float64, baselines.torch_float32])
+@pytest.mark.parametrize("choose", [bench_ops.official_float64, bench_ops.torch_float32])
 def test_the_baselines_choose_what_the_kernel_chooses(choose):
     cases = OP_CASES["token_statistics"]
     logits = cases.inputs({"rows": 4, "vocabulary": 300}, DEVICE, torch.float32)["logits"]
@@ -341,7 +340,7 @@ def test_the_official_baseline_commits_what_the_threshold_rule_commits():
     statistics.rest[4] += 1  # nothing passes: the best alone
     statistics.logsumexp[4] = (statistics.logit + torch.log1p(statistics.rest))[4]
     x = i["x"].clone()
-    done = baselines.official_threshold(x, statistics.token, statistics.confidence.double(), START, MASK, 0.7)
+    done = bench_ops.official_threshold(x, statistics.token, statistics.confidence.double(), START, MASK, 0.7)
     OP_CASES["commit_tokens"].reference(**i)
     assert x.tolist() == i["x"].tolist() and (x[4] != MASK).sum() == 1
     assert done.tolist() == i["state"].done.tolist()

@@ -61,7 +61,7 @@ def test_the_page_holds_every_row_and_asks_for_nothing_elsewhere(html: str) -> N
 
 def test_the_page_has_the_plots_that_the_report_has_data_for(html: str) -> None:
     sections = re.findall(r"<h2>(.*?)</h2>", html)
-    assert sections[:3] == ["Whole steps", "How close to this GPU&#39;s ceilings", "Accuracy against tokens per forward"]
+    assert sections[0] == "How close to this GPU&#39;s ceilings"
     assert "window_attention: time" in sections
     ids = re.findall(r'\bid="([^"]*)"', html)
     assert len(ids) == len(set(ids)) > 100

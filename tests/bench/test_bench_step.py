@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import weakref
 from dataclasses import replace
@@ -15,14 +14,12 @@ from _bench import rows_of
 from _cuda import PretendCuda
 from _support import DEVICE
 
-from fastdllm_triton import ops
 from fastdllm_triton.bench import _models, bench_generate, bench_step
 from fastdllm_triton.bench._session import Session, label
 from fastdllm_triton.bench._timing import Ceilings
 from fastdllm_triton.bench.official_step import OfficialModel
 from fastdllm_triton.kernels import _pdl
 from fastdllm_triton.kernels._arch import ARCHS
-from fastdllm_triton.kernels._statistics import merge_statistics_kernel
 from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.tools.roofline import SHAPES
 
@@ -79,19 +76,6 @@ def test_a_step_that_computes_something_else_is_refused(monkeypatch):
         assert row["refused"] and "differ from the official ones" in row["missing"]
     *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], Session(CPU, unverified=True))
     assert len(rows) == 6 and all("differ from the official ones" in row["wrong"] for row in rows)
-
-
-def test_every_kernel_has_a_part_and_every_part_a_kernel():
-    found = {bench_step.op_of(name) for name in ("nvjet_tst_128x8", "Memcpy DtoD", "vectorized_elementwise_kernel<4>")}
-    assert found == {"cuBLAS", "copies", "other"}
-    for op in (*ops.NAMES, "prefetch"):
-        module = importlib.import_module(f"fastdllm_triton.kernels.{op}")
-        for name, value in vars(module).items():
-            if name.endswith("_kernel") and hasattr(value, "arg_names") and value is not merge_statistics_kernel:
-                assert bench_step.op_of(name) == ("head_statistics" if op == "token_statistics" else op), name
-                found.add(bench_step.op_of(name))
-    found.add(bench_step.op_of(merge_statistics_kernel.__name__))
-    assert found == {*bench_step.OPS, "other"}
 
 
 def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
@@ -159,7 +143,8 @@ def test_the_vanilla_sample_has_its_number_of_forwards(model, monkeypatch):
         OfficialModel, "__call__", lambda self, *args, **kwargs: forwards.append(args) or forward(self, *args, **kwargs)
     )
     network = _models.network_of(model, CPU, torch.float32)
-    bench_generate.BENCH.vanilla(OfficialModel(network), _models.prompt_of(model, 1, 9, CPU), 64)
+    prompts = _models.prompt_of(model, 1, 9, CPU)
+    bench_generate.run_official(OfficialModel(network), prompts, "none", [32, 32], 64, bench_generate.SAMPLED)
     assert [len(args[0][0]) for args in forwards] == [9 + 64] * bench_generate.SAMPLED
 
 
@@ -208,35 +193,18 @@ def timed_session(monkeypatch):
     return session, cuda
 
 
-def no_cupti(run):
-    raise AssertionError("Legacy CUDA profiling requires use_cpu=True")
-    yield
-
-
-@pytest.mark.parametrize("kernels", [no_cupti, lambda run: iter(())], ids=["raises", "sees nothing"])
-@pytest.mark.filterwarnings("ignore:a step is not taken apart")
-def test_a_profiler_that_sees_no_kernels_loses_no_time(kernels, timed_session, monkeypatch):
-    monkeypatch.setattr(bench_step, "kernels_of", kernels)
+def test_a_step_and_a_refresh_are_timed_on_both_sides(timed_session):
     *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], timed_session[0])
     times = {(row["shape"]["forward"], row["provider"]): row.get("median_ms") for row in rows}
     assert times == {
         ("refresh", "triton"): 1.5, ("step", "triton"): 0.375, ("refresh", "official"): 1.5, ("step", "official"): 0.375,
         ("step", "triton serial"): None, ("step", "triton fused"): None,  # these need the kernels
     }  # fmt: skip
-    assert [row["parts"] for row in rows if "parts" in row] == [{}, {}]
-
-
-def test_parts_of_a_step_are_those_that_the_profiler_sees(monkeypatch):
-    seen = [("nvjet_tst", 3.0, 4), ("_commit_tokens_kernel", 0.5, 1), ("merge_statistics_kernel", 0.5, 1), ("nvjet_x", 1.0, 1)]
-    monkeypatch.setattr(bench_step, "kernels_of", lambda run: iter(seen))
-    found = bench_step.parts_of(lambda: None)
-    assert found == {
-        "parts": {"cuBLAS": 4.0, "commit_tokens": 0.5, "merge_statistics": 0.5}, "launches": 7, "selection_share": 0.2,
-    }  # fmt: skip
+    assert {row["times_triton"] for row in rows if "median_ms" in row} == {1.0}
 
 
 def test_the_peak_of_a_captured_step_counts_the_memory_of_its_graph(timed_session, monkeypatch):
-    monkeypatch.setattr(bench_step, "kernels_of", lambda run: iter(()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     session, _ = timed_session
     pools = [{"segment_pool_id": (0, 0), "total_size": 7}, {"segment_pool_id": [0, 3], "total_size": 100}]
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: pools)
@@ -277,9 +245,8 @@ def test_what_generations_keep_is_given_back_before_the_official_loop_runs(monke
     log = []
     for name in ("run_ours", "run_official", "release"):
         monkeypatch.setattr(bench_generate, name, lambda *args, name=name: log.append(name))
-    monkeypatch.setattr(bench_generate.GenerateBench, "vanilla", lambda *args: log.append("vanilla"))
     list(bench_generate.BENCH.rows_of(bench_generate.QUICK[0], Session(CPU)))
-    assert log == ["run_ours", "run_ours", "release", "run_official", "release", "vanilla", "release"]
+    assert log == ["run_ours", "run_ours", "release", "run_official", "release", "run_official", "release"]
     model = MaskedDiffusionLM(_models.network_of("tiny llada", CPU, torch.float32), None)
     model.buffers.limit = 1
     model.buffers.give(SimpleNamespace(nbytes=1, release=lambda: log.append("freed")))
@@ -313,14 +280,11 @@ def test_the_key_shapes_come_first_and_are_of_one_row(bench, key, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_steps_are_timed_in_parts_on_a_gpu():
+def test_steps_are_timed_on_a_gpu():
     session = Session(DEVICE, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
     *_, rows = bench_step.BENCH.rows_of(bench_step.QUICK[0], session)
     step = next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "triton"))
     assert step["median_ms"] > 0
-    assert step["launches"] > 10
-    assert 0 < step["selection_share"] < 1
-    assert {"cuBLAS", "window_attention", "commit_tokens"} <= step["parts"].keys()
     assert step["peak_bytes"] > 0
     assert next(row for row in rows if (row["shape"]["forward"], row["provider"]) == ("step", "official"))["times_triton"] > 0
 
