@@ -112,7 +112,7 @@ def run_official(
     model: OfficialModel, prompts: Tensor, cache: str, counts: Sequence[int], gen_length: int, most: int | None = None
 ) -> Tensor:
     """The same with the official loop, or the first forwards of it."""
-    return official.generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, most=most)[0]
+    return official.official_generate(model, prompts, gen_length, BLOCK, cache, forwards=counts, most=most)[0]
 
 
 def seconds_of(run: Callable[[], object], repeat: int = 1) -> float:

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: In the order of the time that a step spends in them.
 MAIN_OPS = ("window_attention", "linear", "head_statistics", "rope_kv_write", "rms_norm")
 OTHER_OPS = ("swiglu", "token_statistics", "commit_tokens", "window_inputs")
-OPS = (*MAIN_OPS, *OTHER_OPS)
+BENCHED_OPS = (*MAIN_OPS, *OTHER_OPS)
 #: A run for which the numbers of seconds are meant; in a longer one they grow with it.
 SECONDS = 540
 #: Not worth beginning anything with.
@@ -145,11 +145,11 @@ def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
         *(bench(f"ops {op}", "ops", "--op", op, *key, share=0.15) for op in OTHER_OPS),
         verify("verify all", verified[1]),
         bench("step all", "step", share=0.4),
-        *(bench(f"ops {op} all", "ops", "--op", op, share=0.25) for op in OPS),
+        *(bench(f"ops {op} all", "ops", "--op", op, share=0.25) for op in BENCHED_OPS),
         bench("generate all", "generate"),
         tests,
         tune("tune all", share=0.6),
-        *(sanitize(tool, op) for tool in ("memcheck", "racecheck") for op in OPS),
+        *(sanitize(tool, op) for tool in ("memcheck", "racecheck") for op in BENCHED_OPS),
     ]
 
 

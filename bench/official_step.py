@@ -151,7 +151,7 @@ class OfficialModel:
 
 
 @torch.no_grad()
-def generate(
+def official_generate(
     model: OfficialModel,
     prompt: Tensor,
     gen_length: int,

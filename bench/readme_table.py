@@ -21,7 +21,7 @@ BEGIN, END = "<!-- results: begin (bench/readme_table.py) -->", "<!-- results: e
 NOTHING = "No results of a GPU are committed yet, so no speed is claimed."
 
 
-def table(results: Path, root: Path = ROOT) -> str:
+def results_table(results: Path, root: Path = ROOT) -> str:
     """Of the newest run of each GPU that was timed, what was verified."""
     sections = []
     for gpu in sorted(path for path in results.iterdir() if path.is_dir()):
@@ -90,7 +90,7 @@ def rewritten(text: str, results: str) -> str:
 def main(arguments: Sequence[str]) -> int:
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = rewritten(before, table(ROOT / "bench" / "results"))
+    after = rewritten(before, results_table(ROOT / "bench" / "results"))
     if "--check" in arguments:
         if before != after:
             print("README.md: the table of results is not what bench/readme_table.py writes")

@@ -38,7 +38,7 @@ def compile_report(
     if as_json:
         typer.echo(json.dumps(records))
     else:
-        show(report.render(records) if full else report.summary(records))
+        show(report.full_table(records) if full else report.summary_table(records))
     if out is not None:
         with naming("--out", out):
             write_records(out, records)

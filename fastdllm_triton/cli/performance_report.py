@@ -41,7 +41,7 @@ def performance_report(
     if as_json:
         typer.echo(json.dumps(records))
     else:
-        for table in report.render(records) if full else [report.summary(records)]:
+        for table in report.full_tables(records) if full else [report.summary_table(records)]:
             show(table)
     if out is not None:
         with naming("--out", out):

@@ -99,6 +99,12 @@ class Request:
         end = start + self.config.block_length
         return BlockState(self.prompt_length, len(self), start, end, self.ordinal, self.block_forwards)
 
+    def step_window_start(self, slots: int) -> int:
+        """First slot of the window of its steps, in buffers of ``slots`` slots."""
+        block = self.block_state
+        # A text that is shorter than its generation has a block that begins before it.
+        return max(slots - len(self) + min(self.policy.step(block).start, block.start), 0)
+
     @property
     def block_done(self) -> bool:
         """Whether nothing in its block is masked."""

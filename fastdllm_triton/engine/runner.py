@@ -160,7 +160,7 @@ class ModelRunner:
         for request in requests:
             block, offset = request.block_state, self.slots - len(request)
             bounds.append(
-                (offset + block.start, step_window_start(request, self.slots), offset + request.policy.attend_end(block))
+                (offset + block.start, request.step_window_start(self.slots), offset + request.policy.attend_end(block))
             )
         self._bounds[:, :rows] = torch.tensor(bounds, dtype=torch.int32, device="cpu").T
         for target, source in zip((self.block_start, self.window_start), self._bounds[:2], strict=True):
@@ -288,7 +288,7 @@ class ModelRunner:
             spans = {(offset, offset + window.attend_end) for offset, window in windows}
             span = spans.pop() if len(spans) == 1 else None
             return self.refresh_shape(program, plan.first, plan.last, start, max(ends) - start, plan.masked, span)
-        widths = (end - step_window_start(request, self.slots) for end, request in zip(ends, plan.requests, strict=True))
+        widths = (end - request.step_window_start(self.slots) for end, request in zip(ends, plan.requests, strict=True))
         count = plan.last - plan.first
         last = plan.first + self._rows_bucket(count) if plan.is_last_group else plan.last
         return self.step_shape(program, plan.first, min(last, self.rows), self._window_bucket(max(widths)), plan.masked)
@@ -439,13 +439,6 @@ def _divided(hidden: Tensor, temperature: float | Tensor) -> tuple[Tensor, float
         divisor = torch.where(temperature > 0, temperature, 1.0)
         return hidden / divisor[:, None].to(hidden.dtype), (temperature > 0).to(temperature.dtype)
     return hidden / temperature, 1.0
-
-
-def step_window_start(request: Request, slots: int) -> int:
-    """First slot of the window of a request's steps, in a batch of ``slots`` slots."""
-    block = request.block_state
-    # A text that is shorter than its generation has a block that begins before it.
-    return max(slots - len(request) + min(request.policy.step(block).start, block.start), 0)
 
 
 def _ranges(indices: Sequence[int]) -> list[tuple[int, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import eq
-from typing import Any
 
 import numpy as np
 
@@ -12,8 +11,7 @@ from ..decoding.config import GenerationConfig
 from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
 from .statistics import ratio_interval, wilson
-
-Record = dict[str, Any]
+from .summary import Record
 
 
 def decode(

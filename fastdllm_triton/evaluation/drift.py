@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,7 @@ from torch import Tensor
 from ..decoding.config import GenerationConfig
 from ..decoding.strategies import FixedSteps
 from ..model import MaskedDiffusionLM
-
-Record = dict[str, Any]
+from .summary import Record
 
 #: Parts of a sequence, seen from the block that is decoded: the prompt, the blocks before it, itself, the masks after it.
 REGIONS = ("prompt", "before", "block", "after")

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .plots import errorbar, legend, style
-
-Record = dict[str, Any]
+from .summary import Record
 
 _KINDS = {"k": "keys", "v": "values"}
 _REGION_NAMES = {"prompt": "prompt", "before": "blocks before", "block": "the block", "after": "masks after"}

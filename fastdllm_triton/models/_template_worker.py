@@ -59,7 +59,7 @@ def strftime_now(layout: str) -> str:
 
 
 @lru_cache(maxsize=8)
-def compiled(template: str) -> Any:
+def compiled_template(template: str) -> Any:
     """A template in the environment that transformers gives to chat templates."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -72,7 +72,7 @@ def compiled(template: str) -> Any:
 def answer(request: dict[str, Any], most_characters: int) -> dict[str, str]:
     """``{"text": ...}`` or ``{"error": ...}``."""
     try:
-        text = compiled(request["template"]).render(**request["variables"])
+        text = compiled_template(request["template"]).render(**request["variables"])
     except MemoryError:
         return {"error": "it takes too much memory"}
     except Exception as error:  # Templates can make Python raise anything.

@@ -30,7 +30,7 @@ _lock = threading.Lock()
 _process: subprocess.Popen[bytes] | None = None
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
+def render_template(template: str, variables: Mapping[str, Any]) -> str:
     """The text that a template makes.
 
     Args:
@@ -62,7 +62,7 @@ def render_chat(
             (``continue_final_message``).
 
     Raises:
-        ValueError: as :func:`render`; or the template is no text, or there are no messages.
+        ValueError: as :func:`render_template`; or the template is no text, or there are no messages.
     """
     if not isinstance(template, str):
         raise ValueError(f"it must be text, got {type(template).__name__}")
@@ -72,7 +72,7 @@ def render_chat(
         *earlier, last = messages
         messages = [*earlier, {**last, "content": f"{last['content']}{_END} "}]
     variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": next_turn}
-    text = render(template, {**variables, **special_tokens})
+    text = render_template(template, {**variables, **special_tokens})
     if next_turn:
         return text
     begun, end, rest = text.rpartition(_END)

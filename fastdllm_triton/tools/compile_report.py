@@ -45,7 +45,7 @@ from ..verify.cases import LAUNCHED, OpCases, Sizes
 from .assembly import contractions, cuobjdump, serialised, waits_first
 from .recorder import META, Launch, recorded
 
-Record = dict[str, Any]
+CompileRecord = dict[str, Any]
 
 #: The Triton that made ``bench/compile_report.json``. Another one may well use other registers.
 COMMITTED_WITH = "3.6.0"
@@ -119,7 +119,7 @@ def compile_report(
     *,
     processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[Record]:
+) -> list[CompileRecord]:
     """Compiles the cases of the ops for the architectures.
 
     Args:
@@ -147,11 +147,11 @@ def chosen(argument: str, names: Sequence[str] | None, known: Iterable[str]) -> 
 
 
 def in_processes(
-    function: Callable[[Any], Record],
+    function: Callable[[Any], CompileRecord],
     wanted: Sequence[Any],
     processes: int,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[Record]:
+) -> list[CompileRecord]:
     """Calls a function of a module in new processes, in which the interpreter is off."""
     # A compiler ends at an interrupt at once and without a word: the process that waits tells of it.
     initializer = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
@@ -168,7 +168,7 @@ def in_processes(
         return records
 
 
-def problems(records: Iterable[Record]) -> list[str]:
+def problems(records: Iterable[CompileRecord]) -> list[str]:
     """What no configuration may do, a line each: spill, take more shared memory than there is, serialise, lose a rounding."""
     lines = []
     for record in records:
@@ -185,7 +185,7 @@ def problems(records: Iterable[Record]) -> list[str]:
     return lines
 
 
-def differences(records: Iterable[Record], expected: Iterable[Record]) -> list[str]:
+def differences(records: Iterable[CompileRecord], expected: Iterable[CompileRecord]) -> list[str]:
     """What changed against an earlier report, a line each. Cases that were not compiled now are not judged."""
     earlier = {_name(record): record for record in expected}
     lines = []
@@ -198,13 +198,13 @@ def differences(records: Iterable[Record], expected: Iterable[Record]) -> list[s
     return lines
 
 
-def read_json(path: str | Path) -> list[Record]:
+def read_json(path: str | Path) -> list[CompileRecord]:
     """A report as :func:`fastdllm_triton.utils.files.write_records` wrote it."""
-    records: list[Record] = json.loads(Path(path).read_text())
+    records: list[CompileRecord] = json.loads(Path(path).read_text())
     return records
 
 
-def render(records: Sequence[Record]) -> Table:
+def full_table(records: Sequence[CompileRecord]) -> Table:
     """The report as a table; what spills or does not fit is red."""
     table = Table(title=f"Compiled with Triton {triton.__version__}")
     for key in records[0] if records else ():
@@ -214,10 +214,10 @@ def render(records: Sequence[Record]) -> Table:
     return table
 
 
-def summary(records: Sequence[Record]) -> Table:
+def summary_table(records: Sequence[CompileRecord]) -> Table:
     """The report in a line an op; what spills or does not fit is red."""
 
-    def cell(group: Sequence[Record]) -> Text:
+    def cell(group: Sequence[CompileRecord]) -> Text:
         registers, shared = (max((record[key] for record in group), default=0) for key in ("registers", "shared_bytes"))
         return Text(f"{registers} / {shared / 1024:.0f}", style="red" if problems(group) else "")
 
@@ -232,7 +232,10 @@ def summary(records: Sequence[Record]) -> Table:
 
 
 def by_arch(
-    records: Sequence[Record], cell: Callable[[Sequence[Record]], Text | str], name: Callable[[Record], str], **options: str
+    records: Sequence[CompileRecord],
+    cell: Callable[[Sequence[CompileRecord]], Text | str],
+    name: Callable[[CompileRecord], str],
+    **options: str,
 ) -> Table:
     """A table with a line a name and a column an architecture; a cell sums up the records of both."""
     archs = list(dict.fromkeys(record["arch"] for record in records))
@@ -246,17 +249,17 @@ def by_arch(
     return table
 
 
-def _name(record: Record) -> str:
+def _name(record: CompileRecord) -> str:
     return f"{record['op']} {record['kernel']} {record['arch']} [{record['config']}]"
 
 
-def compile_named(wanted: tuple[str, tuple[str, str, str]]) -> Record:
+def compile_named(wanted: tuple[str, tuple[str, str, str]]) -> CompileRecord:
     """One case by its architecture and key, since a process cannot be sent a kernel; runs in the pool."""
     arch, key = wanted
     return compile_case(next(case for case in compile_cases(key[0], arch) if case.key == key), ARCHS[arch])
 
 
-def compile_case(case: CompileCase, arch: Arch) -> Record:
+def compile_case(case: CompileCase, arch: Arch) -> CompileRecord:
     """Compiles one case and reads the result. Works where the interpreter is off.
 
     Raises:
@@ -286,7 +289,7 @@ def compiled(case: CompileCase, arch: Arch) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
-def _cuda_facts(compiled: Any, arch: Arch, num_warps: int) -> Record:
+def _cuda_facts(compiled: Any, arch: Arch, num_warps: int) -> CompileRecord:
     """Registers and stack from the binary, instructions from the PTX."""
     usage = cuobjdump(compiled.asm["cubin"], "-res-usage")
     registers, stack = (int(number) for number in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
@@ -322,7 +325,7 @@ def _cuda_facts(compiled: Any, arch: Arch, num_warps: int) -> Record:
     }
 
 
-def _hip_facts(compiled: Any, arch: Arch, num_warps: int) -> Record:
+def _hip_facts(compiled: Any, arch: Arch, num_warps: int) -> CompileRecord:
     text = compiled.asm["amdgcn"]
 
     def count(name: str) -> int:

@@ -37,7 +37,7 @@ from ..kernels._arch import ARCHS, Arch
 from ..verify.cases import OPS as CASES
 from ..verify.cases import ShapeClass
 from .assembly import cuobjdump
-from .compile_report import CompileCase, Record, by_arch, chosen, compile_case, compiled, in_processes, launched
+from .compile_report import CompileCase, CompileRecord, by_arch, chosen, compile_case, compiled, in_processes, launched
 from .roofline import GPUS
 
 #: Seconds from a load to its data when memory is busy: an assumption, above the some 0.3 us of an idle Hopper (Luo et al.,
@@ -74,7 +74,7 @@ SHAPE_CLASSES = (
     ShapeClass("LLaDA refresh", "llada", 1, 1024, 1024),
     ShapeClass("Dream step", "dream", 1, 32, 1024),
 )
-OPS = [op for op in CASES if op != "window_inputs"]
+LOOP_OPS = [op for op in CASES if op != "window_inputs"]
 
 
 def launches(op: str, shape_class: ShapeClass, arch: Arch) -> list[CompileCase]:
@@ -138,19 +138,19 @@ def performance_report(
     *,
     processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[Record]:
+) -> list[CompileRecord]:
     """Compiles what the shape classes launch and reads it.
 
     Args:
         archs: names in :data:`PARTS`; all if not given.
-        ops: names in :data:`OPS`; all if not given.
+        ops: names in :data:`LOOP_OPS`; all if not given.
         processes: compilers that run at once.
         on_progress: told how many launches are done, and of how many, after each.
 
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = chosen("archs", archs, PARTS), chosen("ops", ops, OPS)
+    archs, ops = chosen("archs", archs, PARTS), chosen("ops", ops, LOOP_OPS)
     wanted = [
         (op, arch, number, case.config)
         for op in ops
@@ -161,17 +161,17 @@ def performance_report(
     return in_processes(_record, list(dict.fromkeys(wanted)), processes, on_progress)
 
 
-def _record(wanted: tuple[str, str, int, str]) -> Record:
+def _record(wanted: tuple[str, str, int, str]) -> CompileRecord:
     """One launch by names, since a process cannot be sent a kernel."""
     op, name, number, label = wanted
     shape_class, arch = SHAPE_CLASSES[number], ARCHS[name]
     case = next(found for found in launches(op, shape_class, arch) if found.config == label)
     fit = int(compile_case(case, arch)["ctas_per_sm"])
     code = instructions(cuobjdump(compiled(case, arch).asm["cubin"], "-sass"))
-    return describe(shape_class, case, arch, fit, code)
+    return loop_record(shape_class, case, arch, fit, code)
 
 
-def describe(shape_class: ShapeClass, case: CompileCase, arch: Arch, fit: int, code: Sequence[Instruction]) -> Record:
+def loop_record(shape_class: ShapeClass, case: CompileCase, arch: Arch, fit: int, code: Sequence[Instruction]) -> CompileRecord:
     """The record of a launch from its code and from how many of its programs fit an SM."""
     body, options, programs = main_loop(code), case.launch_options, case.launch.programs
     threads = 32 * options["num_warps"]
@@ -197,11 +197,11 @@ def describe(shape_class: ShapeClass, case: CompileCase, arch: Arch, fit: int, c
     }
 
 
-def _name(record: Record) -> str:
+def _name(record: CompileRecord) -> str:
     return record["op"] if record["kernel"] == f"_{record['op']}_kernel" else f"{record['op']}, {record['kernel'].strip('_')}"
 
 
-def _cells(record: Record) -> list[str]:
+def _cells(record: CompileRecord) -> list[str]:
     total = sum(record["mix"].values())
     largest = sorted(record["mix"].items(), key=lambda item: -item[1])
     mix = ", ".join(f"{kind} {count}" for kind, count in largest)
@@ -215,13 +215,13 @@ def _cells(record: Record) -> list[str]:
     ]
 
 
-HEADS = ("op", "shape: configuration", "programs", "resident of those that fit", "KiB in flight an SM, of needed", "main loop")
+_COLUMNS = ("op", "shape: configuration", "programs", "resident of those that fit", "KiB in flight an SM, of needed", "main loop")
 
 
-def summary(records: Sequence[Record]) -> Table:
+def summary_table(records: Sequence[CompileRecord]) -> Table:
     """The report in a line a kernel: bytes in flight over bytes needed, in the shape where that is least."""
 
-    def cell(group: Sequence[Record]) -> str:
+    def cell(group: Sequence[CompileRecord]) -> str:
         return f"{min(record['in_flight'] / record['needed'] for record in group):.2f}" if group else ""
 
     caption = "Below 1, too few bytes are under way to keep memory busy: of small grids, for the most part."
@@ -229,14 +229,14 @@ def summary(records: Sequence[Record]) -> Table:
     return by_arch(records, cell, _name, title=title, caption=caption)
 
 
-def render(records: Sequence[Record]) -> list[Table]:
-    tables = {arch: Table(*HEADS, title=f"{arch}, {GPUS[PARTS[arch]].name}") for arch in PARTS}
+def full_tables(records: Sequence[CompileRecord]) -> list[Table]:
+    tables = {arch: Table(*_COLUMNS, title=f"{arch}, {GPUS[PARTS[arch]].name}") for arch in PARTS}
     for record in records:
         tables[record["arch"]].add_row(*_cells(record))
     return [table for table in tables.values() if table.rows]
 
 
-def markdown(records: Sequence[Record]) -> str:
+def markdown(records: Sequence[CompileRecord]) -> str:
     lines = [
         "# Static performance report",
         "",
@@ -248,6 +248,6 @@ def markdown(records: Sequence[Record]) -> str:
         "counted by class.",
     ]
     for arch in dict.fromkeys(record["arch"] for record in records):
-        lines += ["", f"## {arch}, {GPUS[PARTS[arch]].name}", "", f"| {' | '.join(HEADS)} |", "|---|---|---:|---:|---:|---|"]
+        lines += ["", f"## {arch}, {GPUS[PARTS[arch]].name}", "", f"| {' | '.join(_COLUMNS)} |", "|---|---|---:|---:|---:|---|"]
         lines += [f"| {' | '.join(_cells(record))} |" for record in records if record["arch"] == arch]
     return "\n".join(lines) + "\n"

@@ -34,7 +34,7 @@ def test_llada_gives_the_recorded_tokens_in_as_many_forwards(name, cache, strate
         blocks = case["gen_length"] // case["block_length"]
         how = {"threshold": case["value"]} if strategy == "threshold" else {"forwards": [case["value"] // blocks] * blocks}
         prompt = torch.tensor(case["prompt"])
-        x, nfe = official.generate(model, prompt, case["gen_length"], case["block_length"], cache, **how)
+        x, nfe = official.official_generate(model, prompt, case["gen_length"], case["block_length"], cache, **how)
         assert x[:, prompt.shape[1] :].tolist() == case["tokens"], case
         assert nfe == case["nfe"], case
 
@@ -52,7 +52,7 @@ def test_dream_gives_the_recorded_tokens_in_as_many_forwards(cache, algorithm):
             if case["threshold"]
             else {"forwards": [case["steps"] // (length // block)] * (length // block)}
         )
-        x, nfe = official.generate(model, torch.tensor([case["prompt"]]), length, block, cache, **how)
+        x, nfe = official.official_generate(model, torch.tensor([case["prompt"]]), length, block, cache, **how)
         assert x[0, len(case["prompt"]) :].tolist() == case["tokens"], case
         assert nfe == case["nfe"], case
 
@@ -76,7 +76,7 @@ def test_logits_are_the_recorded_ones_with_each_cache(name):
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_its_tokens_are_ours(cache, llada):
     prompt = torch.tensor([[5, 17, 300, 2], [9, 8, 7, 6]])
-    x, nfe = official.generate(official.OfficialModel(llada.network), prompt, 32, 16, cache, threshold=0.5)
+    x, nfe = official.official_generate(official.OfficialModel(llada.network), prompt, 32, 16, cache, threshold=0.5)
     ours = llada.generate(
         prompt, gen_length=32, block_length=16, cache=cache, strategy=fdt.Threshold(0.5), stop_at_eos=False, lockstep=True
     )
@@ -86,7 +86,7 @@ def test_its_tokens_are_ours(cache, llada):
 
 def test_an_imposed_schedule_is_kept_and_stops_after_the_blocks_asked_for(llada):
     model, prompt = official.OfficialModel(llada.network), torch.tensor([[5, 17, 300, 2]])
-    x, nfe = official.generate(model, prompt, 32, 8, "dual", forwards=[2, 3])
+    x, nfe = official.official_generate(model, prompt, 32, 8, "dual", forwards=[2, 3])
     assert nfe == 5
     assert (x[:, 4:20] != llada.config.mask_id).all()
     assert (x[:, 20:] == llada.config.mask_id).all()

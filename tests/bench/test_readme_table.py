@@ -24,9 +24,9 @@ def test_the_readme_is_what_the_script_writes() -> None:
 
 
 def test_without_results_of_a_gpu_it_says_so(tmp_path: Path) -> None:
-    assert readme_table.table(tmp_path) == readme_table.NOTHING
+    assert readme_table.results_table(tmp_path) == readme_table.NOTHING
     put(tmp_path, "cpu", "2026-11-21-0123456789", Report({"device": "cpu", "gpu": None, "commit": None, "date": "2026-11-21"}))
-    assert readme_table.table(tmp_path) == readme_table.NOTHING
+    assert readme_table.results_table(tmp_path) == readme_table.NOTHING
 
 
 def test_the_newest_run_of_each_gpu_counts(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_the_newest_run_of_each_gpu_counts(tmp_path: Path) -> None:
     put(tmp_path, "made-up-gpu", "2026-11-20-old", old)
     put(tmp_path, "made-up-gpu", "2026-11-21-0123456789", new)
     put(tmp_path, "another-gpu", "2026-11-21-0123456789", other)
-    text = readme_table.table(tmp_path, tmp_path)
+    text = readme_table.results_table(tmp_path, tmp_path)
     assert text.index("**Another GPU**") < text.index("**Made-up GPU**")
     assert "(made-up-gpu/2026-11-21-0123456789)" in text and "2026-11-20" not in text
     assert "copy 1,000 GB/s, matrix 100 TFLOP/s" in text
@@ -50,7 +50,7 @@ def test_unverified_rows_are_left_out(tmp_path: Path) -> None:
         if row["op"] == "swiglu" or row["shape"].get("rows") == 1:
             row["unverified"] = True
     put(tmp_path, "made-up-gpu", "2026-11-21-0123456789", report)
-    text = readme_table.table(tmp_path, tmp_path)
+    text = readme_table.results_table(tmp_path, tmp_path)
     assert "`swiglu`" not in text and "| `window_attention` |" in text
     timed = [row["shape"] for row in report.rows if (row["op"], row["provider"]) == ("head_statistics", "triton")]
     assert f"| `head_statistics` | {sum(shape['rows'] > 1 for shape in timed)} |" in text

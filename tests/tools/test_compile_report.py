@@ -20,12 +20,12 @@ from fastdllm_triton.tools.compile_report import (
     compile_named,
     compile_report,
     differences,
+    full_table,
     in_processes,
     problems,
     read_json,
-    render,
     reported_ops,
-    summary,
+    summary_table,
 )
 from fastdllm_triton.utils.files import write_records
 
@@ -155,14 +155,14 @@ def test_a_report_survives_its_file_and_is_shown(tmp_path):
     assert read_json(tmp_path / "report.json") == [RECORD, RECORD]
     assert (tmp_path / "report.json").read_text().count("\n") == 4
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(render([RECORD]))
+    console.print(full_table([RECORD]))
     assert "bf16 block=1024" in console.export_text()
 
 
 def test_a_summary_has_a_line_an_op_and_the_most_of_it():
     console = Console(record=True, width=80, file=io.StringIO())
     console.print(
-        summary([RECORD, RECORD | {"registers": 20, "shared_bytes": 2048}, RECORD | {"arch": "sm_80", "spill_bytes": 8}])
+        summary_table([RECORD, RECORD | {"registers": 20, "shared_bytes": 2048}, RECORD | {"arch": "sm_80", "spill_bytes": 8}])
     )
     text = console.export_text()
     (line,) = (line for line in text.splitlines() if "swiglu" in line)

@@ -14,7 +14,7 @@ from fastdllm_triton.cli.app import app
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.tools import performance_report as module
 from fastdllm_triton.tools.compile_report import COMMITTED_WITH, differences, read_json
-from fastdllm_triton.tools.performance_report import SHAPE_CLASSES, describe, instructions, launches, main_loop
+from fastdllm_triton.tools.performance_report import SHAPE_CLASSES, instructions, launches, loop_record, main_loop
 
 BENCH = Path(__file__).parents[2] / "bench"
 #: A prologue that loads much, a loop in which another turns that loads nothing, a loop that loads, and an end in itself.
@@ -62,7 +62,7 @@ def test_bytes_in_flight_are_those_of_the_programs_that_are_there() -> None:
     launch, merge = launches("head_statistics", SHAPE_CLASSES[0], ARCHS["sm_90"])
     assert merge.launch.kernel.__name__ == "merge_statistics_kernel"
     threads = 32 * launch.launch_options["num_warps"]
-    found = describe(SHAPE_CLASSES[0], launch, ARCHS["sm_90"], 2, instructions(SASS))
+    found = loop_record(SHAPE_CLASSES[0], launch, ARCHS["sm_90"], 2, instructions(SASS))
     assert found["loop_bytes"] == threads * 20
     assert found["ahead"] == launch.launch_options["num_stages"] - 1
     assert (found["programs"], found["fit"], found["resident"], found["waves"]) == (264, 2, 2, 1.0)
@@ -70,7 +70,7 @@ def test_bytes_in_flight_are_those_of_the_programs_that_are_there() -> None:
     assert found["mix"] == {"mma": 1, "sync": 1, "global load": 2, "special": 1, "branch": 1, "integer": 1}
     # 4.8 TB/s for 0.8 us over 132 SMs.
     assert found["needed"] == round(4.8e12 * 0.8e-6 / 132)
-    few = describe(
+    few = loop_record(
         SHAPE_CLASSES[0], replace(launch, launch=replace(launch.launch, grid=(100,))), ARCHS["sm_90"], 2, instructions(SASS)[:2]
     )
     assert (few["resident"], few["ahead"], few["in_flight"]) == (1, 1, threads * 32)
@@ -78,7 +78,7 @@ def test_bytes_in_flight_are_those_of_the_programs_that_are_there() -> None:
 
 @pytest.mark.parametrize("arch", module.PARTS)
 def test_every_op_of_a_step_is_looked_at(arch: str) -> None:
-    for op in module.OPS:
+    for op in module.LOOP_OPS:
         assert launches(op, SHAPE_CLASSES[0], ARCHS[arch]), op
     assert launches("head_statistics", SHAPE_CLASSES[1], ARCHS[arch]) == []  # 256 rows are cuBLAS's
 
@@ -98,7 +98,7 @@ def test_the_committed_report_lists_every_launch_and_no_other() -> None:
     listed = [(record["op"], record["arch"], record["config"]) for record in read_json(BENCH / "performance_report.json")]
     expected = {
         (op, arch, f"{shape_class.name}: {case.config}")
-        for op in module.OPS
+        for op in module.LOOP_OPS
         for arch in module.PARTS
         for shape_class in SHAPE_CLASSES
         for case in launches(op, shape_class, ARCHS[arch])

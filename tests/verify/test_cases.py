@@ -10,7 +10,7 @@ from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.tools.compile_report import compile_cases, reported_ops
 from fastdllm_triton.tools.roofline import SHAPES
 from fastdllm_triton.verify.cases import OPS
-from fastdllm_triton.verify.cases._base import MODELS, copy
+from fastdllm_triton.verify.cases._base import CASE_MODELS, copy
 from fastdllm_triton.verify.cases.linear import PROJECTIONS
 from fastdllm_triton.verify.ops import dtypes_of
 from fastdllm_triton.verify.tolerance import bitwise
@@ -69,7 +69,7 @@ def test_the_projections_are_those_of_the_configs():
     for model, name in (("llada", "llada-8b"), ("dream", "dream-7b")):
         weights = sum(projection.n * projection.k for key, projection in PROJECTIONS.items() if key.startswith(model))
         assert weights == SHAPES[name].layer_parameters
-        assert SHAPES[name].vocab_size == MODELS[model].vocab_size
+        assert SHAPES[name].vocab_size == CASE_MODELS[model].vocab_size
 
 
 @pytest.mark.parametrize("op", reported_ops())

@@ -20,7 +20,7 @@ from ...models.transformer import Transformer
 from ...ops import Ops, without_kernels
 from .fuse import fuse, fused_storages, unfuse
 from .recognise import RecognisedModule, recognise
-from .report import Report, describe
+from .report import Report, report_of
 
 #: The attribute of an accelerated module that holds what it was accelerated with.
 ATTRIBUTE = "_fastdllm_triton"
@@ -116,7 +116,9 @@ class Accelerated:
         """What is replaced and what not."""
         fused = sum(fused_storages(self.runtime().network.weights).values())
         recognised = recognise(self.module)
-        return describe(recognised, ops_for(self.options.backend, recognised.device, recognised.dtype), self.options.plain, fused)
+        return report_of(
+            recognised, ops_for(self.options.backend, recognised.device, recognised.dtype), self.options.plain, fused
+        )
 
     def install(self) -> None:
         """Gives the module its methods."""

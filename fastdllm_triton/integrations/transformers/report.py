@@ -93,7 +93,7 @@ class Report:
         return text.rstrip()
 
 
-def describe(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fused_bytes: int) -> Report:
+def report_of(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fused_bytes: int) -> Report:
     """The report on a module.
 
     Args:

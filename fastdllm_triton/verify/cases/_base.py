@@ -21,7 +21,7 @@ Compiled = tuple[torch.dtype, Sizes, Inputs | None]
 Where = Literal["quick", "full", "key", "gpu"]
 
 #: The models whose sizes the large cases have, as the shapes of benches name them.
-MODELS = {"llada": LLADA_8B, "dream": DREAM_7B}
+CASE_MODELS = {"llada": LLADA_8B, "dream": DREAM_7B}
 ALL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -66,7 +66,7 @@ class ShapeClass:
 
     Attributes:
         name: for people.
-        model: a name in :data:`MODELS`.
+        model: a name in :data:`CASE_MODELS`.
         batch, window, slots: of the forward.
     """
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from ...kernels._arch import Arch
 from ...reference.token_statistics import token_statistics
 from ...types import PolicyState, RuleName, ScoreName
-from ._base import MODELS, Case, Compiled, Function, Inputs, OpCases, Outputs, Random, Where
+from ._base import CASE_MODELS, Case, Compiled, Function, Inputs, OpCases, Outputs, Random, Where
 
-MASK = MODELS["llada"].mask_id
+MASK = CASE_MODELS["llada"].mask_id
 #: First slot of the blocks.
 START = 3
 

@@ -10,11 +10,11 @@ import torch
 
 from ...kernels._arch import Arch
 from ...types import TokenStatistics
-from ._base import MODELS, Case, Compiled, Inputs, OpCases, Outputs, Random
+from ._base import CASE_MODELS, Case, Compiled, Inputs, OpCases, Outputs, Random
 from .token_statistics import SAMPLING, merge_label, named_statistics, options_by_row, sampling_label
 
 #: Vocabulary and width.
-HEADS = {name: {"vocabulary": config.vocab_size, "width": config.width} for name, config in MODELS.items()}
+HEADS = {name: {"vocabulary": config.vocab_size, "width": config.width} for name, config in CASE_MODELS.items()}
 
 
 def _make(

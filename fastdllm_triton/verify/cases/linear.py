@@ -12,7 +12,7 @@ from ...kernels import _arch
 from ...kernels import linear as kernels
 from ...kernels._arch import Arch
 from ...types import Activation
-from ._base import MODELS, Case, Compiled, Inputs, OpCases, Random, ShapeClass, Sizes
+from ._base import CASE_MODELS, Case, Compiled, Inputs, OpCases, Random, ShapeClass, Sizes
 
 
 class Projection(NamedTuple):
@@ -32,7 +32,7 @@ class Projection(NamedTuple):
 #: The four of LLaDA-8B and of Dream-7B, as ``<model> <part>``.
 PROJECTIONS = {
     f"{model} {part}": projection
-    for model, c in MODELS.items()
+    for model, c in CASE_MODELS.items()
     for part, projection in {
         "qkv": Projection((c.heads + 2 * c.kv_heads) * c.head_dim, c.width, True, None, False),
         "out": Projection(c.width, c.heads * c.head_dim, False, None, True),

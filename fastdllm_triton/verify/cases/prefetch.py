@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels import prefetch as kernels
 from ...kernels.linear import linear
-from ._base import MODELS, Function, Inputs, OpCases, Random
+from ._base import CASE_MODELS, Function, Inputs, OpCases, Random
 from .linear import PROJECTIONS
 from .rms_norm import RMS_NORM
 from .window_attention import WINDOW_ATTENTION
@@ -54,7 +54,7 @@ PREFETCH = _Prefetch(
     _make,
     shapes=[
         {"model": model, "slots": 1024, "before": before, "n": n, "k": k}
-        for model in MODELS
+        for model in CASE_MODELS
         for before, part in (("attention", "out"), ("norm", "gate_up"), ("norm", "qkv"))
         for n, k in (PROJECTIONS[f"{model} {part}"][:2],)
     ],

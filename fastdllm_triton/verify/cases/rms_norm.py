@@ -7,9 +7,9 @@ from itertools import product
 
 import torch
 
-from ._base import MODELS, Case, Inputs, OpCases, Random
+from ._base import CASE_MODELS, Case, Inputs, OpCases, Random
 
-_LLADA, _DREAM = (model.width for model in MODELS.values())
+_LLADA, _DREAM = (model.width for model in CASE_MODELS.values())
 
 
 def _make(
@@ -54,5 +54,5 @@ RMS_NORM = OpCases(
     label=lambda kernel, dtype, c: (
         f"{dtype} E={c['E']}{' residual' if c['HAS_RESIDUAL'] else ''}{'' if 'rows_ptr' in c else ' rows'}"
     ),
-    forward=lambda c: [{"rows": c.rows, "width": MODELS[c.model].width, "residual": True}],
+    forward=lambda c: [{"rows": c.rows, "width": CASE_MODELS[c.model].width, "residual": True}],
 )

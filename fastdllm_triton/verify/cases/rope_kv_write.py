@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._base import MODELS, Case, Inputs, OpCases, Outputs, Random, Sizes
+from ._base import CASE_MODELS, Case, Inputs, OpCases, Outputs, Random, Sizes
 
 
 def _make(
@@ -26,7 +26,7 @@ def _make(
 ) -> Inputs:
     """The window is at the end of the cache if it is nowhere else; ``heads`` are query heads, KV heads and their size."""
     if model is not None:
-        config = MODELS[model]
+        config = CASE_MODELS[model]
         heads = (config.heads, config.kv_heads, config.head_dim)
         rounding, bias, theta = config.rope_rounding, config.qkv_bias, config.rope_theta
     batch = len(window_start) or batch
@@ -54,13 +54,13 @@ def _case(why: str, where: Any, window: int, window_start: Sequence[int], kv_sta
 
 def _bytes(shape: Sizes) -> int:
     """The projection in; q, k and v out."""
-    config = MODELS[shape["model"]]
+    config = CASE_MODELS[shape["model"]]
     return 2 * 2 * shape["batch"] * shape["window"] * (config.heads + 2 * config.kv_heads) * config.head_dim
 
 
 _SHAPES = [
     {"model": model, "batch": batch, "window": window, "slots": 4096}
-    for model in MODELS
+    for model in CASE_MODELS
     for batch, window in ((1, 32), (4, 32), (16, 32), (16, 64), (1, 4096), (4, 4096))
 ]
 _DREAM: dict[str, Any] = {"rounding": "dream", "bias": True, "theta": 1e6}

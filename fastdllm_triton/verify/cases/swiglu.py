@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ._base import MODELS, Case, Inputs, OpCases, Random
+from ._base import CASE_MODELS, Case, Inputs, OpCases, Random
 
-_LLADA, _DREAM = (model.mlp for model in MODELS.values())
+_LLADA, _DREAM = (model.mlp for model in CASE_MODELS.values())
 
 
 def _make(random: Random, rows: int, width: int, leading: tuple[int, ...] = ()) -> Inputs:
@@ -33,5 +33,5 @@ SWIGLU = OpCases(
     outs=["out"],
     compiled=lambda arch: [(torch.bfloat16, {"rows": 32, "width": _LLADA}, None)],  # the MLPs of both have one configuration
     label=lambda kernel, dtype, c: f"{dtype} block={c['BLOCK_F']}",
-    forward=lambda c: [{"rows": c.rows, "width": MODELS[c.model].mlp}],
+    forward=lambda c: [{"rows": c.rows, "width": CASE_MODELS[c.model].mlp}],
 )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ...types import TokenStatistics
-from ._base import MODELS, Case, Inputs, OpCases, Outputs, Random
+from ._base import CASE_MODELS, Case, Inputs, OpCases, Outputs, Random
 
-_LLADA, _DREAM = (model.vocab_size for model in MODELS.values())
+_LLADA, _DREAM = (model.vocab_size for model in CASE_MODELS.values())
 
 
 def _make(
@@ -118,5 +118,5 @@ TOKEN_STATISTICS = OpCases(
         for options in SAMPLING
     ],
     label=_label,
-    forward=lambda c: [{"rows": c.head_rows, "vocabulary": MODELS[c.model].vocab_size, "forbidden": [0]}],
+    forward=lambda c: [{"rows": c.head_rows, "vocabulary": CASE_MODELS[c.model].vocab_size, "forbidden": [0]}],
 )

@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...kernels import window_attention as kernels
 from ...kernels._arch import Arch
-from ._base import MODELS, Case, Compiled, Inputs, OpCases, Outputs, Random, Sizes, Where
+from ._base import CASE_MODELS, Case, Compiled, Inputs, OpCases, Outputs, Random, Sizes, Where
 
 #: Query heads, KV heads and their size.
-HEADS = {name: (config.heads, config.kv_heads, config.head_dim) for name, config in MODELS.items()}
+HEADS = {name: (config.heads, config.kv_heads, config.head_dim) for name, config in CASE_MODELS.items()}
 
 
 def _make(
@@ -157,7 +157,7 @@ WINDOW_ATTENTION = OpCases(
         _case("several chunks", "full", 4, (3,), (600,), slots=600),
         *(
             case
-            for model in MODELS
+            for model in CASE_MODELS
             for case in (
                 _model_case(model, "key", 1, 32, 1024),
                 _model_case(model, "gpu", 1, 16, 1029),
@@ -172,14 +172,18 @@ WINDOW_ATTENTION = OpCases(
     _make,
     shapes=[
         {"model": model, "batch": batch, "window": window, "slots": slots}
-        for model in MODELS
+        for model in CASE_MODELS
         for slots in (512, 1024, 2048, 4096, 8192, 16_384, 32_768)
         for batch in (1, 4, 16)
         for window in (32, 16, 64, 128)  # the paper's first
         if batch * slots <= 131_072
     ]
-    + [{"model": model, "batch": 1, "window": slots, "slots": slots} for model in MODELS for slots in (1024, 2048, 4096, 8192)],
-    key=[{"model": model, "batch": 1, "window": window, "slots": 1024} for window in (32, 1024) for model in MODELS],
+    + [
+        {"model": model, "batch": 1, "window": slots, "slots": slots}
+        for model in CASE_MODELS
+        for slots in (1024, 2048, 4096, 8192)
+    ],
+    key=[{"model": model, "batch": 1, "window": window, "slots": 1024} for window in (32, 1024) for model in CASE_MODELS],
     small={"model": "dream", "batch": 1, "window": 2, "slots": 40},
     axis="slots",
     bytes=_bytes,

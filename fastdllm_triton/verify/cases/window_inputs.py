@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ...kernels._limits import MAX_BLOCK, MAX_ROWS
-from ._base import MODELS, Case, Inputs, OpCases, Outputs, Random
+from ._base import CASE_MODELS, Case, Inputs, OpCases, Outputs, Random
 
-_MASK = MODELS["llada"].mask_id
+_MASK = CASE_MODELS["llada"].mask_id
 
 
 def _make(
