@@ -111,8 +111,6 @@ class ModelRunner:
         if self._graphs is not None:
             self._graphs.reset()
 
-    # --- rows ---------------------------------------------------------------------------------------------------------
-
     def reset(self) -> None:
         """Leaves every row empty."""
         self.state.remaining.zero_()
@@ -269,8 +267,6 @@ class ModelRunner:
         if ids not in self._ids:
             self._ids[ids] = torch.tensor(ids, dtype=torch.int64, device=self.x.device)
         return self._ids[ids]
-
-    # --- forwards -----------------------------------------------------------------------------------------------------
 
     def shape_of(self, plan: ForwardPlan, requests: Sequence[Request]) -> ForwardShape:
         """What a planned forward has fixed.
