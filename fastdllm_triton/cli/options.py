@@ -84,16 +84,22 @@ def decoding_options() -> list[Parameter]:
         ("seed", int, 0, "Of sampling: row b draws with seed + b."),
         ("stop_at_eos", bool, True, "Leave out the blocks after an end token."),
     ]
-    cache = [
-        (name, int | None if option.default is None else int, option.default, option.metadata["help"])
-        for name, option in cache_options().items()
-    ]
     return [
         _parameter("gen_length", GenLengthOption, None),
         _parameter("block_length", BlockLengthOption, None),
         *(_parameter(name, _annotated(kind, text, DECODING), default) for name, kind, default, text in decoding),
         _parameter("cache", CacheOption, DEFAULT_CACHE),
-        *(_parameter(name, _annotated(kind, text, CACHE), default) for name, kind, default, text in cache),
+        *cache_parameters(),
+    ]
+
+
+def cache_parameters() -> list[Parameter]:
+    """Options of the caches, as parameters of a command."""
+    return [
+        _parameter(
+            name, _annotated(int | None if option.default is None else int, option.metadata["help"], CACHE), option.default
+        )
+        for name, option in cache_options().items()
     ]
 
 
@@ -115,6 +121,11 @@ def decoding_values(context: typer.Context, **others: Any) -> dict[str, Any]:
 
 def with_decoding_options(before: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command :func:`decoding_options`, listed before one of its parameters; their values are in ``context.params``."""
+    return with_parameters(before, decoding_options())
+
+
+def with_parameters(before: str, more: list[Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command more parameters, listed before one of its own; their values are in ``context.params``."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         plain = signature(command, eval_str=True)
@@ -125,7 +136,7 @@ def with_decoding_options(before: str) -> Callable[[Callable[..., None]], Callab
 
         parameters = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in plain.parameters.values()]
         place = list(plain.parameters).index(before)
-        parameters[place:place] = decoding_options()
+        parameters[place:place] = more
         wrapped.__signature__ = plain.replace(parameters=parameters)  # type: ignore[attr-defined]
         return wrapped
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ..decoding.cache_policy import CacheName
 
 
+@cli.with_parameters("model", cli.cache_parameters())
 def roofline(
+    context: typer.Context,
     gpu: Annotated[str, typer.Option(help=f"{', '.join(GPUS)}; its data sheet's numbers.")] = "h200",
     bandwidth: Annotated[float | None, typer.Option(help="GB/s, instead of the data sheet's.")] = None,
     tflops: Annotated[float | None, typer.Option(help="Dense bfloat16 TFLOP/s, instead of the data sheet's.")] = None,
@@ -37,9 +39,6 @@ def roofline(
         typer.Option(help="Tokens up to the end token: decoding stops after its block.", rich_help_panel=cli.DECODING),
     ] = None,
     cache: cli.CacheOption = cli.DEFAULT_CACHE,
-    prompt_refresh: Annotated[
-        int | None, typer.Option(help=cache_options()["prompt_refresh"].metadata["help"], rich_help_panel=cli.CACHE)
-    ] = None,
     model: Annotated[
         str, typer.Option(help=f"{', '.join(SHAPES)}, tiny, or a config.json.", rich_help_panel=cli.MODEL)
     ] = "llada-8b",
@@ -62,10 +61,10 @@ def roofline(
         cast("CacheName", cache.value),
         tokens_per_forward,
         batch_size,
-        1 if prompt_refresh is None else prompt_refresh,
-        stop_at,
-        weight_bits,
-        cache_bits,
+        stop_at=stop_at,
+        weight_bits=weight_bits,
+        cache_bits=cache_bits,
+        **{name: context.params[name] for name in cache_options() if context.params[name] is not None},
     )
     floors = [(name, roofline_model.floor(shape, changed, target)) for name, changed in roofline_model.what_if(setting)]
     if as_json:

@@ -253,6 +253,7 @@ class Setting:
         batch_size: sequences in lockstep, each as long as the others.
         prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; those in between recompute the
             generated part alone. 1 is the paper.
+        refresh_every, suffix_window, look_back, look_ahead: of the cache, as :class:`~fastdllm_triton.GenerationConfig` has them.
         stop_at: tokens up to and including the end token, after whose block decoding stops; all are decoded if not given.
         weight_bits, cache_bits: of the matrices, and of keys and values.
     """
@@ -267,13 +268,23 @@ class Setting:
     stop_at: int | None = None
     weight_bits: float = 16
     cache_bits: float = 16
+    refresh_every: int | None = None
+    suffix_window: int | None = None
+    look_back: int = 0
+    look_ahead: int = 0
 
     def __post_init__(self) -> None:
         for name in ("prompt_length", "gen_length", "block_length", "batch_size", "prompt_refresh"):
             require(name, getattr(self, name), "1 or more", getattr(self, name) >= 1)
+        for name, least in (("refresh_every", 1), ("suffix_window", 0), ("look_back", 0), ("look_ahead", 0)):
+            value = getattr(self, name)
+            require(name, value, f"{least} or more", value is None or value >= least)
         if self.gen_length % self.block_length:
             raise ValueError(f"block_length must divide gen_length, {self.gen_length}, got {self.block_length}")
         require("cache", self.cache, f"one of {', '.join(CACHE_POLICIES)}", self.cache in CACHE_POLICIES)
+        for name in ("look_back", "look_ahead"):
+            if getattr(self, name) and name not in CACHE_OPTIONS[self.cache]:
+                raise ValueError(f"{name} means nothing for cache = {self.cache!r}")
         rate = self.tokens_per_forward
         require("tokens_per_forward", rate, "in (0, block_length]", 0 < rate <= self.block_length)
         require("stop_at", self.stop_at, "in [1, gen_length]", self.stop_at is None or 1 <= self.stop_at <= self.gen_length)
@@ -300,8 +311,8 @@ class Setting:
         """
         counts: dict[Phase, float] = {}
         forwards = self.block_length / self.tokens_per_forward
-        options = {"prompt_refresh": self.prompt_refresh} if "prompt_refresh" in CACHE_OPTIONS[self.cache] else {}
-        policy = cache_policy(self.cache, **options)
+        policy = cache_policy(self.cache, **{name: getattr(self, name) for name in CACHE_OPTIONS[self.cache]})
+        refreshes = max(forwards / (self.refresh_every or forwards), 1)
 
         def add(window: Window, count: float, head_rows: float) -> None:
             if count > 0:
@@ -313,8 +324,9 @@ class Setting:
         for index in range(self.blocks):
             start = self.prompt_length + index * self.block_length
             block = BlockState(self.prompt_length, self.slots, start, start + self.block_length, ordinal=index)
-            add(policy.next_window(block), 1, self.block_length)
-            add(policy.next_window(replace(block, forwards=1)), forwards - 1, self.block_length / 2)
+            add(policy.refresh(block), 1, self.block_length)
+            add(policy.refresh(block), refreshes - 1, self.block_length / 2)
+            add(policy.step(block), forwards - refreshes, self.block_length / 2)
         return [replace(phase, forwards=count) for phase, count in counts.items()]
 
 

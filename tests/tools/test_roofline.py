@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import fastdllm_triton as fdt
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.roofline import gpu_of
+from fastdllm_triton.decoding.cache_policy import play
 from fastdllm_triton.tools.roofline import (
     GPUS,
     SHAPES,
@@ -231,3 +233,34 @@ def test_the_command_prints_the_floor() -> None:
     expected = floor(LLADA, Setting(1000, 256, tokens_per_forward=3.25), H200)
     assert found["generation"]["as given"]["floor_ms"] == pytest.approx(expected.seconds * 1e3)
     assert [forward["name"] for forward in found["forwards"]] == ["refresh", "step"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache": "none", "suffix_window": 64},
+        {"cache": "prefix", "look_back": 16},
+        {"cache": "dual", "suffix_window": 0},
+        {"cache": "dual", "look_back": 16, "look_ahead": 16},
+        {"cache": "dual", "refresh_every": 4},
+        {"cache": "dual", "refresh_every": 4, "suffix_window": 64, "prompt_refresh": 4},
+    ],
+    ids=str,
+)
+def test_options_of_a_cache_are_priced_by_the_windows_that_its_policy_gives(options: dict[str, Any]) -> None:
+    setting = Setting(1000, 256, tokens_per_forward=4, **options)
+    policy = fdt.GenerationConfig(gen_length=256, block_length=32, **options).cache_policy()
+    windows = list(play(policy, 1000, 256, 32, [8] * 8))
+    phases = setting.schedule()
+    assert sum(phase.forwards for phase in phases) == len(windows)
+    assert sum(phase.forwards * phase.window for phase in phases) == sum(map(len, windows))
+    assert sum(phase.forwards * phase.keys for phase in phases) == sum(window.attend_end for window in windows)
+    refreshes = sum(phase.forwards for phase in phases if phase.name == "refresh")
+    assert refreshes == (sum(window.kind == "refresh" for window in windows) if policy.reuses else 0)
+
+
+def test_options_that_a_cache_does_not_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="look_ahead means nothing for cache = 'prefix'"):
+        Setting(1000, 256, cache="prefix", look_ahead=3)
+    with pytest.raises(ValueError, match="suffix_window must be 0 or more, got -1"):
+        Setting(1000, 256, suffix_window=-1)
