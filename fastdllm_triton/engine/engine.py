@@ -56,11 +56,11 @@ class Engine:
 
     >>> import fastdllm_triton as fdt
     >>> engine = fdt.Engine(fdt.load("tiny"), max_rows=4, max_length=128)
-    >>> request = engine.add_request("Tom has 3 coins. Tom finds 4. How many?", gen_length=48, block_length=16)
+    >>> request = engine.add_request("Tom has 51 coins. Tom finds 27. Tom sells 19. How many?", gen_length=48, block_length=16)
     >>> while engine.has_unfinished:
     ...     outputs = engine.step()
-    >>> request.output.texts[0][-6:]
-    '#### 7'
+    >>> request.output.texts[0][-7:]
+    '#### 59'
 
     Args:
         model: what :func:`fastdllm_triton.load` returns.

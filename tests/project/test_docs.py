@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 import runpy
 import shlex
@@ -150,3 +152,9 @@ def test_the_floors_of_the_architecture_are_those_that_the_linter_holds() -> Non
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
     held = [set(re.split(r" [:|] ", layer)) for layer in settings["layers"]]
     assert drawn == [layer for layer in held if layer not in ({"__main__"}, {"tiny"}, {"utils"})]
+
+
+@pytest.mark.parametrize("module", ["fastdllm_triton", "fastdllm_triton.engine.engine"])
+def test_examples_in_docstrings_run(module: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(module))
+    assert outcome.attempted and not outcome.failed
