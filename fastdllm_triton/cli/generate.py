@@ -29,16 +29,8 @@ if TYPE_CHECKING:
 @cli.with_decoding_options(before="forbidden")
 def generate(
     context: typer.Context,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt. Several are decoded as a batch.", rich_help_panel=cli.PROMPTS)
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="One prompt a line; a .jsonl file holds objects with a 'prompt'; '-' is standard input.",
-            rich_help_panel=cli.PROMPTS,
-        ),
-    ] = None,
+    prompt: cli.PromptOption = None,
+    prompt_file: cli.PromptFileOption = None,
     chat: cli.ChatOption = False,
     infill: Annotated[
         bool,

@@ -39,6 +39,15 @@ BackendOption = Annotated[BackendChoice, typer.Option(help="What runs the ops.",
 CacheChoice = StrEnum("CacheChoice", {name: name for name in CACHE_POLICIES})  # type: ignore[misc]
 DEFAULT_CACHE = CacheChoice("dual")
 
+PromptOption = Annotated[
+    list[str] | None, typer.Option(help="A prompt. Several are decoded as a batch.", rich_help_panel=PROMPTS)
+]
+PromptFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="One prompt a line; a .jsonl file holds objects with a 'prompt'; '-' is standard input.", rich_help_panel=PROMPTS
+    ),
+]
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="Wrap prompts in the checkpoint's chat template.", rich_help_panel=PROMPTS)
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,12 +21,8 @@ if TYPE_CHECKING:
 @cli.with_decoding_options(before="model")
 def profile(
     context: typer.Context,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A prompt. Several are decoded as a batch.", rich_help_panel=cli.PROMPTS)
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="One prompt a line; '-' is standard input.", rich_help_panel=cli.PROMPTS)
-    ] = None,
+    prompt: cli.PromptOption = None,
+    prompt_file: cli.PromptFileOption = None,
     chat: cli.ChatOption = False,
     model: cli.ModelOption = "tiny",
     device: cli.DeviceOption = None,

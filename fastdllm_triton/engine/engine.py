@@ -23,7 +23,6 @@ from .limits import check_kernel_limits, check_prompt
 from .memory import check_memory
 from .modes import decoding_modes
 from .outputs import Committed, StepOutput
-from .program import group_of
 from .request import Aborted, Request
 from .runner import ModelRunner
 from .scheduler import ForwardPlan, Scheduler
@@ -251,7 +250,7 @@ class Engine:
     def _add(self, request: Request) -> None:
         copies = request.config.rows_per_sequence
         if copies not in self._lanes:
-            self._lanes[copies] = _Lane(copies, Scheduler(self.max_rows, group_of))
+            self._lanes[copies] = _Lane(copies, Scheduler(self.max_rows))
         self._lanes[copies].scheduler.add(request)
         self._requests[request.request_id] = request
 

@@ -62,10 +62,9 @@ class Generation:
             check_prompts([*map(add, prompts, answers)], config, network, whole=True)
         else:
             check_prompts(prompts, config, network)
-        ids = config.resolve(network.config, len(prompts))
-        check_kernel_limits(network, len(prompts), config.block_length, ids)
-        self._config, self._tokenizer, self._whole = config, tokenizer, whole
         requests = batch_requests(prompts, answers, config, network.config)
+        check_kernel_limits(network, len(prompts), config.block_length, requests[0].ids)
+        self._config, self._tokenizer, self._whole = config, tokenizer, whole
         with decoding_modes(network.device):
             self._run = _Run(model, requests, config)
         self._forwards = self._run.forwards()

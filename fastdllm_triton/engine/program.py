@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,7 @@ class Program:
         """The program of requests that share a forward."""
         config, ids = requests[0].config, requests[0].ids
         temperatures = {request.config.temperature for request in requests}
-        forbidden = {request.ids.forbidden for request in requests}
+        forbidden = {request.forbidden for request in requests}
         return cls(
             block_length=config.block_length,
             score=config.strategy.score,
@@ -64,8 +64,8 @@ class Program:
             temperature=temperatures.pop() if len(temperatures) == 1 else None,
             tempered=config.tempered and any(request.config.temperature > 0 for request in requests),
             forbidden=forbidden.pop() if len(forbidden) == 1 else _width(max(map(len, forbidden))),
-            eos_count=max(_width(len(_eos_ids(request))) for request in requests),
-            share_count=max(_width(len(_shares(request))) for request in requests),
+            eos_count=max(_width(len(request.eos_ids)) for request in requests),
+            share_count=max(_width(len(request.shares)) for request in requests),
         )
 
 
@@ -96,51 +96,21 @@ class ForwardShape:
         return (self.last - self.first) * self.window
 
 
-def group_of(request: Request) -> Hashable:
-    """What of a request's program cannot differ between rows of a forward, and its cache."""
-    config, ids = request.config, request.ids
-    return (
-        request.policy.name,
-        config.block_length,
-        config.strategy.score,
-        config.strategy.rule,
-        config.commits_first_alone,
-        config.logits_dtype,
-        ids.mask_id,
-        ids.commit_last,
-        ids.never_or_last if ids.commit_last else (),
-        config.cfg_scale,
-        config.tempered,
-    )
-
-
 def _width(count: int) -> int:
     """A few widths for all counts, so that few programs serve: 0 and powers of two."""
     return 1 << (count - 1).bit_length() if count else 0
 
 
-def _eos_ids(request: Request) -> tuple[int, ...]:
-    return request.ids.eos_ids if request.config.stop_at_eos else ()
-
-
-def _shares(request: Request) -> tuple[float, ...]:
-    return request.config.shares
-
-
-def _forbidden(request: Request) -> tuple[int, ...]:
-    return request.ids.forbidden
-
-
-#: Tables with a line a row, as wide as a program asks for: what the line of a request holds, its dtype, and what pads it.
-ROW_TABLES: dict[str, tuple[Callable[[Request], tuple[Any, ...]], torch.dtype, float]] = {
-    "eos_ids": (_eos_ids, torch.int64, -1),
-    "shares": (_shares, torch.float32, 1.0),
-    "forbidden": (_forbidden, torch.int64, -1),
+#: Tables with a line a row, as wide as a program asks for, by the attribute of a request that a line holds: dtype and padding.
+ROW_TABLES: dict[str, tuple[torch.dtype, float]] = {
+    "eos_ids": (torch.int64, -1),
+    "shares": (torch.float32, 1.0),
+    "forbidden": (torch.int64, -1),
 }
 
 
 def table_line(name: str, width: int, request: Request) -> list[Any]:
     """What a table of some width says of a request; what does not fit is for a wider table."""
-    values, _, padding = ROW_TABLES[name]
-    line = list(values(request))[:width]
+    _, padding = ROW_TABLES[name]
+    line = list(getattr(request, name))[:width]
     return line + [padding] * (width - len(line))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,6 +77,39 @@ class Request:
                 break
         return blocks
 
+    @cached_property
+    def group(self) -> Hashable:
+        """What of a forward's program cannot differ between rows, and the cache: those with equal ones can share forwards."""
+        config, ids = self.config, self.ids
+        return (
+            self.policy.name,
+            config.block_length,
+            config.strategy.score,
+            config.strategy.rule,
+            config.commits_first_alone,
+            config.logits_dtype,
+            ids.mask_id,
+            ids.commit_last,
+            ids.never_or_last if ids.commit_last else (),
+            config.cfg_scale,
+            config.tempered,
+        )
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end it; none if it is decoded to its last block whatever is in it."""
+        return self.ids.eos_ids if self.config.stop_at_eos else ()
+
+    @property
+    def forbidden(self) -> tuple[int, ...]:
+        """The tokens that are never committed."""
+        return self.ids.forbidden
+
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """The share of its masked tokens that each forward of a block commits; of the rule ``schedule`` only."""
+        return self.config.shares
+
     def block_tokens(self, block: int) -> list[int]:
         """The tokens of a block as they are at the start; fewer where the row is shorter than its generation."""
         first = self.prompt_length + block * self.config.block_length
@@ -138,7 +171,7 @@ class Request:
             rest = "was aborted before it began" if self.error else "is not finished; step the engine until it is"
             raise RuntimeError(f"request {self.request_id!r} {rest}")
         refreshes = sum(index in self.refresh_indices for index in self.history)
-        generated = slice(len(self) - self.config.gen_length, None) if self.prompt_length >= 0 else slice(None)
+        generated = slice(-self.config.gen_length, None)
         return GenerationOutput(
             sequences=self.record.tokens[None],
             gen_length=min(self.config.gen_length, len(self)),

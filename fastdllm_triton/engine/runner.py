@@ -254,7 +254,7 @@ class ModelRunner:
             widths["forbidden"] = program.forbidden
         for name, width in widths.items():
             if (name, width) not in self._tables:
-                _, dtype, padding = ROW_TABLES[name]
+                dtype, padding = ROW_TABLES[name]
                 table = torch.full((self.rows, width), padding, dtype=dtype, device=self.x.device)
                 if width:
                     lines = [table_line(name, width, request) for request in all_requests]

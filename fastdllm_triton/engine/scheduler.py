@@ -7,7 +7,7 @@ nothing in the block is masked. Rows need not stand at the same block. Those tha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..decoding.cache_policy import PrefixCache, Window
@@ -79,11 +79,10 @@ class Scheduler:
 
     Args:
         max_rows: rows that run at a time.
-        group_of: what of a request a forward has fixed: requests with equal ones can share forwards.
     """
 
-    def __init__(self, max_rows: int, group_of: Callable[[Request], Hashable]) -> None:
-        self.max_rows, self.group_of = max_rows, group_of
+    def __init__(self, max_rows: int) -> None:
+        self.max_rows = max_rows
         self.rows: list[Request] = []
         self.waiting: deque[Request] = deque()
 
@@ -145,7 +144,7 @@ class Scheduler:
     def _sort(self) -> list[tuple[int, int]]:
         """Makes rows that share forwards neighbours, those to refresh in front; the swaps that this takes."""
         groups: dict[Hashable, int] = {}
-        keys = [(groups.setdefault(self.group_of(request), len(groups)), _turn(request)) for request in self.rows]
+        keys = [(groups.setdefault(request.group, len(groups)), _turn(request)) for request in self.rows]
         swaps, wanted = [], sorted(keys)
         for i, key in enumerate(wanted):
             if keys[i] != key:
@@ -159,8 +158,8 @@ class Scheduler:
     def _forwards(self) -> Iterator[ForwardPlan]:
         first = 0
         while first < len(self.rows):
-            group = self.group_of(self.rows[first])
-            last = next((i for i in range(first, len(self.rows)) if self.group_of(self.rows[i]) != group), len(self.rows))
+            group = self.rows[first].group
+            last = next((i for i in range(first, len(self.rows)) if self.rows[i].group != group), len(self.rows))
             yield from self._group_forwards(first, last)
             first = last
 

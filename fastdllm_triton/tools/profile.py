@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..decoding.config import GenerationConfig
+from ..engine.engine import now
 from ..engine.generation import Generation
 from ..engine.modes import decoding_modes
 from ..engine.outputs import GenerationOutput
@@ -172,9 +173,9 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
         function()
         seconds = []
         for _ in range(5):
-            began = _now(device)
+            began = now(device)
             function()
-            seconds.append(_now(device) - began)
+            seconds.append(now(device) - began)
         return min(seconds)
 
     return Limits(copy=2 * x.nbytes / best(lambda: y.copy_(x)), matrix=2 * size**3 / best(lambda: a @ b))
@@ -419,9 +420,3 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
         elif hasattr(value, "__dataclass_fields__"):
             yield from _tensors(list(vars(value).values()))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

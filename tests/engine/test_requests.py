@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import fastdllm_triton as fdt
 from fastdllm_triton.decoding.cache_policy import CACHE_POLICIES
-from fastdllm_triton.engine.program import group_of
 from fastdllm_triton.engine.request import Aborted, Request, batch_requests
 from fastdllm_triton.engine.scheduler import ForwardPlan, RowFlags, Scheduler
 
@@ -233,7 +232,7 @@ def test_bad_sizes(lm: fdt.MaskedDiffusionLM, sizes: dict[str, Any]) -> None:
 
 def _played(requests: list[Request], max_rows: int, forwards_per_block: int) -> list[list[ForwardPlan]]:
     """The forwards of each iteration, where every block takes the same number."""
-    scheduler = Scheduler(max_rows, group_of)
+    scheduler = Scheduler(max_rows)
     for request in requests:
         scheduler.add(request)
     iterations: list[list[ForwardPlan]] = []

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ...decoding import CacheName
-from ...decoding.strategies import Strategy, Threshold, Timesteps, linear_timesteps
-from ...decoding.strategies import transfer_shares as transfer_shares
+from ...decoding.strategies import Strategy, Threshold, Timesteps
 from ...types import ScoreName
 from ...utils.checks import is_int, is_number, require, to_number
 
@@ -131,10 +130,6 @@ class DiffusionConfig:
         """Whether anything is drawn."""
         origin = self.alg == "origin" and self.cache == "none"
         return self.temperature > 0 or origin or (self.alg_temp > 0 and self.alg != "confidence_threshold")
-
-    def timesteps(self) -> Tensor:
-        """``[steps + 1]`` float32, of the whole sequence or of a block, from 1 to ``eps``."""
-        return linear_timesteps(self.steps // self.blocks, self.eps)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """What a step of Dream's decoding commits. Statistics of a step are small, ``[B, K]``, and nothing here reads the device.
 
-``commit_tokens`` has one of the rules, the threshold within a block. The others differ from its rules in that a step may
-commit nothing (the schedule, ``origin``) or has a budget that grows with what earlier steps left over.
+The engine decodes what ``commit_tokens`` has a rule for. These are for what it has none for: ranks that are drawn, tokens that
+every masked slot commits with the same probability, a budget that grows with what earlier steps left over; and for tokens of
+filtered distributions and hooks, under any rule.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ...decoding.strategies import Timesteps
 from ...kernels._limits import MAX_BLOCK, MAX_ROWS
 from ...ops import Ops
 from ...reference._random import gumbel_of, slot_uniform
 from ...types import PolicyState, TokenStatistics
-from .config import AlgName, DiffusionConfig, transfer_shares
+from .config import AlgName, DiffusionConfig
 
 
 @dataclass
@@ -114,11 +116,11 @@ class Schedule(Choice):
             arXiv 1903.06059) instead of ranked.
         shares: of each step.
         seed: ``[B]`` int64.
-        first: step 0 commits one token, and the shares begin with step 1.
+        first: step 0 commits one token, whatever its share.
     """
 
     def __init__(self, alg: AlgName, alg_temp: float, shares: Sequence[float], seed: Tensor, *, first: bool = False) -> None:
-        super().__init__(len(shares) + first)
+        super().__init__(len(shares))
         self._alg, self._alg_temp, self._shares, self._seed, self._first = alg, alg_temp, shares, seed, first
 
     def choose(self, candidates: Candidates, step: int) -> Tensor:
@@ -133,7 +135,7 @@ class Schedule(Choice):
             cost = -_score(self._alg, statistics)
         count: Tensor | int = 1
         if step or not self._first:
-            count = transfer_count(candidates.masked.sum(1, keepdim=True), self._shares[step - self._first])
+            count = transfer_count(candidates.masked.sum(1, keepdim=True), self._shares[step])
         return candidates.masked & (_rank(cost, candidates.masked) < count)
 
 
@@ -215,7 +217,7 @@ def whole_sequence_rule(config: DiffusionConfig, masks: Sequence[int], seed: Ten
                     f"got {config.steps}"
                 )
         return Budget(masks, config.steps, config.threshold, seed.device)
-    shares = transfer_shares(config.timesteps())
+    shares = Timesteps(config.steps, config.eps).shares(config.blocks)
     if config.alg == "origin":
         return Origin(shares, seed)
     return Schedule(config.alg, config.alg_temp, shares, seed)
@@ -225,8 +227,7 @@ def block_rule(config: DiffusionConfig, ops: Ops, x: Tensor, kv_start: Tensor, s
     """The rule of every block with a cache. Its step 0, the refresh, commits one token."""
     if config.alg == "confidence_threshold":
         return BlockThreshold(ops, config, x, kv_start, seed, mask_id)
-    # The official code gives the refresh the first timestep, and one timestep alone would leave the rest masked.
-    shares = transfer_shares(config.timesteps()[1:]) or [1.0]
+    shares = Timesteps(config.steps, config.eps).shares(config.blocks, after_first=True)
     return Schedule("entropy", config.alg_temp, shares, seed, first=True)
 
 
