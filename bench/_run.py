@@ -1,4 +1,7 @@
-"""Fills a report: verification first, then one bench after the other, every case on disk as soon as it is there."""
+"""Which benches there are, and a run of them.
+
+Verification comes first, then one bench after the other; every case is on disk as soon as it is there.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,34 @@ from pathlib import Path
 import torch
 
 from fastdllm_triton import verify as proof
-from fastdllm_triton.bench import _session, _timing
+from fastdllm_triton.bench import _session, _timing, bench_generate, bench_ops, bench_step
 from fastdllm_triton.bench._report import Report
 from fastdllm_triton.bench._session import Measurable, Row, label
 from fastdllm_triton.tools import environment as machine
 from fastdllm_triton.verify.parts import unproven
+
+SUITES = ("step", "generate", "ops")
+
+
+def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
+    """The benches of a suite, in the order of importance.
+
+    Args:
+        suite: one of :data:`SUITES`, or ``all``.
+        names: ops to take; all if empty.
+
+    Raises:
+        ValueError: an unknown suite or op, or a suite that has no bench.
+    """
+    if suite != "all" and suite not in SUITES:
+        raise ValueError(f"suite: got {suite!r}, needs all, {' or '.join(SUITES)}")
+    everything: list[Measurable] = [bench_step.BENCH, bench_generate.BENCH, *bench_ops.BENCHES]
+    if unknown := sorted(set(names) - {bench.op for bench in everything}):
+        raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in everything)}")
+    chosen = [bench for bench in everything if suite in ("all", bench.suite) and (not names or bench.op in names)]
+    if not chosen:
+        raise ValueError(f"suite: there is no bench in {suite!r}" + (f" among {', '.join(names)}" if names else ""))
+    return chosen
 
 
 @dataclass

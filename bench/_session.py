@@ -1,4 +1,4 @@
-"""A run of benches: which there are, the gate before them, the rows they give.
+"""What a bench is: the gate before it, what it knows of the run, the rows it gives.
 
 Nothing is timed before its verification has held on this machine, and before the kernel agrees with the reference on the very
 inputs that are timed, unless a run asks for it; then the rows say so. A row is a plain dict:
@@ -37,8 +37,6 @@ from ._timing import Ceilings, Inputs, Run, Timer, Timing, reason, sets_of_input
 
 Row = dict[str, Any]
 Shape = Mapping[str, Any]
-
-SUITES = ("step", "generate", "ops")
 
 
 @dataclass
@@ -300,26 +298,3 @@ def peak(run: Run, inputs: Inputs) -> int | None:
 
 def label(shape: Shape) -> str:
     return " ".join(f"{key}={value}" for key, value in shape.items())
-
-
-def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
-    """The benches of a suite, in the order of importance.
-
-    Args:
-        suite: one of :data:`SUITES`, or ``all``.
-        names: ops to take; all if empty.
-
-    Raises:
-        ValueError: an unknown suite or op, or a suite that has no bench.
-    """
-    if suite != "all" and suite not in SUITES:
-        raise ValueError(f"suite: got {suite!r}, needs all, {' or '.join(SUITES)}")
-    from fastdllm_triton.bench import bench_generate, bench_ops, bench_step
-
-    everything: list[Measurable] = [bench_step.BENCH, bench_generate.BENCH, *bench_ops.BENCHES]
-    if unknown := sorted(set(names) - {bench.op for bench in everything}):
-        raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in everything)}")
-    chosen = [bench for bench in everything if suite in ("all", bench.suite) and (not names or bench.op in names)]
-    if not chosen:
-        raise ValueError(f"suite: there is no bench in {suite!r}" + (f" among {', '.join(names)}" if names else ""))
-    return chosen

@@ -21,7 +21,8 @@ import typer
 
 from fastdllm_triton.bench import bench_step
 from fastdllm_triton.bench._models import network_of, prompt_of
-from fastdllm_triton.bench._session import Bench, Measurable, Session, Shape, benches, label, needs_gpu
+from fastdllm_triton.bench._run import benches
+from fastdllm_triton.bench._session import Bench, Measurable, Session, Shape, label, needs_gpu
 from fastdllm_triton.bench._timing import reason, time_in_turns
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.verify import jobs_for

@@ -16,6 +16,7 @@ from torch import Tensor
 from .decoding.config import GenerationConfig
 from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
 from .engine.buffer_pool import BufferPool
+from .engine.dream.generate import DreamModel, diffusion_generate
 from .engine.generation import Forward, Generation
 from .engine.modes import decoding_modes
 from .engine.outputs import GenerationOutput
@@ -32,7 +33,7 @@ from .utils.checks import is_bool, require, short_repr, to_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from .compat.dream.config import DiffusionOutput
+    from .engine.dream.config import DiffusionOutput
 
 #: Token ids: a tensor or array ``[B, T]``, or a row each as a list, tensor or array; or text.
 Prompts = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int] | Tensor | np.ndarray[Any, Any] | str] | str
@@ -114,10 +115,10 @@ class MaskedDiffusionLM:
         Raises:
             CheckpointError: the file is damaged, or its lengths are none.
         """
-        path = None if self._folder is None else self._folder / "generation_config.json"
-        fields = Fields(read_json(path) if path is not None and path.exists() else {}, "generation_config.json")
+        file = "generation_config.json"
+        fields = Fields(self._json(file), file)
         lengths: dict[str, Any] = {name: fields.integer(name) for name in ("gen_length", "block_length") if name in fields}
-        with failures_as(CheckpointError, str(path)):
+        with failures_as(CheckpointError, str(self._folder and self._folder / file)):
             return GenerationConfig(**lengths)
 
     def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
@@ -335,9 +336,16 @@ class MaskedDiffusionLM:
         Raises:
             TypeError: this is no Dream.
         """
-        from .compat import diffusion_generate
+        return diffusion_generate(self.dream, inputs, *args, **kwargs)
 
-        return diffusion_generate(self, inputs, *args, **kwargs)
+    def dream(self) -> DreamModel:
+        """What :func:`fastdllm_triton.compat.diffusion_generate` decodes with."""
+        return DreamModel(self, self._json("config.json"), "none")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """The fields of a file of the checkpoint, while that is there."""
+        path = None if self._folder is None else self._folder / name
+        return read_json(path) if path is not None and path.exists() else {}
 
     def stream(
         self,

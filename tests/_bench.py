@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fastdllm_triton.bench._report import Report
-from fastdllm_triton.bench._session import Bench, Measurable, Session, benches, label, needs_gpu
+from fastdllm_triton.bench._run import benches
+from fastdllm_triton.bench._session import Bench, Measurable, Session, label, needs_gpu
 from fastdllm_triton.bench._timing import Ceilings, Inputs, Run, Timing, reason
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

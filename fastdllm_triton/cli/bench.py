@@ -83,8 +83,7 @@ def bench(
         check_installed()
     from .. import verify
     from ..bench._report import Report, changes, changes_table, check_unmixed
-    from ..bench._run import run
-    from ..bench._session import benches
+    from ..bench._run import benches, run
     from ..tools import environment
     from ..verify.ledger import proven
 

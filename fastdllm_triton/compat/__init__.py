@@ -8,7 +8,7 @@ The functions of this package are Fast-dLLM's. :mod:`fastdllm_triton.compat.llad
 :mod:`fastdllm_triton.compat.d1` that of d1.
 """
 
-from .dream.generate import diffusion_generate
+from .dream import diffusion_generate
 from .fast_dllm import generate, generate_with_dual_cache, generate_with_prefix_cache
 
 __all__ = ["diffusion_generate", "generate", "generate_with_dual_cache", "generate_with_prefix_cache"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..model import MaskedDiffusionLM
 from ..types import ScoreName
 
 #: The official names of what ranks tokens.
@@ -25,8 +24,3 @@ def score_of(remasking: str) -> ScoreName:
 def seed_of(temperature: float, score: ScoreName) -> int:
     """A seed from torch's global generator, which is left alone where nothing is drawn."""
     return int(torch.randint(2**62, ())) if temperature > 0 or score == "random" else 0
-
-
-def logits_dtype(model: MaskedDiffusionLM) -> torch.dtype | None:
-    """The dtype that logits are rounded to: the official code decides on logits in the model's."""
-    return None if model.dtype in (torch.float32, torch.float64) else model.dtype

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..decoding import CacheName, GenerationConfig
+from ..decoding.config import official_logits_dtype
 from ..decoding.strategies import Factor, FixedSteps, Strategy, Threshold
 from ..integrations.transformers import runtime_of
 from ..model import MaskedDiffusionLM
 from ..utils.checks import check_temperature
-from ._official import logits_dtype, score_of, seed_of
+from ._official import score_of, seed_of
 
 
 def generate(
@@ -123,6 +124,6 @@ def _generate(
         stop_at_eos=False,
         lockstep=True,
         mask_id=mask_id,
-        logits_dtype=logits_dtype(lm),
+        logits_dtype=official_logits_dtype(lm.dtype),
     )
     return output.sequences, output.nfe

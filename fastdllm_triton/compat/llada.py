@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..decoding.config import GenerationConfig
+from ..decoding.config import GenerationConfig, official_logits_dtype
 from ..decoding.strategies import FixedSteps
+from ..engine.dream.arguments import first_slots
 from ..integrations.transformers import runtime_of
 from ..model import MaskedDiffusionLM
 from ..utils.checks import is_number
-from ._official import logits_dtype, score_of, seed_of
-from .dream.arguments import first_slots
+from ._official import score_of, seed_of
 
 #: ``<|eot_id|>`` of LLaDA's vocabulary, which ends a turn and which no config names.
 _END_OF_TURN = 126348
@@ -84,7 +84,7 @@ def generate(
         commit_last=last if confidence_eos_eot_inf and score == "confidence" else (),
         lockstep=True,
         mask_id=mask_id,
-        logits_dtype=logits_dtype(lm),
+        logits_dtype=official_logits_dtype(lm.dtype),
     )
     rows = [ids[start:] for ids, start in zip(prompt.tolist(), first.tolist(), strict=True)]
     generated = lm.generate(rows, config, seed=seed_of(temperature, score)).generated

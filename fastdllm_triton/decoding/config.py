@@ -14,6 +14,11 @@ from .cache_policy import CACHE_OPTIONS, CACHE_POLICIES, CacheName, CachePolicy,
 from .strategies import FixedSteps, Strategy, Threshold, strategy_names
 
 
+def official_logits_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype that logits of a model are rounded to: the official code decides on logits in the model's."""
+    return None if dtype in (torch.float32, torch.float64) else dtype
+
+
 @dataclass(frozen=True)
 class GenerationConfig:
     """Options of a generation.

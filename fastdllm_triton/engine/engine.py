@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..decoding.config import GenerationConfig
+from ..models.config import ModelConfig
 from ..models.token_ids import id_row
 from ..models.transformer import Transformer
 from ..utils.checks import is_int, require
@@ -27,15 +28,30 @@ from .request import Aborted, Request
 from .runner import ModelRunner
 from .scheduler import ForwardPlan, Scheduler
 
-if TYPE_CHECKING:
-    from ..model import MaskedDiffusionLM
-
 
 class HasNetwork(Protocol):
     """What the engine needs of a model: the network, and the buffers of earlier generations."""
 
     network: Transformer
     buffers: BufferPool
+
+
+class LanguageModel(HasNetwork, Protocol):
+    """What takes texts and options besides, as :class:`~fastdllm_triton.MaskedDiffusionLM` does."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shape."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """What decodes ids, or None."""
+
+    def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
+        """The options of a generation."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
 
 
 @dataclass
@@ -71,7 +87,7 @@ class Engine:
         MemoryError: the buffers would not fit; says what is needed and what there is.
     """
 
-    def __init__(self, model: MaskedDiffusionLM, *, max_rows: int, max_length: int) -> None:
+    def __init__(self, model: LanguageModel, *, max_rows: int, max_length: int) -> None:
         for name, value in (("max_rows", max_rows), ("max_length", max_length)):
             require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
         most = model.config.max_length

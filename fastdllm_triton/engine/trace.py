@@ -11,16 +11,14 @@ import math
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..decoding.config import GenerationConfig
 from ..utils.checks import to_path
 from ..utils.files import check_writable, naming, write_atomically
+from .engine import LanguageModel
 from .generation import Forward, Generation
 from .outputs import GenerationOutput
-
-if TYPE_CHECKING:
-    from ..model import MaskedDiffusionLM
 
 #: Of the data; raised when a reader of the old one would go wrong.
 FORMAT = 1
@@ -51,7 +49,7 @@ class Trace:
     def __init__(
         self,
         path: str | Path,
-        model: MaskedDiffusionLM,
+        model: LanguageModel,
         prompts: Sequence[Sequence[int]],
         config: GenerationConfig,
         answers: Sequence[Sequence[int]] | None = None,

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastdllm_triton.bench import _timing as timing
 from fastdllm_triton.bench import bench_ops
-from fastdllm_triton.bench._session import benches, check, label, sets_and_results, sets_of_inputs, timed
+from fastdllm_triton.bench._run import benches
+from fastdllm_triton.bench._session import check, label, sets_and_results, sets_of_inputs, timed
 from fastdllm_triton.tools import roofline
 from fastdllm_triton.verify.cases import OPS as OP_CASES
 from fastdllm_triton.verify.cases.commit_tokens import MASK, START

@@ -16,7 +16,7 @@ import torch
 from _bench import made_up_report
 
 from fastdllm_triton.bench import gpu_all, precompile
-from fastdllm_triton.bench._session import benches
+from fastdllm_triton.bench._run import benches
 from fastdllm_triton.bench.gpu_all import Runner, Stage, plan
 from fastdllm_triton.bench.summary import summary
 

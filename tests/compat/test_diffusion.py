@@ -17,8 +17,8 @@ from torch import Tensor
 
 import fastdllm_triton as fdt
 from fastdllm_triton import compat
-from fastdllm_triton.compat.dream.config import DiffusionConfig, DiffusionOutput
-from fastdllm_triton.compat.dream.rules import Candidates, Schedule, block_rule, whole_sequence_rule
+from fastdllm_triton.engine.dream.config import DiffusionConfig, DiffusionOutput
+from fastdllm_triton.engine.dream.rules import Candidates, Schedule, block_rule, whole_sequence_rule
 from fastdllm_triton.ops import resolve
 from fastdllm_triton.ops.filtering import filter_logits
 from fastdllm_triton.reference._random import gumbel

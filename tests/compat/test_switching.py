@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastdllm_triton as fdt
 from fastdllm_triton import compat
-from fastdllm_triton.compat.dream.config import DiffusionOutput
+from fastdllm_triton.engine.dream.config import DiffusionOutput
 
 MASK = 318
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdllm_triton as fdt
-from fastdllm_triton.compat.dream.config import DiffusionConfig
+from fastdllm_triton.engine.dream.config import DiffusionConfig
 
 MASK = 318
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import fastdllm_triton as fdt
 from fastdllm_triton import compat
-from fastdllm_triton.compat.dream.config import DiffusionOutput
+from fastdllm_triton.engine.dream.config import DiffusionOutput
 
 OFFICIAL = {
     "none": compat.generate,

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastdllm_triton.compat.dream.rules import transfer_count
+from fastdllm_triton.engine.dream.rules import transfer_count
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
 from fastdllm_triton.kernels.commit_tokens import select_config

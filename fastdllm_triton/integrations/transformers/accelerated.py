@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...decoding import CacheName
+from ...engine.dream.generate import DreamModel, diffusion_generate
 from ...engine.outputs import GenerationOutput
 from ...loading import HUB_PATTERNS, ops_for
 from ...model import MaskedDiffusionLM
@@ -168,9 +169,11 @@ class Accelerated:
 
     def diffusion_generate(self, *args: Any, **kwargs: Any) -> Any:
         """As :func:`fastdllm_triton.compat.diffusion_generate`, without its ``model``."""
-        from ...compat import diffusion_generate
+        return diffusion_generate(self.dream, *args, **kwargs)
 
-        return diffusion_generate(self.module, *args, **kwargs)
+    def dream(self) -> DreamModel:
+        """What :func:`fastdllm_triton.compat.diffusion_generate` decodes with."""
+        return DreamModel(self.runtime(), self.config, self.own_cache)
 
     def prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own ``_prepare_generation_config``, with which its own ``diffusion_generate`` begins: tells that it runs.

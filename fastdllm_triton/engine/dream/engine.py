@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ...decoding.config import GenerationConfig
 from ...decoding.strategies import Strategy
-from ...engine.engine import HasNetwork
-from ...engine.generation import Forward, Generation
-from ...engine.modes import decoding_modes
 from ...kernels._limits import MAX_BLOCK
 from ...models.transformer import Transformer
 from ...ops.filtering import filtered_statistics
 from ...types import TokenStatistics
 from ...utils.checks import is_int, require
+from ..engine import HasNetwork
+from ..generation import Forward, Generation
+from ..modes import decoding_modes
 from .config import DiffusionConfig, DiffusionOutput, Hooks, described
 from .rules import Candidates, Rule, block_rule, check_kernel_limits, whole_sequence_rule
 
@@ -264,7 +264,7 @@ class _Run:
 
         Args:
             hidden: ``[B, W, E]``, of the window from slot ``first`` on.
-            slots, masked, position: as in :class:`~fastdllm_triton.compat.dream.rules.Candidates`.
+            slots, masked, position: as in :class:`~fastdllm_triton.engine.dream.rules.Candidates`.
             step: key of the random numbers.
             logits: ``[B, L, V]``, where a hook has seen them; those of the hidden states if not given.
         """

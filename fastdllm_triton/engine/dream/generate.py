@@ -1,28 +1,44 @@
-"""Dream's ``diffusion_generate``, as its authors and Fast-dLLM have it."""
+"""Dream's ``diffusion_generate``, as its authors and Fast-dLLM have it, for a model that is opened when its turn comes.
+
+:func:`fastdllm_triton.compat.diffusion_generate` is this function of any model that a user holds.
+"""
 
 from __future__ import annotations
 
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...decoding import CacheName
-from ...integrations.transformers import accelerated_of
-from ...model import MaskedDiffusionLM
-from ...models.checkpoint import read_json
+from ...decoding.config import official_logits_dtype
 from ...utils.checks import is_int
-from .._official import logits_dtype
+from ..engine import HasNetwork
 from .arguments import UNSET, cache_name, first_slots, new_tokens, plain, refuse_unknown, resolved
 from .config import DiffusionConfig, DiffusionOutput, Hooks
 from .engine import diffuse
 
 
+class DreamModel(NamedTuple):
+    """A model, and what it says of its decoding.
+
+    Attributes:
+        lm: the model.
+        config: the fields of its ``config.json``, as a mapping or as attributes.
+        cache: the cache where the caller does not say.
+    """
+
+    lm: HasNetwork
+    config: object
+    cache: CacheName
+
+
 def diffusion_generate(
-    model: MaskedDiffusionLM | nn.Module,
+    model: Callable[[], DreamModel],
+    /,
     inputs: Tensor,
     generation_config: object | None = None,
     *,
@@ -88,10 +104,10 @@ def diffusion_generate(
             ``generation_utils_block``, ``none`` otherwise.
         use_cache, dual_cache: the official way to say it: ``use_cache`` is ``prefix``, ``dual_cache`` is ``dual``.
         num_return_sequences: continuations of each prompt, next to each other in the result.
-        return_dict_in_generate: return a :class:`~fastdllm_triton.compat.dream.config.DiffusionOutput`.
+        return_dict_in_generate: return a :class:`~fastdllm_triton.engine.dream.config.DiffusionOutput`.
         output_history: with it, keep the sequences after each forward; with a cache too, where the official code keeps none.
         mask_token_id: the model's if not given or None.
-        generation_tokens_hook_func: ``(step, x, logits) -> x``, see :class:`~fastdllm_triton.compat.dream.config.Hooks`. Called
+        generation_tokens_hook_func: ``(step, x, logits) -> x``, see :class:`~fastdllm_triton.engine.dream.config.Hooks`. Called
             without a cache alone, as in the official code; with one, a warning says that it is not.
         generation_logits_hook_func: ``(step, x, logits) -> logits``, likewise.
         seed: of every draw; taken from torch's global generator if not given. Row ``b`` of the result draws with
@@ -111,19 +127,14 @@ def diffusion_generate(
     """
     if stored:
         refuse_unknown(stored, inspect.signature(diffusion_generate).parameters)
-    default_cache: CacheName = "none"
-    model_config: object
-    if isinstance(model, MaskedDiffusionLM):
-        lm, model_config = model, _config_file(model)
-    else:
-        accelerated = accelerated_of(model)
-        lm, model_config, default_cache = accelerated.runtime(), accelerated.config, accelerated.own_cache
-    if not lm.config.shift:
-        raise TypeError(f"model must be a Dream for diffusion_generate, got a {lm.config.architecture}; generate decodes it")
+    lm, model_config, default_cache = model()
+    network = lm.network
+    if not network.config.shift:
+        raise TypeError(f"model must be a Dream for diffusion_generate, got a {network.config.architecture}; generate decodes it")
     hooks = None
     if generation_tokens_hook_func is not None or generation_logits_hook_func is not None:
         hooks = Hooks(generation_tokens_hook_func, generation_logits_hook_func)
-    first = first_slots(inputs, attention_mask, lm.config.vocab_size)
+    first = first_slots(inputs, attention_mask, network.config.vocab_size)
     arguments = {
         "max_new_tokens": max_new_tokens,
         "max_length": max_length,
@@ -148,7 +159,7 @@ def diffusion_generate(
         options["max_length"],
         length_is_given=max_length is not UNSET,
         prompt=inputs.shape[1],
-        most=lm.config.max_length,
+        most=network.config.max_length,
     )
     config = DiffusionConfig(
         max_new_tokens=generated,
@@ -159,18 +170,12 @@ def diffusion_generate(
         cache=cache_name(cache, use_cache, dual_cache, default_cache),
         seed=plain(seed),
         history=bool(as_dict and options["output_history"]),
-        logits_dtype=logits_dtype(lm),
+        logits_dtype=official_logits_dtype(network.dtype),
     )
     if hooks and config.cache != "none":
-        warnings.warn(f"hooks are not called with cache={config.cache!r}, as in the official code", stacklevel=2)
+        warnings.warn(f"hooks are not called with cache={config.cache!r}, as in the official code", stacklevel=3)
         hooks = None
-    x = inputs.to(lm.device, torch.int64).repeat_interleave(copies, dim=0)
-    first = first.to(lm.device).repeat_interleave(copies)
+    x = inputs.to(network.device, torch.int64).repeat_interleave(copies, dim=0)
+    first = first.to(network.device).repeat_interleave(copies)
     output = diffuse(lm, x, first, config, options["mask_token_id"], hooks)
     return output if as_dict else output.sequences
-
-
-def _config_file(model: MaskedDiffusionLM) -> dict[str, Any]:
-    """The fields of a loaded model's ``config.json``, while that is there."""
-    path = None if model._folder is None else model._folder / "config.json"
-    return read_json(path) if path is not None and path.exists() else {}
