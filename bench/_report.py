@@ -72,10 +72,6 @@ class Report:
         ceilings = None if self.ceilings is None else asdict(self.ceilings)
         write_json(folder / "machine.json", {"machine": self.machine, "ceilings": ceilings, "timed": ceilings is not None})
 
-    def write_verification(self, folder: Path) -> None:
-        ok = all(record["ok"] for record in self.verification)
-        write_json(folder / "verify.json", {"ok": ok, "machine": self.machine, "records": self.verification})
-
     def write_rows(self, folder: Path, bench: str) -> None:
         """Writes the rows of a bench, one a line, whole or not at all."""
         write_records(folder / f"{bench}.json", [row for row in self.rows if row["bench"] == bench])

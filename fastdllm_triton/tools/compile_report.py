@@ -41,6 +41,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..kernels._arch import ARCHS, Arch
+from ..utils.checks import known_names
 from ..verify.cases import LAUNCHED, OpCases, Sizes
 from .assembly import contractions, cuobjdump, serialised, waits_first
 from .recorder import META, Launch, recorded
@@ -134,16 +135,9 @@ def compile_report(
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = chosen("archs", archs, ARCHS), chosen("ops", ops, reported_ops())
+    archs, ops = known_names("archs", archs, ARCHS), known_names("ops", ops, reported_ops())
     wanted = [(arch, case.key) for op in ops for arch in archs for case in compile_cases(op, arch)]
     return in_processes(compile_named, wanted, processes, on_progress)
-
-
-def chosen(argument: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
-    """The names, or all that are known; raises ``ValueError`` for an unknown one."""
-    if unknown := sorted(set(names or ()) - set(known)):
-        raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
-    return list(names or known)
 
 
 def in_processes(

@@ -34,10 +34,11 @@ import triton
 from rich.table import Table
 
 from ..kernels._arch import ARCHS, Arch
+from ..utils.checks import known_names
 from ..verify.cases import OPS as CASES
 from ..verify.cases import ShapeClass
 from .assembly import cuobjdump
-from .compile_report import CompileCase, CompileRecord, by_arch, chosen, compile_case, compiled, in_processes, launched
+from .compile_report import CompileCase, CompileRecord, by_arch, compile_case, compiled, in_processes, launched
 from .roofline import GPUS
 
 #: Seconds from a load to its data when memory is busy: an assumption, above the some 0.3 us of an idle Hopper (Luo et al.,
@@ -150,7 +151,7 @@ def performance_report(
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = chosen("archs", archs, PARTS), chosen("ops", ops, LOOP_OPS)
+    archs, ops = known_names("archs", archs, PARTS), known_names("ops", ops, LOOP_OPS)
     wanted = [
         (op, arch, number, case.config)
         for op in ops

@@ -18,6 +18,18 @@ def require(name: str, value: object, allowed: str, ok: bool) -> None:
         raise ValueError(f"{name} must be {allowed}, got {short_repr(value)}")
 
 
+def known_names(argument: str, names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
+    """Those of the known names that are asked for, in their order; all if none are.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    known, wanted = list(known), set(names or ())
+    if unknown := sorted(wanted - set(known)):
+        raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
+    return [name for name in known if not wanted or name in wanted]
+
+
 def short_repr(value: object) -> str:
     """A value as an error tells of it: in one line, and not all of a long one."""
     text = " ".join(repr(value).split())
