@@ -35,7 +35,7 @@ def config_of(model: str) -> ModelConfig:
 def network_of(
     model: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", layers: int | None = None
 ) -> Transformer:
-    """A network with random weights, drawn from one seed, with all layers or so many; the last one is kept."""
+    """A network with random weights drawn from one seed, with all layers or the first few; the last one made is kept."""
     config = config_of(model) if layers is None else replace(config_of(model), layers=layers)
     weights = Weights.allocate(config, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -51,7 +51,7 @@ def network_of(
 
 
 def release(model: MaskedDiffusionLM) -> None:
-    """Gives the memory of buffers and captured steps that generations left behind back, before something else is measured."""
+    """Gives back the memory of buffers and captured steps that generations left behind, before something else is measured."""
     model.release()
     gc.collect()
     if model.device.type == "cuda":

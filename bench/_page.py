@@ -29,7 +29,7 @@ Plot = tuple[str, str]
 
 
 def check_installed() -> None:
-    """Raises where a page cannot be made."""
+    """Raises ``RuntimeError`` if what a page needs is not installed."""
     missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"--html needs {' and '.join(missing)}: pip install 'fastdllm-triton[bench]'")

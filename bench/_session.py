@@ -76,7 +76,7 @@ class Session:
             yield shape
 
     def wants(self, provider: str) -> bool:
-        """Whether a provider is to run: all of ours that have no name in ``only`` of their own, and the baselines asked for."""
+        """Whether a provider is to run: ours always, others if ``only`` names them or is empty."""
         return provider in ("triton", "triton eos") or not self.only or provider in self.only
 
     @property
@@ -180,7 +180,7 @@ def run_untimed(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, 
 
 
 class ModelBench:
-    """A bench of whole models, of which a subclass says the names, the shapes, and the rows of a shape.
+    """A bench of whole models; a subclass gives the names, the shapes, and the rows of a shape.
 
     Attributes:
         shapes: the most asked for first, of which the first ``key`` are the key ones.
@@ -256,7 +256,7 @@ def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:
 
 
 def check(cases: OpCases, shape: Shape, function: Function, inputs: Inputs, expected: Expected) -> None:
-    """The function gives what the op must give.
+    """Checks that a function gives what the op must give.
 
     Raises:
         AssertionError: it does not; nothing may be timed.

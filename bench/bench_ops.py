@@ -137,7 +137,7 @@ def flex(i: Inputs) -> Any:
 
 @lru_cache(maxsize=1)
 def compiled_flex(*shapes: torch.Size) -> Callable[..., Any]:
-    """Compiled for these shapes. Earlier versions are dropped, since of more than a few the rest would run uncompiled."""
+    """FlexAttention compiled for these shapes. Earlier versions are dropped: beyond a few, torch runs uncompiled."""
     torch._dynamo.reset()
     return torch.compile(flex_attention, dynamic=False)
 
@@ -150,7 +150,7 @@ def flash_attn(i: Inputs) -> Any:
 
 
 def in_order(swap: bool) -> Run:
-    """The kernel with an operand order of its own."""
+    """The kernel in this operand order, where the chosen config has the other one."""
 
     def run(i: Inputs) -> Any:
         (batch, window, q_heads, dim), (kv_heads, slots) = i["q"].shape, i["k_cache"].shape[1:3]

@@ -8,8 +8,8 @@ bandwidth and the matrix rate that this GPU reached in the same run. Two more pr
 ``triton serial`` launches no kernel before its predecessor has ended, ``triton fused`` takes the kernel of ``linear`` for every
 product, measured or not.
 
-Ours are timed first, and their buffers freed before the official ones are made. Until the logits of both were compared, which
-is last, rows of ours say so under ``wrong``.
+Ours are timed first, and their buffers freed before the official ones are made. The logits of both are compared last; until
+then rows of ours say so under ``wrong``.
 
 ``peak_bytes`` counts what a captured step holds in the memory pool of its graph. Where the time of a forward goes, op by op, is
 what ``fastdllm-triton profile`` shows.

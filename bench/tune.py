@@ -72,7 +72,7 @@ class Candidate:
 
 @dataclass
 class Sweep:
-    """How an op is tuned; stands as a decorator at the function that makes its candidates.
+    """How an op is tuned; decorates the function that makes its candidates.
 
     Attributes:
         cases: of what is timed.
@@ -117,7 +117,7 @@ def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
 
 
 def of_config(kernel: Function, config: Any, *derived: str) -> Candidate:
-    """A config of a kernel; fields that follow from the others are not written."""
+    """A candidate from a kernel's config; fields that follow from the others are not written."""
     written = {name: value for name, value in asdict(config).items() if name not in derived}
     return Candidate(written, partial(kernel, config=config))
 
@@ -166,7 +166,7 @@ def _attention_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _attention_shapes(sizes: Iterable[tuple[int, int, int]]) -> list[Shape]:
-    """Of all models, from batch, window and slots."""
+    """Shapes of all models, from batch, window and slots."""
     return [dict(zip(("model", "batch", "window", "slots"), (model, *size), strict=True)) for model in HEADS for size in sizes]
 
 

@@ -284,8 +284,8 @@ def measured_config(
         return None
     bucket = max(triton.next_power_of_2(rows), 16)
     shape = {"rows": bucket, "n": n, "k": k, "dtype": dtype, "norm": norm, "activation": activation, "residual": residual}
-    found = tuned(gpu, "linear", **shape)
-    return None if found is None else Config(**found)
+    measured = tuned(gpu, "linear", **shape)
+    return None if measured is None else Config(**measured)
 
 
 def chosen_config(
@@ -344,8 +344,8 @@ def _layout(
     require("activation", repr(activation), "'swiglu' or None", activation in (None, "swiglu"))
     require("weight", f"{n} rows", "of an even number of rows, gate and up", not gated or n % 2 == 0)
     check_shape("norm_weight", norm_weight, k)
-    given = "nothing" if eps is None else eps
-    require("eps", given, "a number with norm_weight, and nothing without", (eps is None) == (norm_weight is None))
+    actual = "nothing" if eps is None else eps
+    require("eps", actual, "a number with norm_weight, and nothing without", (eps is None) == (norm_weight is None))
     shape = (*x.shape[:-1], n // 2 if gated else n)
     check_shape("residual", residual, *shape)
     check_shape("out", out, *shape)

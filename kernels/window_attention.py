@@ -269,13 +269,13 @@ def select_config(
     swap = arch.name == "sm_90" and itemsize == 2 and block_m <= 32 and dim > 32
 
     sizes, heads = {"batch": batch, "window": window, "slots": slots}, {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim}
-    if found := nearest(gpu, "window_attention", sizes, **heads, itemsize=itemsize):
-        block_m, block_n, swap = found["block_m"], found["block_n"], found["swap"]
-        num_warps, num_stages = found["num_warps"], found["num_stages"]
+    if measured := nearest(gpu, "window_attention", sizes, **heads, itemsize=itemsize):
+        block_m, block_n, swap = measured["block_m"], measured["block_n"], measured["swap"]
+        num_warps, num_stages = measured["num_warps"], measured["num_stages"]
     programs = batch * kv_heads * triton.cdiv(rows, block_m)
     config = Config(block_m, block_n, num_warps, num_stages, swap, 1, slots)
-    if found:
-        return config.split(slots, found["splits"])
+    if measured:
+        return config.split(slots, measured["splits"])
     resident = (1 if block_m == 128 else 2) * arch.sms
 
     def microseconds(config: Config) -> float:
@@ -337,8 +337,8 @@ def _layout(
         require(name, cache_.stride(2), "of slots less than 2^24 elements apart", cache_.stride(2) < 2**24)
     check_shape("out", out, *q.shape)
     check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, skip_start=skip_start, skip_end=skip_end)
-    for name, given, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
-        require(name, "nothing", "a tensor, as the other end of the skip is given", given is not None or other is None)
+    for name, end, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
+        require(name, "nothing", "a tensor, as the other end of the skip is given", end is not None or other is None)
 
     strides_o = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
     strides = (*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *strides_o)

@@ -222,7 +222,7 @@ class Evaluation:
 
 
 def row_figures(output: GenerationOutput, row: int) -> dict[str, Any]:
-    """What a generation made of a row and took for it, which is its share of the time of the batch."""
+    """What a generation made of a row, and the seconds that it took: the row's share of the batch's time."""
     return {
         "text": output.texts[row],
         "tokens": int((output.step_map[row] >= 0).sum()),

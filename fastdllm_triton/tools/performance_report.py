@@ -101,7 +101,7 @@ class Instruction:
 
     @property
     def loaded_bytes(self) -> int:
-        """That a thread loads from global memory."""
+        """Bytes that a thread loads from global memory."""
         if not self.name.startswith(("LDG.", "LDGSTS.")):
             return 0
         width = re.search(r"\.(?:[USB]?)(8|16|64|128|256)\b", self.name)
@@ -163,10 +163,10 @@ def performance_report(
 
 
 def _record(wanted: tuple[str, str, int, str]) -> CompileRecord:
-    """One launch by names, since a process cannot be sent a kernel."""
+    """The record of a launch, by names, since a process cannot be sent a kernel."""
     op, name, number, label = wanted
     shape_class, arch = SHAPE_CLASSES[number], ARCHS[name]
-    case = next(found for found in launches(op, shape_class, arch) if found.config == label)
+    case = next(case for case in launches(op, shape_class, arch) if case.config == label)
     fit = int(compile_case(case, arch)["ctas_per_sm"])
     code = instructions(cuobjdump(compiled(case, arch).asm["cubin"], "-sass"))
     return loop_record(shape_class, case, arch, fit, code)

@@ -42,7 +42,7 @@ def is_bool(value: object) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A number of Python, numpy or torch that is finite as a float, without dimensions; a bool is none."""
+    """A number of Python, numpy or torch that is finite as a float, without dimensions; a bool does not count."""
     of_array = getattr(value, "shape", None) == () and "float" in str(getattr(value, "dtype", ""))
     if not (of_array or isinstance(value, float) or is_int(value)):
         return False
@@ -59,7 +59,7 @@ def to_number(value: Any) -> int | float:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """An integer of Python, numpy or torch, without dimensions; a bool is none."""
+    """An integer of Python, numpy or torch, without dimensions; a bool does not count."""
     if is_bool(value) or getattr(value, "shape", ()) != () or "bool" in str(getattr(value, "dtype", "")):
         return False
     try:

@@ -88,7 +88,7 @@ def quiet(device: torch.device) -> Iterator[None]:
 
 
 def needs_interpreter(device: torch.device) -> bool:
-    """Whether another process is needed: Triton reads the variable when a kernel is imported, which is too late now."""
+    """Whether another process is needed: Triton reads ``TRITON_INTERPRET`` when kernels are imported, as they are by now."""
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 
