@@ -149,7 +149,7 @@ def flash_attn(i: Inputs) -> Any:
     return flash_attn_func(i["q"], i["k_cache"].transpose(1, 2), i["v_cache"].transpose(1, 2))
 
 
-def in_order(swap: bool) -> Run:
+def in_order(swap_ab: bool) -> Run:
     """The kernel in this operand order, where the chosen config has the other one."""
 
     def run(i: Inputs) -> Any:
@@ -157,9 +157,9 @@ def in_order(swap: bool) -> Run:
         device = i["q"].device
         sizes = (batch, window, q_heads, kv_heads, dim, slots, i["q"].element_size())
         config = select_config(arch_of(device), *sizes)
-        if config.swap == swap:
+        if config.swap_ab == swap_ab:
             raise ValueError("the chosen config has this order")
-        return window_attention(**i, config=replace(config, swap=swap))
+        return window_attention(**i, config=replace(config, swap_ab=swap_ab))
 
     return run
 
