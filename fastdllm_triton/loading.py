@@ -46,7 +46,7 @@ def load(
             ``"tiny"``, the model that ships with the package.
         device: where to put it; the GPU if there is one.
         dtype: of parameters, activations and caches; the checkpoint's own if not given.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
         batch_invariant: fixed tiles and fixed chunks: the bits of a row's result depend neither on the rows it is batched with
             nor on their lengths. Slower, and with the Triton kernels only.
         deterministic: the name that ``batch_invariant`` had; warns.

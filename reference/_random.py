@@ -67,7 +67,7 @@ def gumbel_of(u: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-u))
 
 
-def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int) -> Tensor:
+def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int, first: int = 0) -> Tensor:
     """Standard Gumbel noise for every token of rows of logits.
 
     Args:
@@ -75,11 +75,12 @@ def gumbel(seed: Tensor, position: Tensor, step: Tensor, vocabulary: int) -> Ten
         position: ``[R]`` integers, key of the row.
         step: ``[R]`` integers, key of the forward.
         vocabulary: tokens ``V``.
+        first: id of the first of them, a multiple of 4.
 
     Returns:
         ``[R, V]`` float32; token ``t`` uses word ``t % 4`` of counter ``t // 4``.
     """
-    block = torch.arange((vocabulary + 3) // 4, device=seed.device)
+    block = torch.arange(first // 4, (first + vocabulary + 3) // 4, device=seed.device)
     words = philox(seed[:, None], block[None], position[:, None].long(), step[:, None].long(), STREAM_TOKEN)
     bits = torch.stack(words, dim=-1).flatten(1)[:, :vocabulary]
     return gumbel_of(uniform(bits))

@@ -39,8 +39,8 @@ def rms_norm(
         ``y``; with ``residual`` or ``rows`` the pair ``(y, s)``.
     """
     if rows is not None:
-        x = _gather(x, rows)
-        residual = None if residual is None else _gather(residual, rows)
+        x = gather_rows(x, rows)
+        residual = None if residual is None else gather_rows(residual, rows)
     s = x if residual is None else x + residual
     h = accumulate(s)
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
@@ -48,7 +48,7 @@ def rms_norm(
     return y if residual is None and rows is None else (y, write(residual_out, s))
 
 
-def _gather(x: Tensor, rows: Tensor) -> Tensor:
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """``[...', E]``: rows of ``x [..., E]``, zeros for negative ones."""
     gathered = x.reshape(-1, x.shape[-1])[rows.clamp(min=0)]
     return gathered.masked_fill((rows < 0)[..., None], 0)

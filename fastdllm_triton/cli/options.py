@@ -30,6 +30,7 @@ class BackendChoice(StrEnum):
 
     auto = "auto"
     triton = "triton"
+    cpu = "cpu"
     reference = "reference"
 
 

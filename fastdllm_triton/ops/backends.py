@@ -19,7 +19,7 @@ from ..utils import environment
 
 #: Of the kernels and the reference.
 _PACKAGE = __package__.rpartition(".")[0]
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "cpu", "reference"]
 
 
 class Prefetching(Protocol):
@@ -52,7 +52,7 @@ class Ops:
     All of them are functions of a module, or partial ones: a model is pickled with its ops.
 
     Attributes:
-        name: ``"triton"``, ``"reference"``, or ``"mixed"`` where each has some.
+        name: ``"triton"``, ``"cpu"``, ``"reference"``, or ``"mixed"`` where each has some.
         reason: why it was chosen, in words.
         required: whether it was asked for by name, so that nothing may fall back to anything slower.
         fuses_residual: of ``(x, weight)``: whether ``linear`` adds a residual without a launch of its own.
@@ -112,14 +112,15 @@ def resolve(backend: str, device: torch.device) -> Ops:
     """The ops to run on a device.
 
     Args:
-        backend: ``"triton"`` raises where the kernels cannot run; ``"reference"`` is plain PyTorch; ``"auto"`` is what the
-            environment variable ``FASTDLLM_BACKEND`` says, and without it takes the kernels where they can run. On a GPU
-            where they cannot, it falls back with one warning that says why.
+        backend: ``"triton"`` raises where the kernels cannot run; ``"cpu"`` is plain PyTorch made for a CPU, and raises
+            elsewhere; ``"reference"`` is plain PyTorch made to be read; ``"auto"`` is what the environment variable
+            ``FASTDLLM_BACKEND`` says, and without it takes the kernels where they can run, and ``"cpu"`` on a CPU. On a GPU
+            where they cannot, it falls back on the reference with one warning that says why.
         device: where the tensors live.
 
     Raises:
         ValueError: ``backend``, or one of :data:`fastdllm_triton.utils.environment.VARIABLES`, has a value that is not allowed.
-        RuntimeError: ``backend="triton"`` and the kernels cannot run on this device.
+        RuntimeError: ``backend="triton"`` and the kernels cannot run on this device, or ``"cpu"`` and it is none.
     """
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
@@ -131,6 +132,10 @@ def _resolved(backend: str, device: torch.device) -> Ops:
     environment.check()
     if backend == "reference":
         return _ops("reference", "asked for", device, required=True)
+    if backend == "cpu":
+        if device.type != "cpu":
+            raise RuntimeError(f"backend='cpu' cannot run here: the device is {device.type}")
+        return _ops("cpu", "asked for", device, required=True)
     obstacle = _obstacle(device, interpreter=backend == "triton")
     if obstacle is None:
         required = backend == "triton"
@@ -139,7 +144,7 @@ def _resolved(backend: str, device: torch.device) -> Ops:
         raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
     if device.type == "cuda":
         warnings.warn(f"falling back to the PyTorch reference ops: {obstacle}", stacklevel=2)
-    return _ops("reference", obstacle, device)
+    return _ops("cpu" if device.type == "cpu" else "reference", obstacle, device)
 
 
 def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
@@ -150,9 +155,10 @@ def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
         parts: keys of :data:`PARTS`.
 
     Returns:
-        Ops named ``"reference"`` where no kernel is left and ``"mixed"`` where some are; ``ops`` itself where nothing changes.
+        Ops named ``"reference"`` where no kernel is left and ``"mixed"`` where some are; ``ops`` itself where nothing changes, as on
+        a CPU, whose ops are no kernels.
     """
-    if not parts or ops.name == "reference":
+    if not parts or ops.name in ("cpu", "reference"):
         return ops
     names = {op for part in parts for op in PARTS[part]}
     functions: dict[str, Any] = {op: _function("reference", op) for op in NAMES if op in names}
@@ -189,11 +195,11 @@ def _interpreted() -> bool:
 
 def _ops(name: str, reason: str, device: torch.device, *, required: bool = False) -> Ops:
     # What torch.compile may replace by the registered op: only where that op would run the same function.
-    same = (name, device.type) in (("triton", "cuda"), ("reference", "cpu"))
+    same = (name, device.type) in (("triton", "cuda"), ("cpu", "cpu"))
     functions: dict[str, Any] = {op: _function(name, op) for op in NAMES}
     if same:
         functions = {op: _compilable(op, f) for op, f in functions.items()}
-    if name == "reference":
+    if name != "triton":
         return Ops(name, reason, required, _never, **functions)
     from ..kernels.prefetch import Prefetch
 
@@ -207,7 +213,8 @@ def _never(x: Tensor, weight: Tensor) -> bool:
 def _function(backend: str, op: str) -> Callable[..., Any]:
     """An op of a backend; ``fuses_residual`` goes with ``linear``."""
     file = "linear" if op == "fuses_residual" else op
-    module = importlib.import_module(f"{_PACKAGE}.{'kernels' if backend == 'triton' else 'reference'}.{file}")
+    places = {"triton": f"kernels.{file}", "cpu": "ops.cpu", "reference": f"reference.{file}"}
+    module = importlib.import_module(f"{_PACKAGE}.{places[backend]}")
     return cast("Callable[..., Any]", getattr(module, op))
 
 

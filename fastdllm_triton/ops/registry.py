@@ -2,7 +2,7 @@
 
 The decorated function has the op's own signature and says what shapes its results have; everything else follows from it. The
 schema comes from its annotations: a dataclass stands for its fields, a number or tensor for either. Every op is registered in
-the namespace ``fastdllm``: CUDA runs the kernel, CPU the reference, and ``torch.compile`` sees one opaque call with its mutations
+the namespace ``fastdllm``: CUDA runs the kernel, CPU :mod:`fastdllm_triton.ops.cpu`, and ``torch.compile`` sees one opaque call with its mutations
 declared. Eager code calls the functions behind it directly: a pass through the dispatcher would only cost time.
 """
 
@@ -149,7 +149,7 @@ def op(*, check: Callable[..., torch.device], mutates: Sequence[str] = ()) -> Ca
             return results.flatten(function(**named))
 
         LIBRARY.define(f"{name}({schema}) -> {results.schema}")  # type: ignore[no-untyped-call]
-        for backend, device in (("reference", "CPU"), ("triton", "CUDA")):
+        for backend, device in (("cpu", "CPU"), ("triton", "CUDA")):
             run = _run(name, backend, with_own_arguments)
             LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"fastdllm::{name}", lambda *flat: with_own_arguments(fake, flat), lib=LIBRARY)

@@ -33,7 +33,7 @@ class Variable:
         return value
 
 
-BACKEND = Variable("FASTDLLM_BACKEND", ("auto", "triton", "reference"), "what the backend auto takes")
+BACKEND = Variable("FASTDLLM_BACKEND", ("auto", "triton", "cpu", "reference"), "what the backend auto takes")
 GRAPHS = Variable("FASTDLLM_GRAPHS", ("1", "0"), "0 runs every forward without CUDA graphs")
 PDL = Variable("FASTDLLM_PDL", ("1", "0"), "0 launches kernels without programmatic dependent launch (sm_90 and newer)")
 

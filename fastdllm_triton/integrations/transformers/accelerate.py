@@ -46,7 +46,7 @@ def accelerate(
     Args:
         module: a ``LLaDAModelLM`` or ``DreamModel`` of the checkpoints' own code, of any transformers version; bare, or wrapped
             by PEFT with its adapters merged. It is recognised by its config and the names of its parameters.
-        backend: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
+        backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
         attention: run the kernels of rotation, cache and attention; plain PyTorch ops in their place if False.
         head: the same for the kernels from the head's weight to the committed tokens.
         norms: the same for the norms, the MLP's gate, and the products fused with them.

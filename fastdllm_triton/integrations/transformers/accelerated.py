@@ -213,7 +213,7 @@ def _ops(recognised: RecognisedModule, options: Options) -> Ops:
         RuntimeError: the backend cannot run; or, if strict, falls back.
     """
     ops = ops_for(options.backend, recognised.device, recognised.dtype)
-    if options.strict and ops.name == "reference" and options.backend != "reference":
+    if options.strict and ops.name != "triton" and options.backend not in ("cpu", "reference"):
         raise RuntimeError(f"strict: the kernels cannot run on this module: {ops.reason}")
     return without_kernels(ops, options.plain)
 

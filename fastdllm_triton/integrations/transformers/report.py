@@ -27,14 +27,14 @@ class Entry:
 
     Attributes:
         part: of the model.
-        runs: ``triton`` or ``reference`` (plain PyTorch ops of this library) where the part was replaced, ``fused`` where
+        runs: ``triton``, ``cpu`` or ``reference`` (plain PyTorch ops of this library) where the part was replaced, ``fused`` where
             parameters are views of one tensor, ``module`` where the module's own code stays.
         what: what runs.
         reason: why so.
     """
 
     part: str
-    runs: Literal["triton", "reference", "fused", "module"]
+    runs: Literal["triton", "cpu", "reference", "fused", "module"]
     what: str
     reason: str
 
@@ -105,9 +105,8 @@ def report_of(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fuse
     layers = recognised.config.layers
     entries = []
     for part in PARTS:
-        on_kernels = ops.name == "triton" and part not in plain
         reason = f"{part}=False" if part in plain else ops.reason
-        entries.append(Entry(part, "triton" if on_kernels else "reference", _WHAT[part], reason))
+        entries.append(Entry(part, "reference" if part in plain and ops.name == "triton" else ops.name, _WHAT[part], reason))
     for field, parts in recognised.architecture.NAMES.layer.items():
         if len(parts) > 1:
             names = ", ".join(part.split(".")[-2] for part in parts)

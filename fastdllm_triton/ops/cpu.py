@@ -1,0 +1,401 @@
+"""The ops as a CPU runs them fast: those of :mod:`fastdllm_triton.reference`, without copies of what is large.
+
+Signatures, rounding points and results are the reference's, up to the order of sums. Where lengths differ between rows, slots are
+read on the host, which costs no wait on a CPU. Ops that gain nothing are the reference's own functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference._common import accumulate, write
+from ..reference._random import gumbel
+from ..reference.commit_tokens import commit_tokens
+from ..reference.linear import linear
+from ..reference.rms_norm import gather_rows
+from ..reference.swiglu import swiglu
+from ..reference.token_statistics import draws, row_keys
+from ..reference.window_attention import window_attention as attention_in_full
+from ..reference.window_inputs import window_inputs
+from ..types import RopeRounding, TokenStatistics
+
+__all__ = [
+    "commit_tokens",
+    "head_statistics",
+    "linear",
+    "rms_norm",
+    "rope_kv_write",
+    "swiglu",
+    "token_statistics",
+    "window_attention",
+    "window_inputs",
+]
+
+#: Bytes of logits, and of a weight in float32, that are worked on at a time in a thread: they stay in its second cache.
+_CACHED_BYTES = 2**19
+#: Rows of the weight that are converted at a time, at least: fewer keep the product from its pace.
+_LEAST_CONVERTED = 128
+
+#: Logits ``[R, C]`` in memory of their own, and the id of the first of their tokens.
+_Chunks = Iterator[tuple[int, Tensor]]
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    residual_out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`fastdllm_triton.reference.rms_norm.rms_norm`; PyTorch's own norm has its first two rounding points."""
+    if rows is not None:
+        x = gather_rows(x, rows)
+        residual = None if residual is None else gather_rows(residual, rows)
+    s = x if residual is None else x + residual
+    # The norm is not given the weight: it would round once where the modules round twice.
+    y = write(out, F.rms_norm(s, s.shape[-1:], None, eps) * weight)
+    return y if residual is None and rows is None else (y, write(residual_out, s))
+
+
+def rope_kv_write(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    window_start: Tensor,
+    kv_start: Tensor,
+    theta: float,
+    *,
+    bias: Tensor | None = None,
+    rounding: RopeRounding = "llada",
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fastdllm_triton.reference.rope_kv_write.rope_kv_write`, with angles that are computed once for all layers."""
+    kv_heads, slots, dim = k_cache.shape[1:]
+    if bias is not None:
+        qkv = qkv + bias
+    heads = qkv.unflatten(-1, (-1, dim))  # [B, W, Hq + 2 Hkv, D]
+    rotated, v = heads[:, :, :-kv_heads], heads[:, :, -kv_heads:]
+    window = qkv.shape[1]
+    starts, origins = window_start.tolist(), kv_start.tolist()
+
+    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    rounded = qkv.dtype if rounding == "dream" else dtype
+    cos, sin = _rotation([start - origin for start, origin in zip(starts, origins, strict=True)], window, slots, dim, theta, rounded)
+    h = rotated.to(rounded)
+    first, second = h.chunk(2, dim=-1)
+    rotated = (h * cos).add_(torch.cat((second, first), dim=-1).mul_(sin)).to(qkv.dtype)
+    q, k = rotated[:, :, :-kv_heads], rotated[:, :, -kv_heads:]
+
+    bounds = [(start, max(start, origin, 0), min(start + window, slots)) for start, origin in zip(starts, origins, strict=True)]
+    for (start, low, high), rows in _runs(bounds):
+        if low < high:
+            written = slice(low - start, high - start)
+            k_cache[rows, :, low:high] = k[rows, written].transpose(1, 2)
+            v_cache[rows, :, low:high] = v[rows, written].transpose(1, 2)
+    return write(out, q)
+
+
+def window_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    kv_start: Tensor,
+    kv_end: Tensor,
+    *,
+    skip_start: Tensor | None = None,
+    skip_end: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    span: tuple[int, int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`fastdllm_triton.reference.window_attention.window_attention` over views of the caches, a run of rows with the same
+    slots at a time: no mask, and no copy of a key or value. What forwards do without (``skip_start``, ``return_lse``) is the
+    reference's.
+    """
+    if return_lse or skip_start is not None:
+        skip = {"skip_start": skip_start, "skip_end": skip_end}
+        return attention_in_full(q, k_cache, v_cache, kv_start, kv_end, **skip, scale=scale, return_lse=return_lse, out=out)
+    if span is not None:
+        return write(out, _attend(q, k_cache, v_cache, *span, scale))
+    ranges = list(_runs(list(zip(kv_start.tolist(), kv_end.tolist(), strict=True))))
+    if len(ranges) == 1:
+        (bounds, _), = ranges
+        return write(out, _attend(q, k_cache, v_cache, *bounds, scale))
+    out = torch.empty_like(q) if out is None else out
+    for (start, end), rows in ranges:
+        out[rows] = _attend(q[rows], k_cache[rows], v_cache[rows], start, end, scale)
+    return out
+
+
+def token_statistics(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 0.0,
+    seed: int | Tensor | None = None,
+    position: Tensor | None = None,
+    step: int | Tensor = 0,
+    forbidden: Tensor | Sequence[int] | None = None,
+    out: TokenStatistics | None = None,
+) -> TokenStatistics:
+    """:func:`fastdllm_triton.reference.token_statistics.token_statistics`, a part of the vocabulary at a time."""
+    rows, vocabulary = logits.shape
+    dtype = accumulate(logits[:0]).dtype
+    width = _width(rows, vocabulary, dtype)
+    chunks = ((first, logits[:, first : first + width].to(dtype, copy=True)) for first in range(0, vocabulary, width))
+    noise = _noise(rows, logits.device, temperature, seed, position, step)
+    result = _statistics(chunks, rows, vocabulary, noise, forbidden)
+    return result if out is None else out.copy_(result)
+
+
+def head_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 0.0,
+    seed: int | Tensor | None = None,
+    position: Tensor | None = None,
+    step: int | Tensor = 0,
+    forbidden: Tensor | Sequence[int] | None = None,
+    logits_dtype: torch.dtype | None = None,
+    out: TokenStatistics | None = None,
+) -> TokenStatistics:
+    """:func:`fastdllm_triton.reference.head_statistics.head_statistics`, a part of the vocabulary at a time: neither the logits
+    nor a float32 copy of the weight are ever in memory as a whole.
+    """
+    count = len(hidden if rows is None else rows)
+    asked = None
+    if rows is not None:
+        asked = (rows >= 0).nonzero()[:, 0]
+        hidden, asked = hidden[rows[asked]], None if len(asked) == count else asked
+
+    def of_asked(values: Tensor) -> Tensor:
+        return values if asked is None else values[asked]
+
+    device, vocabulary = hidden.device, len(weight)
+    position = torch.arange(count, device=device) if position is None else position
+    noise = _noise(
+        len(hidden),
+        device,
+        of_asked(temperature) if isinstance(temperature, Tensor) else temperature,
+        None if seed is None else of_asked(row_keys(seed, count, device)),
+        of_asked(position),
+        of_asked(row_keys(step, count, device)),
+    )
+    forbidden = of_asked(forbidden) if isinstance(forbidden, Tensor) and forbidden.dim() == 2 else forbidden
+    result = _statistics(_logits(hidden, weight, bias, logits_dtype), len(hidden), vocabulary, noise, forbidden)
+    if asked is not None:
+        result = _spread(result, asked, count)
+    return result if out is None else out.copy_(result)
+
+
+def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, end: int, scale: float | None) -> Tensor:
+    """``[B, W, Hq, D]``: attention over the slots ``[start, end)`` of every row."""
+    (batch, window, q_heads, dim), kv_heads, start = q.shape, k_cache.shape[1], max(start, 0)
+    if start >= end or not q.numel():
+        return torch.zeros_like(q)
+    k, v = k_cache[:, :, start:end], v_cache[:, :, start:end]
+    if q_heads == kv_heads:
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale).transpose(1, 2)
+    # Heads that share keys become rows of one head, so that a key is read once for all of them.
+    grouped = q.view(batch, window, kv_heads, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    y = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
+    return y.view(batch, kv_heads, -1, window, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _rotation(offsets: list[int], window: int, slots: int, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[B, W, 1, D]`` (``[1, W, 1, D]`` where rows agree): cos and signed sin of the positions from each row's offset on."""
+    if min(offsets) >= 0 and max(offsets) + window <= slots:
+        table = _table(slots, dim, theta, dtype)
+        if len(set(offsets)) == 1:
+            cos, sin = (values[None, offsets[0] : offsets[0] + window] for values in table)
+            return cos, sin
+        position = torch.tensor(offsets)[:, None] + torch.arange(window)
+        cos, sin = (values[position] for values in table)
+        return cos, sin
+    # Slots outside of the sequence: what they get is not used, and is the reference's.
+    return _cos_sin(torch.tensor(offsets)[:, None] + torch.arange(window), dim, theta, dtype)
+
+
+@lru_cache(maxsize=4)
+def _table(slots: int, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[L, 1, D]``: cos and signed sin of all positions of a cache; the same for every layer and forward."""
+    with torch.inference_mode(False):
+        return _cos_sin(torch.arange(slots), dim, theta, dtype)
+
+
+def _cos_sin(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``[..., 1, D]`` of positions ``[...]``; the sines of the first half negated, as the halves' exchange needs them."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    half = torch.arange(0, dim, 2, dtype=exact) / dim
+    angle = (position.to(exact)[..., None] * (1.0 / theta**half))[..., None, :]
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def _runs(values: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], slice]]:
+    """Each run of equal neighbours, and the rows it is."""
+    first = 0
+    for value, run in groupby(values):
+        last = first + len(list(run))
+        yield value, slice(first, last)
+        first = last
+
+
+def _width(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Tokens of a chunk of logits: a multiple of 4, as the noise comes in fours."""
+    cached = _CACHED_BYTES * torch.get_num_threads() // (dtype.itemsize * max(rows, 1))
+    return min(max(cached // 4 * 4, 512), vocabulary)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> _Chunks:
+    """The logits of hidden states ``[R, E]``, in the dtype that sums are taken in."""
+    vocabulary, width = weight.shape
+    x = accumulate(hidden)
+    step = _width(len(x), vocabulary, x.dtype)
+    # A product in the weight's dtype sums in float32 and rounds once, as is asked for.
+    rounds = logits_dtype == weight.dtype and bias is None
+    converted = max(_CACHED_BYTES * torch.get_num_threads() // (x.itemsize * width), _LEAST_CONVERTED)
+    for first in range(0, vocabulary, step):
+        part = weight[first : first + step]
+        if rounds or x.dtype == weight.dtype:
+            logits = accumulate(F.linear(hidden, part))
+        else:
+            logits = torch.cat([F.linear(x, accumulate(rows)) for rows in part.split(converted)], dim=1)
+        if bias is not None:
+            logits = logits + accumulate(bias[first : first + step])
+        if logits_dtype is not None and not rounds:
+            logits = logits.to(logits_dtype).to(x.dtype)
+        yield first, logits
+
+
+def _noise(
+    rows: int, device: torch.device, temperature: float | Tensor, seed: int | Tensor | None, position: Tensor | None, step: int | Tensor
+) -> Callable[[int, int], Tensor] | None:
+    """The noise ``[R, C]`` of ``C`` tokens from an id on, scaled by the temperature; None where nothing is drawn."""
+    if not draws(temperature):
+        return None
+    if seed is None:
+        raise ValueError("temperature > 0 needs a seed")
+    seeds, steps = row_keys(seed, rows, device), row_keys(step, rows, device)
+    positions = torch.arange(rows, device=device) if position is None else position
+    scale = temperature[:, None] if isinstance(temperature, Tensor) else temperature
+    return lambda first, count: scale * gumbel(seeds, positions, steps, count, first)
+
+
+def _statistics(
+    chunks: _Chunks,
+    rows: int,
+    vocabulary: int,
+    noise: Callable[[int, int], Tensor] | None,
+    forbidden: Tensor | Sequence[int] | None,
+) -> TokenStatistics:
+    """Statistics ``[R]`` of logits that come in chunks, each of which is overwritten."""
+    hide = _hider(forbidden, rows)
+    parts, drawn = [], []
+    for first, values in chunks:
+        hide(values, first)
+        if noise is not None:
+            best, token = (values + noise(first, values.shape[1])).max(dim=1, keepdim=True)
+            drawn.append((best[:, 0], token[:, 0] + first, values.gather(1, token)[:, 0]))
+        parts.append(_facts(values, first))
+    top, token, second, odds, weighted = parts[0] if len(parts) == 1 else _merged(*map(torch.stack, zip(*parts, strict=True)))
+
+    broken = top.isnan() | (top == torch.inf)
+    entropy = torch.log1p(odds) - weighted / (1 + odds)
+    logit, rest = top, odds
+    if drawn:
+        best, tokens, logits = map(torch.stack, zip(*drawn, strict=True))
+        part = best.max(dim=0, keepdim=True).indices
+        likeliest, token, logit = token, tokens.gather(0, part)[0], logits.gather(0, part)[0]
+        same = token == likeliest
+        second = torch.where(same, second, top)
+        # All mass in units of the token's own, less that: the likeliest token is in the rest, so that nothing cancels.
+        rest = torch.where(same, odds, (1 + odds) * torch.exp(top - logit) - 1)
+    choice = (logit > -torch.inf) & ~broken
+    return TokenStatistics(
+        token=torch.where(choice, token, -1),
+        logit=torch.where(broken, torch.nan, logit),
+        second_logit=torch.where(broken, torch.nan, second),
+        logsumexp=torch.where(broken, torch.nan, top + torch.log1p(odds)),
+        rest=torch.where(choice, rest, torch.inf),
+        entropy=torch.where(choice, entropy, torch.nan),
+    )
+
+
+def _facts(values: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of each row of a chunk, which is overwritten: the largest logit and its id, the largest of the others, and of these the sums
+    of ``exp(d)`` and of ``exp(d) d``, with ``d`` the distance from the largest.
+    """
+    top, index = values.max(dim=1, keepdim=True)  # of a tie the first; NaN if there is one
+    values.scatter_(1, index, -torch.inf)
+    second = values.amax(1)
+    below = _distance_(values, top)
+    mass = below.exp()
+    return top[:, 0], index[:, 0] + first, second, mass.sum(1), mass.mul_(below).sum(1)
+
+
+def _merged(top: Tensor, token: Tensor, second: Tensor, odds: Tensor, weighted: Tensor) -> tuple[Tensor, ...]:
+    """The facts of rows from those of all chunks, ``[chunks, R]``."""
+    largest, chunk = top.max(dim=0, keepdim=True)
+    others = top.scatter(0, chunk, -torch.inf)
+    d = _distance_(top.clone(), largest)
+    mass, total = d.exp(), 1 + odds
+    total = total.scatter(0, chunk, odds.gather(0, chunk))  # without the term of the largest logit itself, which is 1
+    return (
+        largest[0],
+        token.gather(0, chunk)[0],
+        torch.maximum(second.gather(0, chunk)[0], others.amax(0)),
+        (mass * total).sum(0),
+        (mass * (weighted + d * total)).sum(0),
+    )
+
+
+def _distance_(values: Tensor, top: Tensor) -> Tensor:
+    """``values - top`` in place, and where that is so low that its exponential is 0, a number that 0 can be multiplied with."""
+    lowest = -200.0 if values.dtype == torch.float32 else -800.0
+    return values.sub_(top.clamp(min=torch.finfo(values.dtype).min)).clamp_(min=lowest)
+
+
+def _hider(forbidden: Tensor | Sequence[int] | None, rows: int) -> Callable[[Tensor, int], None]:
+    """What removes forbidden tokens from a chunk of logits, given the id of its first token."""
+    if forbidden is None:
+        return lambda values, first: None
+    ids = torch.as_tensor(forbidden, dtype=torch.int64)
+    if ids.dim() == 1:
+        listed = sorted(ids.tolist())
+
+        def hide(values: Tensor, first: int) -> None:
+            for token in listed:
+                if first <= token < first + values.shape[1]:
+                    values[:, token - first] = -torch.inf
+
+        return hide
+    ids = ids.expand(rows, -1)
+
+    def hide_by_row(values: Tensor, first: int) -> None:
+        row, place = ((ids >= max(first, 0)) & (ids < first + values.shape[1])).nonzero(as_tuple=True)
+        values[row, ids[row, place] - first] = -torch.inf
+
+    return hide_by_row
+
+
+def _spread(statistics: TokenStatistics, asked: Tensor, count: int) -> TokenStatistics:
+    """Entries ``[count]`` of which only those asked for have something to say."""
+
+    def spread(entries: Tensor, missing: float) -> Tensor:
+        return entries.new_full((count,), missing).index_copy(0, asked, entries)
+
+    missing = {"token": -1, "rest": torch.inf}
+    return TokenStatistics(**{name: spread(entries, missing.get(name, torch.nan)) for name, entries in vars(statistics).items()})
