@@ -155,8 +155,8 @@ def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
         parts: keys of :data:`PARTS`.
 
     Returns:
-        Ops named ``"reference"`` where no kernel is left and ``"mixed"`` where some are; ``ops`` itself where nothing changes, as on
-        a CPU, whose ops are no kernels.
+        Ops named ``"reference"`` where no kernel is left and ``"mixed"`` where some are; ``ops`` itself where nothing changes, or
+        where it has no kernels.
     """
     if not parts or ops.name in ("cpu", "reference"):
         return ops

@@ -89,7 +89,8 @@ def rope_kv_write(
 
     dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     rounded = qkv.dtype if rounding == "dream" else dtype
-    cos, sin = _rotation([start - origin for start, origin in zip(starts, origins, strict=True)], window, slots, dim, theta, rounded)
+    offsets = [start - origin for start, origin in zip(starts, origins, strict=True)]
+    cos, sin = _rotation(offsets, window, slots, dim, theta, rounded)
     h = rotated.to(rounded)
     first, second = h.chunk(2, dim=-1)
     rotated = (h * cos).add_(torch.cat((second, first), dim=-1).mul_(sin)).to(qkv.dtype)
@@ -129,7 +130,7 @@ def window_attention(
         return write(out, _attend(q, k_cache, v_cache, *span, scale))
     ranges = list(_runs(list(zip(kv_start.tolist(), kv_end.tolist(), strict=True))))
     if len(ranges) == 1:
-        (bounds, _), = ranges
+        ((bounds, _),) = ranges
         return write(out, _attend(q, k_cache, v_cache, *bounds, scale))
     out = torch.empty_like(q) if out is None else out
     for (start, end), rows in ranges:
@@ -216,29 +217,33 @@ def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, end: int, s
 
 def _rotation(offsets: list[int], window: int, slots: int, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``[B, W, 1, D]`` (``[1, W, 1, D]`` where rows agree): cos and signed sin of the positions from each row's offset on."""
-    if min(offsets) >= 0 and max(offsets) + window <= slots:
+    if min(offsets, default=-1) >= 0 and max(offsets) + window <= slots:
         table = _table(slots, dim, theta, dtype)
         if len(set(offsets)) == 1:
             cos, sin = (values[None, offsets[0] : offsets[0] + window] for values in table)
             return cos, sin
-        position = torch.tensor(offsets)[:, None] + torch.arange(window)
-        cos, sin = (values[position] for values in table)
+        cos, sin = (values[_positions(offsets, window)] for values in table)
         return cos, sin
     # Slots outside of the sequence: what they get is not used, and is the reference's.
-    return _cos_sin(torch.tensor(offsets)[:, None] + torch.arange(window), dim, theta, dtype)
+    return _cos_sin(_positions(offsets, window), dim, theta, dtype)
+
+
+def _positions(offsets: list[int], window: int) -> Tensor:
+    """``[B, W]``: on the CPU, whatever the default device is."""
+    return torch.tensor(offsets, dtype=torch.int64, device="cpu")[:, None] + torch.arange(window, device="cpu")
 
 
 @lru_cache(maxsize=4)
 def _table(slots: int, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``[L, 1, D]``: cos and signed sin of all positions of a cache; the same for every layer and forward."""
     with torch.inference_mode(False):
-        return _cos_sin(torch.arange(slots), dim, theta, dtype)
+        return _cos_sin(torch.arange(slots, device="cpu"), dim, theta, dtype)
 
 
 def _cos_sin(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``[..., 1, D]`` of positions ``[...]``; the sines of the first half negated, as the halves' exchange needs them."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    half = torch.arange(0, dim, 2, dtype=exact) / dim
+    half = torch.arange(0, dim, 2, dtype=exact, device="cpu") / dim
     angle = (position.to(exact)[..., None] * (1.0 / theta**half))[..., None, :]
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -281,7 +286,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: t
 
 
 def _noise(
-    rows: int, device: torch.device, temperature: float | Tensor, seed: int | Tensor | None, position: Tensor | None, step: int | Tensor
+    rows: int,
+    device: torch.device,
+    temperature: float | Tensor,
+    seed: int | Tensor | None,
+    position: Tensor | None,
+    step: int | Tensor,
 ) -> Callable[[int, int], Tensor] | None:
     """The noise ``[R, C]`` of ``C`` tokens from an id on, scaled by the temperature; None where nothing is drawn."""
     if not draws(temperature):
@@ -335,8 +345,8 @@ def _statistics(
 
 
 def _facts(values: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of each row of a chunk, which is overwritten: the largest logit and its id, the largest of the others, and of these the sums
-    of ``exp(d)`` and of ``exp(d) d``, with ``d`` the distance from the largest.
+    """Of each row of a chunk, which is overwritten: the largest logit and its id, and of the others the largest and the sums of
+    ``exp(d)`` and ``exp(d) d``, with ``d`` the distance from the largest of all.
     """
     top, index = values.max(dim=1, keepdim=True)  # of a tie the first; NaN if there is one
     values.scatter_(1, index, -torch.inf)
@@ -372,7 +382,7 @@ def _hider(forbidden: Tensor | Sequence[int] | None, rows: int) -> Callable[[Ten
     """What removes forbidden tokens from a chunk of logits, given the id of its first token."""
     if forbidden is None:
         return lambda values, first: None
-    ids = torch.as_tensor(forbidden, dtype=torch.int64)
+    ids = torch.as_tensor(forbidden, dtype=torch.int64, device="cpu")
     if ids.dim() == 1:
         listed = sorted(ids.tolist())
 

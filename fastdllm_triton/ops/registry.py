@@ -2,8 +2,9 @@
 
 The decorated function has the op's own signature and says what shapes its results have; everything else follows from it. The
 schema comes from its annotations: a dataclass stands for its fields, a number or tensor for either. Every op is registered in
-the namespace ``fastdllm``: CUDA runs the kernel, CPU :mod:`fastdllm_triton.ops.cpu`, and ``torch.compile`` sees one opaque call with its mutations
-declared. Eager code calls the functions behind it directly: a pass through the dispatcher would only cost time.
+the namespace ``fastdllm``: CUDA runs the kernel, CPU the op of :mod:`fastdllm_triton.ops.cpu`, and ``torch.compile`` sees one
+opaque call with its mutations declared. Eager code calls the functions behind it directly: a pass through the dispatcher would
+only cost time.
 """
 
 from __future__ import annotations

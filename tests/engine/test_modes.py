@@ -103,7 +103,7 @@ def test_a_stream_that_was_left_ends_with_its_process() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("FASTDLLM_BACKEND", "cuda", "auto, triton, reference"),
+        ("FASTDLLM_BACKEND", "cuda", "auto, triton, cpu, reference"),
         ("FASTDLLM_GRAPHS", "off", "1, 0"),
         ("FASTDLLM_PDL", "false", "1, 0"),
     ],

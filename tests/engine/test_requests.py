@@ -20,9 +20,10 @@ from fastdllm_triton.engine.scheduler import ForwardPlan, RowFlags, Scheduler
 OPTIONS: dict[str, Any] = {"gen_length": 16, "block_length": 8}
 
 
-@pytest.fixture(scope="module", params=["llada-gqa", GOLDEN_DREAM])
+@pytest.fixture(scope="module", params=[("llada-gqa", "cpu"), ("llada-gqa", "reference"), (GOLDEN_DREAM, "cpu")])
 def lm(request: pytest.FixtureRequest) -> fdt.MaskedDiffusionLM:
-    return fdt.load(GOLDEN / request.param, device="cpu", backend="reference")
+    model, backend = request.param
+    return fdt.load(GOLDEN / model, device="cpu", backend=backend)
 
 
 def _finish(engine: fdt.Engine) -> list[fdt.StepOutput]:

@@ -449,8 +449,8 @@ def test_the_report_says_what_runs_and_why(module: nn.Module) -> None:
     plain = report.as_dict()
     assert json.loads(json.dumps(plain)) == plain
     reasons = {entry["part"]: (entry["runs"], entry["reason"]) for entry in plain["entries"]}
-    assert reasons["norms"] == ("reference", "norms=False")
-    assert reasons["attention"][0] == "reference" and "the device is cpu" in reasons["attention"][1]
+    assert reasons["norms"] == ("cpu", "norms=False")
+    assert reasons["attention"][0] == "cpu" and "the device is cpu" in reasons["attention"][1]
     table = str(report)
     assert "3 layers, float32 on cpu" in table
     assert all(part in table for part in (*report.replaced, *report.kept))
@@ -623,7 +623,7 @@ def test_parameters_beside_the_model_are_refused(llada_module: nn.Module) -> Non
     [
         ({"module": "GSAI-ML/LLaDA-8B-Instruct"}, TypeError, r"module must be a torch.nn.Module, got str"),
         ({"module": nn.Linear(2, 2)}, ValueError, r"module must be one LLaDA or Dream .* got Linear without a parameter"),
-        ({"backend": "cuda"}, ValueError, r"backend must be one of auto, triton, reference, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, r"backend must be one of auto, triton, cpu, reference, got 'cuda'"),
         ({"weights": "int8"}, ValueError, r"weights must be None, got 'int8'"),
         ({"attention": "no"}, TypeError, r"attention must be True or False, got 'no'"),
         ({"strict": 1}, TypeError, r"strict must be True or False, got 1"),

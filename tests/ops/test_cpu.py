@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
-from _support import ints, randn, small_cases
-from torch import Tensor
+from _support import small_cases
 
 from fastdllm_triton import reference
 from fastdllm_triton.ops import NAMES, cpu
-from fastdllm_triton.types import TokenStatistics
 from fastdllm_triton.verify.cases import OPS
 from fastdllm_triton.verify.ops import Expected, wrong
 from fastdllm_triton.verify.tolerance import bitwise

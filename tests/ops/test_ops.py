@@ -34,12 +34,18 @@ def test_reference_is_plain_pytorch_and_says_that_it_was_asked_for():
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU runs the kernels")
-def test_auto_takes_the_reference_on_a_cpu_and_says_why_without_a_warning():
+def test_auto_takes_the_ops_of_a_cpu_there_and_says_why_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops = resolve("auto", CPU)
-    assert ops.name == "reference"
+    assert ops.name == "cpu"
     assert ops.reason
+
+
+def test_the_ops_of_a_cpu_are_for_a_cpu():
+    assert (resolve("cpu", CPU).name, resolve("cpu", CPU).reason) == ("cpu", "asked for")
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot run here: the device is cuda"):
+        resolve("cpu", torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("obstacle", ["triton is not installed", "device cuda:0 is sm_70"])
@@ -226,7 +232,7 @@ def check_compiled_layer(ops: Ops, device: torch.device, backend: str) -> None:
 
 
 def test_a_layer_compiles_to_one_graph():
-    check_compiled_layer(resolve("reference", CPU), CPU, "aot_eager")
+    check_compiled_layer(resolve("cpu", CPU), CPU, "aot_eager")
 
 
 @pytest.mark.gpu
@@ -235,7 +241,7 @@ def test_a_layer_of_kernels_compiles_to_one_graph():
 
 
 def test_selection_compiles_to_one_graph():
-    ops = resolve("reference", CPU)
+    ops = resolve("cpu", CPU)
     hidden, weight = randn(8, 16, dtype=torch.float32), randn(11, 16, dtype=torch.float32)
 
     def select(tokens: Tensor, policy: PolicyState) -> Tensor:
@@ -253,7 +259,7 @@ def test_selection_compiles_to_one_graph():
 
 
 def test_a_call_with_out_is_not_replaced():
-    ops = resolve("reference", CPU)
+    ops = resolve("cpu", CPU)
     x, out = randn(3, 8, dtype=torch.float32), torch.zeros(3, 4)
     assert torch.compile(lambda: ops.swiglu(x, out=out), backend="eager")().data_ptr() == out.data_ptr()
     assert torch.equal(out, reference.swiglu(x))

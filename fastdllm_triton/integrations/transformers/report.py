@@ -27,8 +27,8 @@ class Entry:
 
     Attributes:
         part: of the model.
-        runs: ``triton``, ``cpu`` or ``reference`` (plain PyTorch ops of this library) where the part was replaced, ``fused`` where
-            parameters are views of one tensor, ``module`` where the module's own code stays.
+        runs: ``triton``, ``cpu`` or ``reference`` (ops of this library, the last two plain PyTorch) where the part was replaced,
+            ``fused`` where parameters are views of one tensor, ``module`` where the module's own code stays.
         what: what runs.
         reason: why so.
     """
