@@ -6,12 +6,13 @@ read on the host, which costs no wait on a CPU. Ops that gain nothing are the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..reference._common import accumulate, write
@@ -82,7 +83,7 @@ def rope_kv_write(
     kv_heads, slots, dim = k_cache.shape[1:]
     if bias is not None:
         qkv = qkv + bias
-    heads = qkv.unflatten(-1, (-1, dim))  # [B, W, Hq + 2 Hkv, D]
+    heads = rearrange(qkv, "b w (h d) -> b w h d", d=dim)  # [B, W, Hq + 2 Hkv, D]
     rotated, v = heads[:, :, :-kv_heads], heads[:, :, -kv_heads:]
     window = qkv.shape[1]
     starts, origins = window_start.tolist(), kv_start.tolist()
@@ -96,8 +97,9 @@ def rope_kv_write(
     rotated = (h * cos).add_(torch.cat((second, first), dim=-1).mul_(sin)).to(qkv.dtype)
     q, k = rotated[:, :, :-kv_heads], rotated[:, :, -kv_heads:]
 
-    bounds = [(start, max(start, origin, 0), min(start + window, slots)) for start, origin in zip(starts, origins, strict=True)]
-    for (start, low, high), rows in _runs(bounds):
+    bounds = zip(starts, (max(start, origin, 0) for start, origin in zip(starts, origins, strict=True)), strict=True)
+    for (start, low), rows in _runs(bounds):
+        high = min(start + window, slots)
         if low < high:
             written = slice(low - start, high - start)
             k_cache[rows, :, low:high] = k[rows, written].transpose(1, 2)
@@ -124,14 +126,14 @@ def window_attention(
     reference's.
     """
     if return_lse or skip_start is not None:
-        skip = {"skip_start": skip_start, "skip_end": skip_end}
-        return attention_in_full(q, k_cache, v_cache, kv_start, kv_end, **skip, scale=scale, return_lse=return_lse, out=out)
+        in_full = partial(attention_in_full, q, k_cache, v_cache, kv_start, kv_end, scale=scale, return_lse=return_lse, out=out)
+        return in_full(skip_start=skip_start, skip_end=skip_end)
     if span is not None:
         return write(out, _attend(q, k_cache, v_cache, *span, scale))
-    ranges = list(_runs(list(zip(kv_start.tolist(), kv_end.tolist(), strict=True))))
+    ranges = list(_runs(zip(kv_start.tolist(), kv_end.tolist(), strict=True)))
     if len(ranges) == 1:
-        ((bounds, _),) = ranges
-        return write(out, _attend(q, k_cache, v_cache, *bounds, scale))
+        (((start, end), _),) = ranges
+        return write(out, _attend(q, k_cache, v_cache, start, end, scale))
     out = torch.empty_like(q) if out is None else out
     for (start, end), rows in ranges:
         out[rows] = _attend(q[rows], k_cache[rows], v_cache[rows], start, end, scale)
@@ -249,7 +251,7 @@ def _cos_sin(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tu
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def _runs(values: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], slice]]:
+def _runs(values: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], slice]]:
     """Each run of equal neighbours, and the rows it is."""
     first = 0
     for value, run in groupby(values):
@@ -271,13 +273,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: t
     step = _width(len(x), vocabulary, x.dtype)
     # A product in the weight's dtype sums in float32 and rounds once, as is asked for.
     rounds = logits_dtype == weight.dtype and bias is None
-    converted = max(_CACHED_BYTES * torch.get_num_threads() // (x.itemsize * width), _LEAST_CONVERTED)
+    count = max(_CACHED_BYTES * torch.get_num_threads() // (x.itemsize * width), _LEAST_CONVERTED)
+    converted = x.new_empty((count, width))
     for first in range(0, vocabulary, step):
         part = weight[first : first + step]
         if rounds or x.dtype == weight.dtype:
             logits = accumulate(F.linear(hidden, part))
         else:
-            logits = torch.cat([F.linear(x, accumulate(rows)) for rows in part.split(converted)], dim=1)
+            logits = x.new_empty((len(x), len(part)))
+            for at in range(0, len(part), count):
+                rows = part[at : at + count]
+                logits[:, at : at + count] = F.linear(x, converted[: len(rows)].copy_(rows))
         if bias is not None:
             logits = logits + accumulate(bias[first : first + step])
         if logits_dtype is not None and not rounds:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,8 @@ _WHAT = {
     "norms": "norms with residual, gate of the MLP, products fused with them",
     "head": "head, statistics and commit of the masked rows",
 }
+
+Runs = Literal["triton", "cpu", "reference", "fused", "module"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Entry:
     """
 
     part: str
-    runs: Literal["triton", "cpu", "reference", "fused", "module"]
+    runs: Runs
     what: str
     reason: str
 
@@ -106,7 +108,8 @@ def report_of(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fuse
     entries = []
     for part in PARTS:
         reason = f"{part}=False" if part in plain else ops.reason
-        entries.append(Entry(part, "reference" if part in plain and ops.name == "triton" else ops.name, _WHAT[part], reason))
+        runs = cast("Runs", "reference" if part in plain and ops.name == "triton" else ops.name)
+        entries.append(Entry(part, runs, _WHAT[part], reason))
     for field, parts in recognised.architecture.NAMES.layer.items():
         if len(parts) > 1:
             names = ", ".join(part.split(".")[-2] for part in parts)
