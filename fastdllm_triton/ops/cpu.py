@@ -40,8 +40,8 @@ __all__ = [
 
 #: Bytes of logits, and of a weight in float32, that are worked on at a time in a thread: they stay in its second cache.
 _CACHED_BYTES = 2**19
-#: Rows of the weight that are converted at a time, at least: fewer keep the product from its pace.
-_LEAST_CONVERTED = 128
+#: Tokens of a chunk of logits, at least: with fewer the calls would cost more than the numbers.
+_LEAST_CHUNK = 512
 
 #: Logits ``[R, C]`` in memory of their own, and the id of the first of their tokens.
 _Chunks = Iterator[tuple[int, Tensor]]
@@ -263,7 +263,7 @@ def _runs(values: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], 
 def _width(rows: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk of logits: a multiple of 4, as the noise comes in fours."""
     cached = _CACHED_BYTES * torch.get_num_threads() // (dtype.itemsize * max(rows, 1))
-    return min(max(cached // 4 * 4, 512), vocabulary)
+    return min(max(cached // 4 * 4, _LEAST_CHUNK), vocabulary)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: torch.dtype | None) -> _Chunks:
@@ -273,7 +273,8 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: t
     step = _width(len(x), vocabulary, x.dtype)
     # A product in the weight's dtype sums in float32 and rounds once, as is asked for.
     rounds = logits_dtype == weight.dtype and bias is None
-    count = max(_CACHED_BYTES * torch.get_num_threads() // (x.itemsize * width), _LEAST_CONVERTED)
+    # A product of few rows is bound by memory, which converted rows should not reach; one of more by arithmetic, and wants more.
+    count = max(_CACHED_BYTES * torch.get_num_threads() // (x.itemsize * width), 8 * len(x))
     converted = x.new_empty((count, width))
     for first in range(0, vocabulary, step):
         part = weight[first : first + step]

@@ -61,12 +61,21 @@ def test_no_case_is_lost() -> None:
 
 @pytest.mark.parametrize(("model", "cases"), GROUPS)
 def test_tokens_slots_and_forwards_are_those_of_the_official_code(model: str, cases: list[dict[str, Any]]) -> None:
-    lm = fdt.load(GOLDEN / model, device="cpu")
+    lm = fdt.load(GOLDEN / model, device="cpu", backend="cpu")
     for case in cases:
         out = _decode(lm, case)
         assert out.generated.tolist() == case["tokens"], case
         assert out.nfe == case["nfe"], case
         assert _selected(out, case) == case["selected"], case
+
+
+@pytest.mark.parametrize(("model", "cases"), GROUPS)
+def test_the_reference_decodes_the_same(model: str, cases: list[dict[str, Any]]) -> None:
+    lm = fdt.load(GOLDEN / model, device="cpu", backend="reference")
+    for case in cases[::8]:
+        out = _decode(lm, case)
+        assert out.generated.tolist() == case["tokens"], case
+        assert out.nfe == case["nfe"], case
 
 
 def _selected(out: fdt.GenerationOutput, case: dict[str, Any]) -> list[list[list[int]]]:
