@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the oracle of the kernels, and what the CPU runs.
+"""Every op in plain PyTorch: the oracle of the kernels and of the ops of a CPU.
 
 One file an op, one function of the same name, the same signature as the kernel's launcher. Written to be read: no
 cleverness, float64, float32 and bfloat16 on any device, float32 accumulation (float64 for float64).

@@ -1,4 +1,4 @@
-"""Chooses, once and in one place, whether the ops run as Triton kernels or as their PyTorch twins."""
+"""Chooses, once and in one place, whether the ops run as Triton kernels, as PyTorch made for a CPU, or as the reference."""
 
 from __future__ import annotations
 
