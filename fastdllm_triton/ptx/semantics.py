@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .lanes import Array, Lanes, Mask, Step, items, reader, writer
+from .lanes import Lanes, Mask, Step, items, reader, writer
 from .parser import Instruction, Kernel, PtxError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
