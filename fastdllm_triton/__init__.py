@@ -18,7 +18,7 @@ from .utils.moved import install
 
 if TYPE_CHECKING:
     from .decoding.config import GenerationConfig
-    from .decoding.strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
+    from .decoding.strategies import CappedThreshold, EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
     from .engine.engine import Engine
     from .engine.generation import Forward, Generation
     from .engine.outputs import Committed, GenerationOutput, StepOutput
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 install()
 
 __all__ = [
+    "CappedThreshold",
     "CheckpointError",
     "Committed",
     "Engine",
@@ -55,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CappedThreshold": "decoding",
     "CheckpointError": "models",
     "Committed": "engine",
     "Engine": "engine",

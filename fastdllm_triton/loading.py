@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
-    deterministic: bool = False,
+    batch_invariant: bool = False,
+    *,
+    deterministic: bool | None = None,
 ) -> MaskedDiffusionLM:
     """Loads a masked-diffusion language model.
 
@@ -44,8 +47,9 @@ def load(
         device: where to put it; the GPU if there is one.
         dtype: of parameters, activations and caches; the checkpoint's own if not given.
         backend: ``"auto"``, ``"triton"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
-        deterministic: fixed tiles and fixed chunks: the bits of a row's result depend neither on the rows it is batched with
+        batch_invariant: fixed tiles and fixed chunks: the bits of a row's result depend neither on the rows it is batched with
             nor on their lengths. Slower, and with the Triton kernels only.
+        deterministic: the name that ``batch_invariant`` had; warns.
 
     Raises:
         CheckpointError: (a ``ValueError``) the checkpoint is incomplete, damaged or of an unknown architecture.
@@ -53,7 +57,11 @@ def load(
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
         MemoryError: the weights do not fit; raised before any is read.
     """
-    require("deterministic", deterministic, "True or False", is_bool(deterministic))
+    if deterministic is not None:
+        require("deterministic", deterministic, "True or False", is_bool(deterministic))
+        warnings.warn("deterministic is batch_invariant now", DeprecationWarning, stacklevel=2)
+        batch_invariant = deterministic
+    require("batch_invariant", batch_invariant, "True or False", is_bool(batch_invariant))
     target = _device(device)
     wanted = None if dtype is None else supported_dtype(dtype, target)
     resolve(backend, target)  # a backend that cannot run is refused before anything is read
@@ -67,7 +75,7 @@ def load(
         wanted = supported_dtype(checkpoint.dtype, target)
 
     ops = ops_for(backend, target, wanted)
-    if deterministic:
+    if batch_invariant:
         ops = ops.with_options(batch_invariant=True)
     needed, available = Memory.of(config, 0, 0, wanted.itemsize).weights, available_bytes(target)
     if available is not None and needed > available:

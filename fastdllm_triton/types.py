@@ -14,7 +14,7 @@ from .utils.checks import is_int, is_number, require, to_int, to_ints
 #: What ranks the masked tokens of a block, best first.
 ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]
 #: What decides how many of them are committed.
-RuleName = Literal["quota", "threshold", "factor", "entropy_budget", "schedule"]
+RuleName = Literal["quota", "threshold", "capped_threshold", "factor", "entropy_budget", "schedule"]
 #: Whose rounding points a rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
 RopeRounding = Literal["llada", "dream"]
 #: What :func:`fastdllm_triton.reference.linear` applies to its product.
@@ -127,7 +127,7 @@ class PolicyState:
         score: what ranks the masked tokens of a block.
         rule: how many of them are committed.
         value: ``[B]`` float64: the threshold, the factor, or the entropy budget in nats (not read by ``quota`` and ``schedule``).
-        steps: ``[B]`` int32: forwards a block is spread over (``quota`` only).
+        steps: ``[B]`` int32: forwards a block is spread over (``quota`` and ``capped_threshold`` only).
         shares: ``[B, S]`` float32: the share of the masked slots that each forward of a block commits; forwards beyond the last
             take the last one (``schedule`` only, ``S = 0`` for other rules).
         mask_id: the token that marks a masked slot.

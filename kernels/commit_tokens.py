@@ -172,11 +172,16 @@ def _commit_tokens_kernel(
     if RULE == "quota":
         steps = tl.load(steps_ptr + row)
         count = masked_first // steps + (step < masked_first % steps).to(tl.int32)
-    elif RULE == "threshold":
+    elif RULE == "threshold" or RULE == "capped_threshold":
         fails = cost > -value
         if SCORE == "confidence":
             fails = (1 + cost) * value > 1  # false for inf * 0: a threshold of 0 lets everything pass
         count = tl.sum((eligible & (fails == 0)).to(tl.int32), 0)
+        if RULE == "capped_threshold":
+            steps = tl.load(steps_ptr + row)
+            forwards = tl.minimum(step + 1, steps)
+            cap = masked_first // steps * forwards + tl.minimum(forwards, masked_first % steps)
+            count = tl.minimum(count, cap - (masked_first - masked_now))
     elif RULE == "schedule":
         share = tl.load(shares_ptr + row * shares + tl.minimum(step, shares - 1))
         count = (masked_now.to(tl.float32) * share).to(tl.int32)

@@ -23,6 +23,8 @@ def commit_tokens(
       the first ``m % S`` forwards (LLaDA, arXiv 2502.09992: ``get_num_transfer_tokens``).
     * ``threshold``: all whose score is at least the threshold (Fast-dLLM, arXiv 2505.22618, section 3.3). For the
       confidence that is ``(1 + rest) * threshold <= 1`` in float64, which stays sharp where a float32 confidence has become 1.
+    * ``capped_threshold``: the same, but no more than ``quota`` would have committed by then in this block (Fast-dLLM's
+      ``confidence_threshold`` for Dream without a cache). What a forward leaves of its share is for later ones.
     * ``factor``: the longest prefix with ``1 - score_n <= factor / (n + 1)`` for every n from 2 on. As in the official
       code, a failure at the very last rank is ignored and that token is committed too.
     * ``entropy_budget``: the longest prefix in which the entropies, less the largest, sum to at most the budget
@@ -117,9 +119,14 @@ def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, masked: Ten
         return fits.int().cumprod(1).sum(1)
 
     cost = cost.double().gather(1, order)
-    if state.rule == "threshold":  # inf * 0 is no failure: a threshold of 0 lets everything pass
+    if state.rule in ("threshold", "capped_threshold"):  # inf * 0 is no failure: a threshold of 0 lets everything pass
         fails = (1 + cost) * value > 1 if state.score == "confidence" else cost > -value
-        return (within & ~fails).sum(1)
+        count = (within & ~fails).sum(1)
+        if state.rule == "threshold":
+            return count
+        committed, forwards = state.masked - masked, torch.minimum(state.step + 1, state.steps)
+        cap = state.masked // state.steps * forwards + torch.minimum(forwards, state.masked % state.steps)
+        return torch.minimum(count, cap - committed)
 
     # (n + 1) (1 - score) <= factor. The odds against a token are accurate where its probability has rounded to 1, so for the
     # confidence, where cost is the odds, both sides are multiplied by 1 + cost.

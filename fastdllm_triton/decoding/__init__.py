@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .cache_policy import CacheName, CachePolicy, Window
-from .strategies import EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
+from .strategies import CappedThreshold, EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
 
 if TYPE_CHECKING:
     from .config import GenerationConfig
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheName",
     "CachePolicy",
+    "CappedThreshold",
     "EntropyBudget",
     "Factor",
     "FixedSteps",

@@ -93,7 +93,46 @@ class Strategy(ABC):
 
 
 @dataclass(frozen=True)
-class FixedSteps(Strategy):
+class SpreadStrategy(Strategy):
+    """A strategy that spreads a generation over a number of forwards.
+
+    Attributes:
+        steps: forwards for the whole generation, a multiple of the number of blocks.
+    """
+
+    number: ClassVar[type[int] | type[float]] = int
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.option, self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
+        object.__setattr__(self, "steps", to_int(self.steps))
+
+    @classmethod
+    def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
+        """Of K tokens a forward."""
+        if not (value >= 1 and float(value).is_integer()):
+            raise ValueError("K must be a whole number of tokens a forward, 1 or more")
+        return cls(gen_length // block_length * math.ceil(block_length / value), **score)
+
+    def steps_per_block(self, blocks: int) -> int:
+        """``steps / blocks``.
+
+        Raises:
+            ValueError: the blocks do not divide the steps.
+        """
+        if self.steps < blocks or self.steps % blocks:
+            multiple = f"a multiple of the number of blocks, {blocks} (gen_length / block_length)"
+            raise ValueError(f"{self.option} must be {multiple}, got {self.steps}")
+        return self.steps // blocks
+
+    def expected_forwards(self, gen_length: int) -> float:
+        return self.steps
+
+
+@dataclass(frozen=True)
+class FixedSteps(SpreadStrategy):
     """LLaDA's schedule: every block is spread evenly over its share of ``steps`` forwards (arXiv 2502.09992, appendix B).
 
     As text it is ``fixed:K`` with K tokens a forward: ``ceil(block_length / K)`` forwards a block, which is
@@ -109,35 +148,10 @@ class FixedSteps(Strategy):
     symbol: ClassVar[str] = "K"
     gloss: ClassVar[str] = "K tokens a forward"
     option: ClassVar[str] = "steps"
-    number: ClassVar[type[int] | type[float]] = int
     help: ClassVar[str] = "Spread the generation evenly over this many forwards."
     label: ClassVar[str] = "fixed k tokens a forward"
     rule: ClassVar[RuleName] = "quota"
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "random", "margin", "neg_entropy")
-
-    steps: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require("steps", self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
-        object.__setattr__(self, "steps", to_int(self.steps))
-
-    @classmethod
-    def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
-        if not (value >= 1 and float(value).is_integer()):
-            raise ValueError("K must be a whole number of tokens a forward, 1 or more")
-        return cls(gen_length // block_length * math.ceil(block_length / value), **score)
-
-    def steps_per_block(self, blocks: int) -> int:
-        """``steps / blocks``.
-
-        Raises:
-            ValueError: the blocks do not divide the steps.
-        """
-        return _divided("steps", self.steps, blocks)
-
-    def expected_forwards(self, gen_length: int) -> float:
-        return self.steps
 
 
 @dataclass(frozen=True)
@@ -231,7 +245,7 @@ class EntropyBudget(Strategy):
 
 
 @dataclass(frozen=True)
-class Timesteps(Strategy):
+class Timesteps(SpreadStrategy):
     """Dream's schedule (arXiv 2508.15487): timesteps go down evenly from 1 to ``eps``. The forward from ``t`` to ``s`` commits
     the share ``1 - s / t`` of the tokens that are still masked, rounded down, and the last one all of them. A forward may
     commit nothing.
@@ -247,34 +261,22 @@ class Timesteps(Strategy):
     symbol: ClassVar[str] = "N"
     gloss: ClassVar[str] = "Dream's schedule of N forwards"
     option: ClassVar[str] = "timesteps"
-    number: ClassVar[type[int] | type[float]] = int
     help: ClassVar[str] = "Commit along Dream's schedule of this many timesteps."
     label: ClassVar[str] = "n timesteps"
     always_commits: ClassVar[bool] = False
     rule: ClassVar[RuleName] = "schedule"
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "neg_entropy")
 
-    steps: int
     eps: float = 1e-3
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require("timesteps", self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
         require("eps", self.eps, "above 0 and below 1", is_number(self.eps) and 0 < self.eps < 1)
-        object.__setattr__(self, "steps", to_int(self.steps))
         object.__setattr__(self, "eps", to_number(self.eps))
 
     @classmethod
     def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
         return cls(int(value) if float(value).is_integer() else value, **score)  # type: ignore[arg-type]
-
-    def steps_per_block(self, blocks: int) -> int:
-        """``steps / blocks``.
-
-        Raises:
-            ValueError: the blocks do not divide the steps.
-        """
-        return _divided("timesteps", self.steps, blocks)
 
     def shares(self, blocks: int, *, after_first: bool = False) -> tuple[float, ...]:
         timesteps = linear_timesteps(self.steps_per_block(blocks), self.eps)
@@ -283,8 +285,43 @@ class Timesteps(Strategy):
         # The official code gives the refresh the first timestep, and one timestep alone would leave the rest masked.
         return 1.0, *(transfer_shares(timesteps[1:]) or [1.0])
 
+
+@dataclass(frozen=True)
+class CappedThreshold(SpreadStrategy):
+    """Commits every token whose score reaches ``t``, and always the best one, but no more than an even spread over ``steps``
+    would have committed by then: what a forward leaves of its share is for later ones. Fast-dLLM decodes Dream so without a
+    cache (``alg="confidence_threshold"``).
+
+    As text it is ``capped:K`` with K tokens a forward, at the default threshold.
+
+    Attributes:
+        steps: forwards for the whole generation, a multiple of the number of blocks.
+        t: in (0, 1].
+        score: ``confidence``, ``margin`` or ``random``.
+    """
+
+    name: ClassVar[str] = "capped"
+    symbol: ClassVar[str] = "K"
+    gloss: ClassVar[str] = "threshold 0.9, K tokens a forward at most"
+    option: ClassVar[str] = "capped_steps"
+    help: ClassVar[str] = "Commit every token of at least 0.9, but no faster than evenly over this many forwards."
+    label: ClassVar[str] = "threshold 0.9, at most k a forward"
+    rule: ClassVar[RuleName] = "capped_threshold"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "random")
+
+    t: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require("threshold", self.t, "in (0, 1]", is_number(self.t) and 0 < self.t <= 1)
+        object.__setattr__(self, "t", to_number(self.t))
+
+    @property
+    def value(self) -> float:
+        return float(self.t)
+
     def expected_forwards(self, gen_length: int) -> float:
-        return self.steps
+        return max(self.steps, gen_length / 4)
 
 
 def linear_timesteps(steps: int, eps: float) -> Tensor:
@@ -300,14 +337,10 @@ def transfer_shares(timesteps: Tensor) -> list[float]:
     return [*shares[:-1], 1.0] if shares else []
 
 
-def _divided(name: str, steps: int, blocks: int) -> int:
-    if steps < blocks or steps % blocks:
-        raise ValueError(f"{name} must be a multiple of the number of blocks, {blocks} (gen_length / block_length), got {steps}")
-    return steps // blocks
-
-
 #: The strategies by name, in the order in which they are listed everywhere.
-STRATEGIES: dict[str, type[Strategy]] = {kind.name: kind for kind in (FixedSteps, Threshold, Factor, EntropyBudget, Timesteps)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    kind.name: kind for kind in (FixedSteps, Threshold, CappedThreshold, Factor, EntropyBudget, Timesteps)
+}
 
 
 def strategy_names() -> str:

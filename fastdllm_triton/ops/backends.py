@@ -88,7 +88,7 @@ class Ops:
         """
         options = replace(self.options, **changes)
         if options.batch_invariant and self.name != "triton":
-            raise ValueError(f"deterministic: needs the Triton kernels, and the backend is {self.name}: {self.reason}")
+            raise ValueError(f"batch_invariant: needs the Triton kernels, and the backend is {self.name}: {self.reason}")
         kernels: dict[str, Any] = {
             name: partial(_function("triton", name), options=options)
             for name in (*NAMES, "fuses_residual")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastdllm_triton as fdt
+from fastdllm_triton.decoding.strategies import SpreadStrategy
 from fastdllm_triton.engine.dream.config import DiffusionConfig
 
 MASK = 318
@@ -38,7 +39,10 @@ def idle(llada: fdt.MaskedDiffusionLM) -> fdt.MaskedDiffusionLM:
         ({"block_length": -4}, r"block_length must be an integer of 1 or more, got -4"),
         ({"gen_length": 20, "block_length": 8}, r"gen_length must be a multiple of block_length = 8, got 20"),
         ({"cache": "both"}, r"cache must be one of none, prefix, dual, got 'both'"),
-        ({"strategy": 0.9}, r"strategy must be FixedSteps, Threshold, Factor, EntropyBudget or Timesteps, got 0.9"),
+        (
+            {"strategy": 0.9},
+            r"strategy must be FixedSteps, Threshold, CappedThreshold, Factor, EntropyBudget or Timesteps, got 0.9",
+        ),
         ({"strategy": fdt.FixedSteps(3)}, r"steps must be a multiple of the number of blocks, 2 .*, got 3"),
         ({"strategy": fdt.FixedSteps(1)}, r"steps must be a multiple of the number of blocks, 2 .*, got 1"),
         ({"strategy": fdt.Timesteps(3)}, r"timesteps must be a multiple of the number of blocks, 2 .*, got 3"),
@@ -98,6 +102,9 @@ def test_an_unknown_option(idle: fdt.MaskedDiffusionLM) -> None:
         (lambda: fdt.Threshold(0.9, score="neg_entropy"), r"score must be one of confidence, margin, random for Threshold"),
         (lambda: fdt.EntropyBudget(1, score="random"), r"score must be one of neg_entropy, confidence, margin for EntropyBudget"),
         (lambda: fdt.Timesteps(0), r"timesteps must be an integer of 1 or more, got 0"),
+        (lambda: fdt.CappedThreshold(0), r"capped_steps must be an integer of 1 or more, got 0"),
+        (lambda: fdt.CappedThreshold(8, 1.5), r"threshold must be in \(0, 1\], got 1.5"),
+        (lambda: fdt.CappedThreshold(8, score="neg_entropy"), r"score must be one of confidence, margin, random for Capped"),
         (lambda: fdt.Timesteps(2.5), r"timesteps must be an integer of 1 or more, got 2.5"),  # type: ignore[arg-type]
         (lambda: fdt.Timesteps(8, 1.0), r"eps must be above 0 and below 1, got 1.0"),
         (lambda: fdt.Timesteps(8, eps=0), r"eps must be above 0 and below 1, got 0"),
@@ -268,6 +275,7 @@ STRATEGIES = st.one_of(
     st.builds(fdt.FixedSteps, st.integers(1, 24), score=st.sampled_from(fdt.FixedSteps.scores)),
     st.builds(fdt.Threshold, st.floats(0.01, 1), score=st.sampled_from(fdt.Threshold.scores)),
     st.builds(fdt.Factor, st.floats(0.01, 20), score=st.sampled_from(fdt.Factor.scores)),
+    st.builds(fdt.CappedThreshold, st.integers(1, 24), score=st.sampled_from(fdt.CappedThreshold.scores)),
     st.builds(fdt.Timesteps, st.integers(1, 24), score=st.sampled_from(fdt.Timesteps.scores)),
     st.builds(fdt.EntropyBudget, st.floats(0, 20), score=st.sampled_from(fdt.EntropyBudget.scores)),
 )
@@ -301,7 +309,7 @@ def test_every_combination_of_options_decodes_completely_or_is_refused_at_once(
         and all(prompts)
         and blocks > 0
         and gen_length % block_length == 0
-        and not (isinstance(strategy, fdt.FixedSteps | fdt.Timesteps) and (strategy.steps < blocks or strategy.steps % blocks))
+        and not (isinstance(strategy, SpreadStrategy) and (strategy.steps < blocks or strategy.steps % blocks))
     )
     if not sound:
         with pytest.raises(ValueError, match=r"gen_length|block_length|steps|prompts"):

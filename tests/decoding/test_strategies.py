@@ -57,8 +57,8 @@ def test_each_strategy_says_how_it_is_asked_for() -> None:
         assert type(strategy) is kind
         assert strategy.parameter == 1
         assert options.strategy_of({kind.option: 1}) == strategy
-    assert strategy_forms().startswith("fixed:K, threshold:T, factor:F")
-    assert strategy_names().startswith("FixedSteps, Threshold, Factor")
+    assert strategy_forms().startswith("fixed:K, threshold:T, capped:K")
+    assert strategy_names().startswith("FixedSteps, Threshold, CappedThreshold")
 
 
 @pytest.mark.parametrize(
@@ -127,8 +127,31 @@ def test_timesteps_over_one_block_are_the_official_decoding(alg: Any, score: Any
     assert out.nfe == want.nfe == steps
 
 
+@pytest.mark.parametrize("steps", [1, 4, 12, 24])
+def test_a_capped_threshold_over_one_block_is_the_official_threshold_of_dream(steps: int) -> None:
+    model, prompt = fdt.load(GOLDEN / GOLDEN_DREAM), torch.tensor([[40, 41, 42, 43, 44]])
+    want = compat.diffusion_generate(
+        model,
+        prompt,
+        max_new_tokens=24,
+        steps=steps,
+        alg="confidence_threshold",
+        threshold=0.5,
+        temperature=0.0,
+        generation_logits_hook_func=lambda step, x, logits: logits,  # which the loop apart from the engine calls
+        return_dict_in_generate=True,
+    )
+    out = model.generate(
+        prompt, gen_length=24, block_length=24, cache="none", strategy=fdt.CappedThreshold(steps, 0.5), stop_at_eos=False
+    )
+    assert out.sequences.tolist() == want.sequences.tolist()
+    assert out.nfe == want.nfe >= steps
+    forwards = out.step_map[0].bincount(minlength=steps).cumsum(0)
+    assert all(committed <= 24 // steps * (i + 1) for i, committed in enumerate(forwards[:steps].tolist()))
+
+
 def test_only_a_schedule_has_shares() -> None:
-    strategies = (fdt.FixedSteps(4), fdt.Threshold(), fdt.Factor(), fdt.EntropyBudget(0.1))
+    strategies = (fdt.FixedSteps(4), fdt.Threshold(), fdt.CappedThreshold(4), fdt.Factor(), fdt.EntropyBudget(0.1))
     assert all(strategy.shares(2) == () for strategy in strategies)
     assert fdt.Timesteps(4).shares(4) == (1.0,)
     assert fdt.Timesteps(6).steps_per_block(3) == 2

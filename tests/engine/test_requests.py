@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import fastdllm_triton as fdt
 from fastdllm_triton.decoding.cache_policy import CACHE_POLICIES
+from fastdllm_triton.decoding.strategies import SpreadStrategy
 from fastdllm_triton.engine.request import Aborted, Request, batch_requests
 from fastdllm_triton.engine.scheduler import ForwardPlan, RowFlags, Scheduler
 
@@ -64,6 +65,7 @@ def _arrivals(draw: st.DrawFn) -> Arrival:
         st.one_of(
             st.floats(0.1, 1.0).map(lambda t: fdt.Threshold(t, score=score)),
             st.sampled_from([1, 2, 4]).map(lambda n: fdt.FixedSteps(4 * n, score=score)),
+            st.sampled_from([1, 2, 4]).map(lambda n: fdt.CappedThreshold(4 * n, 0.5, score=score)),
             st.floats(0.2, 3.0).map(lambda f: fdt.Factor(f, score=score)),
         )
     )
@@ -84,7 +86,7 @@ def _arrivals(draw: st.DrawFn) -> Arrival:
         options["stop_at_eos"] = False
     if cache != "none":
         options |= {"look_back": draw(st.sampled_from([0, 2])), "prompt_refresh": draw(st.sampled_from([None, 2]))}
-    if isinstance(strategy, fdt.FixedSteps):  # which the blocks must divide
+    if isinstance(strategy, SpreadStrategy):  # which the blocks must divide
         options["strategy"] = replace(strategy, steps=strategy.steps * (options["gen_length"] // block))
     at = draw(st.integers(0, 12))
     abort = draw(st.one_of(st.none(), st.none(), st.integers(at, at + 8)))

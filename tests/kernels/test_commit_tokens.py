@@ -91,6 +91,10 @@ def committed(score: str, rule: str, value: float, steps: int, step: int, masked
         count = [masked // steps + (1 if i < masked % steps else 0) for i in range(max(steps, step + 1))][step]
     elif rule == "threshold":
         count = sum(float(scores[i]) >= value for i in ranked)
+    elif rule == "capped_threshold":
+        spread = [masked // steps + (1 if i < masked % steps else 0) for i in range(steps)]
+        now = sum(slot.masked for slot in slots)
+        count = min(sum(float(scores[i]) >= value for i in ranked), sum(spread[: step + 1]) - (masked - now))
     elif rule == "factor":
         # The official scan: 1-based rank n fails below 1 - f / (n + 1), the first never; then its index arithmetic.
         limits = [Fraction(-1000)] + [1 - Fraction(value) / (n + 1) for n in range(2, total + 1)]
@@ -306,7 +310,8 @@ def test_quotas_of_a_block_are_those_of_llada(op, masked, steps, quotas):
 def test_ties_go_to_the_first_position(op, rule):
     slots = [Slot(True, 1, -1.0, 1.0, 0.5)] * 6
     value = {"threshold": 0.9, "factor": 0.1, "entropy_budget": 0.5}.get(rule, 0.0)
-    expected = {"quota": [0, 1], "threshold": [0], "factor": [0], "entropy_budget": [0, 1], "schedule": [0, 1]}[rule]
+    two = ("quota", "capped_threshold", "entropy_budget", "schedule")  # a threshold of 0 lets the whole share through
+    expected = [0, 1] if rule in two else [0]
     for score in SCORES[:3]:
         assert run(op, slots, score, rule, value, steps=3, step=1 if rule == "schedule" else 0) == expected
 
@@ -461,7 +466,10 @@ def bad(**changes):
         ({"statistics__entropy": torch.zeros(2, 4).double()}, "statistics.entropy must be a contiguous torch.float32"),
         ({"window_start": torch.zeros(2, dtype=torch.int64)}, "window_start must be a contiguous torch.int32"),
         ({"state__score": "entropy"}, "state.score must be one of confidence, margin, neg_entropy, random, got 'entropy'"),
-        ({"state__rule": "all"}, "state.rule must be one of quota, threshold, factor, entropy_budget, schedule, got 'all'"),
+        (
+            {"state__rule": "all"},
+            "state.rule must be one of quota, threshold, capped_threshold, factor, entropy_budget, schedule, got 'all'",
+        ),
         ({"state__value": torch.zeros(())}, "state.value must be a contiguous torch.float64"),
         ({"state__eos_ids": torch.zeros(3, 1, dtype=torch.int64)}, r"state.eos_ids must be a contiguous torch.int64 \[2, 1\]"),
         ({"state__shares": torch.zeros(2, 3, 1)}, r"state.shares must be a contiguous torch.float32 \[2, 1\]"),

@@ -1,4 +1,4 @@
-"""The deterministic mode: the bits of a row's result depend on that row alone."""
+"""The batch-invariant mode: the bits of a row's result depend on that row alone."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def _hidden(lm: fdt.MaskedDiffusionLM, prompts: list[list[int]], slots: int) -> 
 
 @pytest.mark.parametrize("model", ["llada-gqa", "dream-gqa"])
 def test_hidden_states_have_the_same_bits_alone_and_in_company(model: str) -> None:
-    lm = fdt.load(GOLDEN / model, device=DEVICE, backend="triton", deterministic=True)
+    lm = fdt.load(GOLDEN / model, device=DEVICE, backend="triton", batch_invariant=True)
     together = _hidden(lm, PROMPTS, 33)
     for row, slots in ((0, 3), (1, 40)):  # alone, and alone behind more padding
         assert torch.equal(_hidden(lm, [PROMPTS[row]], slots)[0], together[row])
 
 
 def test_statistics_have_the_same_bits_whatever_they_are_asked_with() -> None:
-    lm = fdt.load(GOLDEN / "llada-mha", device=DEVICE, backend="triton", deterministic=True)
+    lm = fdt.load(GOLDEN / "llada-mha", device=DEVICE, backend="triton", batch_invariant=True)
     hidden = torch.randn(90, lm.config.width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     keys = {"seed": torch.arange(90, device=DEVICE), "position": torch.arange(90, device=DEVICE) * 3}
     for sampling in ({}, {"temperature": 1.0}):
@@ -83,7 +83,7 @@ def test_options_of_a_row_and_default_positions_go_with_their_rows() -> None:
 
 
 def test_chunks_of_keys_are_counted_from_a_rows_own_first_key() -> None:
-    lm = fdt.load(GOLDEN / "llada-gqa", device=DEVICE, backend="triton", deterministic=True)
+    lm = fdt.load(GOLDEN / "llada-gqa", device=DEVICE, backend="triton", batch_invariant=True)
     generator = torch.Generator().manual_seed(1)
     length, q_heads, kv_heads, dim = CHUNK + 70, 4, 2, 16
     q = torch.randn(1, 3, q_heads, dim, generator=generator).to(DEVICE)
@@ -100,8 +100,8 @@ def test_chunks_of_keys_are_counted_from_a_rows_own_first_key() -> None:
     assert torch.equal(results[0], results[2])
 
 
-def test_deterministic_decoding_is_that_of_the_reference() -> None:
-    lm = fdt.load(GOLDEN / "llada-gqa", device=DEVICE, backend="triton", deterministic=True)
+def test_batch_invariant_decoding_is_that_of_the_reference() -> None:
+    lm = fdt.load(GOLDEN / "llada-gqa", device=DEVICE, backend="triton", batch_invariant=True)
     reference = fdt.load(GOLDEN / "llada-gqa", device="cpu", backend="reference")
     options = {"gen_length": 4, "block_length": 4, "strategy": fdt.Threshold(0.3), "stop_at_eos": False}
     found, expected = lm.generate(PROMPTS[::2], **options), reference.generate(PROMPTS[::2], **options)
@@ -111,7 +111,7 @@ def test_deterministic_decoding_is_that_of_the_reference() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 def test_in_bfloat16_each_row_gets_the_tokens_it_gets_alone(cache: str) -> None:
-    lm = fdt.load("tiny", device="cuda", dtype=torch.bfloat16, backend="triton", deterministic=True)
+    lm = fdt.load("tiny", device="cuda", dtype=torch.bfloat16, backend="triton", batch_invariant=True)
     prompts = [lm.encode(text) for text in ("Tom has 51 coins. Tom finds 27. Tom sells 19. How many?", "Ann has 20 books.", "Bo")]
     batch = lm.generate(prompts, gen_length=48, block_length=8, cache=cache)
     for row, prompt in enumerate(prompts):
@@ -120,6 +120,14 @@ def test_in_bfloat16_each_row_gets_the_tokens_it_gets_alone(cache: str) -> None:
         assert torch.equal(batch.confidence[row].nan_to_num(), alone.confidence[0].nan_to_num())
 
 
+def test_the_option_goes_by_its_old_name_too() -> None:
+    with pytest.warns(DeprecationWarning, match="deterministic is batch_invariant now"):
+        lm = fdt.load(GOLDEN / "llada-mha", device=DEVICE, backend="triton", deterministic=True)
+    assert lm.network.ops.options.batch_invariant
+    with pytest.raises(ValueError, match="deterministic must be True or False, got 'yes'"):
+        fdt.load("tiny", deterministic="yes")  # type: ignore[arg-type]
+
+
 def test_without_the_kernels_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="deterministic: needs the Triton kernels, and the backend is reference"):
-        fdt.load("tiny", device="cpu", backend="reference", deterministic=True)
+    with pytest.raises(ValueError, match="batch_invariant: needs the Triton kernels, and the backend is reference"):
+        fdt.load("tiny", device="cpu", backend="reference", batch_invariant=True)

@@ -337,7 +337,7 @@ def test_a_bad_argument_is_named(op, arguments, options, message):
     ("changes", "message"),
     [
         ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, got 'best'"),
-        ({"rule": "all"}, r"rule must be one of quota, threshold, factor, entropy_budget, schedule, got 'all'"),
+        ({"rule": "all"}, r"rule must be one of quota, threshold, capped_threshold, factor, entropy_budget, schedule, got 'all'"),
         ({"value": "0.9"}, r"value must be a number or inf, or one a row, got '0.9'"),
         ({"steps": 0}, r"steps must be an integer of 1 or more, or one a row, got 0"),
         ({"mask_id": None}, r"mask_id must be an integer of 0 or more, got None"),

@@ -210,7 +210,7 @@ ATTACKS = [
             "device": ["x", "", 1.5, "meta", "cuda:99", "mps", []],
             "dtype": ["x", "", "int8", torch.int8, torch.complex64, 5, [], "float8_e4m3fn"],
             "backend": ["x", "", None, 1, "Triton"],
-            "deterministic": NO_FLAG,
+            "batch_invariant": NO_FLAG,
         },
     ),
     *_attacks(

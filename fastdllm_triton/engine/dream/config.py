@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...decoding import CacheName
-from ...decoding.strategies import Strategy, Threshold, Timesteps
+from ...decoding.strategies import CappedThreshold, Strategy, Threshold, Timesteps
 from ...types import ScoreName
 from ...utils.checks import is_int, is_number, require, to_number
 
@@ -111,13 +111,15 @@ class DiffusionConfig:
     @property
     def strategy(self) -> Strategy | None:
         """The strategy of the engine that decodes so, or None where there is none: top-p and top-k, what ranks by chance
-        (``origin`` without a cache, ``alg_temp``), and the budget of a threshold without a cache.
+        (``origin`` without a cache, ``alg_temp``).
         """
         threshold, ranks_by_chance = self.alg == "confidence_threshold", self.alg_temp > 0
         if self.filtered or (ranks_by_chance and not threshold):
             return None
         if self.cache != "none":
             return Threshold(self.threshold) if threshold else Timesteps(self.steps, self.eps, score="neg_entropy")
+        if threshold:
+            return CappedThreshold(self.steps, self.threshold)
         return Timesteps(self.steps, self.eps, score=_SCORES[self.alg]) if self.alg in _SCORES else None
 
     @property

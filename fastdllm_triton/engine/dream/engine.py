@@ -25,7 +25,7 @@ from ..engine import HasNetwork
 from ..generation import Forward, Generation
 from ..modes import decoding_modes
 from .config import DiffusionConfig, DiffusionOutput, Hooks, described
-from .rules import Candidates, Rule, block_rule, check_kernel_limits, whole_sequence_rule
+from .rules import Candidates, Rule, block_rule, check_kernel_limits, check_steps, whole_sequence_rule
 
 
 def diffuse(
@@ -71,6 +71,8 @@ def _diffuse(
     check_kernel_limits(network.ops, len(inputs), config)
     masks_in_prompts = config.cache == "none" and bool(((inputs == mask_id) & _after(kv_start, inputs)).any())
     strategy = None if hooks or masks_in_prompts else config.strategy
+    if strategy is not None:
+        check_steps(config, [config.max_new_tokens])
     if strategy is not None and (network.ops.name != "triton" or config.engine_block_length <= MAX_BLOCK):
         return _by_engine(model, inputs, kv_start, config, strategy, mask_id)
     loop = _Run(network, inputs, kv_start, config, mask_id, hooks)

@@ -207,15 +207,21 @@ def transfer_count(masks: Tensor, share: float) -> Tensor:
     return (masks.to(torch.float32) * share).int()
 
 
+def check_steps(config: DiffusionConfig, masks: Sequence[int]) -> None:
+    """Raises ``ValueError`` where a threshold without a cache has steps that do not divide the masked tokens of some row."""
+    capped = config.alg == "confidence_threshold" and config.cache == "none"
+    for m in masks if capped else ():
+        if m % config.steps:
+            raise ValueError(
+                f"steps must divide the number of masked tokens, {m}, for alg = 'confidence_threshold' without a cache, "
+                f"got {config.steps}"
+            )
+
+
 def whole_sequence_rule(config: DiffusionConfig, masks: Sequence[int], seed: Tensor) -> Choice:
     """The rule without a cache, for rows with so many masks."""
     if config.alg == "confidence_threshold":
-        for m in masks:
-            if m % config.steps:
-                raise ValueError(
-                    f"steps must divide the number of masked tokens, {m}, for alg = 'confidence_threshold' without a cache, "
-                    f"got {config.steps}"
-                )
+        check_steps(config, masks)
         return Budget(masks, config.steps, config.threshold, seed.device)
     shares = Timesteps(config.steps, config.eps).shares(config.blocks)
     if config.alg == "origin":

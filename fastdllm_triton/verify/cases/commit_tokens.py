@@ -113,6 +113,7 @@ COMMIT_TOKENS = OpCases(
         _case("quota at random", "quick", 3, 16, "quota", "random", steps=5),
         _case("entropy budget", "quick", 3, 8, "entropy_budget", "neg_entropy", value=0.6),
         _case("rows that end", "quick", 4, 8, "threshold", value=0.01, eos=range(15)),
+        _case("a capped threshold", "quick", 3, 16, "capped_threshold", value=(0.05, 0.3, 0.9), steps=(4, 5, 16)),
         _case("a schedule", "quick", 3, 16, "schedule"),
         _case("rows that differ", "quick", 3, 8, "threshold", value=(0.3, 0.6, 0.9)),
         _case("quotas that differ", "full", 3, 16, "quota", "margin", steps=(1, 3, 8)),
