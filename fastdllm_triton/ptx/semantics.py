@@ -36,7 +36,8 @@ class Scalar:
     compute: Callable[..., Any]
 
 
-_SCALARS: dict[str, Callable[[Instruction], Scalar | None]] = {}
+#: Several may know a name: one of integers, one of floats, and so on. Their types tell them apart.
+_SCALARS: dict[str, list[Callable[[Instruction], Scalar | None]]] = {}
 _EFFECTS: dict[str, Callable[[Instruction], Step | None]] = {}
 
 
@@ -44,7 +45,8 @@ def scalar(*names: str) -> Callable[[Function], Function]:
     """Registers what turns an instruction of one of these names into a :class:`Scalar`, or into None where it is not known."""
 
     def register(function: Function) -> Function:
-        _SCALARS.update(dict.fromkeys(names, function))
+        for name in names:
+            _SCALARS.setdefault(name, []).append(function)
         return function
 
     return register
@@ -70,19 +72,30 @@ def decode(instruction: Instruction, kernel: Kernel) -> Step:
         step = make(instruction)
         if step is not None:
             return step
-    elif known := _SCALARS.get(instruction.name):
-        meaning = known(instruction)
-        if meaning is not None:
-            return _step(instruction, meaning)
+    elif meaning := scalar_of(instruction):
+        return _step(instruction, meaning)
     raise UnknownInstructionError(
         f"{kernel.name}, PTX line {instruction.line}: the instruction {instruction.opcode} is not known: {instruction.text!r}"
     )
 
 
 def scalar_of(instruction: Instruction) -> Scalar | None:
-    """The meaning of a scalar instruction."""
-    known = _SCALARS.get(instruction.name)
-    return known(instruction) if known else None
+    """The meaning of a scalar instruction; None if nobody wrote it down."""
+    for known in _SCALARS.get(instruction.name, ()):
+        meaning = known(instruction)
+        if meaning is not None and len(meaning.results) + len(meaning.sources) == _count(instruction):
+            return meaning
+    return None
+
+
+def _count(instruction: Instruction) -> int:
+    return sum(len(items(operand)) for operand in instruction.operands)
+
+
+def modifiers(instruction: Instruction, types: int, *known: str) -> frozenset[str] | None:
+    """The modifiers between the name and the last parts, which are types; None if one of them is not among ``known``."""
+    found = instruction.parts[1 : len(instruction.parts) - types]
+    return frozenset(found) if set(found) <= set(known) else None
 
 
 def _step(instruction: Instruction, meaning: Scalar) -> Step:
