@@ -22,6 +22,7 @@ class Kind(StrEnum):
     UNEVEN_BARRIER = "barrier that not all threads reach"
     UNFENCED = "shared memory read by wgmma with no fence.proxy.async since it was written"
     EARLY_ACCUMULATOR = "registers of a wgmma in flight, used before its wait"
+    WGMMA = "wgmma against its rules"
     EARLY_ACCESS = "access to memory before griddepcontrol.wait"
 
 

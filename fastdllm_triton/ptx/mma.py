@@ -1,8 +1,8 @@
 """The tensor cores as a warp uses them: ``mma.sync``, and how its threads hold the parts of matrices (PTX ISA, 9.7.14.5).
 
 Products of bfloat16, float16, tf32, float8 and integers are exact, and so are sums of integers. Sums of floats are rounded to
-float32 in an order of numpy's choosing: the tensor cores' own order, and that they cut off low bits of terms first, is
-not modelled, as the manual leaves both open. In float64, products are rounded before they are added, unlike on the GPU.
+float32 in an order of numpy's choosing: the tensor cores' own order, and that they cut off low bits of terms first, is not
+modelled, as the manual leaves both open. In float64, products are rounded before they are added, unlike on the GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Instructions that the threads of a warp execute together: shuffles, votes, reductions, and matrices in shared memory.
 
-Which threads take part is said by ``membermask``, or by the instruction itself, which wants all of a warp. To miss a thread is a
-:attr:`~fastdllm_triton.ptx.findings.Kind.PART_OF_WARP`; so the machine brings a warp's threads together first (:func:`together`).
+Which threads take part is said by ``membermask``, or by the instruction itself, which wants all of a warp. To miss a thread is
+a :attr:`~fastdllm_triton.ptx.findings.Kind.PART_OF_WARP`; so the machine brings a warp's threads together first
+(:func:`together`).
 """
 
 from __future__ import annotations

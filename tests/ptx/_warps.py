@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdllm_triton.ptx import mma, warp  # noqa: F401  (they register what they know)
+from fastdllm_triton.ptx import integers, mma, warp, wgmma  # noqa: F401  (they register what they know)
 from fastdllm_triton.ptx.findings import Findings
 from fastdllm_triton.ptx.lanes import UNSIGNED, Lanes
 from fastdllm_triton.ptx.parser import Register, parse
@@ -21,13 +21,16 @@ HEAD = """
 
 
 class Shared:
-    """Bytes of each program."""
+    """Bytes of each program; addresses wrap around."""
 
     def __init__(self, programs, size):
         self.bytes = np.full((programs, size), 0xFF, np.uint8)
 
     def load(self, lanes, which, address, size):
-        return self.bytes[lanes.place[which][:, None], address[:, None] + np.arange(size)]
+        return self.bytes[lanes.place[which][:, None], (address[:, None] + np.arange(size)) % self.bytes.shape[1]]
+
+    def unfenced(self, lanes, which, address, size):
+        return np.zeros(len(which), bool)
 
     def store(self, lanes, which, address, data):
         self.bytes[lanes.place[which][:, None], address[:, None] + np.arange(data.shape[1])] = data
@@ -36,10 +39,10 @@ class Shared:
 class Bench:
     """A body of instructions, the lanes of some programs, and the registers by name."""
 
-    def __init__(self, body, threads=64, programs=2, shared=4096):
+    def __init__(self, body, threads=64, programs=2, shared=4096, memory=None):
         self.kernel = parse(HEAD.format(threads=threads) + body + "\n}\n")
         self.findings = Findings()
-        self.shared = Shared(programs, shared)
+        self.shared = memory(self.kernel, programs, shared) if memory else Shared(programs, shared)
         self.lanes = Lanes(
             self.kernel, np.arange(programs), {}, {}, memory=self.shared, shared=self.shared, findings=self.findings
         )
@@ -71,6 +74,9 @@ class Bench:
             if instruction.guard is not None:
                 holds = self.lanes.spread(self.lanes.registers[instruction.guard.slot]) ^ instruction.negated
                 here = holds if mask is None else holds & mask
+            check = wgmma.guard(instruction, wgmma.watched(self.kernel))
+            if check is not None:
+                check(self.lanes, here)
             decode(instruction, self.kernel)(self.lanes, here)
         return self
 
