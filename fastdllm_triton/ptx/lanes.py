@@ -93,9 +93,12 @@ class Lanes:
 
     def __post_init__(self) -> None:
         threads = self.kernel.threads
-        self.registers = [np.zeros(1, UNSIGNED[bits]) for bits in self.kernel.registers]
+        nothing = {bits: np.zeros(1, dtype) for bits, dtype in UNSIGNED.items()}
+        self.registers = [nothing[bits] for bits in self.kernel.registers]
         self.intervals = np.ones(len(self.programs), np.int64)
         self.count = len(self.programs) * threads
+        #: All lanes: what :meth:`active` gives without a mask, so that ``which is lanes.every`` tells that nothing need be picked.
+        self.every: Which = np.arange(self.count)
         #: Of each lane: its place in the batch of programs, its thread, its warp within the program.
         self.place = np.repeat(np.arange(len(self.programs)), threads)
         self.thread = np.tile(np.arange(threads), len(self.programs))
@@ -117,7 +120,7 @@ class Lanes:
 
     def active(self, mask: Mask) -> Which:
         """``[n]``: the lanes of a mask."""
-        return np.arange(self.count) if mask is None else np.flatnonzero(np.broadcast_to(mask, (self.count,)))
+        return self.every if mask is None else np.flatnonzero(np.broadcast_to(mask, (self.count,)))
 
     def spread(self, value: Array) -> Array:
         """``[N]`` of ``[N]`` or ``[1]``."""

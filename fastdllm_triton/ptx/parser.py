@@ -7,6 +7,7 @@ and Variables"): one entry, no calls, no local memory.
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -276,6 +277,8 @@ class _Parser:
             return Immediate(int(text.rstrip("U"), 0))
         if text[0] == "%":
             return Special(text[1:])
+        if re.match(r"-?\d+\.\d+$", text):  # a double, of createpolicy
+            return Immediate(int.from_bytes(struct.pack("<d", float(text)), "little"))
         if text in ("true", "false"):
             return Immediate(int(text == "true"))
         if re.match(r"[\w$]+$", text):
