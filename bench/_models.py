@@ -14,30 +14,28 @@ from fastdllm_triton.models.config import ModelConfig
 from fastdllm_triton.models.published import DREAM_7B, LLADA_8B, PUBLISHED
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import resolve
-from fastdllm_triton.tools.roofline import Shape
 
 _TINY: dict[str, Any] = {
     "layers": 2, "head_dim": 16, "mlp": 96, "vocab_size": 320, "embedding_size": 320, "mask_id": 319, "eos_ids": (318,),
 }  # fmt: skip
-#: The sizes of the large ones, and head ratio and format of them in sizes that the interpreter runs.
-CONFIGS = {
+#: The large ones, and their head ratios and formats in sizes that the interpreter runs.
+MODELS = {
     **PUBLISHED,
     "tiny llada": replace(LLADA_8B, **_TINY, width=64, heads=4, kv_heads=4),
     "tiny dream": replace(DREAM_7B, **_TINY, width=112, heads=7, kv_heads=1),
 }
-MODELS = {name: Shape.of(config, name) for name, config in CONFIGS.items()}
 
 
 def config_of(model: str) -> ModelConfig:
     """The config of a model of :data:`MODELS`, with room for any context."""
-    return replace(CONFIGS[model], max_length=2**20)
+    return replace(MODELS[model], max_length=2**20)
 
 
 @lru_cache(maxsize=1)
 def network_of(
     model: str, device: torch.device, dtype: torch.dtype, backend: str = "auto", layers: int | None = None
 ) -> Transformer:
-    """A network with random weights, drawn from one seed, with all layers or so many; the last one is kept."""
+    """A network with random weights drawn from one seed, with all layers or the first few; the last one made is kept."""
     config = config_of(model) if layers is None else replace(config_of(model), layers=layers)
     weights = Weights.allocate(config, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
@@ -53,7 +51,7 @@ def network_of(
 
 
 def release(model: MaskedDiffusionLM) -> None:
-    """Gives the memory of buffers and captured steps that generations left behind back, before something else is measured."""
+    """Gives back the memory of buffers and captured steps that generations left behind, before something else is measured."""
     model.release()
     gc.collect()
     if model.device.type == "cuda":

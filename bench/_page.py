@@ -29,7 +29,7 @@ Plot = tuple[str, str]
 
 
 def check_installed() -> None:
-    """Raises where a page cannot be made."""
+    """Raises ``RuntimeError`` if what a page needs is not installed."""
     missing = [name for name in ("jinja2", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise RuntimeError(f"--html needs {' and '.join(missing)}: pip install 'fastdllm-triton[bench]'")
@@ -126,12 +126,10 @@ def _ceilings(rows: Sequence[Row], ceilings: Ceilings) -> list[Plot]:
 
 
 def _figure(height: float = SIZE[1]) -> tuple[Any, Any]:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(SIZE[0], height), layout="constrained")
+    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
@@ -147,12 +145,10 @@ def _ticks_at(axes: Any, values: Sequence[float]) -> None:
 def _svg(figure: Any, name: str) -> str:
     """The figure as one element that scales with the page; ids carry the name, since a page has many of them."""
     import matplotlib
-    from matplotlib import pyplot
 
     with matplotlib.rc_context({"svg.hashsalt": name}):
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    pyplot.close(figure)
     text = out.getvalue()
     text = text[text.index("<svg") :]
     prefix = re.sub(r"\W+", "-", name)

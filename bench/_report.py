@@ -72,16 +72,12 @@ class Report:
         ceilings = None if self.ceilings is None else asdict(self.ceilings)
         write_json(folder / "machine.json", {"machine": self.machine, "ceilings": ceilings, "timed": ceilings is not None})
 
-    def write_verification(self, folder: Path) -> None:
-        ok = all(record["ok"] for record in self.verification)
-        write_json(folder / "verify.json", {"ok": ok, "machine": self.machine, "records": self.verification})
-
     def write_rows(self, folder: Path, bench: str) -> None:
         """Writes the rows of a bench, one a line, whole or not at all."""
         write_records(folder / f"{bench}.json", [row for row in self.rows if row["bench"] == bench])
 
     def done(self) -> set[tuple[str, str, str]]:
-        """The rows that need no second run: those that were timed, or cannot be here."""
+        """The rows that need no second run: those that were timed, or that cannot run here."""
         return {_key(row) for row in self.rows if not row.get("refused")}
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -121,7 +117,7 @@ class Cell:
 
 
 def cells_of(rows: Sequence[Row]) -> list[list[Cell]]:
-    """The cells of the rows of one op, every number next to its ceiling; columns in which nothing stands are left out."""
+    """The cells of the rows of one op, every number next to its ceiling; empty columns are left out."""
     columns = [column for column in COLUMNS if any(row.get(column[1]) for row in rows)]
     notes = [note_of(row) for row in rows]
     return [
@@ -157,7 +153,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 @dataclass(frozen=True)
 class Change:
-    """A case in two runs, milliseconds.
+    """A case in two runs; times are in milliseconds.
 
     Attributes:
         op, shape, provider: which case.

@@ -17,6 +17,8 @@ from fastdllm_triton.bench import _session, _timing, bench_generate, bench_ops, 
 from fastdllm_triton.bench._report import Report
 from fastdllm_triton.bench._session import Measurable, Row, label
 from fastdllm_triton.tools import environment as machine
+from fastdllm_triton.utils.checks import known_names
+from fastdllm_triton.verify.ledger import Ledger
 from fastdllm_triton.verify.parts import unproven
 
 SUITES = ("step", "generate", "ops")
@@ -35,9 +37,8 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     if suite != "all" and suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, needs all, {' or '.join(SUITES)}")
     everything: list[Measurable] = [bench_step.BENCH, bench_generate.BENCH, *bench_ops.BENCHES]
-    if unknown := sorted(set(names) - {bench.op for bench in everything}):
-        raise ValueError(f"--op: got {', '.join(unknown)}, needs names among {', '.join(bench.op for bench in everything)}")
-    chosen = [bench for bench in everything if suite in ("all", bench.suite) and (not names or bench.op in names)]
+    ops = known_names("--op", names, [bench.op for bench in everything])
+    chosen = [bench for bench in everything if suite in ("all", bench.suite) and bench.op in ops]
     if not chosen:
         raise ValueError(f"suite: there is no bench in {suite!r}" + (f" among {', '.join(names)}" if names else ""))
     return chosen
@@ -92,19 +93,13 @@ def run(
     """
     session = _session.Session(device, quick=quick, only=only, done=report.done(), unverified=unverified)
     session.deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    records = list(verified)
-
-    def keep(record: proof.Record | None = None) -> None:
-        records.extend([record] if record else [])
-        report.verification = [record.as_json() for record in records]
-        if folder is not None:
-            report.write_verification(folder)
-
-    keep()
+    ledger = Ledger(report.machine, quick, None if folder is None else folder / "verify.json", list(verified))
+    ledger.write()
     if not unverified:
         on_status("verifying")
         gates = list(dict.fromkeys(name for bench in chosen for name in bench.gate))
-        proof.verify(gates, device, quick=quick, jobs=proof.jobs_for(device), known=verified, on_record=keep)
+        proof.verify(gates, device, quick=quick, jobs=proof.jobs_for(device), known=verified, on_record=ledger.add)
+    report.verification = [record.as_json() for record in ledger.records]
     if device.type == "cuda":
         on_status("measuring the ceilings")
         session.timer = _timing.time_in_turns
@@ -116,7 +111,7 @@ def run(
 
     outcome = Outcome()
     for bench in chosen:
-        faults = unproven(bench.gate, records)
+        faults = unproven(bench.gate, ledger.records)
         report.add([marked(row, bool(faults)) for row in report.rows if row["bench"] == bench.op])
         if faults and not unverified:
             row: Row = {"bench": bench.op, "op": bench.op, "shape": {}, "axis": "", "provider": "triton", "refused": True}

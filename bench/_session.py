@@ -24,7 +24,6 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,17 +64,19 @@ class Session:
     done: set[tuple[str, str, str]] = field(default_factory=set)
     unverified: bool = False
 
-    def is_over(self) -> bool:
-        """Whether the time is up; asked before each case."""
-        self.is_cut |= self.deadline is not None and time.monotonic() > self.deadline
-        return self.is_cut
-
-    def skips(self, op: str, shape: Shape, providers: Sequence[str] = ("triton",)) -> bool:
-        """Whether a case was measured before, for all of these providers."""
-        return all((op, label(shape), provider) in self.done for provider in providers)
+    def left(self, op: str, shapes: Sequence[Shape], providers: Sequence[str] = ("triton",)) -> Iterator[Shape]:
+        """The shapes that were not measured before for all of these providers, until the time is up."""
+        for shape in shapes:
+            if all((op, label(shape), provider) in self.done for provider in providers):
+                continue
+            self.is_cut |= self.deadline is not None and time.monotonic() > self.deadline
+            if self.is_cut:
+                return
+            gc.collect()
+            yield shape
 
     def wants(self, provider: str) -> bool:
-        """Whether a provider is to run: all of ours that have no name in ``only`` of their own, and the baselines asked for."""
+        """Whether a provider is to run: ours always, others if ``only`` names them or is empty."""
         return provider in ("triton", "triton eos") or not self.only or provider in self.only
 
     @property
@@ -118,11 +119,7 @@ class Bench:
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
         """The rows of every shape: ours first, then the baselines."""
-        for shape in self.chosen(session):
-            if session.skips(self.op, shape):
-                continue
-            if session.is_over():
-                return
+        for shape in session.left(self.op, self.chosen(session)):
             base: Row = {"bench": self.op, "op": self.op, "shape": dict(shape), "axis": self.cases.axis}
             try:
                 rows = self.rows_of(shape, session)
@@ -131,7 +128,6 @@ class Bench:
             except AssertionError as error:
                 rows = {"triton": {"missing": f"refused: wrong on these inputs: {_first_line(error)}", "refused": True}}
             yield [base | {"provider": provider} | row for provider, row in rows.items()]
-            gc.collect()
 
     def chosen(self, session: Session) -> Sequence[Shape]:
         """The small shape on a CPU; on a GPU the key ones, and then the others if it is not to be quick."""
@@ -184,12 +180,11 @@ def run_untimed(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, 
 
 
 class ModelBench:
-    """A bench of whole models, of which a subclass says the names, the shapes, and the rows of a shape.
+    """A bench of whole models; a subclass gives the names, the shapes, and the rows of a shape.
 
     Attributes:
         shapes: the most asked for first, of which the first ``key`` are the key ones.
         quick: small ones.
-        first: what a row's shape begins with.
     """
 
     op: str
@@ -199,7 +194,6 @@ class ModelBench:
     key: int | None = None
     baselines: Sequence[str] = ()
     ours: Sequence[str] = ("triton",)
-    first: Shape = MappingProxyType({})
 
     @property
     def gate(self) -> Sequence[str]:
@@ -209,12 +203,7 @@ class ModelBench:
 
     def measure(self, session: Session) -> Iterator[list[Row]]:
         providers = [provider for provider in (*self.ours, *self.baselines) if session.wants(provider)]
-        for shape in self.chosen(session):
-            if session.skips(self.op, {**self.first, **shape}, providers):
-                continue
-            if session.is_over():
-                return
-            gc.collect()
+        for shape in session.left(self.op, self.chosen(session), providers):
             yield from self.rows_of(shape, session)
 
     def chosen(self, session: Session) -> Sequence[Shape]:
@@ -267,7 +256,7 @@ def timed(timing: Timing, needed: int, flops: int, ceilings: Ceilings) -> Row:
 
 
 def check(cases: OpCases, shape: Shape, function: Function, inputs: Inputs, expected: Expected) -> None:
-    """The function gives what the op must give.
+    """Checks that a function gives what the op must give.
 
     Raises:
         AssertionError: it does not; nothing may be timed.

@@ -110,7 +110,7 @@ def pool_bytes() -> int:
 
 
 def is_lost(device: torch.device) -> bool:
-    """Whether a kernel has failed in a way after which this process can use the GPU no more."""
+    """Whether a kernel has failed in a way that leaves the GPU unusable for this process."""
     if device.type != "cuda":
         return False
     try:
@@ -147,7 +147,7 @@ Ceilings = Limits
 
 
 def measure_ceilings(device: torch.device, timer: Timer) -> Ceilings:
-    """Copies and multiplies; normal numbers, since zeros draw less power and run at a higher clock."""
+    """Times a copy and a product of normal numbers, since zeros draw less power and run at a higher clock."""
     random, size = Random(device, torch.bfloat16), 8192
     copies = [{"x": random(2**28, dtype=torch.float32), "y": torch.empty(2**28, device=device)} for _ in range(2)]
     copy = timer({"copy": lambda i: i["y"].copy_(i["x"])}, copies)["copy"]

@@ -79,7 +79,7 @@ SAMPLED = 6
 
 
 def spread(gen_length: int, tokens_per_forward: float) -> list[int]:
-    """Forwards of each block, two at least (Dream's official loop makes no fewer), as even as whole numbers are."""
+    """Forwards of each block, two at least (Dream's official loop makes no fewer), spread as evenly as whole numbers allow."""
     blocks = gen_length // BLOCK
     each = BLOCK / tokens_per_forward
     ends = [round(each * (block + 1)) for block in range(blocks)]

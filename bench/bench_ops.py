@@ -25,6 +25,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from fastdllm_triton.bench._session import Bench
 from fastdllm_triton.bench._timing import Inputs, Run
+from fastdllm_triton.bench.official_step import llada_confidence, llada_select
 from fastdllm_triton.kernels._arch import arch_of
 from fastdllm_triton.kernels.rms_norm import rms_norm
 from fastdllm_triton.kernels.swiglu import swiglu
@@ -51,37 +52,10 @@ def _without_results(cases: OpCases, i: Inputs) -> Inputs:
     return {name: value for name, value in i.items() if name not in cases.outs}
 
 
-def official_float64(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Token and confidence as LLaDA's and Fast-dLLM's generate do: argmax, then a float64 softmax over the whole vocabulary."""
-    token = torch.argmax(logits, dim=-1)
-    p = torch.softmax(logits.to(torch.float64), dim=-1)
-    return token, torch.gather(p, -1, token[:, None])[:, 0]
-
-
 def torch_float32(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in float32: softmax, its maximum and where it is."""
+    """The official choice in float32: softmax, its maximum and where it is."""
     confidence, token = torch.softmax(logits.float(), dim=-1).max(dim=-1)
     return token, confidence
-
-
-#: The same, fused by Inductor.
-compiled_float32 = torch.compile(torch_float32)
-
-
-def official_threshold(x: Tensor, token: Tensor, confidence: Tensor, start: int, mask_id: int, threshold: float) -> Tensor:
-    """Fast-dLLM's choice by threshold, vectorised, and the write of the chosen tokens; one block at one place for all rows.
-
-    Returns:
-        ``[B]``: whether a row's block has no mask left, which the official loop then reads on the host.
-    """
-    block = x[:, start : start + token.shape[1]]
-    masked = block == mask_id
-    score = torch.where(masked, confidence, torch.finfo(torch.float64).min)
-    chosen = masked & (score >= threshold)
-    best = torch.zeros_like(chosen).scatter_(1, score.argmax(dim=1, keepdim=True), True)
-    chosen = (chosen | best) & masked
-    block.copy_(torch.where(chosen, token, block))
-    return (block == mask_id).sum(1) == 0
 
 
 def torch_rms_norm(i: Inputs) -> Tensor:
@@ -127,10 +101,18 @@ def selecting(select: Callable[[Tensor], object], logits: Callable[[Inputs], Ten
 
 
 def official_commit(i: Inputs) -> Tensor:
-    """Only the threshold rule is free of host reads in the official code."""
+    """The threshold rule, the only one that is free of host reads in the official code; one block at one place for all rows.
+
+    Returns:
+        ``[B]``: whether a row's block has no mask left, which the official loop then reads on the host.
+    """
     if i["state"].rule != "threshold":
         raise ValueError("the official factor rule reads the GPU from Python; the entropy budget is not in it")
-    return official_threshold(i["x"], i["statistics"].token, i["statistics"].confidence.double(), START, MASK, 0.7)
+    token, confidence = i["statistics"].token, i["statistics"].confidence.double()
+    block = i["x"][:, START : START + token.shape[1]]
+    token, chosen = llada_select(token, confidence, block == MASK, block, None, 0.7)
+    block.copy_(torch.where(chosen, token, block))
+    return (block == MASK).sum(1) == 0
 
 
 def sdpa(backend: SDPBackend) -> Run:
@@ -155,7 +137,7 @@ def flex(i: Inputs) -> Any:
 
 @lru_cache(maxsize=1)
 def compiled_flex(*shapes: torch.Size) -> Callable[..., Any]:
-    """Compiled for these shapes. Earlier versions are dropped, since of more than a few the rest would run uncompiled."""
+    """FlexAttention compiled for these shapes. Earlier versions are dropped: beyond a few, torch runs uncompiled."""
     torch._dynamo.reset()
     return torch.compile(flex_attention, dynamic=False)
 
@@ -167,23 +149,27 @@ def flash_attn(i: Inputs) -> Any:
     return flash_attn_func(i["q"], i["k_cache"].transpose(1, 2), i["v_cache"].transpose(1, 2))
 
 
-def in_order(swap: bool) -> Run:
-    """The kernel with an operand order of its own."""
+def in_order(swap_ab: bool) -> Run:
+    """The kernel in this operand order, where the chosen config has the other one."""
 
     def run(i: Inputs) -> Any:
         (batch, window, q_heads, dim), (kv_heads, slots) = i["q"].shape, i["k_cache"].shape[1:3]
         device = i["q"].device
         sizes = (batch, window, q_heads, kv_heads, dim, slots, i["q"].element_size())
         config = select_config(arch_of(device), *sizes)
-        if config.swap == swap:
+        if config.swap_ab == swap_ab:
             raise ValueError("the chosen config has this order")
-        return window_attention(**i, config=replace(config, swap=swap))
+        return window_attention(**i, config=replace(config, swap_ab=swap_ab))
 
     return run
 
 
 #: What decoders do to logits.
-SELECTIONS = {"official float64": official_float64, "torch float32": torch_float32, "torch.compile float32": compiled_float32}
+SELECTIONS = {
+    "official float64": llada_confidence,
+    "torch float32": torch_float32,
+    "torch.compile float32": torch.compile(torch_float32),
+}
 #: In the order of importance, so that a time limit cuts the least.
 BENCHES = [
     Bench(

@@ -8,8 +8,8 @@ bandwidth and the matrix rate that this GPU reached in the same run. Two more pr
 ``triton serial`` launches no kernel before its predecessor has ended, ``triton fused`` takes the kernel of ``linear`` for every
 product, measured or not.
 
-Ours are timed first, and their buffers freed before the official ones are made. Until the logits of both were compared, which
-is last, rows of ours say so under ``wrong``.
+Ours are timed first, and their buffers freed before the official ones are made. The logits of both are compared last; until
+then rows of ours say so under ``wrong``.
 
 ``peak_bytes`` counts what a captured step holds in the memory pool of its graph. Where the time of a forward goes, op by op, is
 what ``fastdllm-triton profile`` shows.
@@ -20,7 +20,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from itertools import product
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,9 +37,9 @@ from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.tools.roofline import forward_cost
 from fastdllm_triton.utils.environment import GRAPHS
 
-#: Along each axis from a middle point; the most asked for first.
+#: Along each axis from a middle point; the most asked for first. Each has a row for its refresh too.
 SHAPES: list[dict[str, Any]] = [
-    {"model": model, "batch": batch, "window": window, "context": context}
+    {"forward": "step", "model": model, "batch": batch, "window": window, "context": context}
     for model in ("llada-8b", "dream-7b")
     for batch, window, context in dict.fromkeys(
         [(1, 32, 1024), (4, 32, 1024), (2, 32, 1024), (8, 32, 1024), (16, 32, 1024)]
@@ -52,7 +51,8 @@ SHAPES: list[dict[str, Any]] = [
 #: Shapes that matter most.
 KEY = 1
 QUICK = [
-    {"model": model, "batch": batch, "window": 8, "context": 40} for model, batch in product(("tiny llada", "tiny dream"), (1, 2))
+    {"forward": "step", "model": model, "batch": batch, "window": 8, "context": 40}
+    for model, batch in product(("tiny llada", "tiny dream"), (1, 2))
 ]
 #: Steps in a row of a turn, fewer than the slots of the smallest block: each commits a token at least.
 STEPS, TURNS = 4, 10
@@ -173,7 +173,6 @@ class StepBench(ModelBench):
     op = suite = "step"
     shapes, quick, key = SHAPES, QUICK, KEY
     baselines = ("official", *OPTIONS)
-    first = MappingProxyType({"forward": "step"})
 
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         rows: dict[tuple[str, str], Row] = {}
@@ -182,7 +181,7 @@ class StepBench(ModelBench):
             common = {"bench": self.op, "op": self.op, "axis": "batch"}
             ours = {forward: row.get("median_ms") for (forward, provider), row in rows.items() if provider == "triton"}
             return [
-                common | {"shape": {"forward": forward, **shape}, "provider": provider} | row | more
+                common | {"shape": {**shape, "forward": forward}, "provider": provider} | row | more
                 | ({"times_triton": row["median_ms"] / ours[forward]} if ours.get(forward) and "median_ms" in row else {})
                 for (forward, provider), row in rows.items()
             ]  # fmt: skip

@@ -154,7 +154,7 @@ def plan(out: Path, results: Path, *, dry: bool = False) -> list[Stage]:
 
 
 def execute(stage: Stage, command: Sequence[str], limit: float, log: Path) -> int:
-    """Runs a command in a process group of its own, for at most ``limit`` seconds; 124 if that was too short."""
+    """Runs a command in its own process group for at most ``limit`` seconds; returns its status, or 124 if it took longer."""
     environment = os.environ | stage.environment
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -164,7 +164,7 @@ def execute(stage: Stage, command: Sequence[str], limit: float, log: Path) -> in
             return process.wait(limit)
         except subprocess.TimeoutExpired:
             return 124
-        finally:  # also of what it has begun, and when this run is told to end
+        finally:  # ends what the command has started, too, and also when this run is told to end
             _end(process)
 
 
@@ -260,7 +260,7 @@ def _time(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
-#: Says, in a process of its own, since this one is to leave the GPU alone, whether there is one and what its results are called.
+#: Says whether there is a GPU and how its results are called; run in another process, since this one must not open the GPU.
 PROBE = """
 import json, torch
 from fastdllm_triton.cli import app  # which imports what commands need

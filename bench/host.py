@@ -37,7 +37,7 @@ class _NoLaunch:
 
 @contextmanager
 def no_launches() -> Iterator[None]:
-    """Launchers take tensors on the meta device and launch nothing."""
+    """Lets launchers take tensors on the meta device and launch nothing."""
     with recorded(ARCHS["sm_90"], stand_in=lambda kernel: _NoLaunch()), patch("torch.nn.functional.linear", _product_of_nothing):
         yield
 

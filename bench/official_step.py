@@ -204,13 +204,17 @@ def _transfer_counts(masked: Tensor, steps: int) -> Tensor:
     return base + (torch.arange(steps, device=masked.device) < remainder).to(torch.int64)
 
 
-def llada_select(
-    logits: Tensor, eligible: Tensor, x: Tensor, count: Tensor | None, threshold: float | None
-) -> tuple[Tensor, Tensor]:
-    """The likeliest token of each slot, and which slots take theirs: the ``count`` surest, or all that reach ``threshold``."""
+def llada_confidence(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The likeliest token of each slot and its probability, by a float64 softmax over the whole vocabulary."""
     x0 = torch.argmax(logits, dim=-1)
     p = F.softmax(logits.to(torch.float64), dim=-1)
-    confidence = torch.gather(p, dim=-1, index=x0[..., None])[..., 0]
+    return x0, torch.gather(p, dim=-1, index=x0[..., None])[..., 0]
+
+
+def llada_select(
+    x0: Tensor, confidence: Tensor, eligible: Tensor, x: Tensor, count: Tensor | None, threshold: float | None
+) -> tuple[Tensor, Tensor]:
+    """The token of each slot, and which slots take theirs: the ``count`` surest, or all that reach ``threshold``."""
     x0 = torch.where(eligible, x0, x)
     confidence = torch.where(eligible, confidence, torch.finfo(torch.float64).min)
     if threshold is not None:
@@ -226,7 +230,7 @@ def llada_select(
 def llada_block(
     model: OfficialModel, x: Tensor, start: int, length: int, cache: str, threshold: float | None, forwards: int | None
 ) -> Iterator[None]:
-    """Decodes a block of ``x`` in place, a forward at a time; arguments as :func:`generate` takes them."""
+    """Decodes a block of ``x`` in place, a forward at a time; arguments as :func:`official_generate` takes them."""
     mask_id, end = model.config.mask_id, start + length
     counts = None if forwards is None else _transfer_counts(x[:, start:end] == mask_id, forwards)
     i, past, replace, done = 0, None, None, False
@@ -237,7 +241,8 @@ def llada_block(
         logits, present = model(window, past, replace, use_cache=cache != "none" and i == 0)
         eligible = window == mask_id
         eligible[:, end - first :] = False
-        x0, chosen = llada_select(logits, eligible, window, None if counts is None else counts[:, i], threshold)
+        count = None if counts is None else counts[:, i]
+        x0, chosen = llada_select(*llada_confidence(logits), eligible, window, count, threshold)
         x[:, first:last] = torch.where(chosen, x0, window)
         if cache == "prefix" and i == 0:
             past = [(k[:, :, :start], v[:, :, :start]) for k, v in present]
@@ -305,7 +310,7 @@ def dream_whole(model: OfficialModel, x: Tensor, forwards: int) -> Iterator[None
 def dream_block(
     model: OfficialModel, x: Tensor, start: int, length: int, cache: str, threshold: float | None, forwards: int | None
 ) -> Iterator[None]:
-    """Decodes a block of ``x`` in place, a forward at a time; arguments as :func:`generate` takes them."""
+    """Decodes a block of ``x`` in place, a forward at a time; arguments as :func:`official_generate` takes them."""
     mask_id, steps = model.config.mask_id, forwards or 0
     logits, past = model(x, use_cache=True)
     _, x0 = dream_sample(shift(logits))

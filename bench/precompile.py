@@ -53,7 +53,7 @@ def providers_of(bench: Measurable, shape: Shape, device: torch.device, quick: b
 
 
 def launch(op: str, shape: Shape, device: str, quick: bool) -> dict[str, str]:
-    """Launches every provider once; why those were not launched that could not be."""
+    """Launches every provider once; returns why some could not be launched."""
     failed = {}
     (bench,) = benches("all", [op])
     for name, run in providers_of(bench, shape, torch.device(device), quick).items():

@@ -22,7 +22,7 @@ NOTHING = "No results of a GPU are committed yet, so no speed is claimed."
 
 
 def results_table(results: Path, root: Path = ROOT) -> str:
-    """Of the newest run of each GPU that was timed, what was verified."""
+    """What was verified in the newest timed run of each GPU."""
     sections = []
     for gpu in sorted(path for path in results.iterdir() if path.is_dir()):
         runs = [(Report.load(path), path) for path in gpu.iterdir() if (path / "machine.json").is_file()]
@@ -59,7 +59,7 @@ def _line(op: str, rows: Sequence[Row]) -> str | None:
 
 
 def fastest_other(rows: Sequence[Row], ours: Row) -> float | None:
-    """Time of the fastest baseline over ours; other forms of our own kernel are none."""
+    """Time of the fastest baseline over ours; other forms of our own kernel do not count."""
     times = [
         row["median_ms"]
         for row in rows

@@ -72,7 +72,7 @@ class Candidate:
 
 @dataclass
 class Sweep:
-    """How an op is tuned; stands as a decorator at the function that makes its candidates.
+    """How an op is tuned; decorates the function that makes its candidates.
 
     Attributes:
         cases: of what is timed.
@@ -117,7 +117,7 @@ def nearest_first(rule: Any, **choices: Sequence[Any]) -> Iterator[Any]:
 
 
 def of_config(kernel: Function, config: Any, *derived: str) -> Candidate:
-    """A config of a kernel; fields that follow from the others are not written."""
+    """A candidate from a kernel's config; fields that follow from the others are not written."""
     written = {name: value for name, value in asdict(config).items() if name not in derived}
     return Candidate(written, partial(kernel, config=config))
 
@@ -129,11 +129,11 @@ def linear_candidates(
     first, gated = linear.select_config(arch, rows, n, k, itemsize, activation), activation == "swiglu"
     configs = [first]
     outputs, tiles_m = n // (2 if gated else 1), triton.cdiv(rows, first.block_m)
-    for block_n, block_k, swap, splits in itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4)):
+    for block_n, block_k, swap_ab, splits in itertools.product((32, 64, 128), (64, 128), (False, True), (1, 2, 4)):
         programs = tiles_m * triton.cdiv(outputs, block_n) * splits
         sums = first.block_m * block_n * (2 if gated else 1)
         stage = itemsize * block_k * (first.block_m + block_n * (2 if gated else 1))
-        wide_enough = not swap or (block_n >= 64 and (arch.name == "sm_90" or (arch.name == "sm_100" and not gated)))
+        wide_enough = not swap_ab or (block_n >= 64 and (arch.name == "sm_90" or (arch.name == "sm_100" and not gated)))
         # Not more registers than were seen to fit, no more splits than two programs an SM, all columns shared equally.
         if not wide_enough or sums > 16_384 or (splits > 1 and programs > 2 * arch.sms) or k % (splits * block_k):
             continue
@@ -141,8 +141,8 @@ def linear_candidates(
         room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - 4 * sums
         num_stages = 2 if arch.backend == "hip" else min(room // stage, 6)
         if num_stages >= 2:
-            configs.append(linear.Config(first.block_m, block_n, block_k, swap, splits, 8 if sums > 4096 else 4, num_stages))
-    choices = attrgetter("block_n", "block_k", "swap", "splits")  # The rest follows from them.
+            configs.append(linear.Config(first.block_m, block_n, block_k, swap_ab, splits, 8 if sums > 4096 else 4, num_stages))
+    choices = attrgetter("block_n", "block_k", "swap_ab", "splits")  # The rest follows from them.
     return sorted(dict.fromkeys(configs), key=lambda c: sum(map(ne, choices(c), choices(first))))
 
 
@@ -166,7 +166,7 @@ def _attention_key(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _attention_shapes(sizes: Iterable[tuple[int, int, int]]) -> list[Shape]:
-    """Of all models, from batch, window and slots."""
+    """Shapes of all models, from batch, window and slots."""
     return [dict(zip(("model", "batch", "window", "slots"), (model, *size), strict=True)) for model in HEADS for size in sizes]
 
 
@@ -187,10 +187,10 @@ def _attention(arch: Arch, **sizes: int) -> Iterator[Candidate]:
     tiles = [block for block in (16, 32, 64, 128) if block < 2 * triton.next_power_of_2(rows)][-2:]
     splits = sorted({max(rule.splits // 2, 1), rule.splits, rule.splits + 1, rule.splits + 2, 2 * rule.splits})
     # The usual tile of a large product on Hopper, and Ampere's with longer tiles of keys.
-    large = [replace(rule, block_m=128, block_n=128, num_warps=8, num_stages=2, swap=False)] if tiles[-1] == 128 else []
-    large += [replace(rule, block_m=128, block_n=64, num_warps=8, num_stages=4, swap=False)] if tiles[-1] == 128 else []
+    large = [replace(rule, block_m=128, block_n=128, num_warps=8, num_stages=2, swap_ab=False)] if tiles[-1] == 128 else []
+    large += [replace(rule, block_m=128, block_n=64, num_warps=8, num_stages=4, swap_ab=False)] if tiles[-1] == 128 else []
     choices = {"splits": splits, "block_n": (32, 64, 128), "num_stages": (2, 3, 4), "num_warps": (4, 8), "block_m": tiles}
-    choices |= {"swap": (False, True)} if arch.name == "sm_90" else {}
+    choices |= {"swap_ab": (False, True)} if arch.name == "sm_90" else {}
     seen = {rule}
     for guess in (*large, *nearest_first(rule, **choices)):
         config = guess.split(slots, guess.splits)

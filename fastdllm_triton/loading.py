@@ -62,7 +62,7 @@ def load(
         warnings.warn("deterministic is batch_invariant now", DeprecationWarning, stacklevel=2)
         batch_invariant = deterministic
     require("batch_invariant", batch_invariant, "True or False", is_bool(batch_invariant))
-    target = _device(device)
+    target = find_device(device)
     wanted = None if dtype is None else supported_dtype(dtype, target)
     resolve(backend, target)  # a backend that cannot run is refused before anything is read
     folder = find(path_or_hub_id)
@@ -175,7 +175,12 @@ def ops_for(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
     return replace(resolve("reference", device), reason="the Triton kernels have no float64")
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def find_device(device: str | torch.device | None) -> torch.device:
+    """A device that is there; the GPU if there is one and none is asked for.
+
+    Raises:
+        ValueError: it is no CPU and no GPU of this machine.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -73,11 +73,11 @@ class TokenStatistics:
     @property
     def margin(self) -> Tensor:
         """Probability of the chosen token less that of the best other one (negative if a sample was not the best)."""
-        found = self.token >= 0
-        gap = torch.where(found, self.second_logit - self.logit, 0)
+        has_token = self.token >= 0
+        gap = torch.where(has_token, self.second_logit - self.logit, 0)
         # The probability of the better of the two times one minus their ratio: neither overflows.
         larger = torch.where(gap > 0, torch.exp(self.second_logit - self.logsumexp), self.confidence)
-        return torch.where(found, torch.copysign(torch.expm1(-gap.abs()) * larger, -gap), 0)
+        return torch.where(has_token, torch.copysign(torch.expm1(-gap.abs()) * larger, -gap), 0)
 
     @property
     def neg_entropy(self) -> Tensor:

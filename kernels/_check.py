@@ -48,22 +48,22 @@ def once(check: Callable[..., Answer]) -> Callable[..., Answer]:
     return call
 
 
-def require(argument: str, given: object, allowed: str, ok: bool) -> None:
-    """Raises ``ValueError`` unless ``ok``: as :func:`fastdllm_triton.utils.checks.require`, of what is told in words."""
+def require(argument: str, actual: object, allowed: str, ok: bool) -> None:
+    """Raises ``ValueError`` unless ``ok``: as :func:`fastdllm_triton.utils.checks.require`, with ``actual`` in words."""
     if not ok:
-        raise ValueError(f"{argument} must be {allowed}, got {given}")
+        raise ValueError(f"{argument} must be {allowed}, got {actual}")
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """The tensors that are there share a supported dtype and a device that runs kernels, and their last dimension is dense."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    first, pattern = next(iter(given.items()))
+    """Checks that tensors, but for None, share a supported dtype and a device that runs kernels, with a dense last dimension."""
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    first, pattern = next(iter(present.items()))
     require(first, pattern.dtype, "of dtype float16, bfloat16 or float32", pattern.dtype in DTYPES)
     check_device(first, pattern)
     # The interpreter's numpy has no bfloat16 and computes with its bits.
     interpretable = not INTERPRETED or pattern.dtype != torch.bfloat16
     require(first, pattern.dtype, "of dtype float16 or float32 in Triton's interpreter", interpretable)
-    for name, tensor in given.items():
+    for name, tensor in present.items():
         require(name, tensor.dtype, f"of the dtype of {first}, {pattern.dtype}", tensor.dtype == pattern.dtype)
         require(name, f"one on {tensor.device}", f"on the device of {first}, {pattern.device}", tensor.device == pattern.device)
         dense = tensor.ndim > 0 and (tensor.shape[-1] <= 1 or tensor.stride(-1) == 1)
@@ -76,19 +76,19 @@ def runs_on_cpu() -> bool:
 
 
 def check_device(name: str, tensor: Tensor) -> None:
-    """The tensor is where kernels run."""
+    """Checks that the tensor is where kernels run."""
     runs = tensor.is_cuda or (tensor.device.type == "cpu" and runs_on_cpu())
     require(name, f"a tensor on {tensor.device}", "a GPU tensor (or a CPU tensor and TRITON_INTERPRET=1)", runs)
 
 
 def check_shape(name: str, tensor: Tensor | None, *shape: int) -> None:
-    """The tensor, if it is there, has this shape."""
+    """Checks that the tensor, unless it is None, has this shape."""
     if tensor is not None:
         require(name, f"shape {list(tensor.shape)}", f"of shape {list(shape)}", tuple(tensor.shape) == shape)
 
 
 def check_slots(batch: int, device: torch.device, **tensors: Tensor | None) -> None:
-    """The tensors that are there hold one int32 slot a sequence, on the device."""
+    """Checks that the tensors, but for None, hold one int32 slot a sequence, on the device."""
     for name, tensor in tensors.items():
         if tensor is not None:
             check_shape(name, tensor, batch)
@@ -99,7 +99,7 @@ def check_slots(batch: int, device: torch.device, **tensors: Tensor | None) -> N
 
 @once
 def row_stride(tensor: Tensor) -> int | None:
-    """From one row of ``[..., E]`` to the next, in elements; None where the leading dimensions do not collapse into one."""
+    """Elements from one row of ``[..., E]`` to the next; None where the leading dimensions do not collapse into one."""
     try:
         return tensor.view(-1, tensor.shape[-1]).stride(0)
     except RuntimeError:
@@ -118,13 +118,13 @@ def row_stride_of(name: str, tensor: Tensor) -> int:
 
 
 def collapsed(tensor: Tensor) -> tuple[Tensor, int]:
-    """The tensor, or a contiguous copy where its leading dimensions do not collapse into one; and from one row to the next."""
+    """The tensor, or a contiguous copy where its leading dimensions do not collapse into one; and the step from row to row."""
     stride = row_stride(tensor)
     return (tensor, stride) if stride is not None else (tensor.contiguous(), tensor.shape[-1])
 
 
 def scratch(workspace: Tensor | None, needed: int, device: torch.device) -> Tensor | None:
-    """So many elements of float32: the caller's, which is checked, or new; None where none are needed and none were given."""
+    """``needed`` elements of float32: the caller's workspace, which is checked, or a new one; None if none are needed."""
     if workspace is None:
         return torch.empty(needed, dtype=torch.float32, device=device) if needed else None
     _check_workspace(workspace, needed, device)
@@ -133,7 +133,7 @@ def scratch(workspace: Tensor | None, needed: int, device: torch.device) -> Tens
 
 @once
 def _check_workspace(workspace: Tensor, needed: int, device: torch.device) -> None:
-    """The tensor is float32 scratch of enough elements."""
+    """Checks that the tensor is float32 scratch of enough elements."""
     is_scratch = workspace.dtype == torch.float32 and workspace.device == device and workspace.is_contiguous()
     require("workspace", f"{workspace.dtype} on {workspace.device}", f"contiguous float32 on {device}", is_scratch)
     require("workspace", f"{workspace.numel()} elements", f"of at least {needed}", workspace.numel() >= needed)

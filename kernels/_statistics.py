@@ -247,8 +247,8 @@ def check_sampling(temperature: float | Tensor, seed: Any, rows: int, device: to
     if isinstance(temperature, Tensor):
         fits = temperature.dtype == torch.float32 and temperature.shape == (rows,) and temperature.device == device
         if not (fits and temperature.is_contiguous()):
-            given = f"{temperature.dtype} {list(temperature.shape)} on {temperature.device}"
-            raise ValueError(f"temperature must be a number or contiguous torch.float32 [{rows}] on {device}, got {given}")
+            actual = f"{temperature.dtype} {list(temperature.shape)} on {temperature.device}"
+            raise ValueError(f"temperature must be a number or contiguous torch.float32 [{rows}] on {device}, got {actual}")
     elif not temperature >= 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     sample = isinstance(temperature, Tensor) or temperature > 0
@@ -293,8 +293,8 @@ def forbidden_ids(forbidden: Tensor | Sequence[int] | None, rows: int, vocabular
     if isinstance(forbidden, Tensor):
         fits = forbidden.dim() == 1 or (forbidden.dim() == 2 and len(forbidden) == rows)
         if not fits or forbidden.is_floating_point() or forbidden.device != device:
-            given = f"{forbidden.dtype} {list(forbidden.shape)} on {forbidden.device}"
-            raise ValueError(f"forbidden must be [F] or [{rows}, F] integers on {device}, got {given}")
+            actual = f"{forbidden.dtype} {list(forbidden.shape)} on {forbidden.device}"
+            raise ValueError(f"forbidden must be [F] or [{rows}, F] integers on {device}, got {actual}")
     count = forbidden.shape[-1] if isinstance(forbidden, Tensor) else len(forbidden)
     if count == 0:
         return None
@@ -322,6 +322,6 @@ def output_of(out: TokenStatistics | None, rows: int, device: torch.device) -> T
     for name, field in vars(out).items():
         dtype = torch.int64 if name == "token" else torch.float32
         if field.shape != (rows,) or field.dtype != dtype or field.device != device or not field.is_contiguous():
-            given = f"{field.dtype} {list(field.shape)} on {field.device}"
-            raise ValueError(f"out.{name} must be a contiguous {dtype} [{rows}] on {device}, got {given}")
+            actual = f"{field.dtype} {list(field.shape)} on {field.device}"
+            raise ValueError(f"out.{name} must be a contiguous {dtype} [{rows}] on {device}, got {actual}")
     return out

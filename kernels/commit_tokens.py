@@ -303,9 +303,9 @@ def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, ru
         raise ValueError(f"{name} must hold 1 to {min(MAX_BLOCK, slots)} slots a row, got {list(listed.shape)}")
     if rows > MAX_ROWS:
         raise ValueError(f"x must have at most {MAX_ROWS} rows, got {rows}")
-    for name, given, allowed in (("score", score, get_args(ScoreName)), ("rule", rule, get_args(RuleName))):
-        if given not in allowed:
-            raise ValueError(f"state.{name} must be one of {', '.join(allowed)}, got {given!r}")
+    for name, value, allowed in (("score", score, get_args(ScoreName)), ("rule", rule, get_args(RuleName))):
+        if value not in allowed:
+            raise ValueError(f"state.{name} must be one of {', '.join(allowed)}, got {value!r}")
     _check_tensor("window_start", window_start, torch.int32, (rows,), device)
     ends, shares = (state[name].shape[-1] if state[name].dim() else 0 for name in ("eos_ids", "shares"))
     shape: tuple[int, ...] = (rows, block)
@@ -409,8 +409,8 @@ def commit_tokens(
         )
 
 
-def _check_tensor(name: str, given: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     """Raises unless a tensor is contiguous and what it must be."""
-    if given.dtype != dtype or tuple(given.shape) != shape or given.device != device or not given.is_contiguous():
-        found = f"{given.dtype} {list(given.shape)} of strides {given.stride()} on {given.device}"
-        raise ValueError(f"{name} must be a contiguous {dtype} {list(shape)} on {device}, got {found}")
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != device or not tensor.is_contiguous():
+        actual = f"{tensor.dtype} {list(tensor.shape)} of strides {tensor.stride()} on {tensor.device}"
+        raise ValueError(f"{name} must be a contiguous {dtype} {list(shape)} on {device}, got {actual}")

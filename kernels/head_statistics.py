@@ -238,17 +238,17 @@ def select_config(
     """
     block_rows = max(16, triton.next_power_of_2(rows))
     shape = {"block_rows": block_rows, "vocabulary": vocabulary, "width": width, "element_size": element_size, "sample": sample}
-    found = tuned(gpu, "head_statistics", **shape)
-    if found == BY_LIBRARY if found else rows > FUSED_ROWS[arch.name][sample]:
+    measured = tuned(gpu, "head_statistics", **shape)
+    if measured == BY_LIBRARY if measured else rows > FUSED_ROWS[arch.name][sample]:
         return None
     block_vocabulary, num_warps, resident = _tile(arch, block_rows, element_size, sample)
     block_width = 128 // element_size
     stage = (block_vocabulary + block_rows) * block_width * element_size
     num_stages = 2 if arch.backend == "hip" else min(6, (arch.shared_bytes_per_sm // resident - 1024) // stage)
     parts = resident * arch.sms
-    if found:
-        block_vocabulary, block_width, parts = found["block_vocabulary"], found["block_width"], found["parts"]
-        num_warps, num_stages = found["num_warps"], found["num_stages"]
+    if measured:
+        block_vocabulary, block_width, parts = measured["block_vocabulary"], measured["block_width"], measured["parts"]
+        num_warps, num_stages = measured["num_warps"], measured["num_stages"]
     part = triton.cdiv(triton.cdiv(vocabulary, parts), 16) * 16
     return Config(block_rows, block_vocabulary, block_width, part, triton.cdiv(vocabulary, part), num_warps, num_stages)
 
@@ -416,11 +416,11 @@ def _check(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | N
         raise ValueError(f"logits_dtype must be float32, float16, bfloat16 or None, got {logits_dtype}")
 
 
-def _check_tensor(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Raises unless a tensor is what it must be."""
-    if tuple(given.shape) != shape or given.dtype != dtype or given.device != device:
-        found = f"{given.dtype} {list(given.shape)} on {given.device}"
-        raise ValueError(f"{name} must be {dtype} {list(shape)} on {device}, got {found}")
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+        actual = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        raise ValueError(f"{name} must be {dtype} {list(shape)} on {device}, got {actual}")
 
 
 def _logits(hidden: Tensor, weight: Tensor, rows: Tensor | None, bias: Tensor | None, logits_dtype: torch.dtype | None) -> Tensor:

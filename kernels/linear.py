@@ -3,7 +3,7 @@
 At 16 to 200 rows such a product takes as long as reading its weight, and what stands around it in a layer (a norm, a gated
 unit, a residual) is launches of its own that wait on each other. Here they are prologue and epilogue of the one kernel.
 
-Operand order: SWAP computes ``W x^T``, which puts the weight on the side of the MMA that Hopper's wgmma and Blackwell's
+Operand order: SWAP_AB computes ``W x^T``, which puts the weight on the side of the MMA that Hopper's wgmma and Blackwell's
 tcgen05 want 64 or 128 wide, and the few rows on the other. Without it the tile is ``x W^T``.
 
 Norm: the rounding of the normalised row (below) needs its root mean square before the product, so each program first reads
@@ -53,9 +53,9 @@ MAX_ROWS = 512
 
 
 @triton.jit
-def _multiply(x, w, y, SWAP: tl.constexpr, PRECISION: tl.constexpr):
-    """``y + x w^T``; SWAP: the same transposed, y and result too."""
-    if SWAP:
+def _multiply(x, w, y, SWAP_AB: tl.constexpr, PRECISION: tl.constexpr):
+    """``y + x w^T``; SWAP_AB: the same transposed, y and result too."""
+    if SWAP_AB:
         return tl.dot(w, tl.trans(x), y, input_precision=PRECISION)
     else:
         return tl.dot(x, tl.trans(w), y, input_precision=PRECISION)
@@ -85,7 +85,7 @@ def _linear_kernel(
     x_ptr, weight_ptr, norm_ptr, residual_ptr, out_ptr, partial_ptr,
     stride_x, stride_w, stride_r, stride_o, M, N, part, eps,
     K: tl.constexpr, NORM: tl.constexpr, SWIGLU: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_NORM: tl.constexpr, SWAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_NORM: tl.constexpr, SWAP_AB: tl.constexpr,
     PREFETCH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     # Tiles of rows are neighbours, so that they share a tile of the weight in the cache.
@@ -123,7 +123,7 @@ def _linear_kernel(
         # Compilers that pass Python floats as float64 would drag everything after into float64.
         inverse_rms = tl.rsqrt(squares / K + tl.cast(eps, tl.float32))  # [BLOCK_M]
 
-    y = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    y = tl.zeros([BLOCK_N, BLOCK_M] if SWAP_AB else [BLOCK_M, BLOCK_N], tl.float32)
     up = y
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         mask_w, mask_x = in_n[:, None], in_m[:, None]
@@ -138,11 +138,11 @@ def _linear_kernel(
                 scale = tl.load(norm_ptr + start + k)
             unit = (x.to(tl.float32) * inverse_rms[:, None]).to(x.dtype)
             x = (unit.to(tl.float32) * scale.to(tl.float32)[None, :]).to(x.dtype)
-        y = _multiply(x, w, y, SWAP, PRECISION)
+        y = _multiply(x, w, y, SWAP_AB, PRECISION)
         if SWIGLU:
             w = tl.load(p_up + start, mask=mask_w, other=0.0)
-            up = _multiply(x, w, up, SWAP, PRECISION)
-    if SWAP:
+            up = _multiply(x, w, up, SWAP_AB, PRECISION)
+    if SWAP_AB:
         y, up = tl.trans(y), tl.trans(up)
 
     row = row.to(tl.int64)[:, None]
@@ -184,7 +184,7 @@ class Config:
 
     Attributes:
         block_m, block_n, block_k: rows, output columns and summed columns of a tile.
-        swap: compute ``W x^T`` instead of ``x W^T``.
+        swap_ab: compute ``W x^T`` instead of ``x W^T``.
         splits: programs that share the columns of an output tile.
         num_warps, num_stages: launch options.
     """
@@ -192,7 +192,7 @@ class Config:
     block_m: int
     block_n: int
     block_k: int
-    swap: bool
+    swap_ab: bool
     splits: int
     num_warps: int
     num_stages: int
@@ -243,20 +243,20 @@ def select_config(arch: Arch, rows: int, n: int, k: int, itemsize: int, activati
     # On sm_90 always: rows that a norm computes in the loop would be the operand of wgmma that comes from registers, and
     # ptxas lets every wgmma wait for the one before (bench/findings/001). On sm_100 64 rows reach tcgen05 either way round, and
     # two products with a shared operand that is computed in the loop end the compiler (002).
-    swap = itemsize == 2 and (arch.name == "sm_90" or (arch.name == "sm_100" and block_m < 64 and not gated))
+    swap_ab = itemsize == 2 and (arch.name == "sm_90" or (arch.name == "sm_100" and block_m < 64 and not gated))
     programs = tiles_m * triton.cdiv(outputs, block_n)
     splits = max(min(arch.sms // (3 * programs), k // (8 * block_k)), 1)
     splits = triton.cdiv(k, triton.cdiv(triton.cdiv(k, splits), block_k) * block_k)  # none of them empty
     sums = block_m * block_n * (2 if gated else 1)
     # Two sums beside the normalised rows need the registers of more threads where mma.sync keeps operands in them, too.
-    num_warps = 8 if sums > 4096 or (sums == 4096 and gated and not swap and arch.backend == "cuda") else 4
+    num_warps = 8 if sums > 4096 or (sums == 4096 and gated and not swap_ab and arch.backend == "cuda") else 4
     stage = itemsize * block_k * (block_m + block_n * (2 if gated else 1))
     resident = 2 if programs * splits > arch.sms and (num_warps == 4 or gated) else 1
     # What is not stages: rows on their way into the MMA, and the result on its way out.
     beside = max(itemsize * block_m * block_k, 4 * sums)
     room = min(arch.shared_bytes, arch.shared_bytes_per_sm // resident - 1024) - beside
     num_stages = 2 if arch.backend == "hip" else max(min(room // stage, 4 if gated else 6), 2)
-    return Config(block_m, block_n, block_k, swap, splits, num_warps, num_stages)
+    return Config(block_m, block_n, block_k, swap_ab, splits, num_warps, num_stages)
 
 
 def invariant_config(arch: Arch, n: int, k: int, itemsize: int, activation: Activation | None = None) -> Config:
@@ -284,8 +284,8 @@ def measured_config(
         return None
     bucket = max(triton.next_power_of_2(rows), 16)
     shape = {"rows": bucket, "n": n, "k": k, "dtype": dtype, "norm": norm, "activation": activation, "residual": residual}
-    found = tuned(gpu, "linear", **shape)
-    return None if found is None else Config(**found)
+    measured = tuned(gpu, "linear", **shape)
+    return None if measured is None else Config(**measured)
 
 
 def chosen_config(
@@ -344,8 +344,8 @@ def _layout(
     require("activation", repr(activation), "'swiglu' or None", activation in (None, "swiglu"))
     require("weight", f"{n} rows", "of an even number of rows, gate and up", not gated or n % 2 == 0)
     check_shape("norm_weight", norm_weight, k)
-    given = "nothing" if eps is None else eps
-    require("eps", given, "a number with norm_weight, and nothing without", (eps is None) == (norm_weight is None))
+    actual = "nothing" if eps is None else eps
+    require("eps", actual, "a number with norm_weight, and nothing without", (eps is None) == (norm_weight is None))
     shape = (*x.shape[:-1], n // 2 if gated else n)
     check_shape("residual", residual, *shape)
     check_shape("out", out, *shape)
@@ -443,7 +443,7 @@ def _constexprs(arch: Arch, config: Config, k: int, norm: bool, gated: bool, pdl
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "BLOCK_NORM": min(triton.next_power_of_2(k), 64 * arch.warp_size * config.num_warps // config.block_m),
-        "SWAP": config.swap,
+        "SWAP_AB": config.swap_ab,
         "PREFETCH": _prefetched_lines(arch, config, gated, norm or pdl),
         "STAGES": config.num_stages,
         "PRECISION": _precision(arch),

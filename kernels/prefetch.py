@@ -31,8 +31,8 @@ def _prefetch_kernel(weight_ptr, count, LINE: tl.constexpr, LINES: tl.constexpr)
 
 def prefetched_bytes(gpu: str | None, n: int, k: int, itemsize: int) -> int:
     """What was measured to pay: bytes of a weight ``[n, k]`` to ask for, or 0."""
-    found = tuned(gpu, "prefetch", n=n, k=k, itemsize=itemsize)
-    return 0 if found is None else int(found["bytes"])
+    measured = tuned(gpu, "prefetch", n=n, k=k, itemsize=itemsize)
+    return 0 if measured is None else int(measured["bytes"])
 
 
 class Prefetch:

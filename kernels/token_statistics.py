@@ -292,5 +292,5 @@ def _check(logits: Tensor, rows: Tensor | None) -> None:
     if rows is not None:
         wanted = rows.shape == logits.shape[:1] and rows.dtype == torch.int64 and rows.device == logits.device
         if not (wanted and rows.is_contiguous()):
-            given = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
-            raise ValueError(f"rows must be contiguous int64 [{logits.shape[0]}] on {logits.device}, got {given}")
+            actual = f"{rows.dtype} {list(rows.shape)} on {rows.device}"
+            raise ValueError(f"rows must be contiguous int64 [{logits.shape[0]}] on {logits.device}, got {actual}")

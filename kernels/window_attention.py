@@ -10,7 +10,7 @@ r % G. Keys: tiles are laid over the slots before the skip and over those behind
 partial tile at the end of each is masked. Few rows leave most of a GPU idle, so the keys may be split into chunks; each
 program then writes its normalised sum and its log-sum-exp, and a second kernel merges them in a fixed order.
 
-Operand order: ``q k^T`` has at least 64 rows only in large windows, and Hopper's wgmma needs 64. SWAP computes
+Operand order: ``q k^T`` has at least 64 rows only in large windows, and Hopper's wgmma needs 64. SWAP_AB computes
 ``k q^T`` and ``v^T p^T`` instead, which puts keys and head dimension there. Which one is faster is to be measured; the
 config decides.
 
@@ -60,7 +60,7 @@ TILE_US, MERGE_US, PARTIAL_US = 0.8, 2.5, 0.4
 @triton.jit
 def _attend(
     q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, SWAP_AB: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, from ``slot`` on; if MASKED only the first ``count`` of them, at least one."""
@@ -77,7 +77,7 @@ def _attend(
         k = tl.load(k_ptr)
 
     # The scale is applied to the float32 product: q times it would have to be rounded.
-    if SWAP:
+    if SWAP_AB:
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_M]
         if MASKED:
             s = tl.where(valid[:, None], s, float("-inf"))
@@ -98,7 +98,7 @@ def _attend(
         v = tl.load(v_ptr, mask=(d < D)[None, :], other=0.0)
     else:
         v = tl.load(v_ptr)
-    if SWAP:
+    if SWAP_AB:
         l_i = l_i * alpha[None, :] + p  # [BLOCK_N, BLOCK_M], summed up behind the loop
         acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :], input_precision=PRECISION)  # [BLOCK_D, BLOCK_M]
     else:
@@ -113,7 +113,7 @@ def _window_attention_kernel(
     stride_qb, stride_qw, stride_qh, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_ow, stride_oh, W, L, chunk, scale,
     HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, RETURN_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP_AB: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_predecessor(PDL)
@@ -142,8 +142,8 @@ def _window_attention_kernel(
     v_ptr += b * stride_vb + kv_head * stride_vh
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_D, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_D], tl.float32)
+    l_i = tl.zeros([BLOCK_N, BLOCK_M] if SWAP_AB else [BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_D, BLOCK_M] if SWAP_AB else [BLOCK_M, BLOCK_D], tl.float32)
     # Of this program's slots, those before the skip and those behind it: first slot, and how many.
     first_a, count_a = start + lo, tl.minimum(tl.maximum(end_a - start - lo, 0), hi - lo)
     first_b, count_b = end - n + lo + count_a, hi - lo - count_a
@@ -159,7 +159,7 @@ def _window_attention_kernel(
         left = tl.where(tile < tiles_a, count_a - tile * BLOCK_N, count_b - (tile - tiles_a) * BLOCK_N)
         m_i, l_i, acc = _attend(
             q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, left, scale,
-            D, BLOCK_N, BLOCK_D, ONE_LOOP, SWAP, PRECISION,
+            D, BLOCK_N, BLOCK_D, ONE_LOOP, SWAP_AB, PRECISION,
         )  # fmt: skip
     if not ONE_LOOP:
         rest_a, rest_b = count_a % BLOCK_N, count_b % BLOCK_N
@@ -167,16 +167,16 @@ def _window_attention_kernel(
             slot = tl.where(part == 0, first_a + tiles_a * BLOCK_N, first_b + tiles_b * BLOCK_N)
             m_i, l_i, acc = _attend(
                 q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, tl.where(part == 0, rest_a, rest_b), scale,
-                D, BLOCK_N, BLOCK_D, True, SWAP, PRECISION,
+                D, BLOCK_N, BLOCK_D, True, SWAP_AB, PRECISION,
             )  # fmt: skip
 
-    if SWAP:
+    if SWAP_AB:
         l_i = tl.sum(l_i, axis=0)
     # Without keys m_i is -inf, and the sums are 0.
     l_i = tl.where(l_i == 0, 1.0, l_i)
     lse = m_i + tl.log2(l_i)
-    y = acc / l_i[None, :] if SWAP else acc / l_i[:, None]
-    y = tl.trans(y) if SWAP else y  # [BLOCK_M, BLOCK_D]
+    y = acc / l_i[None, :] if SWAP_AB else acc / l_i[:, None]
+    y = tl.trans(y) if SWAP_AB else y  # [BLOCK_M, BLOCK_D]
     if SPLIT:
         # The merge does not read the sums of an empty chunk.
         at = (split.to(tl.int64) * tl.num_programs(2) + pair) * M + row
@@ -198,7 +198,7 @@ class Config:
         block_m: rows (query tokens times the heads that share a KV head) a program.
         block_n: keys a tile.
         num_warps, num_stages: launch options.
-        swap: compute ``k q^T`` instead of ``q k^T``.
+        swap_ab: compute ``k q^T`` instead of ``q k^T``.
         splits, chunk: the keys are cut into ``splits`` chunks of ``chunk`` slots.
     """
 
@@ -206,7 +206,7 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
-    swap: bool
+    swap_ab: bool
     splits: int
     chunk: int
 
@@ -266,16 +266,16 @@ def select_config(
         block_m, block_n, num_warps, num_stages = (64, 64, 8, 3) if rows <= 64 else (128, 32, 8, 3)
     if arch.shared_bytes < 128 * 1024:
         num_stages = min(num_stages, 2)  # two programs an SM rather than three tiles in flight
-    swap = arch.name == "sm_90" and itemsize == 2 and block_m <= 32 and dim > 32
+    swap_ab = arch.name == "sm_90" and itemsize == 2 and block_m <= 32 and dim > 32
 
     sizes, heads = {"batch": batch, "window": window, "slots": slots}, {"q_heads": q_heads, "kv_heads": kv_heads, "dim": dim}
-    if found := nearest(gpu, "window_attention", sizes, **heads, itemsize=itemsize):
-        block_m, block_n, swap = found["block_m"], found["block_n"], found["swap"]
-        num_warps, num_stages = found["num_warps"], found["num_stages"]
+    if measured := nearest(gpu, "window_attention", sizes, **heads, itemsize=itemsize):
+        block_m, block_n, swap_ab = measured["block_m"], measured["block_n"], measured["swap_ab"]
+        num_warps, num_stages = measured["num_warps"], measured["num_stages"]
     programs = batch * kv_heads * triton.cdiv(rows, block_m)
-    config = Config(block_m, block_n, num_warps, num_stages, swap, 1, slots)
-    if found:
-        return config.split(slots, found["splits"])
+    config = Config(block_m, block_n, num_warps, num_stages, swap_ab, 1, slots)
+    if measured:
+        return config.split(slots, measured["splits"])
     resident = (1 if block_m == 128 else 2) * arch.sms
 
     def microseconds(config: Config) -> float:
@@ -337,8 +337,8 @@ def _layout(
         require(name, cache_.stride(2), "of slots less than 2^24 elements apart", cache_.stride(2) < 2**24)
     check_shape("out", out, *q.shape)
     check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, skip_start=skip_start, skip_end=skip_end)
-    for name, given, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
-        require(name, "nothing", "a tensor, as the other end of the skip is given", given is not None or other is None)
+    for name, end, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
+        require(name, "nothing", "a tensor, as the other end of the skip is given", end is not None or other is None)
 
     strides_o = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
     strides = (*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *strides_o)
@@ -441,7 +441,7 @@ def _launch(
         kv_end if skip_start is None else skip_start, kv_end if skip_end is None else skip_end,
         None if split else out, None if split else lse, workspace if split else None, sums_lse, *strides,
         window, slots, config.chunk, scale,
-        SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SWAP=config.swap, STAGES=config.num_stages,
+        SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SWAP_AB=config.swap_ab, STAGES=config.num_stages,
         PRECISION=_precision(arch), num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     if split:

@@ -184,7 +184,7 @@ def window_inputs(
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    found = WindowInputs(
+    result = WindowInputs(
         ids=empty(rows, window),
         start=empty(rows, dtype=torch.int32),
         rows=empty(predicted),
@@ -202,12 +202,12 @@ def window_inputs(
             kv_start,
             seed,
             step,
-            found.ids,
-            found.start,
-            found.rows,
-            found.place,
-            found.keys if sample else None,
-            found.batch_row,
+            result.ids,
+            result.start,
+            result.rows,
+            result.place,
+            result.keys if sample else None,
+            result.batch_row,
             x.stride(0),
             base.stride(0) if base.numel() > 1 else 0,
             rows,
@@ -224,4 +224,4 @@ def window_inputs(
             BLOCK_W=config.block_w,
             num_warps=config.num_warps,
         )
-    return found
+    return result

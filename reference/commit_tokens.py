@@ -87,8 +87,8 @@ def commit_tokens(
 
 def _spread(statistics: TokenStatistics, place: Tensor) -> TokenStatistics:
     """Entries ``[B, N]`` out of ``[P]``."""
-    found = TokenStatistics(*(getattr(statistics, field.name)[place.clamp(min=0).long()] for field in fields(statistics)))
-    return replace(found, token=torch.where(place < 0, -1, found.token))
+    entries = TokenStatistics(*(getattr(statistics, field.name)[place.clamp(min=0).long()] for field in fields(statistics)))
+    return replace(entries, token=torch.where(place < 0, -1, entries.token))
 
 
 def _cost(statistics: TokenStatistics, slot: Tensor, state: PolicyState) -> Tensor:

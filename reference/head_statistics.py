@@ -51,12 +51,12 @@ def head_statistics(
         logits = logits + accumulate(bias)
     if logits_dtype is not None:
         logits = logits.to(logits_dtype).to(logits.dtype)
-    own = torch.arange(len(rows), device=rows.device)
-    found = token_statistics(
+    index = torch.arange(len(rows), device=rows.device)
+    statistics = token_statistics(
         logits,
         temperature=temperature[asked] if isinstance(temperature, Tensor) else temperature,
         seed=None if seed is None else row_keys(seed, len(rows), rows.device)[asked],
-        position=(own if position is None else position)[asked],
+        position=(index if position is None else position)[asked],
         step=row_keys(step, len(rows), rows.device)[asked],
         forbidden=forbidden[asked] if isinstance(forbidden, Tensor) and forbidden.dim() == 2 else forbidden,
     )
@@ -65,11 +65,11 @@ def head_statistics(
         return entries.new_full((len(rows),), missing).index_copy(0, asked, entries)
 
     result = TokenStatistics(
-        token=spread(found.token, -1),
-        logit=spread(found.logit, torch.nan),
-        second_logit=spread(found.second_logit, torch.nan),
-        logsumexp=spread(found.logsumexp, torch.nan),
-        rest=spread(found.rest, torch.inf),
-        entropy=spread(found.entropy, torch.nan),
+        token=spread(statistics.token, -1),
+        logit=spread(statistics.logit, torch.nan),
+        second_logit=spread(statistics.second_logit, torch.nan),
+        logsumexp=spread(statistics.logsumexp, torch.nan),
+        rest=spread(statistics.rest, torch.inf),
+        entropy=spread(statistics.entropy, torch.nan),
     )
     return result if out is None else out.copy_(result)

@@ -50,5 +50,5 @@ def rms_norm(
 
 def _gather(x: Tensor, rows: Tensor) -> Tensor:
     """``[...', E]``: rows of ``x [..., E]``, zeros for negative ones."""
-    found = x.reshape(-1, x.shape[-1])[rows.clamp(min=0)]
-    return found.masked_fill((rows < 0)[..., None], 0)
+    gathered = x.reshape(-1, x.shape[-1])[rows.clamp(min=0)]
+    return gathered.masked_fill((rows < 0)[..., None], 0)

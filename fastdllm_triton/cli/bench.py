@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from ..utils.checks import known_names
 from ..utils.files import check_folder, check_writable, locked, naming
 from . import options as cli
 from ._shared import as_words, require_triton
@@ -84,10 +85,11 @@ def bench(
     from .. import verify
     from ..bench._report import Report, changes, changes_table, check_unmixed
     from ..bench._run import benches, run
+    from ..loading import find_device
     from ..tools import environment
     from ..verify.ledger import proven
 
-    target = verify.check_device(device)
+    target = find_device(device)
     if target.type == "cpu" and verify.needs_interpreter(target):
         raise typer.Exit(verify.rerun_in_interpreter(as_words(context)))
     chosen = benches(suite.value, op or ())
@@ -173,8 +175,7 @@ def _earlier(folder: Path) -> Report:
 def check_baselines(chosen: list[Measurable], only: list[str] | tuple[str, ...]) -> None:
     """Raises for a baseline that no bench has."""
     known = {name for bench in chosen for name in getattr(bench, "baselines", ())}
-    if unknown := sorted(set(only) - known):
-        raise ValueError(f"--only: got {', '.join(unknown)}, needs names among {', '.join(sorted(known))}")
+    known_names("--only", only, sorted(known))
 
 
 def _resumed(new: Report, folder: Path) -> Report:

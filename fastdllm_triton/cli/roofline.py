@@ -13,12 +13,16 @@ from rich.table import Table
 
 from ..decoding.cache_policy import cache_options
 from ..tools import roofline as roofline_model
-from ..tools.roofline import GPUS, SHAPES, Floor, Gpu, Setting, Shape
+from ..tools.roofline import GPUS, SHAPES, Floor, Gpu, Setting, streamed_parameters
 from . import options as cli
 from .console import console, say, say_list, show
 
 if TYPE_CHECKING:
     from ..decoding.cache_policy import CacheName
+    from ..models.config import ModelConfig
+
+#: The published models as their model cards write them.
+_TITLES = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
 
 
 @cli.with_parameters("model", cli.cache_parameters())
@@ -68,10 +72,10 @@ def roofline(
     )
     floors = [(name, roofline_model.floor(shape, changed, target)) for name, changed in roofline_model.what_if(setting)]
     if as_json:
-        typer.echo(json.dumps(record(shape, target, setting, floors)))
+        typer.echo(json.dumps(record(model, shape, target, setting, floors)))
         return
-    weights = f"{shape.streamed_parameters * weight_bits / 8 / 1e9:.2f} GB of weights a forward"
-    say(console, shape.name, style="bold")
+    weights = f"{streamed_parameters(shape) * weight_bits / 8 / 1e9:.2f} GB of weights a forward"
+    say(console, _TITLES.get(model, model), style="bold")
     hardware = f"{target.bandwidth / 1e9:,.0f} GB/s", f"{target.matrix_rate / 1e12:,.0f} TFLOP/s bfloat16"
     say_list(console, [f"on {target.name}", *hardware, weights])
     lengths = f"prompt of {prompt_length}", f"{gen_length} tokens in blocks of {block_length}", f"cache {cache}"
@@ -110,7 +114,7 @@ def _table(title: str, first: str) -> Table:
     return table
 
 
-def phases_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
+def phases_table(shape: ModelConfig, setting: Setting, gpu: Gpu) -> Table:
     table = _table("A forward", "forward")
     for column in ("how many", "rows", "keys", "head rows", "GB", "TFLOP", "bound", "floor ms"):
         table.add_column(column, justify="right")
@@ -137,7 +141,7 @@ def phases_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
     return table
 
 
-def ops_table(shape: Shape, setting: Setting, gpu: Gpu) -> Table:
+def ops_table(shape: ModelConfig, setting: Setting, gpu: Gpu) -> Table:
     """The ops of the first refresh (or whole forward) and of the last step, each as if alone with a cold cache."""
     schedule = setting.schedule()
     kinds = {"refresh": schedule[0], "step": schedule[-1]}
@@ -179,12 +183,12 @@ def what_if_table(floors: list[tuple[str, Floor]]) -> Table:
     return table
 
 
-def record(shape: Shape, gpu: Gpu, setting: Setting, floors: list[tuple[str, Floor]]) -> dict[str, Any]:
+def record(name: str, shape: ModelConfig, gpu: Gpu, setting: Setting, floors: list[tuple[str, Floor]]) -> dict[str, Any]:
     """What ``--json`` prints: times in milliseconds."""
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
     costs = roofline_model.generation_cost(shape, setting.schedule(), **bits)
     return {
-        "model": asdict(shape),
+        "model": {"name": _TITLES.get(name, name), **asdict(shape)},
         "gpu": asdict(gpu),
         "setting": asdict(setting),
         "forwards": [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from ..utils.checks import known_names
 from ..utils.environment import BACKEND
 from ..utils.files import check_writable
 from . import options as cli
@@ -40,11 +41,12 @@ def verify(
     if resume and out is None:
         raise ValueError("--resume: needs --out FILE, which says what to go on with")
     from .. import verify as verification
+    from ..loading import find_device
     from ..tools import environment
     from ..verify.ledger import Ledger
 
-    names = verification.check_names(op)
-    target = verification.check_device(device)
+    names = known_names("op", op, verification.names())
+    target = find_device(device)
     if verification.needs_interpreter(target):
         raise typer.Exit(verification.rerun_in_interpreter(as_words(context)))
     where = environment.device_name(target)

@@ -11,7 +11,7 @@ from ..decoding.config import GenerationConfig
 from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
 from .statistics import ratio_interval, wilson
-from .summary import Record
+from .summary import Record, rounded
 
 
 def decode(
@@ -54,12 +54,12 @@ def agreement(exact: Sequence[Sequence[int]], outputs: Sequence[GenerationOutput
     length = outputs[0].gen_length
     return {
         "n": n,
-        "same": round(same / n, 6),
-        "same_ci": [round(bound, 6) for bound in wilson(same, n)],
-        "token_agreement": round(float(alike.sum() / longest.sum()), 6),
-        "token_agreement_ci": [round(bound, 6) for bound in ratio_interval(alike, longest)],
+        "same": rounded(same / n),
+        "same_ci": rounded(wilson(same, n)),
+        "token_agreement": rounded(float(alike.sum() / longest.sum())),
+        "token_agreement_ci": rounded(ratio_interval(alike, longest)),
         "first_divergence": first,
-        "same_up_to": [round(sum(slot is None or slot >= i for slot in first) / n, 6) for i in range(length + 1)],
-        "tokens_per_forward": round(sum(output.committed for output in outputs) / forwards, 6),
-        "nfe": round(forwards / n, 6),
+        "same_up_to": rounded([sum(slot is None or slot >= i for slot in first) / n for i in range(length + 1)]),
+        "tokens_per_forward": rounded(sum(output.committed for output in outputs) / forwards),
+        "nfe": rounded(forwards / n),
     }

@@ -1,52 +1,49 @@
-"""What a generation costs by the roofline model, from the windows that its forwards recomputed."""
+"""What a request costs by the roofline model, from the windows that its forwards recomputed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Sequence
 
-from ..decoding.cache_policy import BlockState
+from ..decoding.cache_policy import play
 from ..decoding.config import GenerationConfig
 from ..engine.generation import Forward
-from ..engine.outputs import GenerationOutput
-from ..tools.roofline import Cost, Shape, forward_cost
+from ..models.config import ModelConfig
+from ..tools.roofline import Cost, forward_cost
 
 
-@dataclass
 class Meter:
-    """A callback that records each forward's windows; :meth:`costs` gives what they cost when the generation is done.
+    """A callback that notes which forwards decode each block of each row; :meth:`cost` is what those of a row cost.
 
-    Each row costs what it would cost alone: every one of its forwards reads all weights. Sums over rows are therefore those
-    of batches of one.
-
-    Attributes:
-        shape: of the model whose matrices are multiplied.
-        prompts: tokens of each row's prompt.
-        config: the options.
+    Args:
+        model: whose matrices are multiplied.
+        config: the options of the generation.
     """
 
-    shape: Shape
-    prompts: list[int]
-    config: GenerationConfig
-    _windows: list[tuple[int, int, int, int, int]] = field(default_factory=list)
+    def __init__(self, model: ModelConfig, config: GenerationConfig) -> None:
+        self.model, self.config = model, config
+        self.forwards: dict[tuple[int, int], list[int]] = defaultdict(list)
 
     def __call__(self, forward: Forward) -> None:
-        for row, block, (first, end) in zip(forward.rows, forward.blocks, forward.windows, strict=True):
-            self._windows.append((forward.index, row, block, first, end))
+        for row, block in zip(forward.rows, forward.blocks, strict=True):
+            self.forwards[row, block].append(forward.index)
 
-    def forwards(self, output: GenerationOutput) -> list[list[tuple[int, int, int]]]:
-        """For each row its forwards: slots recomputed, slots attended, and slots that were masked in its block."""
-        length, policy = self.config.block_length, self.config.cache_policy()
-        generated = output.sequences.shape[1] - output.gen_length
-        steps = output.step_map.tolist()
-        forwards: list[list[tuple[int, int, int]]] = [[] for _ in self.prompts]
-        for index, row, block, first, end in self._windows:
-            prompt = self.prompts[row]
-            start = prompt + block * length
-            attended = policy.attend_end(BlockState(prompt, prompt + output.gen_length, start, start + length))
-            masked = sum(step >= index for step in steps[row][block * length : (block + 1) * length])
-            forwards[row].append((end - max(first, generated - prompt), attended, masked))  # without the padding
-        return forwards
+    def cost(self, row: int, prompt_length: int, step_map: Sequence[int]) -> Cost:
+        """What a row would cost by itself: each of its forwards reads all weights.
 
-    def costs(self, output: GenerationOutput) -> list[Cost]:
-        rows = self.forwards(output)
-        return [sum((forward_cost(self.shape, 1, *sizes) for sizes in row), Cost(0, 0)) for row in rows]
+        Args:
+            row: which one.
+            prompt_length: tokens of its prompt.
+            step_map: for each slot that it generated the forward that committed it, ``-1`` where none did.
+        """
+        config, length = self.config, self.config.block_length
+        forwards = [self.forwards[row, block] for block in range(config.blocks)]
+        policy = config.cache_policy(shift=self.model.shift)
+        windows = play(policy, prompt_length, config.gen_length, length, [len(of_block) for of_block in forwards])
+        masked = [
+            sum(step >= now for step in step_map[block * length : (block + 1) * length])
+            for block, of_block in enumerate(forwards)
+            for now in of_block
+        ]
+        costs = (forward_cost(self.model, 1, len(w), w.attend_end, rows) for w, rows in zip(windows, masked, strict=True))
+        return sum(costs, Cost(0, 0))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..decoding.config import GenerationConfig
 from ..decoding.strategies import FixedSteps
 from ..model import MaskedDiffusionLM
-from .summary import Record
+from .summary import Record, rounded
 
 #: Parts of a sequence, seen from the block that is decoded: the prompt, the blocks before it, itself, the masks after it.
 REGIONS = ("prompt", "before", "block", "after")
@@ -75,10 +75,10 @@ def drift(
     parts = torch.stack([sums[i] / slots[i][None, :, None] for i in order])  # [i, 2, regions, layers]
     return {
         "forwards": [forwards[i] for i in order],
-        "k": _plain(whole[:, 0]),
-        "v": _plain(whole[:, 1]),
+        "k": rounded(whole[:, 0].numpy()),
+        "v": rounded(whole[:, 1].numpy()),
         "regions": {
-            name: {"k": _plain(parts[:, 0, r]), "v": _plain(parts[:, 1, r])}
+            name: {"k": rounded(parts[:, 0, r].numpy()), "v": rounded(parts[:, 1, r].numpy())}
             for r, name in enumerate(REGIONS)
             if any(slots[i][r] for i in order)
         },
@@ -120,7 +120,7 @@ def similarity(model: MaskedDiffusionLM, prompt: Sequence[int], config: Generati
     record: Record = {"block": block, "layers": chosen, "prompt": {}, "last": {}}
     for (part, kind), units in vectors.items():
         flat = torch.stack(units).flatten(1).float()  # [forwards, layers * H * slots * D]
-        record[part][kind] = _plain((flat @ flat.T / units[0][..., 0].numel()).double())
+        record[part][kind] = rounded((flat @ flat.T / units[0][..., 0].numel()).double().numpy())
     return record
 
 
@@ -131,8 +131,3 @@ def _fresh(model: MaskedDiffusionLM, x: Tensor, first: int) -> tuple[Tensor, Ten
     cache = model.network.new_cache(start, ids.shape[1])
     model.network.forward(ids, start, cache)
     return cache.k[:, 0], cache.v[:, 0]
-
-
-def _plain(values: Tensor) -> list[list[float | None]]:
-    """Numbers for JSON, six digits of them; None where there is none."""
-    return [[None if value != value else round(value, 6) for value in row] for row in values.tolist()]

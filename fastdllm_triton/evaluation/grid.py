@@ -25,7 +25,7 @@ class CacheSpec:
 
     @classmethod
     def parse(cls, text: str) -> CacheSpec:
-        """Reads one.
+        """Reads a cache.
 
         Raises:
             ValueError: it is not of that form.
@@ -60,7 +60,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The name of its file."""
         return f"{self.strategy}_{self.cache}_block={self.block_length}".replace(":", "=")
 
     def config(self, gen_length: int) -> GenerationConfig:
@@ -81,7 +81,7 @@ class Variant:
             raise ValueError(f"{self.strategy} with {self.cache} and blocks of {self.block_length}: {error}") from None
 
     def cost(self, prompt_length: float, gen_length: int) -> int:
-        """A guess of what a request takes, in recomputed slots: what the time left is estimated with."""
+        """A guess of what a request takes, in recomputed slots; the time left is estimated with it."""
         config = self.config(gen_length)
         forwards = max(round(config.strategy.expected_forwards(gen_length) / config.blocks), 1)
         windows = play(config.cache_policy(), round(prompt_length), gen_length, self.block_length, [forwards] * config.blocks)

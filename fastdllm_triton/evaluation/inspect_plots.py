@@ -109,7 +109,7 @@ def _heat_maps(figure: Figure, maps: dict[str, np.ndarray], x_label: str, y_labe
 
 
 def _common(record: Record, kind: str) -> list[list[float]]:
-    """Up to the last forward that at least one refresh in twenty was followed by: means further on are noise."""
+    """The means up to the last forward that followed at least one refresh in twenty; further on they are noise."""
     counts = record["drift"]["forwards"]
     last = max(i for i, count in enumerate(counts) if 20 * count >= counts[0])
     rows: list[list[float]] = record["drift"][kind][: last + 1]

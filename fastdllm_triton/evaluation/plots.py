@@ -178,7 +178,7 @@ def threshold_sweep(records: Sequence[Record]) -> Figure:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other one beats in both coordinates, by the first."""
+    """The points that no other one beats in both coordinates, in the order of the first."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (-point[0], -point[1])):
         if not front or y > front[-1][1]:

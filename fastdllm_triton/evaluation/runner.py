@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ from .. import __version__
 from ..engine.limits import check_prompts
 from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
-from ..tools.environment import commit
-from ..tools.roofline import Shape
+from ..tools.environment import commit, device_name
+from ..tools.roofline import streamed_parameters
 from ..utils.files import locked, naming, write_atomically, write_json
 from .cost import Meter
 from .grid import Variant
@@ -188,21 +187,13 @@ class Evaluation:
         for start in range(len(results), len(self.requests), self.batch_size):
             batch = list(self.requests[start : start + self.batch_size])
             prompts = self.prompts[start : start + self.batch_size]
-            meter = Meter(Shape.of(self.model.config), [len(prompt) for prompt in prompts], config)
+            meter = Meter(self.model.config, config)
             output = self.model.generate(prompts, config, callback=meter)
-            costs = meter.costs(output)
-            fresh = [
-                Result(
-                    index=start + row,
-                    prompt=request.prompt,
-                    answer=request.answer,
-                    bytes=costs[row].bytes,
-                    flops=costs[row].flops,
-                    step_map=output.step_map[row].tolist(),
-                    **row_figures(output, row),
-                )
-                for row, request in enumerate(batch)
-            ]
+            fresh = []
+            for row, (request, prompt, steps) in enumerate(zip(batch, prompts, output.step_map.tolist(), strict=True)):
+                cost = meter.cost(row, len(prompt), steps)
+                figures = row_figures(output, row) | {"bytes": cost.bytes, "flops": cost.flops, "step_map": steps}
+                fresh.append(Result(index=start + row, prompt=request.prompt, answer=request.answer, **figures))
             with naming("--out", self.folder), self._path(variant).open("a", encoding="utf-8") as file:
                 file.write(_lines(fresh))
                 file.flush()
@@ -231,7 +222,7 @@ class Evaluation:
 
 
 def row_figures(output: GenerationOutput, row: int) -> dict[str, Any]:
-    """What a generation made of a row and took for it, which is its share of the time of the batch."""
+    """What a generation made of a row, and the seconds that it took: the row's share of the batch's time."""
     return {
         "text": output.texts[row],
         "tokens": int((output.step_map[row] >= 0).sum()),
@@ -240,18 +231,9 @@ def row_figures(output: GenerationOutput, row: int) -> dict[str, Any]:
     }
 
 
-def device_name(device: torch.device) -> str:
-    """What the times were measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-
-
 def use_few_threads(model: MaskedDiffusionLM) -> None:
     """One thread for a small model on a CPU: threads would only get in each other's way."""
-    if model.device.type == "cpu" and Shape.of(model.config).streamed_parameters < _SMALL:
+    if model.device.type == "cpu" and streamed_parameters(model.config) < _SMALL:
         torch.set_num_threads(1)
 
 

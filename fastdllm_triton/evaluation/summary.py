@@ -17,6 +17,13 @@ from .statistics import Floats, interval, paired_interval, ratio_interval, resam
 Record = dict[str, Any]
 
 
+def rounded(value: Any) -> Any:
+    """Numbers for JSON, None for NaN. Six digits are more than figures carry, and the same on every machine."""
+    if isinstance(value, (tuple, list, np.ndarray)):
+        return [rounded(entry) for entry in value]
+    return None if np.isnan(value) else round(float(value), 6)
+
+
 def summarize(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
     """One record a variant, in the order given.
 
@@ -51,24 +58,24 @@ def _record(variant: Variant, results: Sequence[Result]) -> Record:
         binary = bool(np.isin(values, (0, 1)).all())
         ci = wilson(values.sum(), n) if binary else interval(resample(n) @ values / n)
         if name in ("exact_match", "whole"):
-            record |= {name: _round(values.mean()), f"{name}_ci": _round(ci)}
+            record |= {name: rounded(values.mean()), f"{name}_ci": rounded(ci)}
         else:
-            others[name] = _round([values.mean(), *ci])
+            others[name] = rounded([values.mean(), *ci])
     if others:
         record["other_scores"] = others
     by_forward, by_position = _profile(results, variant.block_length)
     return record | {
-        "tokens_per_forward": _round(tokens.sum() / forwards.sum()),
-        "tokens_per_forward_ci": _round(ratio_interval(tokens, forwards)),
-        "nfe": _round(forwards.mean()),
-        "nfe_ci": _round(ratio_interval(forwards, np.ones(n))),
-        "tokens": _round(tokens.mean()),
-        "bytes": _round(_column(results, "bytes").mean()),
-        "flops": _round(_column(results, "flops").mean()),
-        "seconds": _round(seconds),
-        "tokens_per_second": _round(tokens.sum() / seconds) if seconds else None,
-        "tokens_by_forward": _round(by_forward),
-        "tokens_by_position": _round(by_position),
+        "tokens_per_forward": rounded(tokens.sum() / forwards.sum()),
+        "tokens_per_forward_ci": rounded(ratio_interval(tokens, forwards)),
+        "nfe": rounded(forwards.mean()),
+        "nfe_ci": rounded(ratio_interval(forwards, np.ones(n))),
+        "tokens": rounded(tokens.mean()),
+        "bytes": rounded(_column(results, "bytes").mean()),
+        "flops": rounded(_column(results, "flops").mean()),
+        "seconds": rounded(seconds),
+        "tokens_per_second": rounded(tokens.sum() / seconds) if seconds else None,
+        "tokens_by_forward": rounded(by_forward),
+        "tokens_by_position": rounded(by_position),
     }
 
 
@@ -104,11 +111,11 @@ def compare(results: Mapping[Variant, Sequence[Result]], score: str = "exact_mat
                 **_names(variant),
                 "n": n,
                 "score": score,
-                "tokens_per_forward": _round(speed[0]),
-                "value": _round(mean[0]),
-                "fixed_at_equal_speed": _round(baseline[0]),
-                "gain": _round(gain[0]),
-                "gain_ci": _round(interval(gain[1:])),
+                "tokens_per_forward": rounded(speed[0]),
+                "value": rounded(mean[0]),
+                "fixed_at_equal_speed": rounded(baseline[0]),
+                "gain": rounded(gain[0]),
+                "gain_ci": rounded(interval(gain[1:])),
             }
             records.append(record)
     return records
@@ -133,8 +140,8 @@ def compare_caches(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
             **_names(variant),
             "base": str(base.cache),
             "n": n,
-            "same": _round(same / n),
-            "same_ci": _round(wilson(same, n)),
+            "same": rounded(same / n),
+            "same_ci": rounded(wilson(same, n)),
         }
         for name in ("exact_match", "whole"):
             if name not in (rows[0].scores or {}):
@@ -142,9 +149,9 @@ def compare_caches(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
             gain = _scores(rows, name) - _scores(plain, name)
             counted = paired_interval(float((gain == 1).sum()), float((gain == -1).sum()), n)
             ci = counted if np.isin(gain, (-1, 0, 1)).all() else interval(resample(n) @ gain / n)
-            record |= {f"{name}_gain": _round(gain.mean()), f"{name}_gain_ci": _round(ci)}
+            record |= {f"{name}_gain": rounded(gain.mean()), f"{name}_gain_ci": rounded(ci)}
         for name in ("bytes", "flops", "forwards"):
-            record[f"{name}_ratio"] = _round(_column(rows, name).sum() / _column(plain, name).sum())
+            record[f"{name}_ratio"] = rounded(_column(rows, name).sum() / _column(plain, name).sum())
         records.append(record)
     return records
 
@@ -184,10 +191,3 @@ def _column(results: Sequence[Result], name: str) -> Floats:
 
 def _scores(results: Sequence[Result], name: str) -> Floats:
     return np.array([(result.scores or {})[name] for result in results], dtype=np.float64)
-
-
-def _round(value: Any) -> Any:
-    """Six digits are more than the figures carry, and the same on every machine."""
-    if isinstance(value, (tuple, list, np.ndarray)):
-        return [_round(entry) for entry in value]
-    return None if np.isnan(value) else round(float(value), 6)

@@ -173,7 +173,7 @@ def statistics_merge(a: TokenStatistics, b: TokenStatistics) -> TokenStatistics:
 
 
 def _accumulated(tensor: Tensor) -> torch.dtype:
-    """The dtype that sums over elements of a tensor are of."""
+    """The dtype of sums over elements of a tensor."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

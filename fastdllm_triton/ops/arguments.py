@@ -28,7 +28,7 @@ def token_statistics(
     forbidden: Tensor | Sequence[int] | None = None,
     out: TokenStatistics | None = None,
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.token_statistics`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.token_statistics`."""
     shapes = _Shapes()
     rows, vocabulary = shapes.floats("logits", logits, "R", "V")
     _at_least_one("logits", "V", vocabulary)
@@ -50,7 +50,7 @@ def head_statistics(
     logits_dtype: torch.dtype | None = None,
     out: TokenStatistics | None = None,
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.head_statistics`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.head_statistics`."""
     shapes = _Shapes()
     count, width = shapes.floats("hidden", hidden, "N", "E")
     vocabulary, _ = shapes.floats("weight", weight, "V", width, dtype=hidden.dtype)
@@ -70,7 +70,7 @@ def head_statistics(
 def commit_tokens(
     x: Tensor, statistics: TokenStatistics, window_start: Tensor, state: PolicyState, *, place: Tensor | None = None
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.commit_tokens`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.commit_tokens`."""
     shapes = _Shapes()
     rows, slots = shapes.integers("x", x, "B", "L")
     require("x", x.dtype, "torch.int64", x.dtype == torch.int64)
@@ -99,7 +99,7 @@ def commit_tokens(
 
 
 def statistics_merge(a: TokenStatistics, b: TokenStatistics) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.statistics_merge`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.statistics_merge`."""
     _check_type("a", a, TokenStatistics)
     _check_type("b", b, TokenStatistics)
     shapes = _Shapes()
@@ -119,7 +119,7 @@ def rms_norm(
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.rms_norm`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.rms_norm`."""
     shapes = _Shapes()
     *before, width = shapes.floats("x", x, ..., "E")
     shapes.floats("weight", weight, width, dtype=x.dtype)
@@ -137,7 +137,7 @@ def rms_norm(
 
 
 def swiglu(gate_up: Tensor, *, out: Tensor | None = None) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.swiglu`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.swiglu`."""
     shapes = _Shapes()
     *lead, width = shapes.floats("gate_up", gate_up, ..., "2F")
     require("gate_up", list(gate_up.shape), "of an even last dimension, gate and up", width % 2 == 0)
@@ -156,7 +156,7 @@ def linear(
     activation: Activation | None = None,
     out: Tensor | None = None,
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.linear`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.linear`."""
     shapes = _Shapes()
     *lead, inner = shapes.floats("x", x, ..., "K")
     outer, _ = shapes.floats("weight", weight, "N", inner, dtype=x.dtype)
@@ -187,7 +187,7 @@ def rope_kv_write(
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.rope_kv_write`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.rope_kv_write`."""
     shapes = _Shapes()
     batch, window, columns = shapes.floats("qkv", qkv, "B", "W", "(Hq + 2 Hkv) D")
     _, kv_heads, slots, dim = shapes.floats("k_cache", k_cache, batch, "Hkv", "L", "D", dtype=qkv.dtype)
@@ -222,7 +222,7 @@ def window_attention(
     span: tuple[int, int] | None = None,
     out: Tensor | None = None,
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.window_attention`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.window_attention`."""
     shapes = _Shapes()
     batch, _, heads, dim = shapes.floats("q", q, "B", "W", "Hq", "D")
     _, kv_heads, slots, _ = shapes.floats("k_cache", k_cache, batch, "Hkv", "L", dim, dtype=q.dtype)
@@ -260,7 +260,7 @@ def window_inputs(
     seed: Tensor | None = None,
     step: Tensor | None = None,
 ) -> torch.device:
-    """Of :func:`fastdllm_triton.ops.window_inputs`."""
+    """Checks the arguments of :func:`fastdllm_triton.ops.window_inputs`."""
     shapes = _Shapes()
     rows, slots = shapes.integers("x", x, "B", "L")
     require("x", x.dtype, "torch.int64", x.dtype == torch.int64)
@@ -309,22 +309,22 @@ class _Shapes:
         return tuple(tensor.shape)
 
     def floats(self, name: str, tensor: object, *shape: Any, dtype: torch.dtype | None = None) -> tuple[int, ...]:
-        """Likewise, of a floating-point dtype, or just this one."""
-        found = getattr(tensor, "dtype", torch.float32)
-        ok = found.is_floating_point if dtype is None else found == dtype
+        """The shape of a tensor of a floating-point dtype, or of just this one; checked likewise."""
+        actual = getattr(tensor, "dtype", torch.float32)
+        ok = actual.is_floating_point if dtype is None else actual == dtype
         return self(name, tensor, *shape, kind="floating point " if dtype is None else f"{dtype} ", ok=ok)
 
     def integers(self, name: str, tensor: object, *shape: Any) -> tuple[int, ...]:
-        """Likewise, of integers."""
-        found = getattr(tensor, "dtype", torch.int64)
-        ok = not (found.is_floating_point or found.is_complex or found == torch.bool)
+        """The shape of a tensor of integers; checked likewise."""
+        actual = getattr(tensor, "dtype", torch.int64)
+        ok = not (actual.is_floating_point or actual.is_complex or actual == torch.bool)
         return self(name, tensor, *shape, kind="integers ", ok=ok)
 
 
 def _check_choice(
     shapes: _Shapes, rows: int, vocabulary: int, temperature: Any, seed: Any, position: Any, step: Any, forbidden: Any, out: Any
 ) -> None:
-    """What both ops that choose tokens take."""
+    """Checks what both ops that choose tokens take."""
     if isinstance(temperature, Tensor) and temperature.dim():
         shapes.floats("temperature", temperature, rows, dtype=torch.float32)
         _check_values("temperature", temperature, 0, MAX_TEMPERATURE)
@@ -355,7 +355,7 @@ def _check_choice(
 
 
 def _check_values(name: str, tensor: Tensor, low: int | None, high: int) -> None:
-    """The numbers of a tensor are in a range; only where reading them costs no wait."""
+    """Checks that the numbers of a tensor are in a range, where reading them costs no wait."""
     if isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.numel():
         least, most = (end.item() for end in tensor.aminmax())
         value = least if low is not None and least < low else most

@@ -105,22 +105,22 @@ class Results:
         """The dispatcher's word for it."""
         return "Tensor" if (self.kind, self.count) == (Tensor, 1) else f"({', '.join(['Tensor'] * self.count)})"
 
-    def flatten(self, found: Any) -> Any:
+    def flatten(self, value: Any) -> Any:
         """What the dispatcher gets: contiguous, since the reference may return views in another order of dimensions."""
         if self.kind is None:
             return None
-        tensors = tuple(vars(found).values()) if is_dataclass(found) else found if isinstance(found, tuple) else (found,)
+        tensors = tuple(vars(value).values()) if is_dataclass(value) else value if isinstance(value, tuple) else (value,)
         flat = [tensor.contiguous() for tensor in tensors]
         flat += [flat[0].new_empty(0) for _ in range(self.count - len(flat))]
         return flat[0] if self.schema == "Tensor" else tuple(flat)
 
-    def unflatten(self, found: Any) -> Any:
+    def unflatten(self, values: Any) -> Any:
         """What the caller gets."""
         if self.kind is None or self.schema == "Tensor":
-            return found
+            return values
         if self.kind is not Tensor:
-            return self.kind(*found)
-        asked = [tensor for tensor in found if tensor.shape != (0,)]
+            return self.kind(*values)
+        asked = [tensor for tensor in values if tensor.shape != (0,)]
         return asked[0] if len(asked) == 1 else tuple(asked)
 
 
@@ -141,12 +141,12 @@ def op(*, check: Callable[..., torch.device], mutates: Sequence[str] = ()) -> Ca
         schema = ", ".join(f"{aliases.get(flat, kind)} {flat}" for argument in arguments for flat, kind in argument.flat)
 
         def with_own_arguments(function: Callable[..., Any], flat: Sequence[Any]) -> Any:
-            own, rest = {}, list(flat)
+            named, rest = {}, list(flat)
             for argument in arguments:
                 count = len(argument.flat)
-                own[argument.name] = argument.unflatten(rest[:count])
+                named[argument.name] = argument.unflatten(rest[:count])
                 rest = rest[count:]
-            return results.flatten(function(**own))
+            return results.flatten(function(**named))
 
         LIBRARY.define(f"{name}({schema}) -> {results.schema}")  # type: ignore[no-untyped-call]
         for backend, device in (("reference", "CPU"), ("triton", "CUDA")):
@@ -156,11 +156,11 @@ def op(*, check: Callable[..., torch.device], mutates: Sequence[str] = ()) -> Ca
         overload = getattr(torch.ops.fastdllm, name).default
 
         def compiled(*args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(parameters, args, strict=False)) | kwargs
+            named = dict(zip(parameters, args, strict=False)) | kwargs
             device = args[0].device if args else next(v.device for v in kwargs.values() if isinstance(v, Tensor))
             flat: list[Any] = []
             for argument in arguments:
-                flat += argument.flatten(given.get(argument.name, argument.default), device)
+                flat += argument.flatten(named.get(argument.name, argument.default), device)
             return results.unflatten(overload(*flat))
 
         REGISTERED[name] = compiled

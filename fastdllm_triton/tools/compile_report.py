@@ -41,6 +41,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..kernels._arch import ARCHS, Arch
+from ..utils.checks import known_names
 from ..verify.cases import LAUNCHED, OpCases, Sizes
 from .assembly import contractions, cuobjdump, serialised, waits_first
 from .recorder import META, Launch, recorded
@@ -89,11 +90,11 @@ def reported_ops() -> list[str]:
 @cache
 def compile_cases(op: str, arch: str) -> list[CompileCase]:
     """The configurations of an op, the first launch of each label."""
-    cases, found = LAUNCHED[op], dict[tuple[str, str, str], CompileCase]()
+    cases, by_key = LAUNCHED[op], dict[tuple[str, str, str], CompileCase]()
     for dtype, sizes, options in cases.compiled(ARCHS[arch]):
         for case in launched(cases, sizes, dtype, ARCHS[arch], options):
-            found.setdefault(case.key, case)
-    return list(found.values())
+            by_key.setdefault(case.key, case)
+    return list(by_key.values())
 
 
 def launched(
@@ -134,16 +135,9 @@ def compile_report(
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = chosen("archs", archs, ARCHS), chosen("ops", ops, reported_ops())
+    archs, ops = known_names("archs", archs, ARCHS), known_names("ops", ops, reported_ops())
     wanted = [(arch, case.key) for op in ops for arch in archs for case in compile_cases(op, arch)]
     return in_processes(compile_named, wanted, processes, on_progress)
-
-
-def chosen(argument: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
-    """The names, or all that are known; raises ``ValueError`` for an unknown one."""
-    if unknown := sorted(set(names or ()) - set(known)):
-        raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
-    return list(names or known)
 
 
 def in_processes(
@@ -254,7 +248,7 @@ def _name(record: CompileRecord) -> str:
 
 
 def compile_named(wanted: tuple[str, tuple[str, str, str]]) -> CompileRecord:
-    """One case by its architecture and key, since a process cannot be sent a kernel; runs in the pool."""
+    """Compiles a case by its architecture and key, since a process cannot be sent a kernel; runs in the pool."""
     arch, key = wanted
     return compile_case(next(case for case in compile_cases(key[0], arch) if case.key == key), ARCHS[arch])
 
@@ -268,10 +262,10 @@ def compile_case(case: CompileCase, arch: Arch) -> CompileRecord:
     op, kernel, config = case.key
     record = {"op": op, "kernel": kernel, "arch": arch.name, "config": config}
     try:
-        found = compiled(case, arch)
+        result = compiled(case, arch)
     except Exception as error:
         raise RuntimeError(f"{_name(record)} does not compile: {error}") from error
-    facts = (_cuda_facts if arch.backend == "cuda" else _hip_facts)(found, arch, case.launch_options["num_warps"])
+    facts = (_cuda_facts if arch.backend == "cuda" else _hip_facts)(result, arch, case.launch_options["num_warps"])
     return record | facts
 
 

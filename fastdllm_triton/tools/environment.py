@@ -43,9 +43,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU, or the model of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}), Triton's interpreter"
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
 
 
 def folder_name(machine: dict[str, Any]) -> str:
@@ -62,9 +65,9 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that the package is imported from; ``FASTDLLM_COMMIT`` where a copy of it has no repository."""
-    if given := os.environ.get("FASTDLLM_COMMIT"):
-        return given
+    """The commit of the checkout that the package is imported from, or ``FASTDLLM_COMMIT``, for copies without a repository."""
+    if stated := os.environ.get("FASTDLLM_COMMIT"):
+        return stated
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -84,13 +87,13 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, Any]:
-    """Driver, clocks, power limit and temperature of a GPU at this moment, as nvidia-smi tells them; nothing where it is not."""
+    """Driver, clocks, power limit and temperature of a GPU at this moment, as nvidia-smi tells them; empty without it."""
     properties = torch.cuda.get_device_properties(device)
     # By its own id, since nvidia-smi counts all GPUs and torch only those it may see.
     which = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else "0"
     # One field that this nvidia-smi does not know makes it refuse all.
-    found = _query(which, list(_SMI)) or {key: value for name in _SMI for key, value in _query(which, [name]).items()}
-    return {_SMI[name]: _number(value) for name, value in found.items()}
+    fields = _query(which, list(_SMI)) or {key: value for name in _SMI for key, value in _query(which, [name]).items()}
+    return {_SMI[name]: _number(value) for name, value in fields.items()}
 
 
 def _query(which: str, names: list[str]) -> dict[str, str]:

@@ -32,7 +32,7 @@ _FREE = frozenset(
 
 
 class ComputingCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tells of every call of PyTorch that computes, by the operator's name, such as ``add``."""
+    """Reports every call of PyTorch that computes, by the operator's name, such as ``add``."""
 
     def __init__(self, on_call: Callable[[str], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -34,10 +34,11 @@ import triton
 from rich.table import Table
 
 from ..kernels._arch import ARCHS, Arch
+from ..utils.checks import known_names
 from ..verify.cases import OPS as CASES
 from ..verify.cases import ShapeClass
 from .assembly import cuobjdump
-from .compile_report import CompileCase, CompileRecord, by_arch, chosen, compile_case, compiled, in_processes, launched
+from .compile_report import CompileCase, CompileRecord, by_arch, compile_case, compiled, in_processes, launched
 from .roofline import GPUS
 
 #: Seconds from a load to its data when memory is busy: an assumption, above the some 0.3 us of an idle Hopper (Luo et al.,
@@ -100,7 +101,7 @@ class Instruction:
 
     @property
     def loaded_bytes(self) -> int:
-        """That a thread loads from global memory."""
+        """Bytes that a thread loads from global memory."""
         if not self.name.startswith(("LDG.", "LDGSTS.")):
             return 0
         width = re.search(r"\.(?:[USB]?)(8|16|64|128|256)\b", self.name)
@@ -150,7 +151,7 @@ def performance_report(
     Raises:
         ValueError: an unknown architecture or op.
     """
-    archs, ops = chosen("archs", archs, PARTS), chosen("ops", ops, LOOP_OPS)
+    archs, ops = known_names("archs", archs, PARTS), known_names("ops", ops, LOOP_OPS)
     wanted = [
         (op, arch, number, case.config)
         for op in ops
@@ -162,10 +163,10 @@ def performance_report(
 
 
 def _record(wanted: tuple[str, str, int, str]) -> CompileRecord:
-    """One launch by names, since a process cannot be sent a kernel."""
+    """The record of a launch, by names, since a process cannot be sent a kernel."""
     op, name, number, label = wanted
     shape_class, arch = SHAPE_CLASSES[number], ARCHS[name]
-    case = next(found for found in launches(op, shape_class, arch) if found.config == label)
+    case = next(case for case in launches(op, shape_class, arch) if case.config == label)
     fit = int(compile_case(case, arch)["ctas_per_sm"])
     code = instructions(cuobjdump(compiled(case, arch).asm["cubin"], "-sass"))
     return loop_record(shape_class, case, arch, fit, code)

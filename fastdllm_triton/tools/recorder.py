@@ -56,7 +56,7 @@ class Launch:
 
     @property
     def dtype(self) -> str:
-        """Of the numbers that it computes with: the 16-bit type among its pointers, or float32."""
+        """The type of the numbers that it computes with: the 16-bit type among its pointers, or float32."""
         types = [_TYPES[value.dtype] for value in self.arguments.values() if isinstance(value, Tensor)]
         return next((name for name in types if name in ("bf16", "fp16")), "fp32")
 
@@ -72,7 +72,7 @@ class Launch:
 
     @property
     def divisible(self) -> tuple[str, ...]:
-        """Of these the ones that are divisible by 16, as memory from PyTorch is."""
+        """The arguments of the signature that are divisible by 16, as memory from PyTorch is."""
         fixed = {*self._listed("do_not_specialize"), *self._listed("do_not_specialize_on_alignment")}
         values = ((name, self.arguments[name]) for name in self.signature if name not in fixed)
         return tuple(name for name, value in values if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0))
@@ -111,7 +111,7 @@ class _Recorded:
 
 @contextmanager
 def recorded(arch: Arch, gpu: str | None = None, stand_in: Callable[[Any], Any] | None = None) -> Iterator[list[Launch]]:
-    """Launchers take tensors on the meta device, choose for an architecture, and launch nothing.
+    """Lets launchers take tensors on the meta device, choose for an architecture, and launch nothing.
 
     Args:
         arch: what the config functions are asked for.
@@ -129,11 +129,11 @@ def recorded(arch: Arch, gpu: str | None = None, stand_in: Callable[[Any], Any] 
     with ExitStack() as stack:
         for info in pkgutil.iter_modules(kernels.__path__):
             module = importlib.import_module(f"{kernels.__name__}.{info.name}")
-            found = {name: value for name, value in instead.items() if hasattr(module, name)}
+            replacements = {name: value for name, value in instead.items() if hasattr(module, name)}
             for name, value in vars(module).items():
                 if name.endswith("_kernel") and hasattr(value, "arg_names"):
-                    found[name] = _Recorded(value, launches.append) if stand_in is None else stand_in(value)
-            for name, value in found.items():
+                    replacements[name] = _Recorded(value, launches.append) if stand_in is None else stand_in(value)
+            for name, value in replacements.items():
                 stack.enter_context(patch.object(module, name, value))
         stack.enter_context(torch.no_grad())
         yield launches

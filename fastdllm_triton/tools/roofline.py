@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .. import tiny
 from ..decoding.cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockState, CacheName, Window, cache_policy
 from ..models.config import ModelConfig
 from ..models.published import PUBLISHED
@@ -59,42 +58,23 @@ GPUS = {
 }
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that cost something: ``E``, ``Hq``, ``Hkv``, ``D``, ``F``, ``V``."""
-
-    name: str
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocab_size: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, name: str = "") -> Shape:
-        sizes = {field: getattr(config, field) for field in cls.__dataclass_fields__ if field != "name"}
-        return cls(name=name or config.architecture, **sizes)
-
-    @property
-    def layer_parameters(self) -> int:
-        """Matrix weights of one layer: fused QKV, output projection, gate and up, down."""
-        heads = self.heads + 2 * self.kv_heads
-        return self.width * (heads * self.head_dim + self.heads * self.head_dim + 3 * self.mlp)
-
-    @property
-    def streamed_parameters(self) -> int:
-        """Matrix weights that a forward reads: all layers and the head. Of the embedding it reads a row a token."""
-        return self.layers * self.layer_parameters + self.vocab_size * self.width
+def layer_parameters(shape: ModelConfig) -> int:
+    """Matrix weights of one layer: fused QKV, output projection, gate and up, down."""
+    heads = shape.heads + 2 * shape.kv_heads
+    return shape.width * (heads * shape.head_dim + shape.heads * shape.head_dim + 3 * shape.mlp)
 
 
-_NAMES = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
-SHAPES = {name: Shape.of(config, _NAMES[name]) for name, config in PUBLISHED.items()}
+def streamed_parameters(shape: ModelConfig) -> int:
+    """Matrix weights that a forward reads: all layers and the head. Of the embedding it reads a row a token."""
+    return shape.layers * layer_parameters(shape) + shape.vocab_size * shape.width
 
 
-def shape_of(model: str | Path) -> Shape:
-    """The shape of a model by name, or of a ``config.json`` or the folder that holds one.
+#: The published models by the names that commands take.
+SHAPES = PUBLISHED
+
+
+def shape_of(model: str | Path) -> ModelConfig:
+    """The config of a published model by its name, or of a ``config.json`` or the folder that holds one.
 
     Raises:
         ValueError: no such name or file, or a config of an unknown architecture.
@@ -102,13 +82,11 @@ def shape_of(model: str | Path) -> Shape:
     name = str(model).lower()
     if name in SHAPES:
         return SHAPES[name]
-    path = tiny.PATH if name == "tiny" else Path(model).expanduser()
-    file = path / "config.json" if os.path.isdir(path) else path
-    if not os.path.isfile(file):
+    if name != "tiny" and not os.path.exists(Path(model).expanduser()):
         raise ValueError(f"model: got {str(model)!r}, needs one of {', '.join(SHAPES)}, tiny, or a config.json")
     from ..loading import read_config
 
-    return Shape.of(read_config(file)[0], name if name == "tiny" else file.parent.name)
+    return read_config(name if name == "tiny" else model)[0]
 
 
 @dataclass(frozen=True)
@@ -158,7 +136,7 @@ STATISTICS_BYTES = 28
 
 
 def op_costs(
-    shape: Shape,
+    shape: ModelConfig,
     batch: float,
     window: float,
     keys: float,
@@ -186,9 +164,9 @@ def op_costs(
         require(name, value, "a number above 0", math.isfinite(value) and value > 0)
     if not 0 <= head_rows <= window <= keys:
         raise ValueError(f"head_rows, window and keys must be in this order, got {head_rows}, {window} and {keys}")
-    s, element = shape, 2
+    element = 2
     rows = batch * window
-    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
     def gemm(calls: int, rows: float, inner: int, columns: int, activations: float | None = None) -> OpCost:
         passed = element * rows * (inner + columns) if activations is None else activations
@@ -197,27 +175,27 @@ def op_costs(
     def elementwise(calls: int, rows: float, columns: float, extra_bytes: float = 0.0) -> OpCost:
         return OpCost(calls, calls * extra_bytes, calls * element * rows * columns)
 
-    n = s.layers
+    n, e, f = shape.layers, shape.width, shape.mlp
     return {
-        "embedding": OpCost(1, rows * (8 + element * s.width), element * rows * s.width),
+        "embedding": OpCost(1, rows * (8 + element * e), element * rows * e),
         # The sum of the residual and the output before it, and the norm of the sum: two in, two out.
-        "rms_norm": elementwise(2 * n, rows, 4 * s.width, element * s.width),
-        "qkv": gemm(n, rows, s.width, q + 2 * kv),
+        "rms_norm": elementwise(2 * n, rows, 4 * e, element * e),
+        "qkv": gemm(n, rows, e, q + 2 * kv),
         "rope_kv_write": elementwise(n, rows, (q + 2 * kv) + q, 2 * rows * kv * cache_bits / 8),
         "window_attention": OpCost(
             n, n * 2 * batch * keys * kv * cache_bits / 8, n * element * 2 * rows * q, n * 4 * rows * keys * q
         ),
-        "attn_out": gemm(n, rows, q, s.width),
-        "gate_up": gemm(n, rows, s.width, 2 * s.mlp),
-        "swiglu": elementwise(n, rows, 3 * s.mlp),
-        "down": gemm(n, rows, s.mlp, s.width),
-        "final_norm": elementwise(1, batch * head_rows, 3 * s.width, element * s.width),
-        "head_statistics": gemm(1, batch * head_rows, s.width, s.vocab_size, element * batch * head_rows * s.width),
+        "attn_out": gemm(n, rows, q, e),
+        "gate_up": gemm(n, rows, e, 2 * f),
+        "swiglu": elementwise(n, rows, 3 * f),
+        "down": gemm(n, rows, f, e),
+        "final_norm": elementwise(1, batch * head_rows, 3 * e, element * e),
+        "head_statistics": gemm(1, batch * head_rows, e, shape.vocab_size, element * batch * head_rows * e),
         "commit_tokens": OpCost(1, 2 * STATISTICS_BYTES * batch * head_rows, 0.0),
     }  # fmt: skip
 
 
-def forward_cost(shape: Shape, batch: float, window: float, keys: float, head_rows: float, **bits: float) -> Cost:
+def forward_cost(shape: ModelConfig, batch: float, window: float, keys: float, head_rows: float, **bits: float) -> Cost:
     """What a forward costs; arguments as :func:`op_costs` takes them."""
     ops = op_costs(shape, batch, window, keys, head_rows, **bits).values()
     return Cost(sum(op.bytes for op in ops), sum(op.flops for op in ops))
@@ -356,12 +334,12 @@ class Floor:
         return self.tokens / self.seconds
 
 
-def generation_cost(shape: Shape, schedule: Sequence[Phase], **bits: float) -> list[tuple[Phase, Cost]]:
+def generation_cost(shape: ModelConfig, schedule: Sequence[Phase], **bits: float) -> list[tuple[Phase, Cost]]:
     """Each phase with what all its forwards cost together."""
     return [(p, forward_cost(shape, p.batch, p.window, p.keys, p.head_rows, **bits) * p.forwards) for p in schedule]
 
 
-def floor(shape: Shape, setting: Setting, gpu: Gpu) -> Floor:
+def floor(shape: ModelConfig, setting: Setting, gpu: Gpu) -> Floor:
     costs = generation_cost(shape, setting.schedule(), weight_bits=setting.weight_bits, cache_bits=setting.cache_bits)
     seconds = {"refresh": 0.0, "step": 0.0}
     for phase, cost in costs:

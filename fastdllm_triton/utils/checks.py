@@ -18,6 +18,18 @@ def require(name: str, value: object, allowed: str, ok: bool) -> None:
         raise ValueError(f"{name} must be {allowed}, got {short_repr(value)}")
 
 
+def known_names(argument: str, names: Iterable[str] | None, known: Iterable[str]) -> list[str]:
+    """Those of the known names that are asked for, in their order; all if none are.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    known, wanted = list(known), set(names or ())
+    if unknown := sorted(wanted - set(known)):
+        raise ValueError(f"{argument}: got {', '.join(unknown)}, needs names among {', '.join(known)}")
+    return [name for name in known if not wanted or name in wanted]
+
+
 def short_repr(value: object) -> str:
     """A value as an error tells of it: in one line, and not all of a long one."""
     text = " ".join(repr(value).split())
@@ -30,7 +42,7 @@ def is_bool(value: object) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A number of Python, numpy or torch that is finite as a float, without dimensions; a bool is none."""
+    """A number of Python, numpy or torch that is finite as a float, without dimensions; a bool does not count."""
     of_array = getattr(value, "shape", None) == () and "float" in str(getattr(value, "dtype", ""))
     if not (of_array or isinstance(value, float) or is_int(value)):
         return False
@@ -47,7 +59,7 @@ def to_number(value: Any) -> int | float:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """An integer of Python, numpy or torch, without dimensions; a bool is none."""
+    """An integer of Python, numpy or torch, without dimensions; a bool does not count."""
     if is_bool(value) or getattr(value, "shape", ()) != () or "bool" in str(getattr(value, "dtype", "")):
         return False
     try:

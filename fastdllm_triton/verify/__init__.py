@@ -15,7 +15,9 @@ from contextlib import contextmanager
 
 import torch
 
+from ..loading import find_device
 from ..ops import resolve
+from ..utils.checks import known_names
 from .parts import in_processes, names, parts_of
 from .records import CaseRecord, Record, render
 
@@ -51,8 +53,8 @@ def verify(
         ValueError: an unknown name, no jobs, or a device that is not there.
         RuntimeError: the kernels cannot run on the device, in this process.
     """
-    chosen = check_names(ops)
-    target = check_device(device)
+    chosen = known_names("op", ops, names())
+    target = find_device(device)
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, needs 1 or more")
     resolve("triton", target)  # raises where the kernels cannot run
@@ -85,31 +87,8 @@ def quiet(device: torch.device) -> Iterator[None]:
         yield
 
 
-def check_names(ops: Sequence[str] | None) -> list[str]:
-    """The names to verify, in order, each once."""
-    known = names()
-    unknown = sorted(set(ops or ()) - set(known))
-    if unknown:
-        raise ValueError(f"op: got {', '.join(unknown)}, needs names among {', '.join(known)}")
-    return [name for name in known if not ops or name in ops]
-
-
-def check_device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        target = torch.device("meta")
-    if target.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {str(device)!r}, needs cpu or cuda")
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: got {str(device)!r}, but torch sees no GPU here")
-    return target
-
-
 def needs_interpreter(device: torch.device) -> bool:
-    """Whether another process is needed: Triton reads the variable when a kernel is imported, which is too late now."""
+    """Whether another process is needed: Triton reads ``TRITON_INTERPRET`` when kernels are imported, as they are by now."""
     return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
 
 

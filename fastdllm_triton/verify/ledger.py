@@ -40,13 +40,13 @@ class Ledger:
             ValueError: it holds something else.
         """
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return cls(found["machine"], found["quick"], path, [Record.from_json(record) for record in found["records"]])
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls(content["machine"], content["quick"], path, [Record.from_json(record) for record in content["records"]])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no verification: {type(error).__name__}: {error}") from None
 
     def check_same(self, machine: Mapping[str, Any], option: str) -> None:
-        """Raises where the records are of another machine, commit or version.
+        """Checks that the records are of this machine, commit and versions.
 
         Raises:
             ValueError: it names the option and the difference.
@@ -57,7 +57,7 @@ class Ledger:
                 raise ValueError(f"{option}: {there}, here it is {machine[name]}")
 
     def resume(self) -> None:
-        """Takes over what the file holds, if it is there; of a quick run nothing where this one is not.
+        """Takes over the records of the file, if there is one; those of a quick run only if this one is quick too.
 
         Raises:
             ValueError: the file is damaged, or of another machine.
@@ -88,7 +88,7 @@ class Ledger:
 
 
 def proven(paths: Sequence[Path], machine: Mapping[str, Any]) -> list[Record]:
-    """The records of files of this machine; of a check that several hold, that of the last.
+    """The records of files of this machine; where several hold a check, the last one counts.
 
     Raises:
         OSError, ValueError: as :meth:`Ledger.load` and :meth:`Ledger.check_same`.

@@ -64,7 +64,7 @@ class Setup:
 
     @property
     def lengths(self) -> dict[str, Any]:
-        """Of the generations with the built-in model."""
+        """The lengths of generations with the built-in model."""
         return {"gen_length": 8, "block_length": 4} if self.interpreted else {"gen_length": 48, "block_length": 16}
 
 
@@ -82,8 +82,8 @@ def golden_cases() -> list[dict[str, Any]]:
 
 
 def _chosen(setup: Setup) -> list[dict[str, Any]]:
-    """All on a GPU; of each cache and strategy the shortest with a step over the cache otherwise, and of those, where it is
-    to be quick, one a cache.
+    """All cases on a GPU. Otherwise, of each cache and strategy, the shortest one with a step over the cache; where it is to be
+    quick, one of each cache, on a GPU too.
     """
     cases = golden_cases()
     if not setup.interpreted and not setup.quick:
@@ -173,7 +173,7 @@ def _again(setup: Setup) -> Iterator[CaseRecord]:
 
 
 def _unequal_bits(setup: Setup, captures: Sequence[bool], prompts: list[str], options: dict[str, Any]) -> int:
-    """Of runs that capture their steps or do not: how many results are not those of the first one."""
+    """How many results of runs that capture their steps, or do not, differ from those of the first run."""
     runs = []
     for capture in captures:
         setup.tiny.buffers.use_cuda_graphs = capture

@@ -107,7 +107,7 @@ class Expected:
 
     @classmethod
     def of(cls, op: OpCases, inputs: Inputs) -> Expected:
-        """Of an op's inputs; in float32 where there is no room for float64."""
+        """What an op must give for these inputs; exact in float32 where there is no room for float64."""
         plain = op.outputs(op.reference, inputs, **op.common)
         exact = plain
         if op.float64:
@@ -119,7 +119,7 @@ class Expected:
         return cls(plain, exact, plain if op.twin is None else op.twin(inputs))
 
     def judge(self, got: Outputs) -> dict[str, Judgement]:
-        """Each of a kernel's outputs by the rule of :mod:`fastdllm_triton.verify.tolerance`."""
+        """Judges each of a kernel's outputs by the rule of :mod:`fastdllm_triton.verify.tolerance`."""
         judged = {}
         for name, tensor in got.items():
             plain = self.plain[name]

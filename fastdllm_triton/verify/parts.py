@@ -62,7 +62,7 @@ def parts_of(chosen: Iterable[str]) -> list[Part]:
 
 
 def unproven(chosen: Sequence[str], records: Iterable[Record]) -> list[str]:
-    """Of names those of which a part did not hold, or was not tried."""
+    """The names of which a part did not hold or was not tried."""
     held = {record.key for record in records if record.ok}
     return list(dict.fromkeys(part.name for part in parts_of(chosen) if part.key not in held))
 

@@ -51,7 +51,7 @@ class Record:
 
     @property
     def key(self) -> tuple[str, str]:
-        """By which records are told apart: check and dtype."""
+        """What tells records apart: check and dtype."""
         return self.check, self.dtype
 
     @property
@@ -76,9 +76,9 @@ class Record:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Record:
-        cases = [CaseRecord(**case | {"error": math.inf if case["error"] is None else case["error"]}) for case in found["cases"]]
-        return cls(found["check"], found["dtype"], cases, found["seconds"])
+    def from_json(cls, data: dict[str, Any]) -> Record:
+        cases = [CaseRecord(**case | {"error": math.inf if case["error"] is None else case["error"]}) for case in data["cases"]]
+        return cls(data["check"], data["dtype"], cases, data["seconds"])
 
 
 def render(records: Sequence[Record], title: str) -> Table:

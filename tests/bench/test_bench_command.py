@@ -248,11 +248,13 @@ def test_changes_are_those_beyond_the_spread_largest_first() -> None:
 def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     report = made_up_report()
     report.write_machine(tmp_path)
-    report.write_verification(tmp_path)
+    verified = Record("swiglu", "float32", [CaseRecord("a case", 0.0, 0.0, ok=True)])
+    Ledger(report.machine, True, tmp_path / "verify.json", [verified]).write()
     for bench in {row["bench"] for row in report.rows}:
         report.write_rows(tmp_path, bench)
     found = Report.load(tmp_path)
     assert (found.machine, found.ceilings) == (report.machine, report.ceilings)
+    assert [Record.from_json(record) for record in found.verification] == [verified]
     assert sorted(map(json.dumps, found.rows)) == sorted(map(json.dumps, report.rows))
     assert found.done() == {(row["op"], label(row["shape"]), row["provider"]) for row in report.rows}
 

@@ -17,9 +17,10 @@ from fastdllm_triton.bench import _timing as timing
 from fastdllm_triton.bench import bench_ops
 from fastdllm_triton.bench._run import benches
 from fastdllm_triton.bench._session import check, label, sets_and_results, sets_of_inputs, timed
+from fastdllm_triton.models.published import LLADA_8B
 from fastdllm_triton.tools import roofline
 from fastdllm_triton.verify.cases import OPS as OP_CASES
-from fastdllm_triton.verify.cases.commit_tokens import MASK, START
+from fastdllm_triton.verify.cases.commit_tokens import MASK
 from fastdllm_triton.verify.ops import Expected
 
 OPS = [bench.op for bench in benches("ops")]
@@ -112,8 +113,7 @@ def test_bytes_of_the_selection_ops(op, needed):
 
 
 def test_the_formulas_are_those_of_the_roofline():
-    shape = roofline.SHAPES["llada-8b"]
-    ops = roofline.op_costs(shape, 4, 32, 4096, 32)
+    ops = roofline.op_costs(LLADA_8B, 4, 32, 4096, 32)
     attention = {"model": "llada", "batch": 4, "window": 32, "slots": 4096}
     assert OP_CASES["window_attention"].bytes(attention) * 32 == ops["window_attention"].alone.bytes
     assert OP_CASES["window_attention"].flops(attention) * 32 == ops["window_attention"].flops
@@ -322,7 +322,7 @@ def test_flex_is_compiled_at_every_shape(monkeypatch):
     bench_ops.compiled_flex.cache_clear()
 
 
-@pytest.mark.parametrize("choose", [bench_ops.official_float64, bench_ops.torch_float32])
+@pytest.mark.parametrize("choose", [bench_ops.llada_confidence, bench_ops.torch_float32])
 def test_the_baselines_choose_what_the_kernel_chooses(choose):
     cases = OP_CASES["token_statistics"]
     logits = cases.inputs({"rows": 4, "vocabulary": 300}, DEVICE, torch.float32)["logits"]
@@ -341,7 +341,7 @@ def test_the_official_baseline_commits_what_the_threshold_rule_commits():
     statistics.rest[4] += 1  # nothing passes: the best alone
     statistics.logsumexp[4] = (statistics.logit + torch.log1p(statistics.rest))[4]
     x = i["x"].clone()
-    done = bench_ops.official_threshold(x, statistics.token, statistics.confidence.double(), START, MASK, 0.7)
+    done = bench_ops.official_commit({**i, "x": x})
     OP_CASES["commit_tokens"].reference(**i)
     assert x.tolist() == i["x"].tolist() and (x[4] != MASK).sum() == 1
     assert done.tolist() == i["state"].done.tolist()

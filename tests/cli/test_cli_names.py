@@ -369,7 +369,7 @@ def test_messages_name_options_as_they_are_typed(message: str, said: str) -> Non
         ("info --model nosuch", "--model: there is no folder or file 'nosuch'"),
         ("info --batch-size 3", "--batch-size need --model"),
         ("roofline --prompt-length 0", "--prompt-length must be 1 or more, got 0"),
-        ("verify --device tpu", "--device: got 'tpu', needs cpu or cuda"),
+        ("verify --device tpu", "--device must be a device of torch, such as 'cpu' or 'cuda:0', got 'tpu'"),
         ("compile-report --arch nope", "--arch: got nope, needs names among"),
         ("compile-report --op nope", "--op: got nope, needs names among"),
         ("compile-report --compare {page}", "--compare {page}: not a report: Expecting value"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import GOLDEN
 from matplotlib.text import Text
 from typer.testing import CliRunner
 
@@ -29,7 +30,6 @@ from fastdllm_triton.evaluation.statistics import paired_interval, ratio_interva
 from fastdllm_triton.evaluation.summary import compare, compare_caches, summarize
 from fastdllm_triton.tiny.problems import is_test_prompt
 from fastdllm_triton.tools import roofline
-from fastdllm_triton.tools.roofline import Shape
 from fastdllm_triton.utils.files import locked
 
 FIXED, QUICK = "fixed:8", "threshold:0.9"
@@ -256,23 +256,63 @@ def test_a_strategy_is_compared_with_fixed_steps_at_its_own_speed() -> None:
 
 def test_the_cost_of_a_request_is_that_of_its_windows(tiny: fdt.MaskedDiffusionLM) -> None:
     prompts = [tiny.encode(request.prompt) for request in builtin_requests(3, 1)]
-    shape, forward = Shape.of(tiny.config), roofline.forward_cost
     # One token a forward: blocks have 16, 15, ... masked slots, and nothing about the counts is an average.
     for cache, options in (("none", {}), ("prefix", {}), ("dual", {}), ("dual", {"suffix_window": 8, "look_ahead": 4})):
         config = tiny.options(cache=cache, strategy=fdt.FixedSteps(48), stop_at_eos=False, **options)
-        meter = Meter(shape, [len(prompt) for prompt in prompts], config)
-        costs = meter.costs(tiny.generate(prompts, config, callback=meter))
-        for prompt, cost in zip(map(len, prompts), costs, strict=True):
-            expected = roofline.Cost(0, 0)
+        meter = Meter(tiny.config, config)
+        step_maps = tiny.generate(prompts, config, callback=meter).step_map.tolist()
+        for row, (prompt, step_map) in enumerate(zip(map(len, prompts), step_maps, strict=True)):
+            cost, expected = meter.cost(row, prompt, step_map), roofline.Cost(0, 0)
             for block in range(3):
                 start = prompt + 16 * block
                 end = min(prompt + 48, start + 16 + options.get("suffix_window", 48))
                 ahead = min(end, start + 16 + options.get("look_ahead", 0))
                 window = {"none": end, "prefix": end - start, "dual": ahead - start}[cache]
-                expected += forward(shape, 1, end, end, 16)
+                expected += roofline.forward_cost(tiny.config, 1, end, end, 16)
                 for masked in range(15, 0, -1):
-                    expected += forward(shape, 1, window, end, masked)
+                    expected += roofline.forward_cost(tiny.config, 1, window, end, masked)
             assert (cost.bytes, cost.flops) == pytest.approx((expected.bytes, expected.flops))
+
+
+@pytest.mark.parametrize("name", ["llada-gqa", "dream-gqa"])
+@pytest.mark.parametrize("strategy", [fdt.Factor(0.3), fdt.Timesteps(60)], ids=["factor", "timesteps"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache": "none", "suffix_window": 4},
+        {"cache": "prefix", "prompt_refresh": 2, "look_back": 3},
+        {"cache": "dual", "refresh_every": 2, "look_ahead": 4},
+    ],
+    ids=str,
+)
+def test_what_a_request_costs_is_what_the_engine_recomputed(name: str, strategy: Any, options: dict[str, Any]) -> None:
+    """In a ragged batch, with a model whose predictions are shifted, with forwards that commit nothing (timesteps), and with
+    blocks after an end token left out.
+    """
+    model = fdt.load(GOLDEN / name, device="cpu")
+    config = model.options(gen_length=32, block_length=8, strategy=strategy, eos_ids=(201, 264), **options)
+    prompts = [[5, 6, 7], [8] * 12, [9] * 7]
+    forwards: list[fdt.Forward] = []
+    meter = Meter(model.config, config)
+
+    def callback(forward: fdt.Forward) -> None:
+        forwards.append(forward)
+        meter(forward)
+
+    output = model.generate(prompts, config, callback=callback)
+    assert (output.step_map < 0).any()
+    for row, (prompt, step_map) in enumerate(zip(prompts, output.step_map.tolist(), strict=True)):
+        expected, padding = roofline.Cost(0, 0), output.sequences.shape[1] - 32 - len(prompt)
+        for forward in forwards:
+            if row in forward.rows:
+                at = forward.rows.index(row)
+                block, (first, end) = forward.blocks[at], forward.windows[at]
+                after = options.get("suffix_window", 32)
+                attended = min(len(prompt) + 32, len(prompt) + 8 * (block + 1) + after)
+                masked = sum(step >= forward.index for step in step_map[8 * block : 8 * (block + 1)])
+                expected += roofline.forward_cost(model.config, 1, end - max(first, padding), attended, masked)
+        cost = meter.cost(row, len(prompt), step_map)
+        assert (cost.bytes, cost.flops) == pytest.approx((expected.bytes, expected.flops))
 
 
 def test_a_cache_with_options_is_compared_with_the_same_without() -> None:

@@ -22,9 +22,9 @@ from fastdllm_triton.verify.cases.linear import PROJECTIONS
 
 EPS = 1e-5
 #: Small tiles, so that small shapes have several of them; split columns; both operand orders.
-PLAIN = Config(block_m=16, block_n=16, block_k=32, swap=False, splits=1, num_warps=4, num_stages=2)
-SWAPPED = Config(block_m=16, block_n=32, block_k=16, swap=True, splits=1, num_warps=4, num_stages=2)
-SPLIT = Config(block_m=16, block_n=32, block_k=16, swap=True, splits=3, num_warps=4, num_stages=2)
+PLAIN = Config(block_m=16, block_n=16, block_k=32, swap_ab=False, splits=1, num_warps=4, num_stages=2)
+SWAPPED = Config(block_m=16, block_n=32, block_k=16, swap_ab=True, splits=1, num_warps=4, num_stages=2)
+SPLIT = Config(block_m=16, block_n=32, block_k=16, swap_ab=True, splits=3, num_warps=4, num_stages=2)
 CONFIGS = {"plain": PLAIN, "swapped": SWAPPED, "split": SPLIT}
 #: Every combination of norm, gated unit and residual.
 FUSIONS = list(itertools.product((False, True), (None, "swiglu"), (False, True)))
@@ -212,7 +212,7 @@ def test_configs_cover_the_shapes_and_fit(arch):
         assert config.part(k) * (config.splits - 1) < k <= config.part(k) * config.splits
         # The tile of few rows is not wider than they need.
         assert config.block_m < 2 * max(rows, 16)
-        if config.swap:
+        if config.swap_ab:
             assert config.block_n >= 64
 
 

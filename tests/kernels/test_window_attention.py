@@ -80,10 +80,10 @@ def test_reference_survives_scores_that_overflow_exp():
 
 
 #: Chunks far shorter than any that are chosen, so that small inputs have several.
-PLAIN = Config(block_m=16, block_n=32, num_warps=4, num_stages=2, swap=False, splits=1, chunk=4096)
-SWAPPED = replace(PLAIN, swap=True)
+PLAIN = Config(block_m=16, block_n=32, num_warps=4, num_stages=2, swap_ab=False, splits=1, chunk=4096)
+SWAPPED = replace(PLAIN, swap_ab=True)
 SPLIT = replace(PLAIN, splits=3, chunk=32)
-SPLIT_SWAPPED = replace(SPLIT, swap=True, splits=4, chunk=24)
+SPLIT_SWAPPED = replace(SPLIT, swap_ab=True, splits=4, chunk=24)
 #: From 128 rows on, what fills no tile has a loop of its own.
 MANY_ROWS = replace(PLAIN, block_m=128, block_n=16)
 MANY_ROWS_SPLIT = replace(MANY_ROWS, splits=3, chunk=32)

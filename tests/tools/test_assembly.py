@@ -80,7 +80,7 @@ for name in ("sm_80", "sm_90"):
 cases = compile_cases("linear", "sm_90")
 case = next(case for case in cases if case.config.startswith("bf16 K=4096 64x64x64 swapped norm swiglu"))
 for swap in (True, False):
-    launch = replace(case.launch, arguments=case.launch.arguments | {"SWAP": swap})
+    launch = replace(case.launch, arguments=case.launch.arguments | {"SWAP_AB": swap})
     print(compile_case(replace(case, launch=launch), ARCHS["sm_90"])["serialised"])
 """
 

@@ -118,7 +118,7 @@ def test_the_bound_of_window_attention_on_shared_memory_is_one():
             constant["BLOCK_N"],
             options["num_warps"],
             options["num_stages"],
-            constant["SWAP"],
+            constant["SWAP_AB"],
             1,
             module.MIN_CHUNK,
         )

@@ -69,7 +69,10 @@ def test_token_statistics_launches_a_merge_where_rows_are_split(rows, vocabulary
 
 def test_what_is_recorded_is_what_was_measured_on_a_gpu(monkeypatch):
     splits = {"NVIDIA Test 5": 1, "NVIDIA Test 6": 4}
-    tiles: dict[str, dict[str, Any]] = {"window_attention": {"block_m": 32, "block_n": 64, "swap": False}, "token_statistics": {}}
+    tiles: dict[str, dict[str, Any]] = {
+        "window_attention": {"block_m": 32, "block_n": 64, "swap_ab": False},
+        "token_statistics": {},
+    }
 
     def nearest(gpu: str | None, op: str, *_: Any, **__: Any) -> dict[str, Any] | None:
         return tiles[op] | {"num_warps": 4, "num_stages": 2, "splits": splits[gpu]} if gpu and op in tiles else None

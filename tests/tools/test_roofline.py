@@ -18,9 +18,10 @@ import fastdllm_triton as fdt
 from fastdllm_triton.cli.app import app
 from fastdllm_triton.cli.roofline import gpu_of
 from fastdllm_triton.decoding.cache_policy import play
+from fastdllm_triton.models.published import DREAM_7B as DREAM
+from fastdllm_triton.models.published import LLADA_8B as LLADA
 from fastdllm_triton.tools.roofline import (
     GPUS,
-    SHAPES,
     Cost,
     Gpu,
     Phase,
@@ -28,23 +29,25 @@ from fastdllm_triton.tools.roofline import (
     floor,
     forward_cost,
     generation_cost,
+    layer_parameters,
     op_costs,
     shape_of,
+    streamed_parameters,
     what_if,
 )
 
-LLADA, DREAM, H200 = SHAPES["llada-8b"], SHAPES["dream-7b"], GPUS["h200"]
+H200 = GPUS["h200"]
 
 
 def test_weights_are_those_of_the_checkpoints() -> None:
     # LLaDA-8B: 4 x 4096^2 + 3 x 4096 x 12288 a layer, 32 layers, a head of 126464 x 4096.
-    assert LLADA.layer_parameters == 4 * 4096**2 + 3 * 4096 * 12_288 == 218_103_808
-    assert LLADA.streamed_parameters == 32 * 218_103_808 + 126_464 * 4096
+    assert layer_parameters(LLADA) == 4 * 4096**2 + 3 * 4096 * 12_288 == 218_103_808
+    assert streamed_parameters(LLADA) == 32 * 218_103_808 + 126_464 * 4096
     # With the embedding and 65 norms these are all the parameters that its model card counts.
-    assert LLADA.streamed_parameters + 126_464 * 4096 + 65 * 4096 == 8_015_581_184
+    assert streamed_parameters(LLADA) + 126_464 * 4096 + 65 * 4096 == 8_015_581_184
     # Dream-7B: (28 + 2 x 4) x 128 columns of QKV.
-    assert DREAM.layer_parameters == 3584 * 36 * 128 + 3584**2 + 3 * 3584 * 18_944
-    assert 2 * DREAM.streamed_parameters == pytest.approx(14.14e9, rel=1e-3)
+    assert layer_parameters(DREAM) == 3584 * 36 * 128 + 3584**2 + 3 * 3584 * 18_944
+    assert 2 * streamed_parameters(DREAM) == pytest.approx(14.14e9, rel=1e-3)
 
 
 def test_a_step_of_llada_streams_15_gb() -> None:
@@ -66,13 +69,13 @@ def test_a_refresh_of_2584_positions_is_40_tflop_and_42_with_the_official_head()
 
 def test_flops_are_those_that_torch_counts() -> None:
     lm = fdt.load(GOLDEN / "llada-gqa", device="cpu")
-    shape = shape_of(GOLDEN / "llada-gqa")
+    model = shape_of(GOLDEN / "llada-gqa")
     ids = torch.arange(24).reshape(2, 12)
     with FlopCounterMode(display=False) as counter:
         lm.logits(ids)
-    attention = op_costs(shape, 2, 12, 12, 12)["window_attention"].flops  # which torch does not count on a CPU
+    attention = op_costs(model, 2, 12, 12, 12)["window_attention"].flops  # which torch does not count on a CPU
     assert attention == 3 * 4 * (2 * 12) * 12 * 64
-    assert forward_cost(shape, 2, 12, 12, 12).flops == counter.get_total_flops() + attention
+    assert forward_cost(model, 2, 12, 12, 12).flops == counter.get_total_flops() + attention
 
 
 def test_cached_bytes_are_those_of_the_cache() -> None:
@@ -92,7 +95,7 @@ def test_a_forward_is_the_sum_of_its_ops() -> None:
 
 def test_fewer_weight_bits_stream_fewer_bytes_and_multiply_as_much() -> None:
     wide, narrow = (forward_cost(LLADA, 1, 32, 1024, 32, weight_bits=bits) for bits in (16, 8))
-    assert wide.bytes - narrow.bytes == LLADA.streamed_parameters
+    assert wide.bytes - narrow.bytes == streamed_parameters(LLADA)
     assert wide.flops == narrow.flops
 
 
@@ -178,16 +181,16 @@ def test_what_ifs_that_change_nothing_are_left_out() -> None:
     "model", ["llada-8b", "llada-1.5", "dream-7b", "tiny", "LLaDA-8B", str(GOLDEN / "llada-mha" / "config.json")]
 )
 def test_models_are_known_by_name_and_by_config(model: str | Path) -> None:
-    assert shape_of(model).streamed_parameters > 0
+    assert streamed_parameters(shape_of(model)) > 0
 
 
-def test_the_built_in_shapes_are_what_a_config_gives(tmp_path) -> None:
+def test_the_published_sizes_are_what_a_config_gives(tmp_path) -> None:
     config = {
         "model_type": "llada", "d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12_288, "vocab_size": 126_464,
-        "max_sequence_length": 4096, "mask_token_id": 126_336, "eos_token_id": 126_081,
+        "max_sequence_length": 4096, "mask_token_id": 126_336, "eos_token_id": 126_081, "rope_theta": 5e5, "weight_tying": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert replace(shape_of(tmp_path), name="LLaDA-8B") == LLADA
+    assert shape_of(tmp_path) == shape_of("llada-8b") == LLADA
 
 
 @pytest.mark.parametrize(
@@ -231,6 +234,7 @@ def test_the_command_prints_the_floor() -> None:
         assert part in " ".join(text.split())
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     expected = floor(LLADA, Setting(1000, 256, tokens_per_forward=3.25), H200)
+    assert (found["model"]["name"], found["model"]["mlp"]) == ("LLaDA-8B", 12_288)
     assert found["generation"]["as given"]["floor_ms"] == pytest.approx(expected.seconds * 1e3)
     assert [forward["name"] for forward in found["forwards"]] == ["refresh", "step"]
 

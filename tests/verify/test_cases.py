@@ -8,7 +8,7 @@ from _support import DEVICE, assert_case_holds
 
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.tools.compile_report import compile_cases, reported_ops
-from fastdllm_triton.tools.roofline import SHAPES
+from fastdllm_triton.tools.roofline import layer_parameters
 from fastdllm_triton.verify.cases import OPS
 from fastdllm_triton.verify.cases._base import CASE_MODELS, copy
 from fastdllm_triton.verify.cases.linear import PROJECTIONS
@@ -66,10 +66,9 @@ def test_shapes_that_are_timed_have_the_same_sizes_and_an_axis(op):
 def test_the_projections_are_those_of_the_configs():
     assert PROJECTIONS["llada qkv"] == (12_288, 4096, True, None, False)
     assert PROJECTIONS["dream qkv"] == (4608, 3584, True, None, False)
-    for model, name in (("llada", "llada-8b"), ("dream", "dream-7b")):
+    for model, config in CASE_MODELS.items():
         weights = sum(projection.n * projection.k for key, projection in PROJECTIONS.items() if key.startswith(model))
-        assert weights == SHAPES[name].layer_parameters
-        assert SHAPES[name].vocab_size == CASE_MODELS[model].vocab_size
+        assert weights == layer_parameters(config)
 
 
 @pytest.mark.parametrize("op", reported_ops())

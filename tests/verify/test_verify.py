@@ -150,12 +150,14 @@ def test_a_case_too_large_for_the_memory_is_skipped_with_its_reason(monkeypatch:
     ("arguments", "message"),
     [
         (["--op", "softmax"], "--op: got softmax, needs names among window_inputs, rms_norm"),
-        (["--device", "tpu"], "--device: got 'tpu', needs cpu or cuda"),
+        (["--device", "tpu"], "--device must be a device of torch, such as 'cpu' or 'cuda:0', got 'tpu'"),
         (["--out", "/nowhere/at/all.json"], "--out: /nowhere/at/all.json cannot be written"),
         (["--resume"], "--resume: needs --out FILE"),
         (["--jobs", "0"], "--jobs"),
         pytest.param(
-            ["--device", "cuda"], "torch sees no GPU here", marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="there is one")
+            ["--device", "cuda"],
+            "this machine has 0 GPUs",
+            marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="there is one"),
         ),
     ],
 )

@@ -50,7 +50,7 @@ class RecognisedModule:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all parameters."""
+        """The dtype of all parameters."""
         return self.parameters[self.architecture.NAMES.embedding].dtype
 
 
@@ -146,9 +146,9 @@ def _refuse_adapters(outer: nn.Module, inner: nn.Module) -> None:
             off = getattr(layer, "disable_adapters", False) or not getattr(layer, "active_adapters", "unknown")
             if merged == off:  # at work beside the weight, or about to be taken out of it
                 raise ValueError(f"module: {name} has an adapter that is not merged into its weight; {advice}")
-    own = {id(p) for p in inner.parameters()}
+    parameters = {id(p) for p in inner.parameters()}
     for name, p in outer.named_parameters():
-        if id(p) not in own:
+        if id(p) not in parameters:
             raise ValueError(f"module: {name} lies outside the model and would not be used; give the model without it")
 
 

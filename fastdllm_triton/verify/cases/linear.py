@@ -106,7 +106,7 @@ def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
     words = [word for word in ("swiglu", "residual") if c[word.upper()]]
     if kernel == "_finish_kernel":
         return " ".join([dtype, "finish", *words])
-    form = [word for word, name in (("swapped", "SWAP"), ("split", "SPLIT"), ("norm", "NORM")) if c[name]]
+    form = [word for word, name in (("swapped", "SWAP_AB"), ("split", "SPLIT"), ("norm", "NORM")) if c[name]]
     tile = f"{c['BLOCK_M']}x{c['BLOCK_N']}x{c['BLOCK_K']}"
     return " ".join([dtype, f"K={c['K']}", tile, *form, *words, f"stages={c['STAGES']}"])
 

@@ -65,7 +65,7 @@ def sampling_label(c: Mapping[str, Any]) -> str:
 
 
 def merge_label(c: Mapping[str, Any]) -> str:
-    """Of the kernel that merges what programs found in parts of a row."""
+    """The label of the kernel that merges what programs found in parts of a row."""
     return f"BLOCK={c['BLOCK']}{' sample' if c['SAMPLE'] else ''}"
 
 

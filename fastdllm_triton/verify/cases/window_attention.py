@@ -112,8 +112,8 @@ def _compiled(arch: Arch) -> Iterator[Compiled]:
                 sizes = {"model": model, "batch": batch, "window": window, "slots": slots}
                 yield torch.bfloat16, sizes, None
                 config = kernels.select_config(arch, batch, window, *heads, slots, 2)
-                if config.swap:
-                    yield torch.bfloat16, sizes, {"config": replace(config, swap=False)}
+                if config.swap_ab:
+                    yield torch.bfloat16, sizes, {"config": replace(config, swap_ab=False)}
     for dim, dtype in (*((dim, torch.bfloat16) for dim in (16, 32, 64, 80, 96)), (128, torch.float32)):
         yield dtype, {"heads": (32, 32, dim), "window": 32, "slots": 4096}, None
 
@@ -122,7 +122,7 @@ def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
     name = f"{dtype} {'llada' if c['G'] == 1 else 'dream'} D={c['D']}"
     if kernel == "_merge_kernel":
         return f"{name} merge"
-    return f"{name} {c['BLOCK_M']}x{c['BLOCK_N']}{' swapped' if c['SWAP'] else ''}{' split' if c['SPLIT'] else ''}"
+    return f"{name} {c['BLOCK_M']}x{c['BLOCK_N']}{' swapped' if c['SWAP_AB'] else ''}{' split' if c['SPLIT'] else ''}"
 
 
 WINDOW_ATTENTION = OpCases(
