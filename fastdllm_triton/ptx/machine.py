@@ -85,7 +85,7 @@ class Machine:
         size = self._size(max(lanes // kernel.threads, 1))
         self._waiting = [programs[start : start + size] for start in range(0, len(programs), size)]
         self._begun: list[Batch] = []
-        memory.watch(kernel, self._parameters, races=checks)
+        memory.watch(self._program.origins, self._parameters, races=checks)
 
     def _size(self, programs: int) -> int:
         """How many programs run side by side, at most as many as given."""
@@ -129,7 +129,13 @@ class Machine:
         kernel = self._program.kernel
         shared = next((free for free in self._free if free.programs >= len(programs)), None)
         if shared is None:
-            shared = SharedMemory(kernel, len(programs), self._shared_bytes, checks=self._checks)
+            shared = SharedMemory(
+                len(programs),
+                self._shared_bytes,
+                granule=self._program.granule,
+                checks=self._checks,
+                has_wgmma=self._program.has_wgmma,
+            )
         else:
             self._free.remove(shared)
         special = special_registers(programs, self._grid, kernel.threads)

@@ -13,8 +13,7 @@ from .accesses import Use
 from .cells import Cells, Distinct, mapped, rising
 from .findings import Kind
 from .lanes import Array, Lanes, Which
-from .parser import Kernel
-from .pointers import Origin, origins
+from .pointers import Origin
 from .races import Chosen, GlobalRaces
 
 #: What a byte reads as that may not be read: all of a word is NaN.
@@ -188,11 +187,17 @@ class GlobalMemory:
             region.extent, region.first = extent, region.pointer - low
         self.extents.append(extent)
 
-    def watch(self, kernel: Kernel, parameters: Mapping[str, Array], *, races: bool) -> None:
-        """Prepares for a launch: finds where each instruction may lead, and with ``races`` what has to be watched for races."""
+    def watch(self, origins: Iterable[Origin], parameters: Mapping[str, Array], *, races: bool) -> None:
+        """Prepares for a launch: finds where each instruction may lead, and with ``races`` what has to be watched for races.
+
+        Args:
+            origins: the kernel's accesses.
+            parameters: values of its parameters.
+            races: whether to look for races.
+        """
         self._candidates.clear()
         uses: dict[int, list[Origin]] = {}
-        for origin in origins(kernel):
+        for origin in origins:
             regions = self._reached(origin, parameters)
             self._candidates[id(origin.instruction)] = regions
             for key in {id(region.extent) for region in regions}:

@@ -22,8 +22,10 @@ from . import (
     transfers,
     wgmma,
 )
+from .accesses import Space, smallest
 from .lanes import Lanes, Mask, Step, items
 from .parser import Address, Block, Instruction, Kernel, Operand, Register, Special
+from .pointers import Origin, origins
 from .semantics import UnknownInstructionError, decode, scalar_of
 from .warp import together
 
@@ -100,11 +102,17 @@ class Program:
         kernel: it.
         sequences: its blocks.
         widest: bytes that a lane needs for registers, at most.
+        origins: its accesses to global memory.
+        granule: bytes of its smallest access to shared memory.
+        has_wgmma: whether it reads shared memory through the async proxy.
     """
 
     kernel: Kernel
     sequences: tuple[Sequence, ...]
     widest: int
+    origins: tuple[Origin, ...]
+    granule: int
+    has_wgmma: bool
 
     @classmethod
     def of(cls, kernel: Kernel) -> Program:
@@ -125,16 +133,19 @@ _PROGRAMS: dict[int, Program] = {}  # a program holds its kernel, so that no oth
 
 
 def _make(kernel: Kernel) -> Program:
-    for instruction in kernel.instructions:
+    instructions = kernel.instructions
+    for instruction in instructions:
         _check(instruction, kernel)
-    living = _living(kernel)
     watched = wgmma.watched(kernel)
+    uses = [[_uses(instruction) for instruction in block.instructions] for block in kernel.blocks]
     sequences, widest = [], 0
-    for block, after in zip(kernel.blocks, living, strict=True):
-        sequence, most = _sequence(block, after, kernel, watched)
+    for block, used, after in zip(kernel.blocks, uses, _living(kernel.blocks, uses), strict=True):
+        sequence, most = _sequence(block, used, after, kernel, watched)
         sequences.append(sequence)
         widest = max(widest, most)
-    return Program(kernel, tuple(sequences), widest)
+    has_wgmma = any(instruction.name == "wgmma" for instruction in instructions)
+    granule = smallest(instructions, Space.SHARED)
+    return Program(kernel, tuple(sequences), widest, tuple(origins(kernel)), granule, has_wgmma)
 
 
 def _check(instruction: Instruction, kernel: Kernel) -> None:
@@ -155,21 +166,22 @@ def _check(instruction: Instruction, kernel: Kernel) -> None:
             refuse("a barrier but that of all threads, 0,")
 
 
-def _sequence(block: Block, after: frozenset[int], kernel: Kernel, watched: frozenset[int]) -> tuple[Sequence, int]:
+def _sequence(block: Block, uses: list[_Uses], after: set[int], kernel: Kernel, watched: frozenset[int]) -> tuple[Sequence, int]:
+    """A block made ready, and bytes that a lane needs for registers in it, at most."""
     live = set(after)
     if block.end is not None and block.end.guard is not None:
         live.add(block.end.guard.slot)
+    size = most = _bytes(live, kernel)
     actions: list[Action] = []
-    most = _bytes(live, kernel)
-    for instruction in reversed(block.instructions):
-        written, read = _uses(instruction)
-        last = tuple(sorted((written | read) - live))
-        live = (live - written) | read
-        most = max(most, _bytes(live | written, kernel))
-        harmless = scalar_of(instruction) is not None or instruction.name in _HARMLESS
-        guard = instruction.guard.slot if instruction.guard is not None else None
+    for instruction, used in zip(reversed(block.instructions), reversed(uses), strict=True):
+        last = tuple((used.written | used.read) - live)
+        most = max(most, size + _bytes(last, kernel))
+        gone, new = (used.written & live) - used.read, used.read - live
+        live = (live - used.written) | used.read
+        size += _bytes(new, kernel) - _bytes(gone, kernel)
         step = _guarded(decode(instruction, kernel), wgmma.guard(instruction, watched))
-        actions.append(Action(instruction, step, guard, instruction.negated, harmless, last))
+        guard = instruction.guard.slot if instruction.guard is not None else None
+        actions.append(Action(instruction, step, guard, instruction.negated, used.harmless, last))
     whole = any(together(instruction) for instruction in block.instructions)
     return Sequence(tuple(reversed(actions)), block.end, block.target, whole), most
 
@@ -197,36 +209,46 @@ def _slots(operand: Operand) -> list[int]:
     return [item.slot for item in items(operand) if isinstance(item, Register)]
 
 
-def _uses(instruction: Instruction) -> tuple[set[int], set[int]]:
-    """Slots that are written whatever they were, and slots that are read.
+class _Uses(NamedTuple):
+    """What an instruction does with registers, by slots.
 
-    In doubt an operand is read, so that it is kept.
+    Attributes:
+        written: whatever they were.
+        read: those too of which it is not certain, so that they are kept.
+        harmless: as :attr:`Action.harmless`.
     """
+
+    written: set[int]
+    read: set[int]
+    harmless: bool
+
+
+def _uses(instruction: Instruction) -> _Uses:
+    meaning = scalar_of(instruction)
     operands = [item for operand in instruction.operands for item in items(operand)]
     count = 0
-    if meaning := scalar_of(instruction):
+    if meaning is not None:
         count = len(meaning.results)
     elif instruction.name in _RESULT_FIRST:
         count = len(items(instruction.operands[0]))
     written = {slot for operand in operands[:count] for slot in _slots(operand)}
     read = {slot for operand in operands[count:] for slot in _slots(operand)}
+    harmless = meaning is not None or instruction.name in _HARMLESS
     if instruction.guard is not None:  # the old value stays where it is false
-        return set(), written | read | {instruction.guard.slot}
-    return written, read
+        return _Uses(set(), written | read | {instruction.guard.slot}, harmless)
+    return _Uses(written, read, harmless)
 
 
-def _living(kernel: Kernel) -> list[frozenset[int]]:
+def _living(blocks: list[Block], uses: list[list[_Uses]]) -> list[set[int]]:
     """Of each block, the registers that are read after it."""
-    blocks = kernel.blocks
     written: list[set[int]] = []
     read: list[set[int]] = []
-    for block in blocks:
+    for block, used in zip(blocks, uses, strict=True):
         new: set[int] = set()
         old: set[int] = set()
-        for instruction in block.instructions:
-            results, sources = _uses(instruction)
-            old |= sources - new
-            new |= results
+        for one in used:
+            old |= one.read - new
+            new |= one.written
         if block.end is not None and block.end.guard is not None:
             old |= {block.end.guard.slot} - new
         written.append(new)
@@ -237,12 +259,12 @@ def _living(kernel: Kernel) -> list[frozenset[int]]:
     while changed:
         changed = False
         for n in range(len(blocks) - 1, -1, -1):
-            out = set().union(*(before[follower] for follower in _followers(blocks, n)))
+            out: set[int] = set().union(*(before[follower] for follower in _followers(blocks, n)))
             if out != after[n]:
                 after[n] = out
                 before[n] = read[n] | (out - written[n])
                 changed = True
-    return [frozenset(slots) for slots in after]
+    return after
 
 
 def _followers(blocks: list[Block], n: int) -> list[int]:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .accesses import Space, Use, smallest
+from .accesses import Use
 from .cells import Cells, Distinct
 from .findings import Kind
 from .lanes import Array, Lanes, Which
-from .parser import Kernel
 from .proxies import ProxyFences
 from .races import Chosen, SharedRaces
 
@@ -36,13 +35,15 @@ class SharedMemory:
     ``wgmma`` pay for it.
 
     Attributes:
-        size: bytes of a program.
         programs: how many there is room for.
+        size: bytes of a program.
+        checks: whether it looks for races and the like.
     """
 
-    def __init__(self, kernel: Kernel, programs: int, size: int, *, checks: bool) -> None:
-        self.size = size
+    def __init__(self, programs: int, size: int, *, granule: int, checks: bool, has_wgmma: bool) -> None:
         self.programs = programs
+        self.size = size
+        self.checks = checks
         self._stride = -(-size // _ALIGNMENT) * _ALIGNMENT
         total = max(programs * self._stride, _ALIGNMENT)
         self.cells = Cells(np.empty(total, np.uint8))
@@ -50,10 +51,9 @@ class SharedMemory:
         self._starts: dict[int, Array] = {}
         self._races: SharedRaces | None = None
         self._fences: ProxyFences | None = None
-        self._granule = smallest(kernel.instructions, Space.SHARED)
         if checks and size:
-            self._races = SharedRaces(total, self._granule)
-            if any(instruction.name == "wgmma" for instruction in kernel.instructions):
+            self._races = SharedRaces(total, granule)
+            if has_wgmma:
                 self._fences = ProxyFences(self._races)
 
     def start(self, lanes: Lanes) -> None:
