@@ -133,7 +133,7 @@ class Flights:
         self.committed[at(warps)] += 1
 
     def touch(self, lanes: Lanes, mask: Mask, named: tuple[int, ...], written: tuple[int, ...]) -> None:
-        """An instruction other than a wgmma names registers of these slots, and writes some of them."""
+        """An instruction other than a wgmma uses registers of these slots, and writes some of them."""
         self.clock += 1
         for slot in named:
             if mask is None:
@@ -202,10 +202,16 @@ class Flights:
             self.readers[slot] = np.maximum(self.readers.get(slot, _NONE), self.numbers(warps))
 
     def read(self, lanes: Lanes, warps: Warps, which: Which, address: Array) -> Array:
-        """``[n, 16]``: chunks of shared memory, which are not to change before these warps wait."""
+        """``[n, 16]``: chunks of shared memory, which are not to change before these warps wait.
+
+        What ``cp.async`` wrote needs no ``fence.proxy.async``: the manual does not say so, but Triton and CUTLASS
+        (``MainloopSm90CpAsyncGmma``) put none there.
+        """
         shared = cast(SharedMemory, lanes.shared)
-        lanes.note(Kind.UNFENCED, which[shared.unfenced(lanes, which, address, CHUNK)])
         data = shared.load(lanes, which, address, CHUNK)
+        if not shared.checks:
+            return data
+        lanes.note(Kind.UNFENCED, which[shared.unfenced(lanes, which, address, CHUNK)])
         self.readings.append(_Reading(lanes.here, self.numbers(warps), which, address, data))
         return data
 

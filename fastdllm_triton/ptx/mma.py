@@ -106,9 +106,12 @@ def matrix_b(words: Sequence[Array], form: Format) -> Array:
 def to_registers(matrix: Array, dtype: str) -> Array:
     """``[registers, w * 32]`` unsigned: an accumulator ``[w, rows, columns]``; a lane has pairs of a row, next to each other.
 
-    Registers first go along the pair, then down by 8 rows, then right by 8 columns; those of float16 hold a pair each.
+    Registers first go along the pair, then down by 8 rows, then right by 8 columns; those of float16 hold a pair each. Every NaN
+    becomes the tensor cores' own.
     """
     warps, rows, columns = matrix.shape
+    if dtype in ("f16", "f32") and np.isnan(matrix).any():
+        matrix = np.where(np.isnan(matrix), NAN, matrix)
     parts = matrix.reshape(warps, rows // 8, 8, columns // 8, 4, 2)
     if dtype == "f16":
         ordered = np.ascontiguousarray(parts.transpose(3, 1, 0, 2, 4, 5).astype(np.float16))
@@ -137,15 +140,13 @@ def product(a: Array, b: Array, dtype: str) -> Array:
 
 
 def accumulate(terms: Array, accumulator: Array, dtype: str, saturate: bool = False) -> Array:
-    """What becomes of an accumulator: the sum, rounded, wrapped or limited as its type says; every NaN is the same one."""
+    """The sum, rounded, wrapped or limited as the accumulator's type says; ``terms`` may be overwritten."""
     if dtype == "s32":
         if not saturate:
             return terms + accumulator
         return np.clip(terms.astype(np.int64) + accumulator, -(2**31), 2**31 - 1).astype(np.int32)
     with np.errstate(invalid="ignore", over="ignore"):
-        total: Array = terms + accumulator
-        if dtype != "f64" and np.isnan(total).any():
-            total = np.where(np.isnan(total), NAN, total)
+        total: Array = np.add(terms, accumulator, out=terms)
         return total.astype(np.float16).astype(np.float32) if dtype == "f16" else total
 
 

@@ -56,7 +56,7 @@ def count_of(lanes: Lanes, warps: Warps) -> int:
 
 def lanes_of(lanes: Lanes, warps: Warps) -> Which:
     """``[w * 32]``: the lanes of warps."""
-    return np.arange(lanes.count) if warps is None else (warps[:, None] * WARP + _LANE).reshape(-1)
+    return lanes.every if warps is None else (warps[:, None] * WARP + _LANE).reshape(-1)
 
 
 def of_warps(lanes: Lanes, value: Array, warps: Warps) -> Array:

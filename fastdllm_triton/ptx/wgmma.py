@@ -8,8 +8,9 @@ One line where it decodes a kernel's instructions, for kernels without ``wgmma``
     slots = wgmma.watched(kernel)              # once a kernel: empty where it has no wgmma
     check = wgmma.guard(instruction, slots)    # a step to run before the instruction's own, with the same mask; mostly None
 
-Guards also tell where ``wgmma.fence`` is missing: before the first product, and after any other use of its registers. Not
-looked at: that it has to be between products of different shapes that have registers in common, too.
+Guards also tell where ``wgmma.fence`` is missing: before the first product, and after any other use of its registers. A plain
+``mov`` may come after the fence: LLVM puts the zeros of unrolled loops there, and ptxas orders them. Not looked at: that a
+fence has to be between products of different shapes that have registers in common, too.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _mma_async(instruction: Instruction, parts: list[str]) -> Step | None:
         if a_descriptor is None:
             left = matrix_a([of_warps(lanes, read(lanes), warps) for read in read_a], a_form, _ROWS)
         else:
-            left = _read_a(lanes, flights, warps, _descriptors(lanes, a_descriptor(lanes), units), a_form, trans_a)
+            left = _read_a(lanes, flights, units, _descriptors(lanes, a_descriptor(lanes), units), a_form, trans_a)
         right = _read_b(lanes, flights, units, _descriptors(lanes, b_descriptor(lanes), units), b_form, trans_b, shape.columns)
         if negated:
             left = -left
@@ -187,23 +188,29 @@ def _places(descriptors: Array, size: int, transposed: bool) -> Array:
     return addresses(different, size, 16 if transposed else 2, transposed)[which]
 
 
-def _read_a(lanes: Lanes, flights: Flights, warps: Warps, descriptors: Array, form: Format, transposed: bool) -> Array:
-    """``[w, 16, K]``: each warp's rows of A, a chunk a lane."""
-    which = lanes_of(lanes, warps)
-    every = which[::WARP] // WARP
-    places = _places(descriptors, GROUP * _ROWS, transposed).reshape(len(descriptors), GROUP, WARP)
-    unit = np.arange(len(every)) * len(descriptors) // len(every)
-    data = flights.read(lanes, warps, which, places[unit, every % GROUP].reshape(-1))
-    return values(data.reshape(len(every), WARP, CHUNK), form, _ROWS, transposed)
+def _sharers(lanes: Lanes, units: Which, chunks: int) -> Which:
+    """``[u, chunks]``: the lanes by which each unit reads chunks; as whichever warp may read each, it is another in each unit."""
+    threads = lanes_of(lanes, units.reshape(-1)).reshape(len(units), -1)
+    turn = np.arange(chunks) + WARP * np.arange(len(units))[:, None]
+    which: Which = np.take_along_axis(threads, turn % threads.shape[1], 1)
+    return which
+
+
+def _read_a(lanes: Lanes, flights: Flights, units: Which, descriptors: Array, form: Format, transposed: bool) -> Array:
+    """``[w, 16, K]``: the rows of A of each warp, 32 chunks."""
+    places = _places(descriptors, GROUP * _ROWS, transposed).reshape(len(units), GROUP, WARP)
+    places = places[np.arange(len(units))[:, None], units % GROUP].reshape(len(units), -1)
+    which = _sharers(lanes, units, places.shape[1])
+    data = flights.read(lanes, units.reshape(-1), which.reshape(-1), places.reshape(-1))
+    return values(data.reshape(-1, WARP, CHUNK), form, _ROWS, transposed)
 
 
 def _read_b(
     lanes: Lanes, flights: Flights, units: Which, descriptors: Array, form: Format, transposed: bool, columns: int
 ) -> Array:
-    """``[u, columns, K]``: all of B, once for the warps of a unit, who share in the reading."""
+    """``[u, columns, K]``: all of B, once for the warps of a unit."""
     places = _places(descriptors, columns, transposed)
-    threads = lanes_of(lanes, units.reshape(-1)).reshape(len(units), -1)
-    which = threads[:, np.arange(places.shape[1]) % threads.shape[1]]
+    which = _sharers(lanes, units, places.shape[1])
     data = flights.read(lanes, units.reshape(-1), which.reshape(-1), places.reshape(-1))
     return values(data.reshape(*places.shape, CHUNK), form, columns, transposed)
 
@@ -233,6 +240,8 @@ def guard(instruction: Instruction, slots: frozenset[int]) -> Step | None:
         return None
     written = tuple(_slots(instruction.operands[0], slots)) if not isinstance(instruction.operands[0], Address) else ()
     every = tuple(dict.fromkeys(named))
+    if instruction.name == "mov":
+        return lambda lanes, mask: Flights.of(lanes).check_use(lanes, mask, every, written)
     return lambda lanes, mask: Flights.of(lanes).touch(lanes, mask, every, written)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastdllm_triton.ptx import integers, mma, warp, wgmma  # noqa: F401  (they register what they know)
+from fastdllm_triton.ptx import program, wgmma  # noqa: F401  (a program knows all instructions)
 from fastdllm_triton.ptx.findings import Findings
 from fastdllm_triton.ptx.lanes import UNSIGNED, Lanes
 from fastdllm_triton.ptx.parser import Register, parse
@@ -22,6 +22,8 @@ HEAD = """
 
 class Shared:
     """Bytes of each program; addresses wrap around."""
+
+    checks = True
 
     def __init__(self, programs, size):
         self.bytes = np.full((programs, size), 0xFF, np.uint8)

@@ -272,6 +272,7 @@ EARLY = {
     "written before the wait": (ONE + COMMIT + "add.u32 %r3, %r300, 1;\n" + WAIT, True),
     "an address": (ONE + COMMIT + "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r300}, [%r1+16];\n" + WAIT, True),
     "stored": (ONE + COMMIT + "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r300], {%r1};\n" + WAIT, True),
+    "copied before the wait": (ONE + COMMIT + "mov.b32 %r300, %r2;\n" + WAIT, True),
     "a part of A written": (ONE + COMMIT + "add.u32 %r201, %r300, 1;\n" + WAIT, True),
     "a part of A as a result of another product": (ONE + COMMIT + BEFORE + text_of(8, BF16, n=198) + COMMIT + WAIT, True),
     "as a part of another product's A": (
@@ -311,6 +312,7 @@ FENCES = {
         BEFORE + text_of(8, BF16, PARTS) + AFTER + "add.u32 %r300, %r1, 1;\n" + text_of(8, BF16, PARTS) + AFTER,
         True,
     ),
+    "an accumulator moved to": (BEFORE + "mov.b32 %r2, %r300;\n" + text_of(8, BF16, PARTS) + AFTER, False),
     "another register": (BEFORE + "add.u32 %r4, %r300, 1;\n" + text_of(8, BF16, PARTS) + AFTER, False),
     "after the use": ("add.u32 %r2, %r300, 1;\n" + BEFORE + text_of(8, BF16, PARTS) + AFTER, False),
 }
