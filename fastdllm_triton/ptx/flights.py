@@ -148,11 +148,12 @@ class Flights:
     ) -> None:
         """Notes who names accumulators in flight, other than those of one's own flight, or writes parts of A that are read."""
         flights = {id(flight): flight for flight in map(self.writers.get, named) if flight is not None and flight is not own}
-        busy = [flight.group >= 0 for flight in flights.values()]
-        busy += [self.readers[slot] >= self.landed for slot in written if slot in self.readers]
-        if busy and (anywhere := np.logical_or.reduce(busy)).any():
-            which = lanes.active(mask)
-            lanes.note(Kind.EARLY_ACCUMULATOR, which[anywhere[which // WARP]])
+        written_to = [flight.group >= 0 for flight in flights.values()]
+        read_from = [self.readers[slot] >= self.landed for slot in written if slot in self.readers]
+        for busy, what in ((written_to, "an accumulator"), (read_from, "a part of A")):
+            if busy and (warps := np.logical_or.reduce(busy)).any():
+                which = lanes.active(mask)
+                lanes.note(Kind.EARLY_ACCUMULATOR, which[warps[which // WARP]], what)
 
     def check_fence(self, lanes: Lanes, warps: Warps, slots: Iterable[int]) -> None:
         """Notes warps that used registers of these slots since their last ``wgmma.fence``."""

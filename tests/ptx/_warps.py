@@ -44,7 +44,7 @@ class Bench:
     def __init__(self, body, threads=64, programs=2, shared=4096, memory=None):
         self.kernel = parse(HEAD.format(threads=threads) + body + "\n}\n")
         self.findings = Findings()
-        self.shared = memory(self.kernel, programs, shared) if memory else Shared(programs, shared)
+        self.shared = memory or Shared(programs, shared)
         self.lanes = Lanes(
             self.kernel, np.arange(programs), {}, {}, memory=self.shared, shared=self.shared, findings=self.findings
         )

@@ -390,9 +390,8 @@ def test_shared_memory_that_is_not_fenced():
     """With the memory of the machine: what a store wrote needs a fence.proxy.async, and bytes nobody wrote are told."""
     body = BEFORE + text_of(8, BF16, PARTS) + AFTER
     for fenced, kinds in ((True, set()), (False, {Kind.UNFENCED})):
-        bench = Bench(
-            HEAD + body, THREADS, 1, 8192, memory=lambda kernel, programs, size: SharedMemory(kernel, programs, size, checks=True)
-        )
+        shared = SharedMemory(1, 8192, granule=16, checks=True, has_wgmma=True)
+        bench = Bench(HEAD + body, THREADS, 1, memory=shared)
         lanes = bench.lanes
         bench.shared.start(lanes)
         lanes.here = bench.kernel.instructions[0]
