@@ -114,11 +114,9 @@ def _bfe(instruction: Instruction) -> Scalar | None:
         up, down = dtype_of(type_)(bits - position - length), dtype_of(type_)(bits - length)
         return lambda a, b, c: (a.view(dtype_of(type_)) << up) >> down
 
-    position, length = instruction.operands[-2:]
-    if isinstance(position, Immediate) and isinstance(length, Immediate):
-        start, size = position.value & 0xFF, length.value & 0xFF
-        if size > 0 and start + size <= bits:
-            return Scalar((type_,), (unsigned_of(bits), "u32", "u32"), constant(start, size))
+    fixed = [operand.value & 0xFF for operand in instruction.operands[-2:] if isinstance(operand, Immediate)]
+    if len(fixed) == 2 and 0 < fixed[1] <= bits - fixed[0]:  # within the register, as compilers write it
+        return Scalar((type_,), (unsigned_of(bits), "u32", "u32"), constant(*fixed))
     return Scalar((type_,), (unsigned_of(bits), "u32", "u32"), compute)
 
 
@@ -180,12 +178,14 @@ def _szext(instruction: Instruction) -> Scalar | None:
 
 def count_ones(values: Array) -> Array:
     """Of unsigned integers of 32 or 64 bits, as ``uint32``."""
-    each = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
-    counts: Array = _ONES[each].sum(1, dtype=np.uint32)
-    return counts
-
-
-_ONES = np.array([bin(n).count("1") for n in range(256)], np.uint8)
+    if values.itemsize == 8:
+        both = count_ones(np.ascontiguousarray(values).view(np.uint32))
+        return both[0::2] + both[1::2]
+    # Of pairs of bits, of fours, of bytes; then the bytes are added by a product.
+    counts: Array = values - ((values >> np.uint32(1)) & np.uint32(0x55555555))
+    counts = (counts & np.uint32(0x33333333)) + ((counts >> np.uint32(2)) & np.uint32(0x33333333))
+    counts = ((counts + (counts >> np.uint32(4))) & np.uint32(0x0F0F0F0F)) * np.uint32(0x01010101)
+    return counts >> np.uint32(24)
 
 
 def _smear(values: Array) -> Array:
@@ -329,8 +329,9 @@ def _mov(instruction: Instruction) -> Scalar | None:
 
 
 def _unpack(value: Array, dtype: type[Any], wanted: list[bool]) -> list[Array | None]:
-    parts = np.ascontiguousarray(value).view(dtype)
-    return [parts[n :: len(wanted)].copy() if want else None for n, want in enumerate(wanted)]
+    step, one = 8 * dtype().itemsize, value.dtype.type
+    parts = [value >> one(step * n) if n and want else value for n, want in enumerate(wanted)]
+    return [part.astype(dtype) if want else None for part, want in zip(parts, wanted, strict=True)]
 
 
 def _pack(values: tuple[Array, ...], dtype: type[Any]) -> Array:

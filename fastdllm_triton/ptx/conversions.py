@@ -23,12 +23,14 @@ from .rounding import (
     f32,
     f64,
     flush,
+    from_bf16,
     from_fp8,
     narrow_odd,
     odd,
     relu,
     saturate,
     step_towards,
+    to_bf16_pair,
     to_f32,
     to_fp8,
     to_tf32,
@@ -182,6 +184,8 @@ def _float_to_float(to: str, source: str, mode: str, known: frozenset[str]) -> C
     if to == "f32":
         if source == "f64":
             return lambda a: out(canonical(clamps(to_f32(a, mode))))
+        if source == "bf16" and not known:  # the hardware moves the bits, those of NaN too
+            return from_bf16
         widen = WIDEN.get(source, lambda a: a)
         return lambda a: out(canonical(clamps(widen(into(a)))))
     narrow = NARROW[to]
@@ -230,6 +234,8 @@ def _pairs(to: str, source: str, known: frozenset[str]) -> Scalar | None:
         mode, rest = _take(known, ("rn", "rz"))
         if mode is None or not rest <= {"relu", "satfinite"}:
             return None
+        if to == "bf16x2" and not rest:
+            return Scalar(("b32",), ("f32", "f32"), lambda a, b: to_bf16_pair(a, b, mode))
         one = _float_to_float(to.removesuffix("x2"), "f32", mode, rest)
         return Scalar(("b32",), ("f32", "f32"), lambda a, b: _join(one(a).view(u16), one(b).view(u16), u32))
     eight = to.removesuffix("x2")

@@ -105,11 +105,11 @@ def divide(a: Array, b: Array, mode: str) -> Array:
     nearest: Array = a / b
     if mode == "rn":
         return nearest
-    # Both sides of the comparison are exact, but for infinities and NaN, which nothing steps from.
+    # Both sides of the comparison are exact, but for infinities, which nothing steps from; by zero, it compares NaN.
     product, wanted = np.multiply(nearest, b, dtype=f64), a.astype(f64)
     more, less = (product > wanted) & np.isfinite(a), (product < wanted) & np.isfinite(a)
     negative = np.signbit(b)
-    finite = np.isfinite(b) & (b != 0)
+    finite = np.isfinite(b)
     return step_towards(nearest, np.where(negative, less, more) & finite, np.where(negative, more, less) & finite, mode)
 
 
@@ -235,8 +235,11 @@ def extreme(name: str, known: frozenset[str]) -> Compute:
 
 def _has_minus_zero(values: Array) -> bool:
     """The bits of -0 are the least of all signed integers."""
-    signed = values.view({2: np.int16, 4: np.int32, 8: np.int64}[values.itemsize])
-    return bool(np.minimum.reduce(signed) == np.iinfo(signed.dtype).min)
+    signed, least = _SIGNED[values.itemsize]
+    return bool(np.minimum.reduce(values.view(signed)) == least)
+
+
+_SIGNED = {4: (np.int32, -(2**31)), 8: (np.int64, -(2**63))}
 
 
 @scalar("min", "max")

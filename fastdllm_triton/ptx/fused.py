@@ -36,9 +36,10 @@ def fma32(a: Array, b: Array, c: Array, mode: str = "rn") -> Array:
     # Two roundings differ from one only where the first stops half-way between two float32, which show as 28 zeros after
     # a one; of subnormal results, where fewer bits count, all are looked at.
     ties = (total.view(u64) & u64(0x1FFFFFFF)) == u64(0x10000000)
-    subnormal = (result.view(u32) << u32(1)) - u32(1)
-    if np.minimum.reduce(subnormal) < u32(0x01000000):
-        ties |= subnormal < u32(0x01000000)
+    twice = result.view(u32) << u32(1)  # without the sign
+    if np.minimum.reduce(twice) <= 0x01000000:
+        twice -= u32(1)  # zeros are now the greatest of all
+        ties |= twice < u32(0x01000000)
     if ties.any():
         some = np.flatnonzero(ties)
         exact = odd_if_finite(*two_sum(_some(product, some), _some(c, some).astype(f64)))

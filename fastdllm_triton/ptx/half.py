@@ -1,7 +1,8 @@
 """Half precision: ``f16`` and ``bf16``, one or two in a register (PTX ISA, 9.7.4, "Half Precision Floating-Point Instructions").
 
-They are computed in float32 and rounded to 16 bits. Of a sum or a product, rounding twice is as good as once, since float32 has
-more than twice the bits; what has no room in float32's range, and the fused multiply-add, is rounded to odd first.
+They are computed in float32 and rounded to 16 bits. Of a sum, rounding twice is as good as once, since float32 has more than
+twice the bits; a product is exact in float32, or, of ``bf16``, so far below its smallest number that it becomes 0. The fused
+multiply-add is rounded to odd first.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .fused import fma16, fma_bf16
 from .integers import halves
 from .lanes import Array, dtype_of
 from .parser import Instruction
-from .rounding import f32, f64, flush, from_bf16, narrow_odd, relu, saturate, to_bf16, to_f16, u32
+from .rounding import f32, flush, from_bf16, relu, saturate, to_bf16, to_f16, u32
 from .semantics import Scalar, modifiers, scalar
 
 Compute = Callable[..., Array]
@@ -67,18 +68,8 @@ def _add(instruction: Instruction) -> Scalar | None:
         return None
     base, known = read
     widen = WIDEN[base]
-    if instruction.name == "mul" and base == "bf16":
-        return half(instruction, 2, _product, known)
     operation: Compute = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[instruction.name]
     return half(instruction, 2, lambda a, b: operation(widen(a), widen(b)), known)
-
-
-def _product(a: Array, b: Array) -> Array:
-    """Of bfloat16. What float32 cannot hold exactly is rounded to odd."""
-    x, y = from_bf16(a), from_bf16(b)
-    product: Array = x * y
-    twice = (product.view(u32) << u32(1)) - u32(1)
-    return product if np.minimum.reduce(twice) >= u32(0x01000000) else narrow_odd(np.multiply(x, y, dtype=f64))
 
 
 @scalar("fma")

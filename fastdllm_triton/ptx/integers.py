@@ -80,9 +80,10 @@ def _add(instruction: Instruction) -> Scalar | None:
 
 def _high(type_: str) -> Binary:
     """The upper half of a product."""
-    bits = bits_of(type_)
+    bits, dtype = bits_of(type_), dtype_of(type_)
     if bits < 64:
-        return lambda a, b: (_product(a, b, type_) >> _product_type(type_)(bits)).astype(dtype_of(type_))
+        amount = _product_type(type_)(bits)
+        return lambda a, b: (_product(a, b, type_) >> amount).astype(dtype)
 
     def high(a: Array, b: Array) -> Array:
         # Schoolbook, in halves of 32 bits: the upper ones keep the sign.

@@ -61,17 +61,26 @@ def canonical(values: Array) -> Array:
     return result
 
 
+def has_subnormal(values: Array) -> bool:
+    """Whether any is subnormal."""
+    bits, size = bits_of_floats(values), values.itemsize
+    one, limit = _UNSIGNED[size](1), 2 * int(_NORMAL[size])
+    twice = bits << one  # without the sign
+    if np.minimum.reduce(twice) >= limit:
+        return False
+    twice -= one  # zeros are now the greatest of all
+    return bool(np.minimum.reduce(twice) < limit - 1)
+
+
 def flush(values: Array) -> Array:
     """``.ftz``: subnormal numbers become zeros of their sign (PTX ISA, 9.7.3, "Floating-Point Instructions").
 
     Results are flushed after they are rounded: what rounds up to the smallest normal number stays.
     """
-    bits, size = bits_of_floats(values), values.itemsize
-    one, normal = _UNSIGNED[size](1), _NORMAL[size]
-    # Twice the bits have no sign; less one, zeros are the greatest of all, so that subnormal numbers alone are small.
-    if np.minimum.reduce((bits << one) - one) >= (normal << one) - one:
+    if not has_subnormal(values):
         return values
-    sign = _UNSIGNED[size](1 << (8 * size - 1))
+    bits, size = bits_of_floats(values), values.itemsize
+    normal, sign = _NORMAL[size], _UNSIGNED[size](1 << (8 * size - 1))
     result: Array = choose((bits & ~sign) < normal, bits & sign, bits).view(values.dtype)
     return result
 
@@ -93,22 +102,28 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """The rounded sum, and what it lacks: exact unless it overflows (Knuth)."""
     total = a + b
     part = total - a
-    error: Array = (a - (total - part)) + (b - part)
+    # (a - (total - part)) + (b - part), with few new arrays.
+    error: Array = total - part
+    np.subtract(a, error, out=error)
+    np.subtract(b, part, out=part)
+    error += part
     return total, error
 
 
 def odd(total: Array, error: Array) -> Array:
     """Rounds ``total + error`` to odd, where ``total`` is finite and the sum rounded to nearest."""
-    bits = bits_of_floats(total)
-    one = bits.dtype.type(1)
-    # A sum that was rounded and is even lies beside the exact one on the wrong side: its other neighbour is odd.
-    wrong = (error != 0) & ((bits & one) == 0)
-    if not wrong.any():
+    missing = error != 0
+    if not missing.any():
         return total
-    away = (error > 0) == (total > 0)
-    step = wrong.astype(bits.dtype)
-    result: Array = (bits - step + ((step * away) << one)).view(total.dtype)
-    return result
+    bits = bits_of_floats(total)
+    inexact = missing.astype(bits.dtype)
+    # Cut off: one less in size where the error has the other sign.
+    less = (bits ^ bits_of_floats(error)) >> bits.dtype.type(8 * bits.itemsize - 1)
+    less &= inexact
+    result = bits - less
+    result |= inexact
+    odd_one: Array = result.view(total.dtype)
+    return odd_one
 
 
 def odd_if_finite(total: Array, error: Array) -> Array:
@@ -160,6 +175,17 @@ def to_f16(values: Array, mode: str = "rn") -> Array:
 
 def to_bf16(values: Array, mode: str = "rn") -> Array:
     """Float32, exact or rounded to odd, to the bits of bfloat16."""
+    return (_upper_half(values, mode) >> u32(16)).astype(u16)
+
+
+def to_bf16_pair(high: Array, low: Array, mode: str = "rn") -> Array:
+    """Two float32 to one register with both as bfloat16."""
+    result = _upper_half(high, mode) & u32(0xFFFF0000)
+    return result | (_upper_half(low, mode) >> u32(16))
+
+
+def _upper_half(values: Array, mode: str) -> Array:
+    """Float32 rounded to bfloat16, which is the upper half; the lower one is anything."""
     bits = values.view(u32)
     if mode == "rn":
         rounded = bits >> u32(16)
@@ -171,8 +197,7 @@ def to_bf16(values: Array, mode: str = "rn") -> Array:
     else:
         away = np.signbit(values) == (mode == "rm")
         rounded = bits + away * u32(0xFFFF)
-    rounded = (rounded >> u32(16)).astype(u16)
-    return choose(np.isnan(values), _NAN[2], rounded) if has_nan(values) else rounded
+    return choose(np.isnan(values), _NAN[4], rounded) if has_nan(values) else rounded
 
 
 def from_bf16(bits: Array) -> Array:
