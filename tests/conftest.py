@@ -55,7 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--ptx"):
+        for item in items:
+            if item.get_closest_marker("ptx"):
+                item.add_marker(pytest.mark.skip(reason="needs --ptx ARCH, as Triton's interpreter is on"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

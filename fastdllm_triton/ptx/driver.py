@@ -4,7 +4,7 @@ PTX, and executes that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,7 +111,8 @@ class EmulatedDriver(DriverBase):
         super().__init__()
         self.utils = _Utils(TARGETS[arch])
         self._capability = int(arch.removeprefix("sm_"))
-        self.launcher_cls = lambda source, metadata: _Launcher(source, metadata, launch)
+        self.launch = launch
+        self.launcher_cls = _Launcher
 
     @staticmethod
     def is_active() -> bool:
@@ -141,11 +142,10 @@ class EmulatedDriver(DriverBase):
 
 
 class _Launcher:
-    """What Triton calls to launch a compiled kernel."""
+    """What Triton calls to launch a compiled kernel. It keeps it with the kernel, beyond the driver that made it."""
 
-    def __init__(self, source: Any, metadata: Any, launch: Callable[[Launch], None]) -> None:
-        self._types = list(source.signature.values())
-        self._metadata, self._launch = metadata, launch
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self._types, self._metadata = list(source.signature.values()), metadata
         for size in ("global_scratch_size", "profile_scratch_size"):
             if getattr(metadata, size, 0):
                 raise NotImplementedError(f"{metadata.name}: kernels with a {size.removesuffix('_size')} are not executed")
@@ -177,7 +177,9 @@ class _Launcher:
                 tensors[name] = value
             parameters[name] = _bits(type_, value)
         is_dependent = bool(getattr(self._metadata, "launch_pdl", False))
-        self._launch(Launch(kernel, (x, y, z), parameters, tensors, shared, is_dependent))
+        active = triton.runtime.driver.active
+        assert isinstance(active, EmulatedDriver)
+        active.launch(Launch(kernel, (x, y, z), parameters, tensors, shared, is_dependent))
 
 
 def _bits(type_: str, value: Any) -> Array:
@@ -218,8 +220,3 @@ def driving(arch: str, launch: Callable[[Launch], None]) -> Iterator[None]:
         stack.callback(config.set_active, before)
         config.set_active(EmulatedDriver(arch, launch))
         yield
-
-
-def names(launches: Sequence[Launch]) -> list[str]:
-    """Of their kernels, in order."""
-    return [launch.kernel.name for launch in launches]
