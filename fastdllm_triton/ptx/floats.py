@@ -105,12 +105,10 @@ def divide(a: Array, b: Array, mode: str) -> Array:
     nearest: Array = a / b
     if mode == "rn":
         return nearest
-    # Both sides of the comparison are exact, but for infinities, which nothing steps from; by zero, it compares NaN.
+    # Both sides of the comparisons are exact. An infinite operand gives what is equal, or NaN, which is neither more nor less.
     product, wanted = np.multiply(nearest, b, dtype=f64), a.astype(f64)
-    more, less = (product > wanted) & np.isfinite(a), (product < wanted) & np.isfinite(a)
-    negative = np.signbit(b)
-    finite = np.isfinite(b)
-    return step_towards(nearest, np.where(negative, less, more) & finite, np.where(negative, more, less) & finite, mode)
+    more, less, negative = product > wanted, product < wanted, np.signbit(b)
+    return step_towards(nearest, np.where(negative, less, more), np.where(negative, more, less), mode)
 
 
 def root(a: Array, mode: str) -> Array:

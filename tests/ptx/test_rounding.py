@@ -296,3 +296,11 @@ def test_fma32_rounds_once():
     twice = (a.astype(np.float64) * b + c).astype(np.float32)
     assert twice == np.float32(1 + 2.0**-22)
     assert fused.fma32(a, b, c) == c
+
+
+def test_fma32_rounds_a_subnormal_result_once():
+    """2**-127 + 2**-149 and a product just below half a unit, which is 2**-150 here."""
+    a, b, c = (np.array([n], np.float32) for n in (2.0**-75 * (1 + 2.0**-16), 2.0**-75 * (1 - 2.0**-16), 2.0**-127 + 2.0**-149))
+    twice = (a.astype(np.float64) * b + c).astype(np.float32)
+    assert twice == np.float32(2.0**-127 + 2.0**-148)
+    assert fused.fma32(a, b, c) == c
