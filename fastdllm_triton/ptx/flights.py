@@ -33,16 +33,12 @@ class Shape:
     Attributes:
         columns: N.
         depth: K.
-        d, a, b: types.
-        saturate: whether sums of integers are limited.
+        d: type of the accumulators.
     """
 
     columns: int
     depth: int
     d: str
-    a: str
-    b: str
-    saturate: bool
 
 
 @dataclass

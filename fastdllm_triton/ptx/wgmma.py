@@ -78,18 +78,16 @@ def _wait(instruction: Instruction) -> Step | None:
 # The product --------------------------------------------------------------------------------------------------------------------
 
 
-def _shape(parts: list[str]) -> Shape | None:
-    """Of ``m64n32k16.f32.bf16.bf16``."""
-    saturate = "satfinite" in parts
-    shape, *types = (part for part in parts if part != "satfinite")
-    m = re.match(r"m64n(\d+)k(\d+)$", shape)
-    if m is None or len(types) != 3 or tuple(types) not in _KNOWN.get(m[2], ()) or (saturate and types[0] != "s32"):
+def _shape(parts: list[str]) -> tuple[Shape, str, str] | None:
+    """The shape, and the types of A and B, of ``m64n32k16.f32.bf16.bf16``."""
+    if len(parts) != 4 or (m := re.match(r"m64n(\d+)k(\d+)$", parts[0])) is None:
         return None
-    columns = int(m[1])
-    if columns % 8 or not 8 <= columns <= 256 or (types[0] == "s32" and columns > 32 and columns % 16):
+    columns, (d, a, b) = int(m[1]), parts[1:]
+    if (d, a, b) not in _KNOWN.get(m[2], ()):
         return None
-    d, a, b = types
-    return Shape(columns, int(m[2]), d, a, b, saturate)
+    if columns % 8 or not 8 <= columns <= 256 or (d == "s32" and columns > 32 and columns % 16):
+        return None
+    return Shape(columns, int(m[2]), d), a, b
 
 
 def _constants(operands: tuple[Operand, ...], shape: Shape, in_registers: bool) -> tuple[bool, bool, bool] | None:
@@ -108,8 +106,11 @@ def _constants(operands: tuple[Operand, ...], shape: Shape, in_registers: bool) 
 
 def _mma_async(instruction: Instruction, parts: list[str]) -> Step | None:
     """PTX ISA, 9.7.15.5.2, wgmma.mma_async."""
-    shape = _shape(parts)
-    if shape is None or len(instruction.operands) < 4:
+    saturate = "satfinite" in parts
+    if (found := _shape([part for part in parts if part != "satfinite"])) is None or len(instruction.operands) < 4:
+        return None
+    shape, a_type, b_type = found
+    if saturate and shape.d != "s32":
         return None
     d, a, b, scale, *constants = instruction.operands
     registers, parts_of_a = items(d), items(a) if len(items(a)) > 1 else ()
@@ -117,7 +118,7 @@ def _mma_async(instruction: Instruction, parts: list[str]) -> Step | None:
     if known is None or len(registers) != shape.columns * bits_of(shape.d) // 64 or len(parts_of_a) not in (0, 4):
         return None
     negated, trans_a, trans_b = known
-    a_form, b_form = FORMATS[shape.a], FORMATS[shape.b]
+    a_form, b_form = FORMATS[a_type], FORMATS[b_type]
     read_d, read_a = ([reader(item, "b32") for item in group] for group in (registers, parts_of_a))
     a_descriptor = None if parts_of_a else reader(a, "b64")
     b_descriptor, keep = reader(b, "b64"), reader(scale, "pred")
@@ -139,7 +140,7 @@ def _mma_async(instruction: Instruction, parts: list[str]) -> Step | None:
             left = -left
         terms = product(left.reshape(len(right), -1, left.shape[2]), right, shape.d).reshape(-1, _ROWS, shape.columns)
         kept = of_warps(lanes, keep(lanes), warps)[:, 0]
-        total = accumulate(terms, before(lanes, flight, warps, kept), shape.d, shape.saturate)
+        total = accumulate(terms, before(lanes, flight, warps, kept), shape.d, saturate)
         flights.depart(lanes, flight, warps, total, a_slots)
 
     def before(lanes: Lanes, flight: Flight, warps: Warps, kept: NDArray[np.bool_]) -> Array:

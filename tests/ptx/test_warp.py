@@ -175,6 +175,17 @@ def test_redux_of_floats(op, modifiers):
     assert (bench["%r1"].reshape(-1, 32) == bench["%r1"][::32, None]).all()
 
 
+def test_redux_of_floats_of_some():
+    """A NaN counts where it is among the members alone."""
+    bench = Bench(REGISTERS + "redux.sync.min.NaN.f32 %r1, %r0, %r2;")
+    a = np.arange(1, N + 1).astype(np.float32)
+    a[3] = np.nan
+    bench["%r0"], bench["%r2"] = a, np.where(np.arange(N) % 32 < 5, 0x1F, 0xFFFFFFE0).astype(np.uint32)
+    found = bench.run()["%r1"]
+    assert (found[:5] == 0x7FFFFFFF).all()
+    assert found[5:].view(np.float32).tolist() == [w + (1 if lane < 5 else 6) for w in range(0, N, 32) for lane in range(32)][5:]
+
+
 @pytest.mark.parametrize("member", [0xFFFFFFFF, 0x0000FFFF])
 def test_votes(member):
     bench = Bench(
