@@ -16,7 +16,7 @@ from .program import Program, Sequence
 _PATIENCE = 2_048
 _TURN = 64
 #: Blocks for which warps keep their pace, where it is random.
-_STRETCH = 64
+_STRETCH = 128
 #: Blocks that a batch may run: more is taken for a wait that never ends.
 _MOST = 20_000_000
 
@@ -52,7 +52,7 @@ class Batch:
         self._together: int | None = 0 if lanes.random is None else None
         self._all_alive = self._whole_warps = True
         self._skipped = self._run = 0
-        self._pace: NDArray[np.float64] = np.zeros(0)
+        self._groups: list[tuple[Chosen, float]] = []
         self._nothing = {bits: np.zeros(1, dtype) for bits, dtype in UNSIGNED.items()}
 
     def run(self, *, early: bool) -> Iterator[None]:
@@ -117,17 +117,20 @@ class Batch:
         return scattered
 
     def _draw(self, ready: Chosen) -> tuple[int, Chosen]:
-        """Of random warps, those at a block where one of them is; for some time some are fast and others slow."""
-        random, warps = self.lanes.random, self.lanes.count // WARP
+        """Of a random one of the groups that warps are divided into for a while, some fast and some slow, the slowest."""
+        random = self.lanes.random
         assert random is not None
-        if self._run % _STRETCH == 0 or len(self._pace) != warps:
-            self._pace = random.uniform(0.05, 0.95, warps)
-        picked = ready & np.repeat(random.random(warps) < self._pace, WARP)
-        if picked.any():
-            ready = picked
-        lowest = np.where(ready, self._at, np.iinfo(np.int32).max).reshape(-1, WARP).min(1)
-        at = int(random.choice(lowest[ready.reshape(-1, WARP).any(1)]))
-        return at, ready & (self._at == at)
+        if self._run % _STRETCH == 0 or not self._groups:
+            number = int(random.integers(2, 5))
+            group = np.repeat(random.integers(0, number, self.lanes.count // WARP), WARP)
+            self._groups = [(group == n, float(pace)) for n, pace in enumerate(random.uniform(0.02, 1, number))]
+        groups = [(ready & members, pace) for members, pace in self._groups]
+        groups = [(members, pace) for members, pace in groups if members.any()]
+        paces = np.array([pace for _, pace in groups])
+        members, _ = groups[int(random.choice(len(groups), p=paces / paces.sum()))]
+        waiting = self._at[members]
+        at = int(waiting.min() if random.random() < 0.9 else random.choice(waiting))
+        return at, members & (self._at == at)
 
     def _execute(self, sequence: Sequence, mask: Mask) -> None:
         """Runs a block's instructions."""

@@ -102,6 +102,8 @@ def _members(operand: Operand) -> Callable[[Lanes, Mask], NDArray[np.bool_] | No
             if (wanted == _FULL).all():
                 return None
         active = lanes.spread(np.ones(1, np.bool_) if mask is None else mask).reshape(-1, WARP)
+        if full and bool((active == active[:, :1]).all()):  # whole warps: what the others get is not written
+            return None
         wanted = of_warps(lanes, read(lanes), None)
         listed = (wanted[:, :, None] & _BIT) != 0
         missed = _any(listed & ~active[:, None, :], 2) | ~np.diagonal(listed, axis1=1, axis2=2)
