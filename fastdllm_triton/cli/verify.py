@@ -86,7 +86,9 @@ def verify(
         typer.echo(json.dumps(ledger.as_json()))
     else:
         show(verification.render(records, f"Verified on {where}"))
-        if target.type == "cpu":
+        if ptx is not None:
+            say(console, "No GPU: this is the compiler's PTX, executed on the CPU; it says nothing about speed.", style="dim")
+        elif target.type == "cpu":
             say(console, "No GPU: this shows that the kernels compute the right thing, and nothing about speed.", style="dim")
     failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]
     if failed:

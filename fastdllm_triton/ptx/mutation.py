@@ -24,20 +24,20 @@ class Removal:
     """One instruction less.
 
     Attributes:
-        kernel: the kernel's name.
+        kernel: what is left.
         instruction: the one that was removed.
         noticed: what was found that is not found in the kernel as it is; empty where nothing was.
         changed: whether memory holds something else at the end.
     """
 
-    kernel: str
+    kernel: Kernel
     instruction: Instruction
     noticed: tuple[str, ...]
     changed: bool
 
     def __str__(self) -> str:
         outcome = ", ".join(self.noticed) or ("not noticed, results differ" if self.changed else "not noticed")
-        return f"{self.kernel}, {self.instruction.location}, PTX line {self.instruction.line}: {self.instruction.text}: {outcome}"
+        return f"{self.kernel.name}, {self.instruction.location}, PTX line {self.instruction.line}: {self.instruction.text}: {outcome}"
 
 
 def mutants(kernel: Kernel) -> Iterator[tuple[Instruction, Kernel]]:
@@ -67,7 +67,7 @@ def removals(launch: Launch) -> Iterator[Removal]:
         found, stuck = _findings(launch, kernel)
         same = all(_memory(tensor).equal(after[name]) for name, tensor in launch.tensors.items())
         new = sorted({kind for kind, line in found if (kind, line) not in known} | ({"deadlock"} if stuck else set()))
-        yield Removal(kernel.name, instruction, tuple(new), not same)
+        yield Removal(kernel, instruction, tuple(new), not same)
     _restore(launch, after)
 
 
