@@ -1,5 +1,5 @@
-"""Fixtures. Kernels run wherever the tests run: on a GPU if there is one, otherwise in Triton's interpreter, or with ``--ptx sm_90``
-as compiled, executed on the CPU.
+"""Fixtures. Kernels run wherever the tests run: on a GPU if there is one, otherwise in Triton's interpreter, or with
+``--ptx sm_90`` as compiled, executed on the CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def _ordered(order: str) -> Callable[[], None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastdllm-triton")
-    group.addoption("--ptx", choices=["sm_80", "sm_90"], help="compile kernels for this architecture and execute their PTX on the CPU")
+    group.addoption(
+        "--ptx", choices=["sm_80", "sm_90"], help="compile kernels for this architecture and execute their PTX on the CPU"
+    )
     group.addoption("--ptx-seed", type=int, help="interleave warps and programs at random")
 
 

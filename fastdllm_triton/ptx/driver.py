@@ -1,5 +1,5 @@
-"""Triton's driver of a GPU that is not there: ``kernel[grid](...)`` on CPU tensors compiles for an architecture as ever, up to the
-PTX, and executes that.
+"""Triton's driver of a GPU that is not there: ``kernel[grid](...)`` on CPU tensors compiles for an architecture as ever, up to
+the PTX, and hands that on to be executed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class PtxBackend(CUDABackend):  # type: ignore[misc]
         try:
             return f"ptx only {super().hash()}"
         except Exception as error:  # Of the many kinds that a missing or broken program gives.
-            raise RuntimeError(f"Triton finds no ptxas, which says what PTX to write; TRITON_PTXAS_PATH names one: {error}") from error
+            raise RuntimeError(
+                f"Triton finds no ptxas, which says what PTX to write; TRITON_PTXAS_PATH names one: {error}"
+            ) from error
 
 
 class _Utils:
@@ -99,7 +101,7 @@ class _Utils:
         return name, (_parsed(binary.decode()), shared), 32, 0, 1024
 
 
-class EmulatedDriver(DriverBase):
+class EmulatedDriver(DriverBase):  # type: ignore[misc]
     """A driver that hands launches to a function.
 
     Args:

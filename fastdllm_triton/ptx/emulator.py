@@ -1,4 +1,4 @@
-"""An emulated GPU: runs the launches of Triton kernels on CPU tensors, in order or as badly as a GPU may, and says what it found."""
+"""An emulated GPU: runs launches of Triton kernels on CPU tensors, in order or as badly as a GPU may, and says what it found."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Lanes:
         self.registers = [nothing[bits] for bits in self.kernel.registers]
         self.intervals = np.ones(len(self.programs), np.int64)
         self.count = len(self.programs) * threads
-        #: All lanes: what :meth:`active` gives without a mask, so that ``which is lanes.every`` tells that nothing need be picked.
+        #: All lanes: what :meth:`active` gives without a mask, so that ``which is lanes.every`` says that nothing is picked.
         self.every: Which = np.arange(self.count)
         #: Of each lane: its place in the batch of programs, its thread, its warp within the program.
         self.place = np.repeat(np.arange(len(self.programs)), threads)

@@ -37,7 +37,8 @@ class Removal:
 
     def __str__(self) -> str:
         outcome = ", ".join(self.noticed) or ("not noticed, results differ" if self.changed else "not noticed")
-        return f"{self.kernel.name}, {self.instruction.location}, PTX line {self.instruction.line}: {self.instruction.text}: {outcome}"
+        removed = self.instruction
+        return f"{self.kernel.name}, {removed.location}, PTX line {removed.line}: {removed.text}: {outcome}"
 
 
 def mutants(kernel: Kernel) -> Iterator[tuple[Instruction, Kernel]]:

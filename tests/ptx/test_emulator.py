@@ -123,8 +123,8 @@ def test_programs_run_in_any_order() -> None:
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="arch must be one of sm_80, sm_90, got 'sm_70'"), Emulator("sm_70").running():
         pass
-    with Emulator("sm_80").running(), pytest.raises(ValueError, match="add_kernel: executed PTX takes CPU tensors, got one on meta"):
-        x = torch.ones(128, device="meta")
+    x = torch.ones(128, device="meta")
+    with Emulator("sm_80").running(), pytest.raises(ValueError, match="takes CPU tensors, got one on meta"):
         add_kernel[(1,)](x, x, x, 128, END=0, BLOCK=128)
     with monkeypatch.context() as patch:
         patch.setattr(triton.knobs.runtime, "interpret", True)
@@ -132,7 +132,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
     with monkeypatch.context() as patch:
         patch.setattr(driver.CUDABackend, "hash", _no_ptxas)
-        with Emulator("sm_80").running(), pytest.raises(RuntimeError, match="Triton finds no ptxas.*TRITON_PTXAS_PATH"):
+        with Emulator("sm_80").running(), pytest.raises(RuntimeError, match=r"Triton finds no ptxas.*TRITON_PTXAS_PATH"):
             add_kernel[(1,)](torch.ones(64), torch.ones(64), torch.ones(64), 64, END=0, BLOCK=64)
 
 

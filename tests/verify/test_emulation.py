@@ -62,7 +62,6 @@ def test_a_forward_whose_launches_overlap_is_that_of_launches_in_order() -> None
         assert dependent_launch(ARCHS["sm_90"], DEFAULT_LAUNCH) == {"PDL": True, "launch_pdl": True}
 
 
-
 @pytest.mark.parametrize("fuses", [False, True])
 def test_dreams_rounding_is_lost_where_products_and_sums_are_fused(
     emulator: Emulator, monkeypatch: pytest.MonkeyPatch, fuses: bool
@@ -86,7 +85,14 @@ def test_what_is_accepted_still_occurs() -> None:
     statistics = TokenStatistics(torch.ones(1, block, dtype=torch.int64), *torch.zeros(5, 1, block))
     first = torch.zeros(1, dtype=torch.int32)
     state = PolicyState.create(
-        "confidence", "threshold", value=0.5, mask_id=mask, kv_start=first, seed=torch.zeros(1, dtype=torch.int64), slots=slots, eos_ids=[1]
+        "confidence",
+        "threshold",
+        value=0.5,
+        mask_id=mask,
+        kv_start=first,
+        seed=torch.zeros(1, dtype=torch.int64),
+        slots=slots,
+        eos_ids=[1],
     )
     with emulated("sm_90", strict=False) as emulator:
         OPS["commit_tokens"].kernel(torch.full((1, slots), mask), statistics, first, state)
