@@ -18,8 +18,6 @@ may differ from that, and between architectures, within the bound:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from .floats import finish
@@ -27,9 +25,7 @@ from .half import HALVES, WIDEN, half
 from .lanes import Array
 from .parser import Instruction
 from .rounding import choose, f32, f64, from_bf16, u64
-from .semantics import Scalar, modifiers, scalar
-
-Compute = Callable[..., Array]
+from .semantics import Compute, Scalar, modifiers, scalar
 
 
 def _in_double(function: Compute) -> Compute:

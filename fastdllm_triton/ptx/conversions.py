@@ -6,7 +6,6 @@ through float32 or float64. What occurs most has a shorter way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,9 +37,7 @@ from .rounding import (
     u16,
     u32,
 )
-from .semantics import Scalar, scalar
-
-Compute = Callable[..., Array]
+from .semantics import Compute, Scalar, scalar
 
 _INTEGERS = tuple(f"{kind}{bits}" for kind in "us" for bits in (8, 16, 32, 64))
 _FLOATS = ("bf16", "f16", "f32", "f64")

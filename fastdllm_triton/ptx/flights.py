@@ -19,7 +19,7 @@ from .lanes import WARP, Array, Lanes, Mask, Which
 from .mma import to_registers
 from .parser import Instruction, Operand
 from .shared import SharedMemory
-from .warp import POISON, Warps, lanes_of, put_warps
+from .warp import NANS, Warps, lanes_of, put_warps
 
 #: Numbers of a warp's groups, from 0, ``[W]``; or times.
 Numbers = NDArray[np.int64]
@@ -190,9 +190,9 @@ class Flights:
             some = warps if fresh.all() else np.flatnonzero(fresh) if warps is None else warps[fresh]
             for register in flight.registers:
                 if some is None:
-                    lanes.put(register, POISON, None)
+                    lanes.put(register, NANS, None)
                 else:
-                    put_warps(lanes, register, some, np.broadcast_to(POISON, (len(some) * WARP,)))
+                    put_warps(lanes, register, some, np.broadcast_to(NANS, (len(some) * WARP,)))
         flight.group[at(warps)] = self.committed[at(warps)]
         self.writers.update(dict.fromkeys(flight.slots, flight))
         for slot in parts_of_a:

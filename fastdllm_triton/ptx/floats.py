@@ -8,7 +8,6 @@ In single precision NaN is always ``0x7FFFFFFF``; double precision keeps the pay
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,7 @@ from .rounding import (
     step_towards,
     to_f32,
 )
-from .semantics import Scalar, modifiers, scalar
-
-Compute = Callable[..., Array]
+from .semantics import Compute, Scalar, modifiers, scalar
 
 FLOATS = ("f32", "f64")
 

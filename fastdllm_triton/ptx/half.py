@@ -7,8 +7,6 @@ multiply-add is rounded to odd first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from .floats import extreme, rounding_of
@@ -17,9 +15,7 @@ from .integers import halves
 from .lanes import Array, dtype_of
 from .parser import Instruction
 from .rounding import f32, flush, from_bf16, relu, saturate, to_bf16, to_f16, u32
-from .semantics import Scalar, modifiers, scalar
-
-Compute = Callable[..., Array]
+from .semantics import Compute, Scalar, modifiers, scalar
 
 HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 

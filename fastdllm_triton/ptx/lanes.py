@@ -25,6 +25,8 @@ Mask = NDArray[np.bool_] | None
 Step = Callable[["Lanes", Mask], None]
 
 WARP = 32
+#: What a byte reads as that may not be read: all of a word is NaN.
+POISON = 0xFF
 UNSIGNED: dict[int, type[Any]] = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 _SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 _FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .lanes import Lanes, Mask, Step, items, reader, writer
+from .lanes import Array, Lanes, Mask, Step, items, reader, writer
 from .parser import Instruction, Kernel, PtxError
 
+#: A function from arrays to an array.
+Compute = Callable[..., Array]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

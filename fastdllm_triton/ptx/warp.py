@@ -26,7 +26,7 @@ _LANE = np.arange(WARP)
 _BIT = (1 << np.arange(WARP, dtype=np.uint64)).astype(np.uint32)
 _FULL = 0xFFFFFFFF
 #: What a register holds whose value nobody can know.
-POISON = np.array([_FULL], np.uint32)
+NANS = np.array([_FULL], np.uint32)
 
 
 def together(instruction: Instruction) -> bool:
@@ -169,7 +169,7 @@ def _shfl(instruction: Instruction) -> Step | None:
             value = (rows.take(source, axis=1) if source.ndim == 1 else np.take_along_axis(rows, source, 1)).reshape(-1)
         if group is not None:  # what comes from a lane that takes no part is unknown
             known = np.take_along_axis(group, np.broadcast_to(source, group.shape[:2])[:, :, None], 2).reshape(-1)
-            value = np.where(known, value, POISON)
+            value = np.where(known, value, NANS)
         write(lanes, value, mask)
         if tell is not None:
             tell(lanes, np.broadcast_to(inside, (lanes.count // WARP, WARP)).reshape(-1), mask)
