@@ -122,7 +122,9 @@ class Batch:
         assert random is not None
         if self._run % _STRETCH == 0 or not self._groups:
             number = int(random.integers(2, 5))
-            group = np.repeat(random.integers(0, number, self.lanes.count // WARP), WARP)
+            # Programs are of two kinds: if all differed, their barriers would tear the groups apart, and all would take long.
+            kinds = random.integers(0, number, (2, self._threads // WARP))
+            group = np.repeat(kinds[random.integers(0, 2, self._programs)].reshape(-1), WARP)
             self._groups = [(group == n, float(pace)) for n, pace in enumerate(random.uniform(0.02, 1, number))]
         groups = [(ready & members, pace) for members, pace in self._groups]
         groups = [(members, pace) for members, pace in groups if members.any()]

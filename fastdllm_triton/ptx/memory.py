@@ -10,14 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .accesses import Use
-from .cells import Cells, Distinct, mapped, rising
+from .cells import Cells, Distinct, compact, mapped
 from .findings import Kind
-from .lanes import Array, Lanes, Which
+from .lanes import POISON, Array, Lanes, Which
 from .pointers import Origin
 from .races import Chosen, GlobalRaces
 
-#: What a byte reads as that may not be read: all of a word is NaN.
-POISON = 0xFF
 #: The largest access of a thread; pieces of memory begin at multiples of it.
 _WIDEST = 32
 
@@ -268,8 +266,9 @@ class GlobalMemory:
         parts = self._find(lanes, which, address, size)
         for part in parts:
             if part.extent.races is not None:
-                some, place = _broadcast(which, part, len(address))
-                part.extent.races.use(lanes, some, use, place, size, rising(place))
+                some, every = _broadcast(which, part, len(address))
+                place, unique = compact(every)
+                part.extent.races.use(lanes, some, use, place, size, unique)
         if len(parts) == 1 and parts[0].chosen is None:
             return parts[0].extent.cells.read(parts[0].place, size)
         data = np.full((len(address), size), POISON, np.uint8)
@@ -303,14 +302,15 @@ class GlobalMemory:
             if races is None:
                 cells.write(part.place, values)
                 continue
-            unique = self._distinct(lanes.here, part.place)
-            excused = races.use(lanes, some, use, part.place, size, unique)
+            place, unique = compact(part.place)
+            unique = unique or self._distinct(lanes.here, part.place)
+            excused = races.use(lanes, some, use, place, size, unique)
             if excused is not None:
-                differ = excused & (cells.read(part.place, size) != values).any(1)
+                differ = excused & (cells.read(place, size) != values).any(1)
                 lanes.note(Kind.GLOBAL_RACE, some[differ], "written by another warp")
-            cells.write(part.place, values)
+            cells.write(place, values)
             if not unique:
-                lost = (cells.read(part.place, size) != values).any(1)
+                lost = (cells.read(place, size) != values).any(1)
                 lanes.note(Kind.GLOBAL_RACE, some[lost], "several values to one address at once")
 
     def update(self, lanes: Lanes, which: Which, address: Array, size: int, change: Callable[..., Array]) -> Array:

@@ -42,7 +42,7 @@ class ProxyFences:
         if not copied:
             self._last_store = self._time
         width = size // self._races.granule
-        self._written.put(place, np.full(len(place) * width, 2 * self._time + copied, np.uint32))
+        self._written.put(place, size, np.full(len(place) * width, 2 * self._time + copied, np.uint32))
 
     def fence(self, lanes: Lanes, which: Which) -> None:
         """Notes a fence."""

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .accesses import Use
-from .cells import Cells, zeros
+from .cells import Cells, Places, zeros
 from .findings import Kind
 from .lanes import Array, Lanes, Which
 
@@ -27,6 +27,7 @@ Chosen = NDArray[np.bool_]
 _WARP_BITS = 8
 _SEVERAL_WARPS = 0xFF
 _PROGRAM_SHIFT = 32
+_PROGRAM = np.uint64(1 << _PROGRAM_SHIFT)
 _SEVERAL_PROGRAMS = np.uint64(2**64 - 1)
 #: Intervals that fit.
 INTERVALS = 1 << 24
@@ -79,13 +80,16 @@ def _other_program(entries: Array, mine: Array) -> Chosen | None:
     """Where an entry is another program's; None if nowhere."""
     if entries.itemsize < 8:
         return None
-    found: Chosen = (entries != 0) & ((entries ^ mine) >> np.uint64(_PROGRAM_SHIFT) != 0)
+    apart = entries ^ mine
+    if int(apart.max()) >> _PROGRAM_SHIFT == 0:
+        return None
+    found: Chosen = (entries != 0) & (apart >= _PROGRAM)
     return found if found.any() else None
 
 
 def conflicts(entries: Array, mine: Array) -> Chosen | None:
     """Where an entry is of somebody from whom no barrier divides; None if nowhere."""
-    if entries.itemsize == 8 and not entries.any():
+    if entries.itemsize == 8 and not int(entries.max()):
         return None
     warps, programs = same_interval(entries, mine), _other_program(entries, mine)
     return programs if warps is None else warps if programs is None else warps | programs
@@ -115,22 +119,22 @@ class Marks:
         self.itemsize = np.dtype(dtype).itemsize
         self.cells = Cells(zeros(-(-size // granule) * self.itemsize + 64))
 
-    def last(self, place: Array, size: int) -> Array:
-        """``[n * width]``: entries of the granules of accesses of ``size`` bytes."""
-        return self.cells.read(place, size // self.granule * self.itemsize).reshape(-1).view(self.dtype)
+    def last(self, place: Places, size: int) -> Array:
+        """``[n * width]``: entries of the granules of accesses of ``size`` bytes; no copy where the places are a slice."""
+        return self.cells.look(place, size // self.granule * self.itemsize).view(self.dtype)
 
-    def put(self, place: Array, entries: Array) -> None:
+    def put(self, place: Places, size: int, entries: Array) -> None:
         """Writes ``entries [n * width]``."""
-        self.cells.write(place, entries.reshape(len(place), -1))
+        self.cells.write(place, entries.reshape(-1, size // self.granule))
 
-    def enter(self, place: Array, size: int, entries: Array, *, unique: bool) -> Array | None:
+    def enter(self, place: Places, size: int, entries: Array, *, unique: bool) -> Array | None:
         """Writes entries ``[n * width]``; where lanes wrote to one place, what is true for all of them.
 
         Returns:
             what the lanes find there before that; None if places are unique.
         """
-        self.put(place, entries)
-        if unique:
+        self.put(place, size, entries)
+        if unique or isinstance(place, slice):
             return None
         found = first = self.last(place, size)
         width = size // self.granule
@@ -143,7 +147,7 @@ class Marks:
             if (both == found).all():
                 break
             place, entries = place[chosen], both.reshape(-1, width)[chosen].reshape(-1)
-            self.put(place, entries)
+            self.put(place, size, entries)
             found = self.last(place, size)
         return first
 
@@ -170,7 +174,7 @@ class GlobalRaces:
         self.granule = granule
         self._marks: dict[Use, Marks] = {}
 
-    def use(self, lanes: Lanes, which: Which, use: Use, place: Array, size: int, unique: bool) -> Chosen | None:
+    def use(self, lanes: Lanes, which: Which, use: Use, place: Places, size: int, unique: bool) -> Chosen | None:
         """Checks and notes an access of lanes ``which [n]`` at ``place [n]``.
 
         Returns:
@@ -179,11 +183,14 @@ class GlobalRaces:
         width = max(size // self.granule, 1)
         mine = lanes.state(Entries).of(lanes, which, np.uint64, width)
         excused: Chosen | None = None
+        before: Array | None = None
         for other in _AGAINST[use]:
             marks = self._marks.get(other)
             if marks is None:
                 continue
             entries = marks.last(place, size)
+            if other is use:
+                before = entries
             bad = conflicts(entries, mine)
             if bad is None:
                 continue
@@ -195,21 +202,19 @@ class GlobalRaces:
                 bad = foreign
             if bad is not None:
                 _note(lanes, which, Kind.GLOBAL_RACE, entries, bad, width, other)
-        if use is not Use.STRONG_READ:
-            self._enter(lanes, which, use, place, size, mine, unique)
-        return excused
-
-    def _enter(self, lanes: Lanes, which: Which, use: Use, place: Array, size: int, mine: Array, unique: bool) -> None:
+        if use is Use.STRONG_READ:
+            return excused
         marks = self._marks.get(use)
         if marks is None:
             marks = self._marks[use] = Marks(self.size, self.granule, np.uint64)
-        entries = marks.last(place, size)
-        now = merged(entries, mine) if entries.any() else mine
-        found = marks.enter(place, size, now, unique=unique)
+        if before is None:
+            before = marks.last(place, size)
+        found = marks.enter(place, size, merged(before, mine) if int(before.max()) else mine, unique=unique)
         if found is not None and use is Use.WRITE:
             bad = _other_program(found, mine)
             if bad is not None:
-                _note(lanes, which, Kind.GLOBAL_RACE, found, bad, max(size // self.granule, 1), use)
+                _note(lanes, which, Kind.GLOBAL_RACE, found, bad, width, use)
+        return excused
 
 
 def _rows(bad: Chosen, width: int) -> Chosen:
@@ -360,13 +365,13 @@ class SharedRaces:
         entries = self.writes.last(place, size)
         self._known(lanes, which, entries, width, read=False)
         self._check(lanes, which, entries, mine, width, Use.WRITE)
-        self.writes.put(place, np.full(len(mine), self.PENDING, np.uint32))
+        self.writes.put(place, size, np.full(len(mine), self.PENDING, np.uint32))
         self._on_their_way += len(place)
 
     def arrive(self, lanes: Lanes, which: Which, place: Array, size: int) -> None:
         """A cp.async's bytes are there, for the thread that waited."""
         self._on_their_way -= len(place)
-        self.writes.put(place, self._mine(lanes, which, size // self.granule))
+        self.writes.put(place, size, self._mine(lanes, which, size // self.granule))
 
     def atomic(self, lanes: Lanes, which: Which, place: Array, size: int, low: int, high: int) -> None:
         """Checks and notes an atomic access."""

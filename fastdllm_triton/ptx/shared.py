@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .accesses import Use
-from .cells import Cells, Distinct
+from .cells import Cells, Distinct, rising, zeros
 from .findings import Kind
-from .lanes import Array, Lanes, Which
+from .lanes import POISON, Array, Lanes, Which
 from .proxies import ProxyFences
 from .races import Chosen, SharedRaces
 
-POISON = 0xFF
 #: The memory of each program begins at a multiple of it.
 _ALIGNMENT = 128
 
@@ -46,7 +45,7 @@ class SharedMemory:
         self.checks = checks
         self._stride = -(-size // _ALIGNMENT) * _ALIGNMENT
         total = max(programs * self._stride, _ALIGNMENT)
-        self.cells = Cells(np.empty(total, np.uint8))
+        self.cells = Cells(zeros(total))
         self._distinct = Distinct()
         self._starts: dict[int, Array] = {}
         self._races: SharedRaces | None = None
@@ -121,7 +120,7 @@ class SharedMemory:
         if self._races is None:
             self.cells.write(place, values)
             return
-        unique = self._distinct(lanes.here, place)
+        unique = rising(place) or self._distinct(lanes.here, place)
         excused = self._races.write(lanes, some, place, size, low, high, unique)
         if excused is not None:
             differ = excused & (self.cells.read(place, size) != values).any(1)
