@@ -89,7 +89,8 @@ class Machine:
 
     def _size(self, programs: int) -> int:
         """How many programs run side by side, at most as many as given."""
-        needed = self._program.widest * self._program.kernel.threads + self._shared_bytes * (3 if self._checks else 1)
+        entries = 12 / self._program.granule if self._checks else 0  # of a byte's writes, reads and fences
+        needed = self._program.widest * self._program.kernel.threads + int(self._shared_bytes * (1 + entries))
         if needed > self._limit:
             raise MemoryError(
                 f"{self._program.kernel.name}: a program needs {needed} bytes for registers, shared memory and checks; "

@@ -250,7 +250,7 @@ class SharedRaces:
     """The uses of the shared memory of a batch's programs.
 
     A program's intervals are counted on from batch to batch, so that nothing need be wiped. Reads are kept in a list, and entered
-    only if something near is written before the next barrier.
+    only if something near is written before the next barrier. Accesses that are volatile, relaxed and so on count as others do.
 
     Attributes:
         granule: bytes of the smallest access that the kernel makes.
@@ -318,20 +318,19 @@ class SharedRaces:
             return None if unwritten is None else ~unwritten
         return ~pending if unwritten is None else ~(pending | unwritten)
 
-    def read(self, lanes: Lanes, which: Which, use: Use, place: Array, size: int, low: int, high: int) -> Chosen | None:
+    def read(self, lanes: Lanes, which: Which, place: Array, size: int, low: int, high: int) -> Chosen | None:
         """Checks a read at ``place [n]``, between the bytes ``low`` and ``high``; returns what bytes have a value, by granule."""
         width = size // self.granule
         mine = self._mine(lanes, which, width)
         entries = self.writes.last(place, size)
         known = self._known(lanes, which, entries, width, read=True)
         self._check(lanes, which, entries, mine, width, Use.WRITE)
-        if use is Use.READ:
-            if self._atomics is not None:
-                self._check(lanes, which, self._atomics.last(place, size), mine, width, Use.ATOMIC)
-            self._waiting.append(_Reads(place, size, mine, low, high, self._last))
-            self._waiting_lanes += len(place)
-            if self._waiting_lanes > self._PATIENCE:
-                self._enter_reads(0, self.size)
+        if self._atomics is not None:
+            self._check(lanes, which, self._atomics.last(place, size), mine, width, Use.ATOMIC)
+        self._waiting.append(_Reads(place, size, mine, low, high, self._last))
+        self._waiting_lanes += len(place)
+        if self._waiting_lanes > self._PATIENCE:
+            self._enter_reads(0, self.size)
         return known
 
     def _check(self, lanes: Lanes, which: Which, entries: Array, mine: Array, width: int, use: Use) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .accesses import Use
 from .cells import Cells, Distinct, rising, zeros
 from .findings import Kind
 from .lanes import POISON, Array, Lanes, Which
@@ -91,7 +90,7 @@ class SharedMemory:
         place += starts if which is lanes.every else starts[which]
         return chosen, place, low, last + size
 
-    def load(self, lanes: Lanes, which: Which, address: Array, size: int, use: Use = Use.READ) -> Array:
+    def load(self, lanes: Lanes, which: Which, address: Array, size: int) -> Array:
         """Bytes, as :meth:`Memory.load <fastdllm_triton.ptx.lanes.Memory.load>` has it."""
         found = self._find(lanes, which, address, size)
         if found is None:
@@ -100,7 +99,7 @@ class SharedMemory:
         data = self.cells.read(place, size)
         if self._races is not None:
             some = which if chosen is None else which[chosen]
-            known = self._races.read(lanes, some, use, place, size, low, high)
+            known = self._races.read(lanes, some, place, size, low, high)
             if known is not None:
                 data.reshape(len(known), -1)[~known] = POISON
         if chosen is None:

@@ -69,7 +69,7 @@ def _ld(instruction: Instruction) -> Step | None:
         address = addresses(lanes)
         if shared:
             address = lanes.spread(address)
-            data = cast(SharedMemory, lanes.shared).load(lanes, which, address if mask is None else address[which], size, use)
+            data = lanes.shared.load(lanes, which, address if mask is None else address[which], size)
         else:
             if mask is not None and len(address) > 1:
                 address = address[which]

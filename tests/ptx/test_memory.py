@@ -279,8 +279,9 @@ def test_tensors_of_more_than_2_to_the_31_elements_cost_nothing(checks):
 def test_memory_that_a_program_needs_is_limited():
     with pytest.raises(MemoryError, match=r"kernel: a program needs \d+ bytes .*; 1000 are allowed"):
         Run("ret;", shared=4096, limit=1000)
-    few = Run("ret;", shared=4096, programs=64, limit=20_000)
-    assert len(few.machine._waiting[0]) == 1
+    for checks, expected in ((False, 4), (True, 2)):  # its checks need memory as well
+        few = Run("ret;", shared=4096, programs=64, limit=20_000, checks=checks)
+        assert len(few.machine._waiting[0]) == expected
     assert len(Run("ret;", programs=64).machine._waiting) == 1
 
 

@@ -52,7 +52,7 @@ def test_what_instructions_access(instruction, expected):
 
 
 def test_the_smallest_access_to_a_space():
-    instructions = kernel("st.shared.b64 [%r10], %rd1;\nld.shared.b16 %rs1, [%r10];\nret;", parameters=[torch.Tensor]).instructions
+    instructions = kernel("st.shared.b64 [%r10], %rd1;\nld.shared.b16 %rs1, [%r10];\nret;").instructions
     assert smallest(instructions, Space.SHARED) == 2
     assert smallest(instructions, Space.GLOBAL) == 16
     assert Access(Space.GLOBAL, Use.ATOMIC, "f16x2", 4).size == 16

@@ -126,7 +126,7 @@ def test_shared_races_are_those_that_pairs_of_accesses_have(seed):
             low, high = int(at.min()) * size, int(at.max() + 1) * size
             granules = [{program * 1000 + g for g in range(a * size // 4, (a + 1) * size // 4)} for a in at]
             if use is Use.READ:
-                assert races.read(here, which, use, place, size, low, high) is None
+                assert races.read(here, which, place, size, low, high) is None
                 excused = None
             else:
                 excused = races.write(here, which, place, size, low, high, rising(place))
