@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 # Importing them fills the registry.
-from . import (
+from . import (  # noqa: F401
     approximations,
     atomics,
     bits,
@@ -28,22 +28,6 @@ from .parser import Address, Block, Instruction, Kernel, Operand, Register, Spec
 from .pointers import Origin, origins
 from .semantics import UnknownInstructionError, decode, scalar_of
 from .warp import together
-
-REGISTERED = (
-    approximations,
-    atomics,
-    bits,
-    comparisons,
-    conversions,
-    copies,
-    floats,
-    fused,
-    half,
-    integers,
-    mma,
-    transfers,
-    wgmma,
-)
 
 #: Special registers that there are (PTX ISA, chapter 10).
 SPECIAL = frozenset(
