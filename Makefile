@@ -1,6 +1,6 @@
 # make demo        the built-in model on problems it never saw, decoded in every way
-# make test        all tests that need no GPU, but those of test-slow
-# make test-slow   those that take minutes: thousands of bad inputs
+# make test        all tests that need no GPU, but those of test-slow; then those of kernels as PTX for sm_90, executed
+# make test-slow   those that take minutes: thousands of bad inputs, and PTX for sm_80, in other orders, without each barrier
 # make lint        formatting, lint and types
 #
 # Each makes its own virtual environment on first use: some minutes and 1 to 6 GB, nearly all of it torch. To be given:
@@ -15,6 +15,8 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check in
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 GPU := { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || command -v nvidia-smi >/dev/null; }
 JOBS ?= auto
+PTX_TESTS := tests/kernels tests/verify/test_cases.py tests/verify/test_emulation.py \
+	tests/ptx/test_emulator.py tests/ptx/test_removed_barriers.py
 
 .PHONY: demo test test-slow lint format clean
 
@@ -23,9 +25,13 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --ptx sm_90 $(PTX_TESTS)
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --ptx sm_90 -m "slow and not gpu" $(PTX_TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --ptx sm_80 $(PTX_TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --ptx sm_90 --ptx-seed 1 tests/kernels
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

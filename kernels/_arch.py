@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -48,15 +50,39 @@ ARCHS = {
 }
 
 
+class _Emulated:
+    """The architecture whose kernels are executed on CPU tensors without a GPU, if any (``fastdllm_triton.ptx``)."""
+
+    arch: Arch | None = None
+
+
+def is_emulated() -> bool:
+    """Whether compiled kernels take CPU tensors."""
+    return _Emulated.arch is not None
+
+
+@contextmanager
+def emulated(name: str) -> Iterator[None]:
+    """Launchers take CPU tensors and choose for an architecture of :data:`ARCHS`; who launches must have put a driver there."""
+    before, _Emulated.arch = _Emulated.arch, ARCHS[name]
+    arch_of.cache_clear()
+    try:
+        yield
+    finally:
+        _Emulated.arch = before
+        arch_of.cache_clear()
+
+
 @cache
 def arch_of(device: torch.device) -> Arch:
-    """The architecture of a device, with the SMs that this device has; of the interpreter, which runs on a CPU, sm_80's.
+    """The architecture of a device, with the SMs that this device has; of a CPU the one that is emulated, or sm_80, for which
+    Triton's interpreter runs.
 
     Raises:
         ValueError: the GPU is older than any architecture the kernels are built for.
     """
     if device.type != "cuda":
-        return ARCHS["sm_80"]
+        return _Emulated.arch or ARCHS["sm_80"]
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]

@@ -10,6 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ._arch import is_emulated
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 #: Whether kernels are run by Triton's interpreter, on CPU tensors. Fixed when the first kernel is imported.
@@ -68,9 +70,14 @@ def check_floats(**tensors: Tensor | None) -> None:
         require(name, f"strides {tensor.stride()}", "of last stride 1", dense)
 
 
+def runs_on_cpu() -> bool:
+    """Whether kernels take CPU tensors: in Triton's interpreter, or as compiled code that is executed without a GPU."""
+    return INTERPRETED or is_emulated()
+
+
 def check_device(name: str, tensor: Tensor) -> None:
     """Checks that the tensor is where kernels run."""
-    runs = tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu")
+    runs = tensor.is_cuda or (tensor.device.type == "cpu" and runs_on_cpu())
     require(name, f"a tensor on {tensor.device}", "a GPU tensor (or a CPU tensor and TRITON_INTERPRET=1)", runs)
 
 

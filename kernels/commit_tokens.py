@@ -243,6 +243,7 @@ def _commit_tokens_kernel(
 
     completed = (masked_now > 0) & (remaining == 0)
     if EOS > 0:
+        ended_before = tl.load(ended_ptr + row) != 0
         tl.debug_barrier()  # the block is read as it now stands
         start = tl.load(window_start_ptr + row)  # read again rather than kept
         inside = (o < block) & (start + o >= 0) & (start + o < slots)
@@ -252,7 +253,7 @@ def _commit_tokens_kernel(
         for i in tl.static_range(1, EOS):
             ends = ends | (text == tl.load(eos_ptr + i))
         ended = completed & (tl.max((ends & (text >= 0) & inside).to(tl.int32), 0) > 0)
-        tl.store(ended_ptr + row, ended | (tl.load(ended_ptr + row) != 0))
+        tl.store(ended_ptr + row, ended | ended_before)
         # The slots after the block of a row that has ended; of any other row, none.
         for begin in range(tl.where(ended, start + block, slots), slots, BLOCK):
             behind = begin + o

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdllm_triton.kernels._check import INTERPRETED
 from fastdllm_triton.verify.cases import OPS, Case
 from fastdllm_triton.verify.ops import try_case
 from fastdllm_triton.verify.tolerance import as_close_as_torch
@@ -15,7 +16,7 @@ from fastdllm_triton.verify.tolerance import as_close_as_torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU = torch.device("cpu")
 #: The interpreter has no bfloat16.
-KERNEL_DTYPES = [torch.float32, torch.float16]
+KERNEL_DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: torch.device | str = "cpu") -> Tensor:

@@ -1,4 +1,6 @@
-"""Fixtures. Kernels run wherever the tests run: on a GPU if there is one, otherwise in Triton's interpreter."""
+"""Fixtures. Kernels run wherever the tests run: on a GPU if there is one, otherwise in Triton's interpreter, or with
+``--ptx sm_90`` as compiled, executed on the CPU.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,6 @@ import _order
 import pytest
 import torch
 from hypothesis import settings
-
-# Triton reads this when a kernel is decorated, so it is set before anything imports one.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fastdllm_triton as fdt
 
@@ -36,7 +34,20 @@ def _ordered(order: str) -> Callable[[], None]:
     return stack.close
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastdllm-triton")
+    group.addoption(
+        "--ptx", choices=["sm_80", "sm_90"], help="compile kernels for this architecture and execute their PTX on the CPU"
+    )
+    group.addoption("--ptx-seed", type=int, help="interleave warps and programs at random")
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    # Triton reads this when a kernel is decorated, so it is set before any test module imports one.
+    if config.getoption("--ptx"):
+        os.environ["TRITON_INTERPRET"] = "0"
+    elif not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     if order := os.environ.get(_order.VARIABLE):
         config.add_cleanup(_ordered(order))
     # Triton's interpreter converts loop bounds the old way.
@@ -46,11 +57,28 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--ptx"):
+        for item in items:
+            if item.get_closest_marker("ptx"):
+                item.add_marker(pytest.mark.skip(reason="needs --ptx ARCH, as Triton's interpreter is on"))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
+@pytest.fixture(autouse=True)
+def _executed_ptx(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With ``--ptx``, whatever a test launches is executed PTX, and what is found fails it."""
+    arch = request.config.getoption("--ptx")
+    if arch is None:
+        yield
+        return
+    from fastdllm_triton.verify.emulation import emulated
+
+    with emulated(arch, seed=request.config.getoption("--ptx-seed")):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from ..utils.checks import known_names
+from ..utils.checks import known_names, require
 from ..utils.environment import BACKEND
 from ..utils.files import check_writable
 from . import options as cli
@@ -25,6 +25,12 @@ def verify(
     op: Annotated[list[str] | None, typer.Option(help="An op, such as swiglu, or 'models'. All if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A part: seconds on a GPU, a minute or two on a CPU.")] = False,
     device: cli.DeviceOption = None,
+    ptx: Annotated[
+        str | None,
+        typer.Option(
+            "--ptx", metavar="ARCH", help="Without a GPU: execute what is compiled for sm_80 or sm_90, and look for races."
+        ),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; on a GPU as many as there is room for.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write all that is found to this file, as it comes.", rich_help_panel=cli.OUTPUT)
@@ -42,15 +48,21 @@ def verify(
         raise ValueError("--resume: needs --out FILE, which says what to go on with")
     from .. import verify as verification
     from ..loading import find_device
+    from ..ptx.driver import TARGETS
     from ..tools import environment
     from ..verify.ledger import Ledger
 
     names = known_names("op", op, verification.names())
-    target = find_device(device)
-    if verification.needs_interpreter(target):
+    target = find_device("cpu" if device is None and ptx else device)
+    if ptx is not None:
+        require("--ptx", ptx, f"one of {', '.join(TARGETS)}", ptx in TARGETS)
+        require("--device", device, "cpu, or not given, beside --ptx", target.type == "cpu")
+        if verification.is_interpreting():
+            raise typer.Exit(verification.rerun_in_interpreter(as_words(context), interpret=False))
+    elif verification.needs_interpreter(target):
         raise typer.Exit(verification.rerun_in_interpreter(as_words(context)))
-    where = environment.device_name(target)
-    ledger = Ledger(environment.describe(target), quick, out)
+    where = environment.device_name(target) if ptx is None else f"{ptx}, executed as PTX on {environment.device_name(target)}"
+    ledger = Ledger(environment.describe(target) | {"device": where}, quick, out)
     if resume:
         ledger.resume()
     with status(f"verifying on {where}") as line:
@@ -60,7 +72,13 @@ def verify(
             line.update(Text(f"verified {record.check} {record.dtype}"))
 
         records = verification.verify(
-            names, target, quick=quick, jobs=jobs or verification.jobs_for(target), known=ledger.records, on_record=on_record
+            names,
+            target,
+            quick=quick,
+            jobs=jobs or verification.jobs_for(target),
+            ptx=ptx,
+            known=ledger.records,
+            on_record=on_record,
         )
         ledger.records = records  # in order
         ledger.write()
@@ -68,7 +86,9 @@ def verify(
         typer.echo(json.dumps(ledger.as_json()))
     else:
         show(verification.render(records, f"Verified on {where}"))
-        if target.type == "cpu":
+        if ptx is not None:
+            say(console, "No GPU: this is the compiler's PTX, executed on the CPU; it says nothing about speed.", style="dim")
+        elif target.type == "cpu":
             say(console, "No GPU: this shows that the kernels compute the right thing, and nothing about speed.", style="dim")
     failed = [f"{record.check} {record.dtype}" for record in records if not record.ok]
     if failed:

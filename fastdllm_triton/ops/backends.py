@@ -136,7 +136,7 @@ def _resolved(backend: str, device: torch.device) -> Ops:
         if device.type != "cpu":
             raise RuntimeError(f"backend='cpu' cannot run here: the device is {device.type}")
         return _ops("cpu", "asked for", device, required=True)
-    obstacle = _obstacle(device, interpreter=backend == "triton")
+    obstacle = _obstacle(device, on_cpu=backend == "triton")
     if obstacle is None:
         required = backend == "triton"
         return _ops("triton", "asked for" if required else "a GPU with Triton", device, required=required)
@@ -145,6 +145,11 @@ def _resolved(backend: str, device: torch.device) -> Ops:
     if device.type == "cuda":
         warnings.warn(f"falling back to the PyTorch reference ops: {obstacle}", stacklevel=2)
     return _ops("cpu" if device.type == "cpu" else "reference", obstacle, device)
+
+
+def forget() -> None:
+    """Lets :func:`resolve` look again at what can run here."""
+    _resolved.cache_clear()
 
 
 def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
@@ -168,10 +173,10 @@ def without_kernels(ops: Ops, parts: Sequence[str]) -> Ops:
     return replace(ops, name=name, reason=f"{ops.reason}, but for {', '.join(parts)}", **functions)
 
 
-def _obstacle(device: torch.device, *, interpreter: bool) -> str | None:
-    """Why the kernels cannot run on a device, or None if they can; on a CPU they can in Triton's interpreter alone."""
+def _obstacle(device: torch.device, *, on_cpu: bool) -> str | None:
+    """Why the kernels cannot run on a device, or None if they can; on a CPU they can where they are interpreted or emulated."""
     installed = importlib.util.find_spec("triton") is not None
-    if device.type != "cuda" and not (interpreter and device.type == "cpu" and installed and _interpreted()):
+    if device.type != "cuda" and not (on_cpu and device.type == "cpu" and installed and _runs_on_cpu()):
         return f"the device is {device.type}, and Triton kernels run on CUDA and ROCm devices"
     if not installed:
         return "triton is not installed"
@@ -187,10 +192,10 @@ def _obstacle(device: torch.device, *, interpreter: bool) -> str | None:
     return None
 
 
-def _interpreted() -> bool:
+def _runs_on_cpu() -> bool:
     from ..kernels import _check
 
-    return _check.INTERPRETED
+    return _check.runs_on_cpu()
 
 
 def _ops(name: str, reason: str, device: torch.device, *, required: bool = False) -> Ops:

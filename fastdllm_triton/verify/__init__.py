@@ -11,13 +11,14 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from ..loading import find_device
 from ..ops import resolve
 from ..utils.checks import known_names
+from .emulation import emulated
 from .parts import in_processes, names, parts_of
 from .records import CaseRecord, Record, render
 
@@ -33,6 +34,7 @@ def verify(
     *,
     quick: bool = False,
     jobs: int = 1,
+    ptx: str | None = None,
     known: Iterable[Record] = (),
     on_record: Callable[[Record], None] | None = None,
 ) -> list[Record]:
@@ -43,6 +45,7 @@ def verify(
         device: the GPU if there is one.
         quick: a part that takes a minute or two on a CPU and seconds on a GPU.
         jobs: processes at once; with one everything happens in this process.
+        ptx: the architecture, ``sm_80`` or ``sm_90``, for which kernels are compiled and executed as PTX on the CPU.
         known: records of an earlier run, which are not made again.
         on_record: told of each new record when it is there.
 
@@ -50,16 +53,17 @@ def verify(
         A record for each op and dtype, and for each check of models.
 
     Raises:
-        ValueError: an unknown name, no jobs, or a device that is not there.
+        ValueError: an unknown name or architecture, no jobs, or a device that is not there.
         RuntimeError: the kernels cannot run on the device, in this process.
     """
     chosen = known_names("op", ops, names())
     target = find_device(device)
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, needs 1 or more")
-    resolve("triton", target)  # raises where the kernels cannot run
+    with nullcontext() if ptx is None else emulated(ptx):
+        resolve("triton", target)  # raises where the kernels cannot run
     records = {record.key: record for record in known}
-    parts = parts_of(chosen)
+    parts = parts_of(chosen, ptx)
     todo = [part for part in parts if part.key not in records]
     here = (part.run(target, quick=quick) for part in todo)
     with quiet(target):
@@ -89,10 +93,15 @@ def quiet(device: torch.device) -> Iterator[None]:
 
 def needs_interpreter(device: torch.device) -> bool:
     """Whether another process is needed: Triton reads ``TRITON_INTERPRET`` when kernels are imported, as they are by now."""
-    return device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1"
+    return device.type == "cpu" and not is_interpreting()
 
 
-def rerun_in_interpreter(arguments: Sequence[str]) -> int:
-    """Runs ``fastdllm-triton`` with these arguments in a process where Triton interprets, and gives back its status."""
+def is_interpreting() -> bool:
+    """Whether Triton interprets kernels in this process."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def rerun_in_interpreter(arguments: Sequence[str], *, interpret: bool = True) -> int:
+    """Runs ``fastdllm-triton`` with these arguments in a process where Triton interprets, or does not, and returns its status."""
     command = [sys.executable, "-m", __package__.split(".")[0], *arguments]
-    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": str(int(interpret))}, check=False).returncode

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastdllm_triton.kernels._arch import ARCHS
+from fastdllm_triton.kernels._check import INTERPRETED
 from fastdllm_triton.kernels.head_statistics import FUSED_ROWS, select_config
 from fastdllm_triton.kernels.head_statistics import head_statistics as kernel
 from fastdllm_triton.reference.head_statistics import head_statistics as reference
@@ -316,7 +317,7 @@ def test_bad_arguments_are_named(change, message):
         kernel(**arguments)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter has no bfloat16")
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter has no bfloat16")
 def test_the_interpreter_refuses_what_it_computes_wrong():
     with pytest.raises(ValueError, match="float32 or float16 in Triton's interpreter"):
         kernel(torch.zeros(2, 16).bfloat16(), torch.zeros(9, 16).bfloat16())

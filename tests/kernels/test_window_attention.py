@@ -242,6 +242,7 @@ def test_kernel_names_what_is_wrong(change, message):
 
 def test_kernel_asks_for_a_gpu_or_the_interpreter(monkeypatch):
     monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", False)
+    monkeypatch.setattr("fastdllm_triton.kernels._check.is_emulated", lambda: False)
     with pytest.raises(ValueError, match=r"q must be .*, got a tensor on cpu"):
         kernel(**inputs(sizes(3, (0,), (83,), slots=83), torch.float32))  # a layout that has not been checked before
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -35,12 +38,30 @@ def commands(page: Path) -> list[list[str]]:
     return [line[line.index("fastdllm-triton") + 1 :] for line in words if "fastdllm-triton" in line]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+#: Its example is compiled, in a process in which Triton does not interpret.
+COMPILED = ROOT / "docs" / "ptx.md"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python") and page != COMPILED], ids=lambda page: page.name
+)
 def test_the_examples_run(page: Path) -> None:
     """Nothing is defined beforehand; a block may go on from those before it on its page."""
     names: dict[str, object] = {}
     for example in blocks(page, "python"):
         exec(compile(example, page.name, "exec"), names)
+
+
+def test_the_example_that_is_compiled_ends_with_the_error_that_the_page_shows(tmp_path: Path) -> None:
+    (example,) = blocks(COMPILED, "python")
+    (tmp_path / "example.py").write_text(example)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    said = done.stderr.strip().splitlines()[-1].removeprefix("fastdllm_triton.ptx.emulator.")
+    assert said in "".join(blocks(COMPILED, ""))
+    assert said.startswith("FindingsError: access outside of every tensor")
 
 
 @pytest.mark.parametrize(("page", "words"), [(page.name, words) for page in PAGES for words in commands(page)], ids=str)
@@ -60,7 +81,8 @@ def test_the_commands_of_the_readme_run(words: list[str], tmp_path: Path, monkey
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_that_are_there(page: Path) -> None:
-    targets = re.findall(r"\]\(([^()\s#]+)", page.read_text())
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.S | re.M)
+    targets = re.findall(r"\]\(([^()\s#]+)", text)
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert missing == []
 
