@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdllm_triton import ops as module
 from fastdllm_triton import reference
+from fastdllm_triton.kernels._arch import emulated
 from fastdllm_triton.ops import NAMES, Ops, backends, registry, resolve, without_kernels
 from fastdllm_triton.ops.backends import _resolved
 from fastdllm_triton.types import LaunchOptions, PolicyState, TokenStatistics
@@ -50,7 +51,7 @@ def test_the_ops_of_a_cpu_are_for_a_cpu():
 
 @pytest.mark.parametrize("obstacle", ["triton is not installed", "device cuda:0 is sm_70"])
 def test_auto_falls_back_on_a_gpu_with_a_warning_that_says_why_and_triton_raises(monkeypatch, obstacle):
-    monkeypatch.setattr(backends, "_obstacle", lambda device, interpreter: obstacle)
+    monkeypatch.setattr(backends, "_obstacle", lambda device, on_cpu: obstacle)
     _resolved.cache_clear()
     device = torch.device("cuda", 0)
     with pytest.warns(UserWarning, match=obstacle):
@@ -82,21 +83,23 @@ def test_a_missing_kernel_is_an_obstacle(monkeypatch):
     find_spec = importlib.util.find_spec
     hidden = lambda name, *args: None if name.endswith("kernels.swiglu") else find_spec(name, *args)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", hidden)
-    obstacle = backends._obstacle(torch.device("cuda"), interpreter=False)
+    obstacle = backends._obstacle(torch.device("cuda"), on_cpu=False)
     assert obstacle is not None
     assert "no Triton kernel for" in obstacle
     assert "swiglu" in obstacle
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "triton" else find_spec(name, *args))
-    assert backends._obstacle(torch.device("cuda"), interpreter=False) == "triton is not installed"
+    assert backends._obstacle(torch.device("cuda"), on_cpu=False) == "triton is not installed"
 
 
-def test_triton_runs_on_a_cpu_in_the_interpreter_alone(monkeypatch):
+def test_triton_runs_on_a_cpu_in_the_interpreter_or_emulated(monkeypatch):
     monkeypatch.setattr(module, "NAMES", tuple(KERNELS))
     monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", False)
-    assert "the device is cpu" in str(backends._obstacle(CPU, interpreter=True))
+    assert "the device is cpu" in str(backends._obstacle(CPU, on_cpu=True))
+    with emulated("sm_90"):
+        assert backends._obstacle(CPU, on_cpu=True) is None
     monkeypatch.setattr("fastdllm_triton.kernels._check.INTERPRETED", True)
-    assert backends._obstacle(CPU, interpreter=True) is None
-    assert "the device is cpu" in str(backends._obstacle(CPU, interpreter=False))
+    assert backends._obstacle(CPU, on_cpu=True) is None
+    assert "the device is cpu" in str(backends._obstacle(CPU, on_cpu=False))
 
 
 def test_an_unknown_backend_is_named():
