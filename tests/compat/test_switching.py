@@ -129,7 +129,7 @@ def test_the_functions_accelerate_a_module_on_first_use_and_say_so_once(caplog: 
         assert nfe == expected_nfe
     assert [(record.name, record.levelname) for record in caplog.records] == [("fastdllm_triton", "WARNING")]
     message = caplog.messages[0]
-    assert message.startswith("LLaDA is accelerated on first use (attention, norms, head on reference: ")
+    assert message.startswith("LLaDA is accelerated on first use (attention, norms, head on cpu: ")
     assert "restore(model) undoes it" in message
     assert "\n" not in message
     fdt.restore(module)
