@@ -63,10 +63,12 @@ class ProxyFences:
         time, warp = (stamps >> np.uint32(1)).astype(np.int64), (entries & np.uint32(0xFF)).astype(np.int64)
         program = lanes.place[which][:, None]
         reader = program * self._warps + lanes.warp[which][:, None]
-        by_all = self._fenced.reshape(-1, self._warps).min(1)[program]  # several warps wrote it
-        by_writer = np.where(warp < self._warps, self._fenced[program * self._warps + np.minimum(warp, self._warps - 1)], by_all)
-        behind = (self._interval[reader] + self._races.base > entries >> np.uint32(8)) | (warp == lanes.warp[which][:, None])
-        fenced = (by_writer > time) | ((self._fenced[reader] > time) & behind)
+        interval = entries >> np.uint32(8)
+        by_writer = self._fenced[program * self._warps + np.minimum(warp, self._warps - 1)] > time
+        # Where several warps wrote it, each fenced its own write, and the last of them may be later than the others' fences.
+        by_all = self._interval.reshape(-1, self._warps).min(1)[program] + self._races.base >= interval
+        behind = (self._interval[reader] + self._races.base > interval) | (warp == lanes.warp[which][:, None])
+        fenced = np.where(warp < self._warps, by_writer, by_all) | ((self._fenced[reader] > time) & behind)
         if not copies:
             fenced |= stamps & _COPIED != 0
         written = entries >= (self._races.base + 1) << 8

@@ -58,6 +58,8 @@ class Bench:
         ("write0 fence0 barrier write1 barrier", True),
         ("write0 write1 fence0 barrier", True),  # both wrote, one fenced
         ("write0 write1 fence0 fence1 barrier", False),
+        ("write0 fence0 write1 fence1 barrier", False),  # each fences its own
+        ("write0 fence0 write1 barrier", True),
     ],
 )
 def test_writes_that_a_fence_has_made_visible(steps, unfenced):
