@@ -22,9 +22,9 @@ import numpy as np
 
 from .floats import finish
 from .half import HALVES, WIDEN, half
-from .lanes import Array
+from .lanes import Array, choose
 from .parser import Instruction
-from .rounding import choose, f32, f64, from_bf16, u64
+from .rounding import f32, f64, from_bf16, u64
 from .semantics import Compute, Scalar, modifiers, scalar
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .lanes import UNSIGNED, Array, bits_of, dtype_of
+from .lanes import UNSIGNED, Array, bits_of, choose, dtype_of
 from .parser import Immediate, Instruction, Sink, Vector
-from .rounding import choose
 from .semantics import Scalar, modifiers, scalar
 
 BITS = ("b16", "b32", "b64")

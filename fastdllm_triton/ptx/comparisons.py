@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from .integers import halves
-from .lanes import Array, dtype_of
+from .lanes import Array, choose, dtype_of
 from .parser import Instruction, Vector
-from .rounding import choose, flush, from_bf16
+from .rounding import flush, from_bf16
 from .semantics import Scalar, scalar
 
 Compare = Callable[[Array, Array], Array]

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from .fused import fma32, fma64
-from .lanes import Array
+from .lanes import Array, choose
 from .parser import Instruction
 from .rounding import (
     MODES,
     bits_of_floats,
     canonical,
-    choose,
     f64,
     flush,
     saturate,

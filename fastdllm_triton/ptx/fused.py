@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .lanes import Array
+from .lanes import Array, choose
 from .rounding import (
-    choose,
     f32,
     f64,
     from_bf16,

@@ -51,6 +51,15 @@ def dtype_of(type_: str) -> type[Any]:
     return UNSIGNED[bits]
 
 
+def choose(mask: Array, yes: Array, no: Array) -> Array:
+    """``np.where`` for two arrays of bools or of one unsigned type, several times as fast where the mask has no pattern."""
+    if len(mask) == 1:
+        return yes if mask[0] else no
+    result: Array = mask * (yes ^ no)
+    result ^= no
+    return result
+
+
 class Memory(Protocol):
     """Bytes that addresses lead to, with all checks."""
 
@@ -134,7 +143,7 @@ class Lanes:
             return
         assert isinstance(register, Register)
         old = self.registers[register.slot]
-        self.registers[register.slot] = value if mask is None else np.where(mask, value, old)
+        self.registers[register.slot] = value if mask is None else choose(mask, value, old)
 
     def put_some(self, register: Operand, which: Which, values: Array) -> None:
         """Writes values of some lanes, ``which [n]``, of the register's own dtype."""

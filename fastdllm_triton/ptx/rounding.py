@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .lanes import Array
+from .lanes import Array, choose
 
 u8, u16, u32, u64 = np.uint8, np.uint16, np.uint32, np.uint64
 f16, f32, f64 = np.float16, np.float32, np.float64
@@ -29,15 +29,6 @@ _UNSIGNED: dict[int, type[Any]] = {2: u16, 4: u32, 8: u64}
 #: By size in bytes: the canonical NaN, and the bits of the smallest normal number.
 _NAN: dict[int, Array] = {2: np.array([0x7FFF], u16), 4: np.array([0x7FFFFFFF], u32)}
 _NORMAL: dict[int, Any] = {2: u16(0x0400), 4: u32(0x00800000)}
-
-
-def choose(mask: Array, yes: Array, no: Array) -> Array:
-    """``np.where`` for two arrays of one unsigned type, several times as fast where the mask has no pattern."""
-    if len(mask) == 1:
-        return yes if mask[0] else no
-    result: Array = mask * (yes ^ no)
-    result ^= no
-    return result
 
 
 def bits_of_floats(values: Array) -> Array:

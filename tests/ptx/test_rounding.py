@@ -183,17 +183,6 @@ def test_to_8_bits(kind):
     assert set(rounding.to_fp8(np.array([np.nan, -np.nan], np.float32), kind)) == {0x7F}
 
 
-def test_choose_is_where():
-    random = np.random.default_rng(0)
-    yes, no = random.integers(0, 2**32, (2, 50), np.uint32)
-    mask = random.random(50) < 0.5
-    assert np.array_equal(rounding.choose(mask, yes, no), np.where(mask, yes, no))
-    assert np.array_equal(rounding.choose(mask, yes[:1], no), np.where(mask, yes[:1], no))
-    assert np.array_equal(rounding.choose(mask, yes[:1], no[:1]), np.where(mask, yes[:1], no[:1]))
-    for one in (True, False):
-        assert np.array_equal(np.broadcast_to(rounding.choose(np.array([one]), yes, no[:1]), 50), np.where(one, yes, no[:1]))
-
-
 def fused_in(form: Format, mode: str = "rn"):
     """The package's fma of a format, to its bits; NaN of float32 may be any."""
     if form is F32:
