@@ -15,36 +15,11 @@ import numpy as np
 
 from .lanes import WARP, Array, Lanes, Mask, Step, bits_of, dtype_of, items, reader
 from .parser import Instruction
+from .rounding import canonical, from_bf16, from_fp8
 from .semantics import effect
 from .warp import of_warps, put_warps, whole_warps
 
-#: What tensor cores give for any NaN.
-NAN = np.array([0x7FFFFFFF], np.uint32).view(np.float32)
-
-
 # Formats of elements ------------------------------------------------------------------------------------------------------------
-
-
-def _float8(exponent: int, mantissa: int) -> Array:
-    """``[256]`` float32: the values of e4m3, which has no infinity, or of e5m2, which has (PTX ISA, 5.2.3)."""
-    bits = np.arange(128)
-    field, fraction = bits >> mantissa, (bits & (2**mantissa - 1)) / 2**mantissa
-    bias = 2 ** (exponent - 1) - 1
-    value = np.where(field == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (field - bias))
-    if exponent == 4:
-        value[-1] = np.nan
-    else:
-        value = np.where(field < 31, value, np.where(fraction == 0, np.inf, np.nan))
-    both: Array = np.concatenate([value, -value]).astype(np.float32)
-    return both
-
-
-_E4M3, _E5M2 = _float8(4, 3), _float8(5, 2)
-
-
-def _from_bf16(bits: Array) -> Array:
-    wide: Array = bits.astype(np.uint32) << np.uint32(16)
-    return wide.view(np.float32)
 
 
 def _from_tf32(bits: Array) -> Array:
@@ -67,11 +42,11 @@ class Format:
 
 
 FORMATS = {
-    "bf16": Format(16, _from_bf16),
+    "bf16": Format(16, from_bf16),
     "f16": Format(16, lambda bits: bits.view(np.float16).astype(np.float32)),
     "tf32": Format(32, _from_tf32),
-    "e4m3": Format(8, lambda bits: _E4M3[bits]),
-    "e5m2": Format(8, lambda bits: _E5M2[bits]),
+    "e4m3": Format(8, lambda bits: from_fp8(bits, "e4m3").astype(np.float32)),
+    "e5m2": Format(8, lambda bits: from_fp8(bits, "e5m2").astype(np.float32)),
     "s8": Format(8, lambda bits: bits.view(np.int8).astype(np.float32)),
     "u8": Format(8, lambda bits: bits.astype(np.float32)),
     "f64": Format(64, lambda bits: bits.view(np.float64)),
@@ -107,11 +82,11 @@ def to_registers(matrix: Array, dtype: str) -> Array:
     """``[registers, w * 32]`` unsigned: an accumulator ``[w, rows, columns]``; a lane has pairs of a row, next to each other.
 
     Registers first go along the pair, then down by 8 rows, then right by 8 columns; those of float16 hold a pair each. Every NaN
-    becomes the tensor cores' own.
+    becomes the canonical one, which is what tensor cores give.
     """
     warps, rows, columns = matrix.shape
-    if dtype in ("f16", "f32") and np.isnan(matrix).any():
-        matrix = np.where(np.isnan(matrix), NAN, matrix)
+    if dtype in ("f16", "f32"):
+        matrix = canonical(matrix.reshape(-1)).reshape(matrix.shape)
     parts = matrix.reshape(warps, rows // 8, 8, columns // 8, 4, 2)
     if dtype == "f16":
         ordered = np.ascontiguousarray(parts.transpose(3, 1, 0, 2, 4, 5).astype(np.float16))
