@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from .findings import Kind
 from .lanes import WARP, Array, Lanes, Mask, Step, Which, items, reader, writer
-from .parser import Address, Immediate, Instruction, Operand
+from .parser import Immediate, Instruction, Operand
 from .semantics import effect
+from .transfers import addresses_of
 
 _TOGETHER = frozenset({"shfl", "redux", "vote", "match", "elect", "ldmatrix", "stmatrix", "movmatrix", "mma", "wgmma"})
 #: Warps, by their place in the batch; None where it is all of them.
@@ -73,14 +74,6 @@ def put_warps(lanes: Lanes, register: Operand, warps: Warps, values: Array) -> N
         lanes.put(register, values.reshape(-1), None)
     else:
         lanes.put_some(register, lanes_of(lanes, warps), values.reshape(-1))
-
-
-def address_of(operand: Operand) -> Callable[[Lanes], Array]:
-    """What gives the addresses of ``[base + offset]``, ``[N]`` or ``[1]`` int64."""
-    assert isinstance(operand, Address)
-    offset = operand.offset
-    base = reader(operand.base, f"u{getattr(operand.base, 'bits', 64)}")
-    return lambda lanes: base(lanes).astype(np.int64) + offset
 
 
 # Members ------------------------------------------------------------------------------------------------------------------------
@@ -378,14 +371,14 @@ def _ldmatrix(instruction: Instruction) -> Step | None:
     if known is None:
         return None
     number, transposed = known
-    registers, address = items(instruction.operands[0]), address_of(instruction.operands[1])
+    registers, addresses = items(instruction.operands[0]), addresses_of(instruction.operands[1])
     if len(registers) != number:
         return None
 
     def step(lanes: Lanes, mask: Mask) -> None:
         warps = whole_warps(lanes, mask)
         which = _row_lanes(lanes, warps, number)
-        data = lanes.shared.load(lanes, which, lanes.spread(address(lanes))[which], 16)
+        data = lanes.shared.load(lanes, which, lanes.spread(addresses(lanes))[which], 16)
         rows = np.ascontiguousarray(data).view(np.uint16).reshape(-1, number, 8, 8)
         if transposed:
             rows = rows.swapaxes(2, 3)
@@ -403,7 +396,7 @@ def _stmatrix(instruction: Instruction) -> Step | None:
     if known is None:
         return None
     number, transposed = known
-    address, readers = address_of(instruction.operands[0]), [reader(item, "b32") for item in items(instruction.operands[1])]
+    addresses, readers = addresses_of(instruction.operands[0]), [reader(item, "b32") for item in items(instruction.operands[1])]
     if len(readers) != number:
         return None
 
@@ -415,7 +408,7 @@ def _stmatrix(instruction: Instruction) -> Step | None:
         if transposed:
             rows = np.ascontiguousarray(rows.swapaxes(2, 3))
         data = rows.view(np.uint8).reshape(-1, 16)
-        lanes.shared.store(lanes, which, lanes.spread(address(lanes))[which], data)
+        lanes.shared.store(lanes, which, lanes.spread(addresses(lanes))[which], data)
 
     return step
 

@@ -29,13 +29,18 @@ class Shared:
         self.bytes = np.full((programs, size), 0xFF, np.uint8)
 
     def load(self, lanes, which, address, size):
-        return self.bytes[lanes.place[which][:, None], (address[:, None] + np.arange(size)) % self.bytes.shape[1]]
+        return self.bytes[lanes.place[which][:, None], (_signed(address) + np.arange(size)) % self.bytes.shape[1]]
 
     def unfenced(self, lanes, which, address, size):
         return np.zeros(len(which), bool)
 
     def store(self, lanes, which, address, data):
-        self.bytes[lanes.place[which][:, None], address[:, None] + np.arange(data.shape[1])] = data
+        self.bytes[lanes.place[which][:, None], _signed(address) + np.arange(data.shape[1])] = data
+
+
+def _signed(address):
+    """``[n, 1]`` int64: numpy makes a float of the sum of an unsigned one and a signed one."""
+    return address.astype(np.int64)[:, None]
 
 
 class Bench:
