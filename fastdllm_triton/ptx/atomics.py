@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .accesses import Access, Space, accesses_of
-from .lanes import UNSIGNED, Array, Lanes, Mask, Step, bits_of, items, reader, writer
+from .lanes import UNSIGNED, Array, Lanes, Mask, Step, bits_of, items, reader
 from .memory import GlobalMemory
-from .parser import Address, Instruction, Operand, Sink
-from .rounding import canonical, flush, from_bf16, odd_if_finite, to_bf16, to_f16, two_sum
+from .parser import Address, Instruction, Sink
+from .rounding import canonical, flush, from_bf16, to_bf16, to_f16
 from .semantics import effect
 from .shared import SharedMemory
-from .transfers import addresses_of, fits
+from .transfers import addresses_of, fits, give, widener
 
 #: The new value of a place, of the old one and the operands; all unsigned, ``[n]``.
 Change = Callable[..., Array]
@@ -27,11 +27,11 @@ Change = Callable[..., Array]
 
 def _add_f16(old: Array, value: Array) -> Array:
     total = old.view(np.float16).astype(np.float32) + value.view(np.float16).astype(np.float32)
-    return to_f16(total).view(np.uint16)  # 24 bits are enough for a sum of two numbers of 11 to be rounded twice
+    return to_f16(total).view(np.uint16)  # rounded twice, which is as good as once: see :mod:`.half`
 
 
 def _add_bf16(old: Array, value: Array) -> Array:
-    return to_bf16(odd_if_finite(*two_sum(from_bf16(old), from_bf16(value))))
+    return to_bf16(from_bf16(old) + from_bf16(value))
 
 
 def _add_f32(old: Array, value: Array) -> Array:
@@ -144,7 +144,7 @@ def _step(access: Access, address: Address, results: Any, sources: list[Any]) ->
     addresses = addresses_of(address)
     bits = bits_of(access.type)
     readers = [[reader(item, f"b{bits}") for item in group] for group in sources]
-    writers = [writer(result, f"b{bits}") for result in results]
+    wanted = [(n, result, widener(result, f"b{bits}")) for n, result in enumerate(results) if not isinstance(result, Sink)]
     change = change_of(access)
     element: Any = np.dtype(UNSIGNED[bits // 2 if access.type.endswith("x2") else bits])
     elements = access.size // element.itemsize
@@ -166,8 +166,8 @@ def _step(access: Access, address: Address, results: Any, sources: list[Any]) ->
         memory = cast("GlobalMemory | SharedMemory", lanes.shared if access.space is Space.SHARED else lanes.memory)
         found = memory.update(lanes, which, where, access.size, all_elements)
         table = found.reshape(-1).view(UNSIGNED[bits]).reshape(len(which), -1)
-        for n, write in enumerate(writers):
-            _give(lanes, results[n], write, np.ascontiguousarray(table[:, n]), which, mask)
+        for n, result, widen in wanted:
+            give(lanes, result, np.ascontiguousarray(widen(table[:, n])), which, mask)
 
     return step
 
@@ -176,13 +176,3 @@ def _elements(values: list[Array], element: Any) -> Array:
     """``[n, elements]``, of the operands of a vector, each of which may be two elements."""
     table = np.stack(values, axis=1)
     return table.view(element)
-
-
-def _give(lanes: Lanes, result: Operand, write: Callable[..., None], values: Array, which: Array, mask: Mask) -> None:
-    if isinstance(result, Sink):
-        return
-    if mask is not None:
-        every = np.zeros(lanes.count, values.dtype)
-        every[which] = values
-        values = every
-    write(lanes, values, mask)

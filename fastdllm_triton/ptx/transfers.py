@@ -77,17 +77,17 @@ def _ld(instruction: Instruction) -> Step | None:
         values = data.reshape(-1).view(unsigned)
         if single:
             (_, result, widen) = wanted[0]
-            _give(lanes, result, widen(values), which, mask)
+            give(lanes, result, widen(values), which, mask)
             return
         table = values.reshape(len(data), -1)
         for n, result, widen in wanted:
-            _give(lanes, result, np.ascontiguousarray(widen(table[:, n])), which, mask)
+            give(lanes, result, np.ascontiguousarray(widen(table[:, n])), which, mask)
 
     return step if wanted else lambda lanes, mask: None
 
 
-def _give(lanes: Lanes, result: Operand, values: Array, which: Array, mask: Mask) -> None:
-    """Writes what lanes loaded, or what all of them found at one address."""
+def give(lanes: Lanes, result: Operand, values: Array, which: Array, mask: Mask) -> None:
+    """Writes what lanes found in memory, or what all of them found at one address."""
     if mask is None or len(values) < len(which):
         lanes.put(result, values, mask)
     else:
