@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .integers import INTEGERS, unsigned
 from .lanes import UNSIGNED, Array, bits_of, choose, dtype_of
 from .parser import Immediate, Instruction, Sink, Vector
 from .semantics import Scalar, modifiers, scalar
@@ -47,7 +48,7 @@ def _cnot(instruction: Instruction) -> Scalar | None:
 def _shift(instruction: Instruction) -> Scalar | None:
     """PTX ISA, 9.7.8, ``shl`` and ``shr``: by the width or more, nothing is left but the sign."""
     type_, name = instruction.type, instruction.name
-    right = tuple(f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64)) if name == "shr" else ()
+    right = INTEGERS if name == "shr" else ()
     if type_ not in BITS + right or modifiers(instruction, 1) is None:
         return None
     bits, dtype = bits_of(type_), dtype_of(type_)
@@ -115,13 +116,8 @@ def _bfe(instruction: Instruction) -> Scalar | None:
 
     fixed = [operand.value & 0xFF for operand in instruction.operands[-2:] if isinstance(operand, Immediate)]
     if len(fixed) == 2 and 0 < fixed[1] <= bits - fixed[0]:  # within the register, as compilers write it
-        return Scalar((type_,), (unsigned_of(bits), "u32", "u32"), constant(*fixed))
-    return Scalar((type_,), (unsigned_of(bits), "u32", "u32"), compute)
-
-
-def unsigned_of(bits: int) -> str:
-    """``u32`` for 32."""
-    return f"u{bits}"
+        return Scalar((type_,), (unsigned(type_), "u32", "u32"), constant(*fixed))
+    return Scalar((type_,), (unsigned(type_), "u32", "u32"), compute)
 
 
 @scalar("bfi")
@@ -308,7 +304,7 @@ def _pick(a: Array, b: Array, picks: list[int]) -> Array:
 def _mov(instruction: Instruction) -> Scalar | None:
     """PTX ISA, 9.7.9, ``mov``: a copy, or several registers of one, or one of several, the first being the lowest."""
     type_ = instruction.type
-    kinds = ("pred", *(f"{kind}{bits}" for kind in "bus" for bits in (16, 32, 64)), "f32", "f64")
+    kinds = ("pred", *BITS, *INTEGERS, "f32", "f64")
     if type_ not in kinds or modifiers(instruction, 1) is None or len(instruction.operands) != 2:
         return None
     to, source = instruction.operands
@@ -345,7 +341,7 @@ def _pack(values: tuple[Array, ...], dtype: type[Any]) -> Array:
 def _selp(instruction: Instruction) -> Scalar | None:
     """PTX ISA, 9.7.6, ``selp``."""
     type_ = instruction.type
-    kinds = (*(f"{kind}{bits}" for kind in "bus" for bits in (16, 32, 64)), "f16", "f32", "f64")
+    kinds = (*BITS, *INTEGERS, "f16", "f32", "f64")
     if type_ not in kinds or modifiers(instruction, 1) is None:
         return None
     plain = f"b{bits_of(type_)}"

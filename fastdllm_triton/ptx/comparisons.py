@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .integers import halves
+from .bits import BITS
+from .integers import INTEGERS, halves
 from .lanes import Array, choose, dtype_of
 from .parser import Instruction, Vector
 from .rounding import flush, from_bf16
@@ -14,8 +15,6 @@ from .semantics import Scalar, scalar
 
 Compare = Callable[[Array, Array], Array]
 
-_BITS = ("b16", "b32", "b64")
-_INTEGERS = tuple(f"{kind}{bits}" for kind in "us" for bits in (16, 32, 64))
 _FLOATS = ("f16", "bf16", "f32", "f64")
 _PAIRS = ("f16x2", "bf16x2")
 
@@ -66,11 +65,11 @@ def _comparison(operator: str, type_: str, ftz: bool) -> Compare | None:
         return _of_each(flush, compare) if ftz and compare is not None else compare
     if ftz:
         return None
-    if operator == "ne" and type_ in _BITS + _INTEGERS:
+    if operator == "ne" and type_ in BITS + INTEGERS:
         return np.not_equal
-    if operator == "eq" and type_ in _BITS:
+    if operator == "eq" and type_ in BITS:
         return np.equal
-    if type_ in _INTEGERS:
+    if type_ in INTEGERS:
         return _ORDERED.get(_LOWER.get(operator, operator) if type_[0] == "u" else operator)
     return None
 
@@ -153,7 +152,7 @@ def _set(instruction: Instruction) -> Scalar | None:
 def _slct(instruction: Instruction) -> Scalar | None:
     """PTX ISA, 9.7.6, ``slct``: ``a`` where ``c`` is at least 0, which NaN is not."""
     *more, result, type_ = instruction.parts[1:]
-    if result not in (*_BITS, *_INTEGERS, "f32", "f64") or type_ not in ("s32", "f32"):
+    if result not in (*BITS, *INTEGERS, "f32", "f64") or type_ not in ("s32", "f32"):
         return None
     if more not in ([], ["ftz"]) or (more and type_ == "s32"):
         return None
