@@ -344,13 +344,9 @@ class SharedRaces:
         Returns:
             lanes that store where another warp did: a race only if the values differ. None if there are none.
         """
-        width = size // self.granule
-        mine = self._mine(lanes, which, width)
-        self._check_reads(lanes, which, place, size, mine, low, high)
+        width, mine, entries = self._meet(lanes, which, place, size, low, high)
         if self._atomics is not None:
             self._check(lanes, which, self._atomics.last(place, size), mine, width, Use.ATOMIC)
-        entries = self.writes.last(place, size)
-        self._known(lanes, which, entries, width, read=False)
         excused = same_interval(entries, mine)
         now = mine if excused is None else merged(entries, mine)
         self.writes.enter(place, size, now, unique=unique)
@@ -358,11 +354,7 @@ class SharedRaces:
 
     def begin(self, lanes: Lanes, which: Which, place: Array, size: int, low: int, high: int) -> None:
         """Checks and notes the start of a cp.async, from which on nobody may use the bytes."""
-        width = size // self.granule
-        mine = self._mine(lanes, which, width)
-        self._check_reads(lanes, which, place, size, mine, low, high)
-        entries = self.writes.last(place, size)
-        self._known(lanes, which, entries, width, read=False)
+        width, mine, entries = self._meet(lanes, which, place, size, low, high)
         self._check(lanes, which, entries, mine, width, Use.WRITE)
         self.writes.put(place, size, np.full(len(mine), self.PENDING, np.uint32))
         self._on_their_way += len(place)
@@ -374,20 +366,28 @@ class SharedRaces:
 
     def atomic(self, lanes: Lanes, which: Which, place: Array, size: int, low: int, high: int) -> None:
         """Checks and notes an atomic access."""
-        width = size // self.granule
-        mine = self._mine(lanes, which, width)
-        self._check_reads(lanes, which, place, size, mine, low, high)
-        entries = self.writes.last(place, size)
-        self._known(lanes, which, entries, width, read=True)
+        width, mine, entries = self._meet(lanes, which, place, size, low, high, read=True)
         self._check(lanes, which, entries, mine, width, Use.WRITE)
         if self._atomics is None:
             self._atomics = Marks(self.size, self.granule, np.uint32)
         self._atomics.enter(place, size, merged(self._atomics.last(place, size), mine), unique=False)
 
-    def _check_reads(self, lanes: Lanes, which: Which, place: Array, size: int, mine: Array, low: int, high: int) -> None:
+    def _meet(
+        self, lanes: Lanes, which: Which, place: Array, size: int, low: int, high: int, *, read: bool = False
+    ) -> tuple[int, Array, Array]:
+        """Checks a change against the reads of the interval, and that the bytes are there to be written, or ``read`` too.
+
+        Returns:
+            the granules of an access, what is entered for each, and the last writes of each.
+        """
+        width = size // self.granule
+        mine = self._mine(lanes, which, width)
         self._enter_reads(low, high)
         if self._reads is not None and self._entered is not None and self._entered[0] < high and low < self._entered[1]:
-            self._check(lanes, which, self._reads.last(place, size), mine, size // self.granule, Use.READ)
+            self._check(lanes, which, self._reads.last(place, size), mine, width, Use.READ)
+        entries = self.writes.last(place, size)
+        self._known(lanes, which, entries, width, read=read)
+        return width, mine, entries
 
     def _enter_reads(self, low: int, high: int) -> None:
         """Enters the reads between two bytes into the map."""
