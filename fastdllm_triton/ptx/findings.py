@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -28,7 +29,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """One thing that is wrong; equal to any other of the instruction and kind, whoever did it.
 
     Attributes:
         kind: what.
@@ -45,9 +46,9 @@ class Finding:
     location: str
     line: int
     text: str
-    program: int
-    thread: int
-    detail: str = ""
+    program: int = field(compare=False)
+    thread: int = field(compare=False)
+    detail: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         more = f" ({self.detail})" if self.detail else ""
@@ -64,18 +65,13 @@ class Findings:
     """
 
     counts: dict[Finding, int] = field(default_factory=dict)
-    _first: dict[tuple[Kind, str, int, str], Finding] = field(default_factory=dict)
 
     def add(self, kind: Kind, kernel: str, instruction: Instruction, program: int, thread: int, count: int, detail: str) -> None:
         """Notes that ``count`` lanes did it, the first being ``thread`` of ``program``."""
-        key = (kind, kernel, instruction.line, instruction.text)
-        first = self._first.get(key)
-        if first is None:
-            first = Finding(kind, kernel, instruction.location, instruction.line, instruction.text, program, thread, detail)
-            self._first[key] = first
-        self.counts[first] = self.counts.get(first, 0) + count
+        finding = Finding(kind, kernel, instruction.location, instruction.line, instruction.text, program, thread, detail)
+        self.counts[finding] = self.counts.get(finding, 0) + count  # a dict keeps the first of equal keys
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Finding]:
         return iter(self.counts)
 
     def __len__(self) -> int:
@@ -84,4 +80,3 @@ class Findings:
     def clear(self) -> None:
         """Forgets all."""
         self.counts.clear()
-        self._first.clear()
