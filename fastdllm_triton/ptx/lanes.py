@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .findings import Findings, Kind
-from .parser import Immediate, Instruction, Kernel, Operand, Register, Sink, Special, Symbol
+from .parser import Address, Immediate, Instruction, Kernel, Operand, Register, Sink, Special, Symbol
 
 Array = NDArray[Any]
 Which = NDArray[np.int64]
@@ -199,3 +199,8 @@ def writer(operand: Operand, type_: str) -> Callable[[Lanes, Array, Mask], None]
 def items(operand: Operand) -> Sequence[Operand]:
     """The registers of a vector; of anything else, itself."""
     return getattr(operand, "items", (operand,))
+
+
+def registers_of(operand: Operand) -> list[Register]:
+    """The registers that an operand names: itself, those of a vector, or that of an address."""
+    return [item for item in items(operand.base if isinstance(operand, Address) else operand) if isinstance(item, Register)]

@@ -127,9 +127,9 @@ class Block:
     target: int | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Kernel:
-    """A kernel.
+    """A kernel; equal to itself alone, so that what was made of it can be kept under it.
 
     Attributes:
         name: of the entry.

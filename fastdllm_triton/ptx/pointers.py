@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .accesses import Access, Space, accesses_of
-from .lanes import items
+from .lanes import registers_of
 from .parser import Address, Instruction, Kernel, Operand, Register, Symbol, Vector
 
 #: Instead of a parameter's name: an address that was read from memory.
@@ -66,9 +66,8 @@ def origins(kernel: Kernel) -> list[Origin]:
 
 
 def _registers(operand: Operand) -> list[Register]:
-    if isinstance(operand, Address):
-        return _registers(operand.base)
-    return [item for item in items(operand) if isinstance(item, Register) and item.bits > 1]
+    """Those that an address could flow through: no predicates."""
+    return [register for register in registers_of(operand) if register.bits > 1]
 
 
 def _operands(instruction: Instruction) -> tuple[list[Register], list[Register]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 # Importing them fills the registry.
@@ -15,7 +16,6 @@ from . import (  # noqa: F401
     conversions,
     copies,
     floats,
-    fused,
     half,
     integers,
     mma,
@@ -23,8 +23,8 @@ from . import (  # noqa: F401
     wgmma,
 )
 from .accesses import Space, smallest
-from .lanes import Lanes, Mask, Step, items
-from .parser import Address, Block, Instruction, Kernel, Operand, Register, Special
+from .lanes import Lanes, Mask, Step, items, registers_of
+from .parser import Block, Instruction, Kernel, Special
 from .pointers import Origin, origins
 from .semantics import UnknownInstructionError, decode, scalar_of
 from .warp import together
@@ -103,20 +103,16 @@ class Program:
         """The program of a kernel; made once for each.
 
         Raises:
+            ValueError: its threads are no whole warps, or more than 1024.
             UnknownInstructionError: the kernel has an instruction, a barrier or a special register that nobody wrote down.
         """
-        found = _PROGRAMS.get(id(kernel))
-        if found is None:
-            if kernel.threads % 32 or not 32 <= kernel.threads <= 1024:
-                raise ValueError(f"{kernel.name}: programs of {kernel.threads} threads, not of whole warps up to 1024")
-            found = _PROGRAMS[id(kernel)] = _make(kernel)
-        return found
+        return _make(kernel)
 
 
-_PROGRAMS: dict[int, Program] = {}  # a program holds its kernel, so that no other gets its id
-
-
+@lru_cache(maxsize=1024)
 def _make(kernel: Kernel) -> Program:
+    if kernel.threads % 32 or not 32 <= kernel.threads <= 1024:
+        raise ValueError(f"{kernel.name}: programs of {kernel.threads} threads, not of whole warps up to 1024")
     instructions = kernel.instructions
     for instruction in instructions:
         _check(instruction, kernel)
@@ -187,12 +183,6 @@ def _bytes(slots: Iterable[int], kernel: Kernel) -> int:
     return sum(max(kernel.registers[slot] // 8, 1) for slot in slots)
 
 
-def _slots(operand: Operand) -> list[int]:
-    if isinstance(operand, Address):
-        operand = operand.base
-    return [item.slot for item in items(operand) if isinstance(item, Register)]
-
-
 class _Uses(NamedTuple):
     """What an instruction does with registers, by slots.
 
@@ -215,8 +205,8 @@ def _uses(instruction: Instruction) -> _Uses:
         count = len(meaning.results)
     elif instruction.name in _RESULT_FIRST:
         count = len(items(instruction.operands[0]))
-    written = {slot for operand in operands[:count] for slot in _slots(operand)}
-    read = {slot for operand in operands[count:] for slot in _slots(operand)}
+    written = {register.slot for operand in operands[:count] for register in registers_of(operand)}
+    read = {register.slot for operand in operands[count:] for register in registers_of(operand)}
     harmless = meaning is not None or instruction.name in _HARMLESS
     if instruction.guard is not None:  # the old value stays where it is false
         return _Uses(set(), written | read | {instruction.guard.slot}, harmless)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from .descriptors import CHUNK, addresses, values
 from .findings import Kind
 from .flights import Flight, Flights, Shape, at
-from .lanes import WARP, Array, Lanes, Mask, Step, Which, bits_of, items, reader
+from .lanes import WARP, Array, Lanes, Mask, Step, Which, bits_of, items, reader, registers_of
 from .mma import FORMATS, Format, accumulate, from_registers, matrix_a, product
 from .parser import Address, Immediate, Instruction, Kernel, Operand, Register, Vector
 from .semantics import effect
@@ -226,7 +226,7 @@ def watched(kernel: Kernel) -> frozenset[int]:
         if instruction.opcode.startswith("wgmma.mma_async"):
             for operand in instruction.operands[:2]:
                 if isinstance(operand, Vector):
-                    found.update(item.slot for item in operand.items if isinstance(item, Register))
+                    found.update(register.slot for register in registers_of(operand))
     return frozenset(found)
 
 
@@ -247,5 +247,4 @@ def guard(instruction: Instruction, slots: frozenset[int]) -> Step | None:
 
 
 def _slots(operand: Operand, slots: frozenset[int]) -> list[int]:
-    registers = (getattr(item, "base", item) for item in items(operand))
-    return [item.slot for item in registers if isinstance(item, Register) and item.slot in slots]
+    return [register.slot for register in registers_of(operand) if register.slot in slots]

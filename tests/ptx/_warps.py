@@ -6,8 +6,8 @@ import numpy as np
 
 from fastdllm_triton.ptx import program, wgmma  # noqa: F401  (a program knows all instructions)
 from fastdllm_triton.ptx.findings import Findings
-from fastdllm_triton.ptx.lanes import UNSIGNED, Lanes
-from fastdllm_triton.ptx.parser import Register, parse
+from fastdllm_triton.ptx.lanes import UNSIGNED, Lanes, registers_of
+from fastdllm_triton.ptx.parser import parse
 from fastdllm_triton.ptx.semantics import decode
 
 HEAD = """
@@ -56,10 +56,7 @@ class Bench:
         self.names = {}
         for instruction in self.kernel.instructions:
             for operand in (*instruction.operands, instruction.guard):
-                for item in getattr(operand, "items", [operand]):
-                    item = getattr(item, "base", item)
-                    if isinstance(item, Register):
-                        self.names[item.name] = item
+                self.names.update((register.name, register) for register in registers_of(operand))
 
     def __setitem__(self, name, values):
         """Sets a register to the bits of ``[N]`` values, or of one."""

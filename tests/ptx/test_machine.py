@@ -1,10 +1,11 @@
 import pytest
 import torch
-from _programs import Run, kinds, run
+from _programs import Run, kernel, kinds, run
 
 from fastdllm_triton.ptx import batch
 from fastdllm_triton.ptx.batch import DeadlockError
 from fastdllm_triton.ptx.findings import Kind
+from fastdllm_triton.ptx.program import Program
 
 SEEDS = pytest.mark.parametrize("seed", [None, 0, 1])
 
@@ -22,6 +23,12 @@ def values(body, threads=32, programs=1, **options):
     y = torch.full((threads * programs,), -1, dtype=torch.int32)
     findings = run(body + STORE, y, threads=threads, programs=programs, **options)
     return y.tolist(), findings
+
+
+def test_a_kernel_is_made_ready_once():
+    one, other = kernel("ret;"), kernel("ret;")
+    assert Program.of(one) is Program.of(one)
+    assert Program.of(one) is not Program.of(other)
 
 
 @SEEDS
