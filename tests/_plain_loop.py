@@ -80,7 +80,7 @@ def _count(strategy: fdt.Strategy, score: Tensor, entropy: Tensor, masks: int, s
     if isinstance(strategy, fdt.FixedSteps):
         steps = strategy.steps // blocks
         return masks // steps + (step < masks % steps)
-    if isinstance(strategy, fdt.Threshold):
+    if type(strategy) is fdt.Threshold:  # a capped one commits fewer
         return int((score >= strategy.t).sum())
     if isinstance(strategy, fdt.Factor):
         fails = [n for n in ranks if n > 0 and (n + 2) * (1 - float(score[n])) > strategy.f]

@@ -287,7 +287,7 @@ class Timesteps(SpreadStrategy):
 
 
 @dataclass(frozen=True)
-class CappedThreshold(SpreadStrategy):
+class CappedThreshold(Threshold, SpreadStrategy):
     """Commits every token whose score reaches ``t``, and always the best one, but no more than an even spread over ``steps``
     would have committed by then: what a forward leaves of its share is for later ones. Fast-dLLM decodes Dream so without a
     cache (``alg="confidence_threshold"``).
@@ -307,18 +307,6 @@ class CappedThreshold(SpreadStrategy):
     help: ClassVar[str] = "Commit every token of at least 0.9, but no faster than evenly over this many forwards."
     label: ClassVar[str] = "threshold 0.9, at most k a forward"
     rule: ClassVar[RuleName] = "capped_threshold"
-    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "random")
-
-    t: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require("threshold", self.t, "in (0, 1]", is_number(self.t) and 0 < self.t <= 1)
-        object.__setattr__(self, "t", to_number(self.t))
-
-    @property
-    def value(self) -> float:
-        return float(self.t)
 
     def expected_forwards(self, gen_length: int) -> float:
         return max(self.steps, gen_length / 4)
