@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import gc
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,7 +180,7 @@ def run_untimed(runs: Mapping[str, Run], inputs: Sequence[Inputs]) -> dict[str, 
     return {name: ended(name, run) for name, run in runs.items()}
 
 
-class ModelBench:
+class ModelBench(ABC):
     """A bench of whole models; a subclass gives the names, the shapes, and the rows of a shape.
 
     Attributes:
@@ -210,9 +211,9 @@ class ModelBench:
         """The small shapes on a CPU; on a GPU the key ones if it is to be quick, all if not."""
         return self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes
 
+    @abstractmethod
     def rows_of(self, shape: Shape, session: Session) -> Iterator[list[Row]]:
         """The rows of a shape as they come."""
-        raise NotImplementedError
 
 
 #: What ``BENCH`` of a bench file is. It has an op, a suite, and a gate that must verify before anything is timed; it measures the
