@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from .driver import Launch, driving
 from .findings import Finding, Findings, Kind
@@ -35,6 +36,12 @@ class Accepted:
     def covers(self, finding: Finding) -> bool:
         """Whether a finding is this one."""
         return (self.kernel, self.kind) == (finding.kernel, finding.kind) and self.location in finding.location
+
+
+def machine_of(launch: Launch, findings: Findings, **options: Any) -> Machine:
+    """The machine that runs a launch; ``options`` are those of :class:`~fastdllm_triton.ptx.machine.Machine`."""
+    memory = GlobalMemory(launch.tensors)
+    return Machine(launch.kernel, memory, launch.parameters, launch.grid, launch.shared_bytes, findings, **options)
 
 
 @dataclass
@@ -112,14 +119,4 @@ class Emulator:
             self._machine(launch).run()
 
     def _machine(self, launch: Launch, *, dependent: bool = False) -> Machine:
-        return Machine(
-            launch.kernel,
-            GlobalMemory(launch.tensors),
-            launch.parameters,
-            launch.grid,
-            launch.shared_bytes,
-            self.findings,
-            checks=self.checks,
-            seed=self.seed,
-            dependent=dependent,
-        )
+        return machine_of(launch, self.findings, checks=self.checks, seed=self.seed, dependent=dependent)

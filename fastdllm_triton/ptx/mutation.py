@@ -10,9 +10,8 @@ from torch import Tensor
 
 from .batch import DeadlockError
 from .driver import Launch
+from .emulator import machine_of
 from .findings import Findings
-from .machine import Machine
-from .memory import GlobalMemory
 from .parser import Instruction, Kernel
 
 #: What is removed: what orders threads, or the copies and products that they have begun.
@@ -61,25 +60,22 @@ def removals(launch: Launch) -> Iterator[Removal]:
     whose threads wait for ever counts as noticed.
     """
     before = {name: _memory(tensor).clone() for name, tensor in launch.tensors.items()}
-    known = _findings(launch, launch.kernel)[0]
+    known = _findings(launch)[0]
     after = {name: _memory(tensor).clone() for name, tensor in launch.tensors.items()}
     for instruction, kernel in mutants(launch.kernel):
         _restore(launch, before)
-        found, stuck = _findings(launch, kernel)
+        found, stuck = _findings(replace(launch, kernel=kernel))
         same = all(_memory(tensor).equal(after[name]) for name, tensor in launch.tensors.items())
         new = sorted({kind for kind, line in found if (kind, line) not in known} | ({"deadlock"} if stuck else set()))
         yield Removal(kernel, instruction, tuple(new), not same)
     _restore(launch, after)
 
 
-def _findings(launch: Launch, kernel: Kernel) -> tuple[set[tuple[str, int]], bool]:
+def _findings(launch: Launch) -> tuple[set[tuple[str, int]], bool]:
     """Kind and PTX line of all that is found in a run, and whether it came to no end."""
     findings, stuck = Findings(), False
-    memory = GlobalMemory(launch.tensors)
     try:
-        Machine(
-            kernel, memory, launch.parameters, launch.grid, launch.shared_bytes, findings, dependent=launch.is_dependent
-        ).run()
+        machine_of(launch, findings, dependent=launch.is_dependent).run()
     except DeadlockError:
         stuck = True
     return {(str(finding.kind), finding.line) for finding in findings}, stuck

@@ -10,10 +10,8 @@ from unittest.mock import patch
 import numpy as np
 
 from fastdllm_triton.ptx.driver import Launch
+from fastdllm_triton.ptx.emulator import machine_of
 from fastdllm_triton.ptx.findings import Findings
-from fastdllm_triton.ptx.machine import Machine
-from fastdllm_triton.ptx.memory import GlobalMemory
-from fastdllm_triton.ptx.parser import Kernel
 from fastdllm_triton.ptx.shared import SharedMemory
 
 
@@ -50,7 +48,7 @@ class _Log:
         return bool(((written != 0) & (read & ~written != 0)).any())
 
 
-def warps_meet(launch: Launch, kernel: Kernel) -> bool:
+def warps_meet(launch: Launch) -> bool:
     """Whether some byte of shared memory is written by one warp and read by another with no barrier between."""
     log = _Log(max(launch.shared_bytes, 1))
 
@@ -70,6 +68,5 @@ def warps_meet(launch: Launch, kernel: Kernel) -> bool:
         logged("load", write=False), logged("store", write=True), logged("update", write=True),
         logged("begin_copy", write=True), logged("end_copy", write=True),
     ):  # fmt: skip
-        machine = Machine(kernel, GlobalMemory(launch.tensors), launch.parameters, launch.grid, launch.shared_bytes, Findings())
-        machine.run()
+        machine_of(launch, Findings()).run()
     return log.conflicts()

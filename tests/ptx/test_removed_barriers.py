@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -54,14 +54,14 @@ def _outcome(op: str, arch: str) -> Outcome:
             return
         seen.add(launch.kernel.name)
         before = {name: tensor.clone() for name, tensor in launch.tensors.items()}
-        assert not warps_meet(launch, launch.kernel)
+        assert not warps_meet(launch)
         for removal in removals(launch):
             if removal.noticed:
                 outcome.noticed.append(removal)
             else:
                 for name, tensor in launch.tensors.items():
                     tensor.copy_(before[name])
-                (outcome.missed if warps_meet(launch, removal.kernel) else outcome.idle).append(removal)
+                (outcome.missed if warps_meet(replace(launch, kernel=removal.kernel)) else outcome.idle).append(removal)
 
     with driving(arch, launch), _arch.emulated(arch):
         inputs = cases.inputs(SIZES[op], torch.device("cpu"), torch.float32 if op == "commit_tokens" else torch.bfloat16)
