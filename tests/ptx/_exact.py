@@ -152,6 +152,15 @@ class Format:
         exact = root * root == scaled
         return self.bits((Fraction(root) + (0 if exact else Fraction(1, 2))) / Fraction(2) ** 1300, mode)
 
+    def extreme(self, name: str, a: int, b: int, *, nan: bool = False) -> int:
+        """The manual's ``min`` and ``max``."""
+        if self.is_nan(a) or self.is_nan(b):
+            if nan or (self.is_nan(a) and self.is_nan(b)):
+                return self.bits(math.nan)
+            return b if self.is_nan(a) else a
+        low, high = sorted((a, b), key=lambda bits: (self.number(bits), not bits & self.minus))
+        return low if name == "min" else high
+
 
 def _times(x: Number, y: Number, negative: bool) -> float:
     """Of which one at least is infinite or NaN."""

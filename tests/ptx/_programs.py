@@ -35,6 +35,16 @@ HEAD = """
 }}
 """
 
+#: Each thread copies 4 bytes of the first tensor to the second: those of its number in the grid.
+COPY = """
+    mul.wide.u32 %rd10, %r3, 4;
+    add.s64 %rd11, %rd0, %rd10;
+    add.s64 %rd12, %rd1, %rd10;
+    ld.global.b32 %r10, [%rd11];
+    st.global.b32 [%rd12], %r10;
+    ret;
+"""
+
 #: The widths of parameters, by the type of a Python value.
 WIDTHS = {int: "u32", torch.Tensor: "u64", type(None): "u64"}
 

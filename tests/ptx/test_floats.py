@@ -177,31 +177,21 @@ def test_signs_with_ftz():
     check("abs.ftz.f32 r0, r1", lambda a: F32.flush(a) & ~F32.minus, bits)
 
 
-def chosen(form: Format, name: str, a: int, b: int, *, nan: bool = False) -> int:
-    """The manual's ``min`` and ``max``."""
-    if form.is_nan(a) or form.is_nan(b):
-        if nan or (form.is_nan(a) and form.is_nan(b)):
-            return form.bits(math.nan)
-        return b if form.is_nan(a) else a
-    low, high = sorted((a, b), key=lambda bits: (form.number(bits), not bits & form.minus))
-    return low if name == "min" else high
-
-
 @pytest.mark.parametrize("type_", ["f32", "f64"])
 @pytest.mark.parametrize("name", ["min", "max"])
 def test_min_and_max(type_, name):
     form = FORMATS[type_]
-    compare(f"{name}.{type_}", type_, 2, lambda a, b: chosen(form, name, a, b))
+    compare(f"{name}.{type_}", type_, 2, lambda a, b: form.extreme(name, a, b))
 
 
 @pytest.mark.parametrize("name", ["min", "max"])
 def test_min_and_max_with_modifiers(name):
     def crossed(a, b):
-        size = chosen(F32, name, a & ~F32.minus, b & ~F32.minus)
+        size = F32.extreme(name, a & ~F32.minus, b & ~F32.minus)
         return size if F32.is_nan(size) else size | ((a ^ b) & F32.minus)
 
-    compare(f"{name}.NaN.f32", "f32", 2, lambda a, b: chosen(F32, name, a, b, nan=True))
-    compare(f"{name}.ftz.f32", "f32", 2, flushed(lambda a, b: chosen(F32, name, a, b)))
+    compare(f"{name}.NaN.f32", "f32", 2, lambda a, b: F32.extreme(name, a, b, nan=True))
+    compare(f"{name}.ftz.f32", "f32", 2, flushed(lambda a, b: F32.extreme(name, a, b)))
     compare(f"{name}.xorsign.abs.f32", "f32", 2, crossed)
 
 

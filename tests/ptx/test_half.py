@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from fractions import Fraction
 from random import Random
 
@@ -89,7 +88,7 @@ def test_ftz_and_sat():
     compare("fma.rn.sat", "f16", 3, lambda a, b, c: saturated(form.fma(a, b, c)))
     compare("neg.ftz", "f16", 1, lambda a: form.flush(a) ^ form.minus)
     compare("abs.ftz", "f16", 1, lambda a: form.flush(a) & ~form.minus)
-    compare("max.ftz", "f16", 2, flushed(lambda a, b: chosen(form, "max", a, b)))
+    compare("max.ftz", "f16", 2, flushed(lambda a, b: form.extreme("max", a, b)))
 
 
 @pytest.mark.parametrize("type_", TYPES)
@@ -99,27 +98,17 @@ def test_signs(type_):
     compare("abs", type_, 1, lambda a: a & ~form.minus)
 
 
-def chosen(form: Format, name: str, a: int, b: int, *, nan: bool = False) -> int:
-    """The manual's ``min`` and ``max``."""
-    if form.is_nan(a) or form.is_nan(b):
-        if nan or (form.is_nan(a) and form.is_nan(b)):
-            return form.bits(math.nan)
-        return b if form.is_nan(a) else a
-    low, high = sorted((a, b), key=lambda bits: (form.number(bits), not bits & form.minus))
-    return low if name == "min" else high
-
-
 @pytest.mark.parametrize("type_", TYPES)
 @pytest.mark.parametrize("name", ["min", "max"])
 def test_min_and_max(type_, name):
     form = FORMATS[type_]
 
     def crossed(a, b):
-        size = chosen(form, name, a & ~form.minus, b & ~form.minus)
+        size = form.extreme(name, a & ~form.minus, b & ~form.minus)
         return size if form.is_nan(size) else size | ((a ^ b) & form.minus)
 
-    compare(name, type_, 2, lambda a, b: chosen(form, name, a, b))
-    compare(f"{name}.NaN", type_, 2, lambda a, b: chosen(form, name, a, b, nan=True))
+    compare(name, type_, 2, lambda a, b: form.extreme(name, a, b))
+    compare(f"{name}.NaN", type_, 2, lambda a, b: form.extreme(name, a, b, nan=True))
     compare(f"{name}.xorsign.abs", type_, 2, crossed)
 
 

@@ -3,22 +3,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from _programs import Run, kinds, run
+from _programs import COPY, Run, kinds, run
 
 from fastdllm_triton.ptx.cells import Distinct, zeros
 from fastdllm_triton.ptx.findings import Kind
 from fastdllm_triton.ptx.machine import _resident
 from fastdllm_triton.ptx.memory import GlobalMemory, Region
-
-#: Each thread copies 4 bytes of the first tensor to the second: those of its number in the grid.
-COPY = """
-    mul.wide.u32 %rd10, %r3, 4;
-    add.s64 %rd11, %rd0, %rd10;
-    add.s64 %rd12, %rd1, %rd10;
-    ld.global.b32 %r10, [%rd11];
-    st.global.b32 [%rd12], %r10;
-    ret;
-"""
 
 
 def read_at(offset, size=4):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from _programs import HEAD, kinds, run
+from _programs import COPY, HEAD, kinds, run
 
 from fastdllm_triton.ptx.accesses import Use
 from fastdllm_triton.ptx.cells import rising
@@ -360,14 +360,6 @@ def test_atomics_in_shared_memory():
 
 def test_overlapping_arguments_are_one_memory():
     storage = torch.zeros(128, dtype=torch.int32)
-    body = """
-        mul.wide.u32 %rd10, %r3, 4;
-        add.s64 %rd11, %rd0, %rd10;
-        add.s64 %rd12, %rd1, %rd10;
-        ld.global.b32 %r10, [%rd11];
-        st.global.b32 [%rd12], %r10;
-        ret;
-    """
-    assert not run(body, storage[:64], storage[64:], programs=2)
-    assert not run(body, storage, storage, programs=2)
-    assert kinds(run(body, storage, storage[32:], programs=2)) == [Kind.GLOBAL_RACE]
+    assert not run(COPY, storage[:64], storage[64:], programs=2)
+    assert not run(COPY, storage, storage, programs=2)
+    assert kinds(run(COPY, storage, storage[32:], programs=2)) == [Kind.GLOBAL_RACE]
