@@ -60,16 +60,15 @@ def head_statistics(
         step=row_keys(step, len(rows), rows.device)[asked],
         forbidden=forbidden[asked] if isinstance(forbidden, Tensor) and forbidden.dim() == 2 else forbidden,
     )
-
-    def spread(entries: Tensor, missing: float) -> Tensor:
-        return entries.new_full((len(rows),), missing).index_copy(0, asked, entries)
-
-    result = TokenStatistics(
-        token=spread(statistics.token, -1),
-        logit=spread(statistics.logit, torch.nan),
-        second_logit=spread(statistics.second_logit, torch.nan),
-        logsumexp=spread(statistics.logsumexp, torch.nan),
-        rest=spread(statistics.rest, torch.inf),
-        entropy=spread(statistics.entropy, torch.nan),
-    )
+    result = spread(statistics, asked, len(rows))
     return result if out is None else out.copy_(result)
+
+
+def spread(statistics: TokenStatistics, asked: Tensor, count: int) -> TokenStatistics:
+    """Entries ``[count]`` with those of ``statistics [A]`` where ``asked [A]``, int64, says; the others ask for nothing."""
+
+    def entries(given: Tensor, missing: float) -> Tensor:
+        return given.new_full((count,), missing).index_copy(0, asked, given)
+
+    missing = {"token": -1, "rest": torch.inf}
+    return TokenStatistics(**{name: entries(given, missing.get(name, torch.nan)) for name, given in vars(statistics).items()})

@@ -14,6 +14,20 @@ from ..types import RopeRounding
 from ._common import write
 
 
+def angles(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
+    """``[..., D/2]`` radians, ``position * theta ** (-2i / D)``: float64 for float64, float32 for any other ``dtype``.
+
+    Args:
+        position: ``[...]``, integers.
+        dim: ``D``, of a head.
+        theta: base of the frequencies.
+        dtype: of what is rotated.
+    """
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    half = torch.arange(0, dim, 2, dtype=exact, device=position.device) / dim
+    return position.to(exact)[..., None] * (1.0 / theta**half)
+
+
 def rotate(x: Tensor, position: Tensor, theta: float, rounding: RopeRounding = "llada") -> Tensor:
     """Rotates the halves of each head: ``x * cos + rotate_half(x) * sin`` with ``rotate_half((a, b)) = (-b, a)``.
 
@@ -27,15 +41,13 @@ def rotate(x: Tensor, position: Tensor, theta: float, rounding: RopeRounding = "
     Returns:
         ``[B, W, H, D]``, dtype of ``x``.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    half = torch.arange(0, x.shape[-1], 2, dtype=dtype, device=x.device) / x.shape[-1]
-    angle = position.to(dtype)[..., None] * (1.0 / theta**half)  # [B, W, D/2]
+    angle = angles(position, x.shape[-1], theta, x.dtype)  # [B, W, D/2]
     angle = torch.cat((angle, angle), dim=-1)[:, :, None]  # [B, W, 1, D]
     cos, sin = angle.cos(), angle.sin()
     if rounding == "dream":
         cos, sin, h = cos.to(x.dtype), sin.to(x.dtype), x
     else:
-        h = x.to(dtype)
+        h = x.to(angle.dtype)
     first, second = h.chunk(2, dim=-1)
     return (h * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from ..reference._common import accumulate, write
 from ..reference._random import gumbel
 from ..reference.commit_tokens import commit_tokens
+from ..reference.head_statistics import spread
 from ..reference.linear import linear
 from ..reference.rms_norm import gather_rows
+from ..reference.rope_kv_write import angles
 from ..reference.swiglu import swiglu
 from ..reference.token_statistics import draws, row_keys
 from ..reference.window_attention import window_attention as attention_in_full
@@ -199,7 +201,7 @@ def head_statistics(
     forbidden = of_asked(forbidden) if isinstance(forbidden, Tensor) and forbidden.dim() == 2 else forbidden
     result = _statistics(_logits(hidden, weight, bias, logits_dtype), len(hidden), vocabulary, noise, forbidden)
     if asked is not None:
-        result = _spread(result, asked, count)
+        result = spread(result, asked, count)
     return result if out is None else out.copy_(result)
 
 
@@ -244,9 +246,7 @@ def _table(slots: int, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tens
 
 def _cos_sin(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``[..., 1, D]`` of positions ``[...]``; the sines of the first half negated, as the halves' exchange needs them."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    half = torch.arange(0, dim, 2, dtype=exact, device="cpu") / dim
-    angle = (position.to(exact)[..., None] * (1.0 / theta**half))[..., None, :]
+    angle = angles(position, dim, theta, dtype)[..., None, :]
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -406,13 +406,3 @@ def _hider(forbidden: Tensor | Sequence[int] | None, rows: int) -> Callable[[Ten
         values[row, ids[row, place] - first] = -torch.inf
 
     return hide_by_row
-
-
-def _spread(statistics: TokenStatistics, asked: Tensor, count: int) -> TokenStatistics:
-    """Entries ``[count]`` of which only those asked for have something to say."""
-
-    def spread(entries: Tensor, missing: float) -> Tensor:
-        return entries.new_full((count,), missing).index_copy(0, asked, entries)
-
-    missing = {"token": -1, "rest": torch.inf}
-    return TokenStatistics(**{name: spread(entries, missing.get(name, torch.nan)) for name, entries in vars(statistics).items()})
