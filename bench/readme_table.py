@@ -64,8 +64,8 @@ def cpu_summary(report: Report, link: str = "") -> list[str]:
     return [
         f"**{machine['device']}**, no GPU: time of the official code, re-created, over ours. Random models of the formats of "
         f"LLaDA (134M parameters) and Dream (139M), not LLaDA-8B or Dream-7B: {PROMPT} tokens of prompt, {GENERATED} generated "
-        f"in blocks of {BLOCK}, {FORWARDS} forwards a block on both sides. Medians of {TURNS} runs in turns, CPU time in one thread "
-        f"and wall time in several ({link}{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:10]}, torch "
+        f"in blocks of {BLOCK}, {FORWARDS} forwards a block on both sides. Medians of {TURNS} runs in turns, CPU time in one "
+        f"thread and wall time in several ({link}{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:10]}, torch "
         f"{machine['torch']}). 'raises': the official code cannot.",
         "",
         f"| model, dtype, cache | {' | '.join(heads)} |",
