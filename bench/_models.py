@@ -18,9 +18,15 @@ from fastdllm_triton.ops import resolve
 _TINY: dict[str, Any] = {
     "layers": 2, "head_dim": 16, "mlp": 96, "vocab_size": 320, "embedding_size": 320, "mask_id": 319, "eos_ids": (318,),
 }  # fmt: skip
-#: The large ones, and their head ratios and formats in sizes that the interpreter runs.
+_SMALL: dict[str, Any] = {
+    "layers": 12, "width": 768, "heads": 12, "head_dim": 64, "vocab_size": 32_000, "embedding_size": 32_000, "mask_id": 31_999,
+    "eos_ids": (31_998,),
+}  # fmt: skip
+#: The large ones, their formats in a size that a CPU runs, and their head ratios and formats in sizes that the interpreter runs.
 MODELS = {
     **PUBLISHED,
+    "llada-134m": replace(LLADA_8B, **_SMALL, kv_heads=12, mlp=2048),
+    "dream-139m": replace(DREAM_7B, **_SMALL, kv_heads=4, mlp=2560),
     "tiny llada": replace(LLADA_8B, **_TINY, width=64, heads=4, kv_heads=4),
     "tiny dream": replace(DREAM_7B, **_TINY, width=112, heads=7, kv_heads=1),
 }
@@ -47,6 +53,7 @@ def network_of(
         tensor.normal_(std=tensor.shape[-1] ** -0.5, generator=generator)
     for norm in norms:
         norm.fill_(1)
+    weights.head[config.mask_id].zero_()  # the official loops, which let [MASK] win, are not to commit it
     return Transformer(config, weights, resolve(backend, device))
 
 

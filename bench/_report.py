@@ -70,7 +70,8 @@ class Report:
 
     def write_machine(self, folder: Path) -> None:
         ceilings = None if self.ceilings is None else asdict(self.ceilings)
-        write_json(folder / "machine.json", {"machine": self.machine, "ceilings": ceilings, "timed": ceilings is not None})
+        timed = ceilings is not None or any("median_ms" in row for row in self.rows)
+        write_json(folder / "machine.json", {"machine": self.machine, "ceilings": ceilings, "timed": timed})
 
     def write_rows(self, folder: Path, bench: str) -> None:
         """Writes the rows of a bench, one a line, whole or not at all."""
@@ -97,12 +98,17 @@ COLUMNS = (
     ("median ms", "median_ms", "{:.4g}", 1),
     ("p20", "p20_ms", "{:.4g}", 1),
     ("p80", "p80_ms", "{:.4g}", 1),
+    ("wall ms", "wall_ms", "{:.4g}", 1),
     ("GB/s", "gb_per_s", "{:.0f}", 1),
     ("TFLOP/s", "tflop_per_s", "{:.1f}", 1),
     ("% of copy", "of_copy", "{:.0f}", 100),
     ("% of matrix", "of_matrix", "{:.0f}", 100),
     ("% of floor", "of_floor", "{:.0f}", 100),
     ("x ours", "times_triton", "{:.2f}", 1),
+    ("x ours, wall", "times_wall", "{:.2f}", 1),
+    ("% in products", "products", "{:.0f}", 100),
+    ("% in attention", "attention", "{:.0f}", 100),
+    ("% same tokens", "agreement", "{:.0f}", 100),
     ("peak MB", "peak_bytes", "{:.1f}", 2**-20),
 )
 

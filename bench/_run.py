@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastdllm_triton import verify as proof
-from fastdllm_triton.bench import _session, _timing, bench_generate, bench_ops, bench_step
+from fastdllm_triton.bench import _session, _timing, bench_cpu, bench_generate, bench_ops, bench_step
 from fastdllm_triton.bench._report import Report
 from fastdllm_triton.bench._session import Measurable, Row, label
 from fastdllm_triton.tools import environment as machine
@@ -21,14 +21,14 @@ from fastdllm_triton.utils.checks import known_names
 from fastdllm_triton.verify.ledger import Ledger
 from fastdllm_triton.verify.parts import unproven
 
-SUITES = ("step", "generate", "ops")
+SUITES = ("step", "generate", "ops", "cpu")
 
 
 def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     """The benches of a suite, in the order of importance.
 
     Args:
-        suite: one of :data:`SUITES`, or ``all``.
+        suite: one of :data:`SUITES`, or ``all`` that a GPU runs.
         names: ops to take; all if empty.
 
     Raises:
@@ -36,9 +36,11 @@ def benches(suite: str = "all", names: Sequence[str] = ()) -> list[Measurable]:
     """
     if suite != "all" and suite not in SUITES:
         raise ValueError(f"suite: got {suite!r}, needs all, {' or '.join(SUITES)}")
-    everything: list[Measurable] = [bench_step.BENCH, bench_generate.BENCH, *bench_ops.BENCHES]
+    everything: list[Measurable] = [bench_step.BENCH, bench_generate.BENCH, *bench_ops.BENCHES, bench_cpu.BENCH]
     ops = known_names("--op", names, [bench.op for bench in everything])
-    chosen = [bench for bench in everything if suite in ("all", bench.suite) and bench.op in ops]
+    chosen = [
+        bench for bench in everything if (bench.suite == suite or (suite == "all" and bench.suite != "cpu")) and bench.op in ops
+    ]
     if not chosen:
         raise ValueError(f"suite: there is no bench in {suite!r}" + (f" among {', '.join(names)}" if names else ""))
     return chosen
@@ -75,6 +77,7 @@ def run(
     minutes: float | None = None,
     verified: Sequence[proof.Record] = (),
     unverified: bool = False,
+    cases: Sequence[str] = (),
     on_status: Callable[[str], object] = lambda text: None,
 ) -> Outcome:
     """Runs benches.
@@ -89,15 +92,16 @@ def run(
         minutes: after which no case is begun.
         verified: records of an earlier verification, which is not repeated.
         unverified: verify nothing more, time what was not verified or does not hold as well, and mark its rows.
+        cases: see :class:`~fastdllm_triton.bench._session.Session`.
         on_status: told what is done at the moment.
     """
-    session = _session.Session(device, quick=quick, only=only, done=report.done(), unverified=unverified)
+    session = _session.Session(device, quick=quick, only=only, done=report.done(), unverified=unverified, cases=cases)
     session.deadline = None if minutes is None else time.monotonic() + 60 * minutes
     ledger = Ledger(report.machine, quick, None if folder is None else folder / "verify.json", list(verified))
     ledger.write()
-    if not unverified:
+    gates = list(dict.fromkeys(name for bench in chosen for name in bench.gate))
+    if gates and not unverified:
         on_status("verifying")
-        gates = list(dict.fromkeys(name for bench in chosen for name in bench.gate))
         proof.verify(gates, device, quick=quick, jobs=proof.jobs_for(device), known=verified, on_record=ledger.add)
     report.verification = [record.as_json() for record in ledger.records]
     if device.type == "cuda":
@@ -130,6 +134,8 @@ def run(
             outcome.refused.append(bench.op)
         if folder is not None:
             report.write_rows(folder, bench.op)
+    if folder is not None:
+        report.write_machine(folder)  # which by now says that something was timed
     outcome.is_cut = session.is_cut
     return outcome
 

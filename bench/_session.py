@@ -5,13 +5,17 @@ inputs that are timed, unless a run asks for it; then the rows say so. A row is 
 
 | key                          | meaning                                                                              |
 |------------------------------|--------------------------------------------------------------------------------------|
-| bench, op, shape, provider   | which bench and op, its shape as a dict, and who did the job; ``triton`` is ours     |
+| bench, op, shape, provider   | which bench and op, its shape as a dict, and who did the job; ``triton`` is ours, on |
+|                              | a CPU ``cpu``                                                                        |
 | axis                         | the entry of ``shape`` that a plot runs along                                        |
 | median_ms, p20_ms, p80_ms    | milliseconds a launch                                                                |
 | bytes, flops                 | that the shape cannot do without                                                     |
 | gb_per_s, tflop_per_s        | what was reached                                                                     |
 | of_copy, of_matrix, of_floor | fractions of the copy bandwidth, of the matrix rate, and of the nearer of the two    |
 | times_triton                 | a baseline's time over ours: how many times faster ours is                           |
+| clock, wall_ms, cpu_ms       | on a CPU: whose time median_ms is, and the medians of both clocks                    |
+| products, attention          | on a CPU: the shares of the time inside matrix products and inside attention         |
+| agreement                    | on a CPU: the share of generated tokens that are the official ones                   |
 | peak_bytes                   | allocated at the highest point of a launch, beside its inputs; captured ones too     |
 | unverified                   | true where something that it rests on was not verified, or did not hold              |
 | wrong                        | what did not hold on the very inputs of the row, or was not looked at yet            |
@@ -53,6 +57,7 @@ class Session:
         is_cut: whether a case was not begun for that reason.
         done: ``(op, shape as text, provider)`` of the rows that an earlier run has measured.
         unverified: also time what gives another result than the reference.
+        cases: ``key=value`` of shapes: of each key that is named, a shape has one of the values; all shapes if empty.
     """
 
     device: torch.device
@@ -64,11 +69,12 @@ class Session:
     is_cut: bool = False
     done: set[tuple[str, str, str]] = field(default_factory=set)
     unverified: bool = False
+    cases: Sequence[str] = ()
 
     def left(self, op: str, shapes: Sequence[Shape], providers: Sequence[str] = ("triton",)) -> Iterator[Shape]:
         """The shapes that were not measured before for all of these providers, until the time is up."""
         for shape in shapes:
-            if all((op, label(shape), provider) in self.done for provider in providers):
+            if not self.has(shape) or all((op, label(shape), provider) in self.done for provider in providers):
                 continue
             self.is_cut |= self.deadline is not None and time.monotonic() > self.deadline
             if self.is_cut:
@@ -76,9 +82,14 @@ class Session:
             gc.collect()
             yield shape
 
+    def has(self, shape: Shape) -> bool:
+        """Whether a shape is among the cases that are asked for."""
+        named = {case.partition("=")[0] for case in self.cases}
+        return named <= {entry.partition("=")[0] for entry in entries(shape) & set(self.cases)}
+
     def wants(self, provider: str) -> bool:
         """Whether a provider is to run: ours always, others if ``only`` names them or is empty."""
-        return provider in ("triton", "triton eos") or not self.only or provider in self.only
+        return provider in ("triton", "triton eos", "cpu") or not self.only or provider in self.only
 
     @property
     def cache(self) -> int:
@@ -129,6 +140,10 @@ class Bench:
             except AssertionError as error:
                 rows = {"triton": {"missing": f"refused: wrong on these inputs: {_first_line(error)}", "refused": True}}
             yield [base | {"provider": provider} | row for provider, row in rows.items()]
+
+    @property
+    def every_shape(self) -> Sequence[Shape]:
+        return [self.cases.small, *self.cases.key, *self.cases.shapes]
 
     def chosen(self, session: Session) -> Sequence[Shape]:
         """The small shape on a CPU; on a GPU the key ones, and then the others if it is not to be quick."""
@@ -207,6 +222,10 @@ class ModelBench(ABC):
         for shape in session.left(self.op, self.chosen(session), providers):
             yield from self.rows_of(shape, session)
 
+    @property
+    def every_shape(self) -> Sequence[Shape]:
+        return [*self.quick, *self.shapes]
+
     def chosen(self, session: Session) -> Sequence[Shape]:
         """The small shapes on a CPU; on a GPU the key ones if it is to be quick, all if not."""
         return self.quick if session.timer is None else self.shapes[: self.key] if session.quick else self.shapes
@@ -284,6 +303,11 @@ def peak(run: Run, inputs: Inputs) -> int | None:
         return None
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def entries(shape: Shape) -> set[str]:
+    """``key=value`` of each entry."""
+    return {f"{key}={value}" for key, value in shape.items()}
 
 
 def label(shape: Shape) -> str:

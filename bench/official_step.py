@@ -166,7 +166,7 @@ def official_generate(
 
     Args:
         model: with the weights.
-        prompt: ``[B, P]``; Dream's loops are for one row.
+        prompt: ``[B, P]``. With a threshold Dream's loop is for one row, and with a dual cache it raises for more, as there.
         gen_length, block_length: as there; Dream without a cache has no blocks.
         cache: ``none``, ``prefix`` or ``dual``.
         threshold: commit what reaches it, in all blocks (Dream: ``alg="confidence_threshold"``, over a cache).
@@ -273,10 +273,12 @@ def shift(logits: Tensor) -> Tensor:
 
 def dream_commit(x: Tensor, logits: Tensor, block_length: int, mask_id: int, count: int, threshold: float | None, *,
                   by_entropy: bool = True) -> None:  # fmt: skip
-    """Samples the masked rows of a window and writes the ``count`` surest of its first block; with a threshold the surest
-    and those of the others that reach it.
+    """Samples the masked slots of a window (without a threshold those of its first block) and writes the ``count`` surest of
+    its first block in each row; with a threshold the surest and those of the others that reach it.
     """
     masked = x == mask_id
+    if threshold is None:
+        masked[:, block_length:] = False
     confidence, x0 = dream_sample(logits[masked], neg_entropy=by_entropy and threshold is None)
     all_confidence = torch.full(x.shape, -torch.inf, device=x.device, dtype=logits.dtype)
     all_confidence[masked] = confidence
@@ -327,9 +329,11 @@ def dream_block(
     while not done:
         window = x[:, start:stop]
         logits = shift(model(window, past, replace)[0])
-        count = left = int((window[:, :length] == mask_id).sum())
-        if threshold is None and i < steps - 1:
-            count = int(left * (1 - timesteps[i + 1] / timesteps[i]))
+        left = (window[:, :length] == mask_id).sum()
+        if threshold is None:
+            left = left / len(window)  # as many in every row
+        share = 1 - timesteps[i + 1] / timesteps[i] if threshold is None and i < steps - 1 else 1
+        count = int(left * share)
         dream_commit(window, logits, length, mask_id, count, threshold)
         i += 1
         done = bool((window[:, :length] == mask_id).sum() == 0) or (threshold is None and i >= steps)

@@ -2,8 +2,8 @@
 
 python bench/readme_table.py [--check]
 
-Of each GPU the newest run counts, and of it what was verified there. With ``--check`` nothing is written, and the status says
-whether the README is up to date.
+Of each GPU the newest run counts, and of it what was verified there; and the newest run of ``fastdllm-triton bench cpu``. With
+``--check`` nothing is written, and the status says whether the README is up to date.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 from fastdllm_triton.bench._report import Report
-from fastdllm_triton.bench._session import Row, label
+from fastdllm_triton.bench._session import Row, Shape, label
+from fastdllm_triton.bench.bench_cpu import BENCH, BLOCK, FORWARDS, GENERATED, NAMES, PROMPT, TURNS
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results: begin (bench/readme_table.py) -->", "<!-- results: end -->"
@@ -30,7 +32,56 @@ def results_table(results: Path, root: Path = ROOT) -> str:
             report, path = max(timed, key=lambda run: run[0].machine["date"])
             report.rows = [row for row in report.rows if not row.get("unverified")]
             sections.append("\n".join(summary(report, f"[all numbers]({path.relative_to(root)}), ")))
-    return "\n\n".join(sections) or NOTHING
+    sections = sections or [NOTHING]
+    runs = [(Report.load(path), path) for path in (results / "cpu").glob("*/") if (path / f"{BENCH.op}.json").is_file()]
+    if runs:
+        report, path = max(runs, key=lambda run: run[0].machine["date"])
+        sections.append("\n".join(cpu_summary(report, f"[all numbers]({path.relative_to(root)}), ")))
+    return "\n\n".join(sections)
+
+
+def cpu_summary(report: Report, link: str = "") -> list[str]:
+    """The machine of a run on a CPU, the times of the official code over ours, memory and the share of products."""
+    rows = [row for row in report.rows if row["bench"] == BENCH.op and not row.get("unverified")]
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(label(row["shape"]), {})[row["provider"]] = row
+    threads, batches = (sorted({row["shape"][name] for row in rows}) for name in ("threads", "batch"))
+    columns = list(product(threads, batches))
+    heads = [f"{count} thread{'s' * (count > 1)}, batch {batch}" for count, batch in columns]
+    kinds = dict.fromkeys(tuple(row["shape"][name] for name in ("model", "dtype", "cache")) for row in rows)
+    both = [pair for pair in cases.values() if all("median_ms" in pair.get(side, {}) for side in ("cpu", "official"))]
+    memory = [
+        pair["cpu"]["peak_bytes"] / pair["official"]["peak_bytes"] for pair in both if pair["official"]["peak_bytes"] is not None
+    ]
+    shares = [100 * pair["cpu"]["products"] for pair in cases.values() if "median_ms" in pair.get("cpu", {})]
+    machine = report.machine
+
+    def cell(shape: Shape) -> str:
+        official = cases.get(label(shape), {}).get("official", {})
+        return "raises" if "missing" in official else f"{official['times_triton']:.2f}" if "median_ms" in official else "-"
+
+    return [
+        f"**{machine['device']}**, no GPU: time of the official code, re-created, over ours. Random models of the formats of "
+        f"LLaDA (134M parameters) and Dream (139M), not LLaDA-8B or Dream-7B: {PROMPT} tokens of prompt, {GENERATED} generated "
+        f"in blocks of {BLOCK}, {FORWARDS} forwards a block on both sides. Medians of {TURNS} runs in turns, CPU time in one "
+        f"thread and wall time in several ({link}{machine['date'][:10]}, commit {(machine['commit'] or 'unknown')[:10]}, torch "
+        f"{machine['torch']}). 'raises': the official code cannot.",
+        "",
+        f"| model, dtype, cache | {' | '.join(heads)} |",
+        "|---" * (1 + len(heads)) + "|",
+        *(
+            f"| {', '.join(kind)} | "
+            + " | ".join(
+                cell(dict(zip(NAMES, (count, kind[1], kind[0], kind[2], batch), strict=True))) for count, batch in columns
+            )
+            + " |"
+            for kind in kinds
+        ),
+        "",
+        f"Our peak memory above the weights over the official one: {_range(memory, '{:.2f}')}. "
+        f"% of our time in matrix products: {_range(shares, '{:.0f}')}. Median (least to most) of all cases.",
+    ]
 
 
 def summary(report: Report, link: str = "") -> list[str]:

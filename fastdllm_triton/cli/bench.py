@@ -31,6 +31,7 @@ class SuiteChoice(StrEnum):
     ops = "ops"
     step = "step"
     generate = "generate"
+    cpu = "cpu"
     host = "host"
     all = "all"
 
@@ -43,7 +44,10 @@ def bench(
     suite: Annotated[SuiteChoice, typer.Argument(help="What to measure.")] = SuiteChoice.all,
     op: Annotated[list[str] | None, typer.Option(help="A bench of the suite. All if not given.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="A baseline to run beside ours. All if not given.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few shapes; all that there is without a GPU.")] = False,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Cases with this entry of their shape, as in batch=4. All if not given.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few shapes; without a GPU all that there is, but for 'cpu'.")] = False,
     device: cli.DeviceOption = None,
     minutes: Annotated[float | None, typer.Option(help="Begin no case after so many minutes.")] = None,
     verified: Annotated[
@@ -67,9 +71,11 @@ def bench(
     """Time ours and the baselines in turns, each with its fraction of what this GPU reaches at its best.
 
     'host' times the launchers of a forward with every launch replaced by nothing, which needs no GPU.
+    'cpu' times whole generations on the CPU, ours and the official code's; 'all' is what a GPU runs, without these two.
 
-    An op whose verification fails here is refused. Ends with status 1 if one was, with 3 if --minutes left cases out, and with
-    4 if a kernel has failed so that this process can use the GPU no more; --resume goes on behind it.
+    An op whose verification fails here is refused. Ends with status 1 if one was, or if what must hold on a CPU does not; with 3
+    if --minutes left cases out, and with 4 if a kernel has failed so that this process can use the GPU no more; --resume goes
+    on behind it.
     """
     require_triton("bench")
     if suite == SuiteChoice.host:
@@ -85,17 +91,22 @@ def bench(
     from .. import verify
     from ..bench._report import Report, changes, changes_table, check_unmixed
     from ..bench._run import benches, run
+    from ..bench.bench_cpu import claims
     from ..loading import find_device
     from ..tools import environment
     from ..verify.ledger import proven
 
-    target = find_device(device)
-    if target.type == "cpu" and verify.needs_interpreter(target):
+    on_cpu = suite == SuiteChoice.cpu
+    target = find_device(device or ("cpu" if on_cpu else None))
+    if on_cpu and target.type != "cpu":
+        raise ValueError(f"--device: got {device}, and the suite cpu needs cpu")
+    if not on_cpu and target.type == "cpu" and verify.needs_interpreter(target):
         raise typer.Exit(verify.rerun_in_interpreter(as_words(context)))
     chosen = benches(suite.value, op or ())
     check_baselines(chosen, only or ())
+    check_cases(chosen, case or ())
     earlier = None if compare is None else _earlier(compare)
-    if target.type == "cpu" and not quick:
+    if target.type == "cpu" and not quick and not on_cpu:
         say(errors if as_json else console, "torch sees no GPU here, so nothing is measured; --quick tries the plumbing.")
         return
     report = Report(environment.describe(target))
@@ -116,10 +127,13 @@ def bench(
             minutes=minutes,
             verified=records,
             unverified=unverified,
+            cases=case or (),
             on_status=lambda text: line.update(Text(text)),
         )
+    claimed = claims(report.rows)
     if as_json:
         results: dict[str, Any] = {"machine": report.machine, "verification": report.verification, "rows": report.rows}
+        results["claims"] = [asdict(claim) for claim in claimed]
         if earlier is not None:
             results["changes"] = [asdict(change) for change in changes(earlier, report)]
         typer.echo(json.dumps(results))
@@ -138,21 +152,26 @@ def bench(
         say(errors, "a kernel has failed and left the GPU unusable for this process; --resume goes on", style="red")
     elif outcome.is_cut:
         say(errors, "The time is up and cases are left; --out with --resume goes on with them.")
-    if outcome.status:
-        raise typer.Exit(outcome.status)
+    if outcome.status or not all(claim.holds for claim in claimed):
+        raise typer.Exit(outcome.status or 1)
 
 
 def show_report(report: Report, device: torch.device) -> None:
-    """Prints what was verified, a table an op, and the ceilings."""
+    """Prints what was verified, a table an op, and the ceilings; of a CPU what must hold."""
     from .. import verify
     from ..bench._report import table
+    from ..bench.bench_cpu import claims, claims_table
     from ..tools import environment
 
     records = [verify.Record.from_json(record) for record in report.verification]
-    show(verify.render(records, f"Verified on {environment.device_name(device)}"))
+    if records:
+        show(verify.render(records, f"Verified on {environment.device_name(device)}"))
     for op, rows in report.by_op():
         show(table(rows, op))
-    if report.ceilings is None:
+    if any(row["bench"] == "cpu" for row in report.rows):
+        if claimed := claims(report.rows):
+            show(claims_table(claimed))
+    elif report.ceilings is None:
         say(console, NO_GPU, style="bold")
     else:
         say(
@@ -176,6 +195,19 @@ def check_baselines(chosen: list[Measurable], only: list[str] | tuple[str, ...])
     """Raises for a baseline that no bench has."""
     known = {name for bench in chosen for name in getattr(bench, "baselines", ())}
     known_names("--only", only, sorted(known))
+
+
+def check_cases(chosen: list[Measurable], cases: list[str] | tuple[str, ...]) -> None:
+    """Raises for an entry of a shape that no bench has."""
+    from ..bench._session import entries
+
+    known = {entry for bench in chosen for shape in bench.every_shape for entry in entries(shape)}
+    keys = sorted({entry.partition("=")[0] for entry in known})
+    for case in cases:
+        key, sign, _ = case.partition("=")
+        if not sign or key not in keys:
+            raise ValueError(f"--case: got {case!r}, needs KEY=VALUE with a key among {', '.join(keys)}")
+        known_names("--case", [case], sorted(entry for entry in known if entry.startswith(f"{key}=")))
 
 
 def _resumed(new: Report, folder: Path) -> Report:

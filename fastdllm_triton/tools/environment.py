@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        **(_gpu(device) if device.type == "cuda" else {}),
+        **(_gpu(device) if device.type == "cuda" else _cpu()),
         "fastdllm-triton": version("fastdllm-triton"),
         "commit": commit(),
         "torch": torch.__version__,
@@ -74,6 +74,11 @@ def commit() -> str | None:
     head = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return f"{head}+changes" if head and changed else head
+
+
+def _cpu() -> dict[str, Any]:
+    """The threads that PyTorch takes, and the instructions that its own kernels are compiled for."""
+    return {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

@@ -262,7 +262,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fast"], "suite: 'fast' is not one of 'ops', 'step', 'generate', 'host', 'all'"),
+        (["fast"], "suite: 'fast' is not one of 'ops', 'step', 'generate', 'cpu', 'host', 'all'"),
         (["ops", "--op", "gemv"], "--op: got gemv, needs names among"),
         (["ops", "--op", "swiglu", "--only", "cublas"], "--only: got cublas, needs names among torch, torch.compile"),
         (["ops", *FAST, "--out", "/proc/nowhere"], "--out: /proc/nowhere cannot be written"),
