@@ -24,7 +24,7 @@ from .limits import check_kernel_limits, check_prompt
 from .memory import check_memory
 from .modes import decoding_modes
 from .outputs import Committed, StepOutput
-from .request import Aborted, Request
+from .request import Aborted, Request, new_request
 from .runner import ModelRunner
 from .scheduler import ForwardPlan, Scheduler
 
@@ -107,7 +107,7 @@ class Engine:
         """
         engine = cls.__new__(cls)
         engine._model = model
-        engine._open(model, len(requests), max(max(len(request), request.config.gen_length) for request in requests))
+        engine._open(model, len(requests), max(max(len(r.tokens), r.config.gen_length) for r in requests))
         engine._check_memory(requests[0].config.rows_per_sequence, described)
         for request in requests:
             engine._add(request)
@@ -117,7 +117,8 @@ class Engine:
         self.network, self._buffers = model.network, model.buffers
         self.max_rows, self.max_length = max_rows, max_length
         rows_bucket, slots_bucket = buckets(self.network.device)
-        self._size = rows_bucket(max_rows), slots_bucket(max_length)
+        block_length = self.network.config.block_length or 1  # Rows of block-causal models are whole blocks.
+        self._size = rows_bucket(max_rows), slots_bucket(-(-max_length // block_length) * block_length)
         self._lanes: dict[int, _Lane] = {}
         self._requests: dict[int | str, Request] = {}
         self._ids = count()
@@ -162,7 +163,7 @@ class Engine:
                 f"{self.max_length - config.gen_length} (max_length = {self.max_length})"
             )
         ids = config.resolve(self.network.config, 1)
-        check_kernel_limits(self.network, self.max_rows, config.block_length, ids, name="max_rows")
+        check_kernel_limits(self.network, self.max_rows, config.decoded_length, ids, name="max_rows")
         if request_id is None:
             request_id = next(number for number in self._ids if number not in self._requests)
         require("request_id", request_id, "a string or an integer", is_int(request_id) or isinstance(request_id, str))
@@ -170,15 +171,12 @@ class Engine:
             raise ValueError(f"request_id: {request_id!r} is an unfinished request; give another id")
         if config.rows_per_sequence not in self._lanes:
             self._check_memory(config.rows_per_sequence, f"cfg_scale: {self.max_rows} pairs of rows of {self.max_length} tokens")
-        request = Request(
-            request_id=request_id,
-            tokens=tokens + [ids.mask_id] * config.gen_length,
-            config=config,
-            ids=ids,
-            seed=ids.seeds[0],
-            policy=config.cache_policy(shift=self.network.config.shift),
-            tokenizer=self._model.tokenizer,
-        )
+        answer = [ids.mask_id] * config.gen_length
+        named = {"request_id": request_id, "tokenizer": self._model.tokenizer}
+        request = new_request(0, tokens, answer, config, ids, self.network.config, **named)
+        if len(request.tokens) > self._size[1]:
+            allowed = f"at most the model's {self.network.config.block_length}, or a larger max_length"
+            raise ValueError(f"block_length must be {allowed} for whole blocks of this request, got {config.block_length}")
         self._add(request)
         return request
 
@@ -227,7 +225,7 @@ class Engine:
                 yield forward
             if not scheduler.rows:
                 continue
-            flags = runner.sync_flags(len(scheduler.rows))
+            flags = runner.sync_flags(len(scheduler.rows), scheduler.mask_ids)
             since = [(request, len(request.history)) for request in scheduler.rows]
             committed = runner.read_committed(since) if outputs is not None else []
             finished = scheduler.update(flags)
@@ -280,7 +278,7 @@ class Engine:
                 request.started = time.perf_counter()
             if window.kind == "refresh":
                 request.refresh_indices.add(index)
-                if request.skips_first_commit:
+                if request.skips_commit:
                     continue
             request.pending.append(index)
 

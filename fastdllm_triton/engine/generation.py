@@ -63,7 +63,7 @@ class Generation:
         else:
             check_prompts(prompts, config, network)
         requests = batch_requests(prompts, answers, config, network.config)
-        check_kernel_limits(network, len(prompts), config.block_length, requests[0].ids)
+        check_kernel_limits(network, len(prompts), config.decoded_length, requests[0].ids)
         self._config, self._tokenizer, self._whole = config, tokenizer, whole
         with decoding_modes(network.device):
             self._run = _Run(model, requests, config)
@@ -167,7 +167,7 @@ class _Run:
     def __init__(self, model: HasNetwork, requests: list[Request], config: GenerationConfig) -> None:
         self.requests, self.device = requests, model.network.device
         self.columns = max(config.gen_length, *map(len, requests))
-        slots = buckets(self.device)[1](self.columns)
+        slots = buckets(self.device)[1](max(self.columns, *(len(request.tokens) for request in requests)))
         described = f"prompts: {len(requests)} rows of {slots} slots (gen_length = {config.gen_length})"
         self.engine = Engine.of_batch(model, requests, described)
         self._left: dict[Request, RowRecord] = {}
@@ -305,7 +305,7 @@ def _assemble(
     for i, request in enumerate(requests):
         place, record = slice(columns - len(request), None), rows.get(request)
         if record is None:
-            x[i, place] = torch.tensor(request.tokens, device=device)
+            x[i, place] = torch.tensor(request.tokens[: len(request)], device=device)
             continue
         taken = [*request.history, *request.pending] if indices is None else indices[i]
         x[i, place], confidence[i, place] = record.tokens, record.confidence

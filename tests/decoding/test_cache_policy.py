@@ -16,6 +16,7 @@ from fastdllm_triton.decoding.cache_policy import (
     CACHE_POLICIES,
     BlockState,
     CacheName,
+    BidirectionalCache,
     CachePolicy,
     Window,
     cache_policy,
@@ -143,7 +144,7 @@ def test_a_shifted_model_recomputes_the_slot_that_predicts_the_first_of_a_block(
     assert first.cache_policy(shift=True).next_window(block) == Window(8, 12, 20, "step")
 
 
-class Tail(CachePolicy):
+class Tail(BidirectionalCache):
     """A step recomputes the block and all after it but one slot."""
 
     name: ClassVar[Any] = "tail"
