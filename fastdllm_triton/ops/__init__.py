@@ -87,6 +87,7 @@ def window_attention(
     kv_start: Tensor,
     kv_end: Tensor,
     *,
+    block_causal: tuple[Tensor, int] | None = None,
     skip_start: Tensor | None = None,
     skip_end: Tensor | None = None,
     scale: float | None = None,

@@ -215,6 +215,7 @@ def window_attention(
     kv_start: Tensor,
     kv_end: Tensor,
     *,
+    block_causal: tuple[Tensor, int] | None = None,
     skip_start: Tensor | None = None,
     skip_end: Tensor | None = None,
     scale: float | None = None,
@@ -238,6 +239,16 @@ def window_attention(
         if slot is not None:
             shapes.integers(name, slot, batch)
     _check_values("kv_end", kv_end, None, slots)
+    if block_causal is not None:
+        if not isinstance(block_causal, tuple | list) or len(block_causal) != 2:
+            raise TypeError(
+                f"block_causal must be None or a pair of window_start and block_length, got {short_repr(block_causal)}"
+            )
+        window_start, length = block_causal
+        shapes.integers("block_causal[0]", window_start, batch)
+        require("block_causal[1]", length, "an integer in [1, 2^30]", is_int(length) and 1 <= length <= 2**30)
+        if skip_start is not None:
+            raise ValueError("block_causal and skip_start exclude each other")
     require("scale", scale, "None or a number", scale is None or is_number(scale))
     if out is not None:
         shapes.floats("out", out, *q.shape, dtype=q.dtype)
