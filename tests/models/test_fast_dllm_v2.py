@@ -75,7 +75,9 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     for name, tied in (("untied", False), ("tied", True)):
         (tmp_path / name).mkdir()
-        save_file({k: t for k, t in tensors.items() if not (tied and k == "lm_head.weight")}, tmp_path / name / "model.safetensors")
+        save_file(
+            {k: t for k, t in tensors.items() if not (tied and k == "lm_head.weight")}, tmp_path / name / "model.safetensors"
+        )
         (tmp_path / name / "config.json").write_text(json.dumps(_raw(tie_word_embeddings=tied, mask_token_id=318)))
     tied_lm, untied = (fdt.load(tmp_path / name, device="cpu") for name in ("tied", "untied"))
     assert tied_lm.network.weights.head is tied_lm.network.weights.embedding
@@ -128,7 +130,10 @@ def test_other_ways_to_say_the_same(fields: dict[str, Any]) -> None:
     [
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling of type 'yarn' is not supported"),
         ({"use_sliding_window": True}, r"use_sliding_window = True is not supported, only False"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types must be 'full_attention' for every layer, got 's"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types must be 'full_attention' for every layer, got 's",
+        ),
         ({"layer_types": []}, r"layer_types must be 'full_attention' for every layer"),
         ({"layer_types": "full_attention"}, r"layer_types must be a list of strings, got 'full_attention'"),
         ({"layer_types": [["\x1b" * 1000]]}, r"layer_types must be a list of strings, got"),

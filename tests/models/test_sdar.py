@@ -1,4 +1,4 @@
-"""SDAR's format: norms of heads, a head dim of its own, the block length, the published sizes, and what of a config is refused."""
+"""SDAR's format: norms of heads, a head dim of its own, the block length, published sizes, and what of a config is refused."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_a_missing_norm_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(_raw()))
     wide = tensors["model.layers.1.self_attn.k_norm.weight"].repeat(2)
     save_file(tensors | {"model.layers.1.self_attn.k_norm.weight": wide}, tmp_path / "model.safetensors")
-    with pytest.raises(fdt.CheckpointError, match=r"layers.1.self_attn.k_norm.weight has shape \(64,\), config.json asks for \(32,"):
+    with pytest.raises(
+        fdt.CheckpointError, match=r"layers.1.self_attn.k_norm.weight has shape \(64,\), config.json asks for \(32,"
+    ):
         fdt.load(tmp_path, device="cpu")
     del tensors["model.layers.1.self_attn.k_norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The mask and the end tokens of families whose configs leave them out: which file says them, and what is believed without one."""
+"""The mask and the end tokens of families whose configs leave them out: which file says them, and what holds without one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,11 @@ def test_a_published_vocabulary_has_the_mask_of_the_published_code(raw: dict[str
 @pytest.mark.parametrize(
     ("files", "raw", "message"),
     [
-        ({}, _raw(V2), r"'mask_token_id' is missing, and none of added_tokens.json, tokenizer_config.json, tokenizer.json has '\|"),
+        (
+            {},
+            _raw(V2),
+            r"'mask_token_id' is missing, and none of added_tokens.json, tokenizer_config.json, tokenizer.json has '\|",
+        ),
         ({"added_tokens.json": {}}, _raw(SDAR, mask_token_id=None), r"'mask_token_id' is missing, and none of .* has '<MASK>'"),
         ({}, _raw(V2, vocab_size=151_937), r"'mask_token_id' is missing"),
         (
