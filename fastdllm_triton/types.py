@@ -17,8 +17,8 @@ ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]
 RuleName = Literal["quota", "threshold", "capped_threshold", "factor", "entropy_budget", "schedule"]
 #: Whose rounding points a rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
 RopeRounding = Literal["llada", "dream"]
-#: Whose rounding points the norms of query and key heads keep.
-NormRounding = Literal["llada", "flash_attn"]
+#: Whose rounding points the norms of q and k keep, see :func:`fastdllm_triton.reference.rope_kv_write.head_norm`.
+NormRounding = Literal["qwen3", "flash_attn"]
 #: What :func:`fastdllm_triton.reference.linear` applies to its product.
 Activation = Literal["swiglu"]
 

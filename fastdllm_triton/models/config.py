@@ -62,7 +62,7 @@ class ModelConfig:
         shift: the row that predicts position ``i`` is the hidden state of position ``i - 1``; position 0 uses its own.
         rope_rounding: whose rounding points the rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
         qk_norm: whether every query and key head is normalised before the rotation.
-        norm_rounding: whose rounding points these norms keep, see :func:`fastdllm_triton.reference.rope_kv_write`.
+        norm_rounding: whose rounding points these norms keep, see :func:`fastdllm_triton.reference.rope_kv_write.head_norm`.
         block_length: tokens of the blocks that the weights were trained with, counted from position 0, where attention is
             block-causal: a position attends its own block and the blocks before it. None where positions attend all others.
     """
@@ -86,7 +86,7 @@ class ModelConfig:
     shift: bool = False
     rope_rounding: RopeRounding = "llada"
     qk_norm: bool = False
-    norm_rounding: NormRounding = "llada"
+    norm_rounding: NormRounding = "qwen3"
     block_length: int | None = None
 
     @property

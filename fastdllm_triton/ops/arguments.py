@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..types import Activation, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
+from ..types import Activation, NormRounding, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
 from ..utils.checks import MAX_TEMPERATURE, check_temperature, is_int, is_number, require, short_repr, to_ints
 
 
@@ -184,6 +184,10 @@ def rope_kv_write(
     theta: float,
     *,
     bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    norm_rounding: NormRounding = "qwen3",
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
 ) -> torch.device:
@@ -203,6 +207,17 @@ def rope_kv_write(
     require("rounding", rounding, f"one of {', '.join(get_args(RopeRounding))}", rounding in get_args(RopeRounding))
     if bias is not None:
         shapes.floats("bias", bias, columns, dtype=qkv.dtype)
+    if (q_norm is None) != (k_norm is None):
+        missing, present = ("q_norm", "k_norm") if q_norm is None else ("k_norm", "q_norm")
+        raise ValueError(f"{missing} must be given with {present}")
+    if q_norm is not None:
+        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+            shapes.floats(name, norm, dim, dtype=qkv.dtype)
+        require("eps", eps, "a number of 0 or more, since there is a q_norm", is_number(eps) and float(eps or 0) >= 0)
+    else:
+        require("eps", eps, "None without q_norm and k_norm", eps is None)
+    roundings = get_args(NormRounding)
+    require("norm_rounding", norm_rounding, f"one of {', '.join(roundings)}", norm_rounding in roundings)
     if out is not None:
         shapes.floats("out", out, batch, window, heads, dim, dtype=qkv.dtype)
     return qkv.device

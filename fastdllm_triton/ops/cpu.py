@@ -22,7 +22,7 @@ from ..reference.rms_norm import gather_rows
 from ..reference.swiglu import swiglu
 from ..reference.token_statistics import draws, row_keys
 from ..reference.window_inputs import window_inputs
-from ..types import RopeRounding, TokenStatistics
+from ..types import NormRounding, RopeRounding, TokenStatistics
 from .cpu_attention import runs_of, window_attention
 
 __all__ = [
@@ -75,6 +75,10 @@ def rope_kv_write(
     theta: float,
     *,
     bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    norm_rounding: NormRounding = "qwen3",
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
 ) -> Tensor:
@@ -84,6 +88,10 @@ def rope_kv_write(
         qkv = qkv + bias
     heads = rearrange(qkv, "b w (h d) -> b w h d", d=dim)  # [B, W, Hq + 2 Hkv, D]
     rotated, v = heads[:, :, :-kv_heads], heads[:, :, -kv_heads:]
+    if q_norm is not None and k_norm is not None:
+        weight = torch.cat((q_norm.expand(heads.shape[2] - 2 * kv_heads, dim), k_norm.expand(kv_heads, dim)))
+        h = rotated if norm_rounding == "qwen3" else accumulate(rotated)
+        rotated = (F.rms_norm(h, (dim,), None, eps) * weight).to(qkv.dtype)
     window = qkv.shape[1]
     starts, origins = window_start.tolist(), kv_start.tolist()
 
