@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .decoding.config import GenerationConfig
+from .decoding.strategies import Threshold
 from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
 from .engine.buffer_pool import BufferPool
 from .engine.dream.generate import DreamModel, diffusion_generate
@@ -112,14 +113,23 @@ class MaskedDiffusionLM:
     def defaults(self) -> GenerationConfig:
         """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``.
 
+        Block-causal models are decoded over their exact cache in blocks of the length that they were trained with; those whose
+        predictions are shifted (Fast-dLLM v2) in sub-blocks of 8, as by their authors.
+
         Raises:
             CheckpointError: the file is damaged, or its lengths are none.
         """
         file = "generation_config.json"
         fields = Fields(self._json(file), file)
         lengths: dict[str, Any] = {name: fields.integer(name) for name in ("gen_length", "block_length") if name in fields}
+        of_model: dict[str, Any] = {}
+        if self.config.block_length is not None:
+            length = lengths.get("block_length", self.config.block_length)
+            of_model = {"cache": "block_causal", "block_length": length}
+            if self.config.shift and length % 8 == 0:
+                of_model |= {"sub_block_length": 8, "strategy": Threshold(0.9, strict=True)}
         with failures_as(CheckpointError, str(self._folder and self._folder / file)):
-            return GenerationConfig(**lengths)
+            return GenerationConfig(**(of_model | lengths))
 
     def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
         """``config``, or :attr:`defaults`, with some fields replaced.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..decoding.cache_policy import RefreshCommits
-from ..types import RuleName, ScoreName
+from ..types import EndName, RuleName, ScoreName
 from .request import Request
 
 
@@ -20,6 +20,7 @@ class Program:
     Attributes:
         block_length: slots that are decoded together: of a block, or of a sub-block.
         score, rule: of the strategy.
+        ends: when an end token ends a row.
         refresh_commits: what a refresh commits.
         causal: tokens of the blocks that attention is causal between, where it is.
         logits_dtype: rounds logits.
@@ -35,6 +36,7 @@ class Program:
     block_length: int
     score: ScoreName
     rule: RuleName
+    ends: EndName
     refresh_commits: RefreshCommits
     causal: int
     logits_dtype: torch.dtype | None
@@ -58,6 +60,7 @@ class Program:
             block_length=config.decoded_length,
             score=config.strategy.score,
             rule=config.strategy.rule,
+            ends="token" if requests[0].policy.refresh_commits == "first" else "block",
             refresh_commits=requests[0].refresh_commits,
             causal=requests[0].causal,
             logits_dtype=config.logits_dtype,

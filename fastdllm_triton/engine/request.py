@@ -156,8 +156,9 @@ class Request:
     def step_window_start(self, slots: int) -> int:
         """First slot of the window of its steps, in buffers of ``slots`` slots."""
         block = self.block_state
+        start = block.start if self.policy.has_block_steps else self.policy.step(block).start
         # A text that is shorter than its generation has a block that begins before it.
-        return max(slots - len(self.tokens) + min(self.policy.step(block).start, block.start), 0)
+        return max(slots - len(self.tokens) + min(start, block.start), 0)
 
     @property
     def block_done(self) -> bool:

@@ -132,6 +132,7 @@ class ModelRunner:
 
         put(self.x, [[request.ids.filler] * self._offset(request) + request.tokens for request in requests])
         put(state.kv_start, [self._offset(request) for request in requests])
+        put(state.prompt_end, [self._offset(request) + request.prompt_length for request in requests])
         put(state.seed, [request.seed for request in requests])
         put(state.value, [request.config.strategy.value for request in requests])
         # More forwards than slots: one token in each, whatever their number.
@@ -377,7 +378,13 @@ class ModelRunner:
         """The state of some rows, as a program reads it."""
         eos_ids, shares = self._tables["eos_ids", program.eos_count], self._tables["shares", program.share_count]
         state = replace(
-            self.state, score=program.score, rule=program.rule, mask_id=program.mask_id, eos_ids=eos_ids, shares=shares
+            self.state,
+            score=program.score,
+            rule=program.rule,
+            mask_id=program.mask_id,
+            ends=program.ends,
+            eos_ids=eos_ids,
+            shares=shares,
         )
         return state.rows(first, last)
 
@@ -390,9 +397,12 @@ class ModelRunner:
         starts = {"refresh": self._refresh_start, "block_step": self._block_step_start, "step": self.window_start}
         start = starts[shape.kind][first:last]
         first_alone = shape.kind == "refresh" and program.refresh_commits == "first"
-        if first_alone:  # A block of one token to the commit, whose end is not the row's, unless all others were fixed.
-            state, length = replace(state, eos_ids=state.eos_ids[:, :0]), 1
-            first_slot = self._stored_end[first:last] if program.causal else block_start
+        if first_alone:  # A block of one token to the commit.
+            length = 1
+            if program.causal:
+                first_slot = self._stored_end[first:last]
+            else:  # Its end is not the row's, unless all others were fixed.
+                state = replace(state, eos_ids=state.eos_ids[:, :0])
         keys = {"seed": state.seed, "step": state.step} if program.temperature != 0 else {}
         inputs = network.ops.window_inputs(
             x,
@@ -415,7 +425,7 @@ class ModelRunner:
         cache = self.cache.rows(copies * first, copies * last, shape.span)
         if not shape.predicted:
             rows = rows[:0]
-        hidden = network.forward(ids, window_start, cache, rows, **({"block_length": shape.causal} if shape.causal else {}))
+        hidden = network.forward(ids, window_start, cache, rows, block_length=shape.causal or None)  # [C P, E]
         if not shape.predicted:
             return
         # What differs between rows is gathered for each prediction.
@@ -431,6 +441,9 @@ class ModelRunner:
         if first_alone:
             tokens = x.gather(1, block_start[:, None] + self._slots[: program.block_length])
             block.remaining.copy_((tokens == program.mask_id).sum(1))
+            if program.causal:
+                block.step.zero_()  # The block itself begins with its first step.
+                return
             ends = (tokens[:, :, None] == block.eos_ids[:, None]) & (tokens >= 0)[:, :, None]
             block.ended |= block.done & ends.flatten(1).any(1)
 
