@@ -18,7 +18,16 @@ from .utils.moved import install
 
 if TYPE_CHECKING:
     from .decoding.config import GenerationConfig
-    from .decoding.strategies import CappedThreshold, EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
+    from .decoding.strategies import (
+        CappedThreshold,
+        DenoisingSteps,
+        EntropyBudget,
+        Factor,
+        FixedSteps,
+        Strategy,
+        Threshold,
+        Timesteps,
+    )
     from .engine.engine import Engine
     from .engine.generation import Forward, Generation
     from .engine.outputs import Committed, GenerationOutput, StepOutput
@@ -36,6 +45,7 @@ __all__ = [
     "CappedThreshold",
     "CheckpointError",
     "Committed",
+    "DenoisingSteps",
     "Engine",
     "EntropyBudget",
     "Factor",
@@ -59,6 +69,7 @@ _HOMES = {
     "CappedThreshold": "decoding",
     "CheckpointError": "models",
     "Committed": "engine",
+    "DenoisingSteps": "decoding",
     "Engine": "engine",
     "EntropyBudget": "decoding",
     "Factor": "decoding",

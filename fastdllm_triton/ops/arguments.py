@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..types import Activation, NormRounding, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
+from ..types import Activation, EndName, NormRounding, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
 from ..utils.checks import MAX_TEMPERATURE, check_temperature, is_int, is_number, require, short_repr, to_ints
 
 
@@ -88,7 +88,8 @@ def commit_tokens(
     shapes.integers("window_start", window_start, rows)
     _check_values("window_start", window_start, 0, slots - block)
     _check_type("state", state, PolicyState)
-    for field, names in (("score", get_args(ScoreName)), ("rule", get_args(RuleName))):
+    for field, kind in (("score", ScoreName), ("rule", RuleName), ("ends", EndName)):
+        names = get_args(kind)
         require(f"state.{field}", getattr(state, field), f"one of {', '.join(names)}", getattr(state, field) in names)
     columns: dict[str, list[Any]] = {"step_map": [slots], "confidence": [slots], "eos_ids": ["E"], "shares": ["S"]}
     for name, entries in state.by_row.items():
