@@ -124,7 +124,7 @@ def test_a_module_is_accelerated_in_place() -> None:
     fdt.accelerate(module)
     assert torch.equal(module.fast_forward(IDS), fdt.load(SOURCE, device="cpu").logits(IDS))
     with torch.no_grad():
-        module.model.layers[0].self_attn.q_norm.weight.mul_(2)
+        module.get_parameter("model.layers.0.self_attn.q_norm.weight").mul_(2)
     assert not torch.allclose(module.fast_forward(IDS), fdt.load(SOURCE, device="cpu").logits(IDS), atol=1e-2)
 
 
