@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .decoding.config import GenerationConfig
-from .decoding.strategies import Threshold
 from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
+from .decoding.strategies import Threshold
 from .engine.buffer_pool import BufferPool
 from .engine.dream.generate import DreamModel, diffusion_generate
 from .engine.generation import Forward, Generation

@@ -163,8 +163,8 @@ def block_diffusion_generate(
         gen_length: tokens to generate, to the end of a block.
         block_length: of the weights if not given.
         denoising_steps: forwards that a block is spread over; ``block_length`` if not given.
-        temperature: 0, or above with ``top_k=1`` as in the official evaluation, takes the likeliest token; else the Gumbel noise's,
-            and tokens are ranked by the tempered distribution. Draws are seeded from torch's global generator.
+        temperature: 0, or above with ``top_k=1`` as in the official evaluation, takes the likeliest token; else it is that of the
+            Gumbel noise, and tokens are ranked by the tempered distribution. Draws are seeded from torch's global generator.
         top_k: 0 (all tokens) or 1.
         top_p: 1; other values would need the order of all logits.
         remasking_strategy: ``low_confidence_static``, ``low_confidence_dynamic`` or ``sequential``.
@@ -180,7 +180,7 @@ def block_diffusion_generate(
     ids = prompt["input_ids"] if isinstance(prompt, dict) else prompt
     (row,) = _rows("prompt", ids, rows=1)
     lm = runtime_of(model)
-    length = lm.config.block_length if block_length is None else block_length
+    length = (lm.config.block_length or 0) if block_length is None else block_length
     require("block_length", length, "an integer of 1 or more", is_int(length) and length >= 1)
     require("gen_length", gen_length, "an integer of 1 or more", is_int(gen_length) and gen_length >= 1)
     require("top_k", top_k, "0 or 1", top_k in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -123,11 +124,10 @@ def test_bad_arguments_are_named_as_typed(
     v2: fdt.MaskedDiffusionLM, sdar: fdt.MaskedDiffusionLM, family: str, wrong: dict[str, Any], message: str
 ) -> None:
     prompt = torch.tensor([[1, 2, 3]])
+    call = partial(compat.fast_dllm_v2_generate, v2) if family == "v2" else partial(compat.block_diffusion_generate, sdar)
+    arguments = {"input_ids": prompt, "max_new_tokens": 32} if family == "v2" else {"prompt": prompt}
     with pytest.raises(ValueError, match=message):
-        if family == "v2":
-            compat.fast_dllm_v2_generate(v2, **({"input_ids": prompt, "max_new_tokens": 32} | wrong))
-        else:
-            compat.block_diffusion_generate(sdar, prompt, **wrong)
+        call(**(arguments | wrong))
 
 
 def test_functions_of_one_family_refuse_models_of_another(tiny: fdt.MaskedDiffusionLM) -> None:

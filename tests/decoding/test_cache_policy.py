@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from fastdllm_triton.decoding.cache_policy import (
     CACHE_OPTIONS,
     CACHE_POLICIES,
+    BidirectionalCache,
     BlockState,
     CacheName,
-    BidirectionalCache,
     CachePolicy,
     Window,
     cache_policy,

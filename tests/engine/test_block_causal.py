@@ -51,7 +51,10 @@ def _sdar_options(case: dict[str, Any]) -> dict[str, Any]:
 OPTIONS = {V2: _v2_options, SDAR: _sdar_options}
 
 
-def _seen(lm: fdt.MaskedDiffusionLM, case: dict[str, Any], **options: Any) -> tuple[fdt.GenerationOutput, list[tuple[int, int]], list[list[int]]]:
+Seen = tuple[fdt.GenerationOutput, list[tuple[int, int]], list[list[int]]]
+
+
+def _seen(lm: fdt.MaskedDiffusionLM, case: dict[str, Any], **options: Any) -> Seen:
     """The output, and of each forward the window and the slots that it committed."""
     windows, selected = [], []
     prompt = len(case["prompt"])
