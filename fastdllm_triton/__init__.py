@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.generation import Forward, Generation
     from .engine.outputs import Committed, GenerationOutput, StepOutput
+    from .engine.prefix_store import PrefixStore
     from .engine.request import Request
     from .integrations.transformers.accelerate import accelerate, restore
     from .loading import load
@@ -55,6 +56,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationOutput",
     "MaskedDiffusionLM",
+    "PrefixStore",
     "Request",
     "StepOutput",
     "Strategy",
@@ -79,6 +81,7 @@ _HOMES = {
     "GenerationConfig": "decoding",
     "GenerationOutput": "engine",
     "MaskedDiffusionLM": "model",
+    "PrefixStore": "engine",
     "Request": "engine",
     "StepOutput": "engine",
     "Strategy": "decoding",

@@ -21,6 +21,7 @@ from .engine.dream.generate import DreamModel, diffusion_generate
 from .engine.generation import Forward, Generation
 from .engine.modes import decoding_modes
 from .engine.outputs import GenerationOutput
+from .engine.prefix_store import PrefixStore
 from .engine.trace import Trace
 from .models.checkpoint import failures_as, read_json
 from .models.config import CheckpointError, ModelConfig
@@ -244,6 +245,7 @@ class MaskedDiffusionLM:
         constraints: Constraints | None = None,
         callback: Callable[[Forward], None] | None = None,
         trace: str | Path | None = None,
+        reuse: PrefixStore | None = None,
         **options: Any,
     ) -> GenerationOutput:
         """Generates a continuation of each prompt.
@@ -258,6 +260,8 @@ class MaskedDiffusionLM:
                 among them ends its row as one that is decoded does.
             callback: called after each forward.
             trace: a file to record the generation in: ``.html``, a page that replays it, or ``.json``, the data of that page.
+            reuse: of a block-causal model, where finished blocks of generations before this one are taken over from, as far as a
+                prompt begins with the same tokens, and where those of this one are kept. The tokens are the same without.
             options: fields of :class:`GenerationConfig` that replace those of ``config``.
 
         Returns:
@@ -278,8 +282,8 @@ class MaskedDiffusionLM:
         config, rows = self.options(config, **options), self._rows(prompts)
         answers = self._answers(rows, config, constraints)
         if trace is not None:
-            return self._recorded(trace, rows, config, answers, callback)
-        return Generation(self, rows, config, self.tokenizer, answers=answers).run(callback)
+            return self._recorded(trace, rows, config, answers, callback, reuse=reuse)
+        return Generation(self, rows, config, self.tokenizer, answers=answers, reuse=reuse).run(callback)
 
     def infill(
         self,
@@ -335,10 +339,12 @@ class MaskedDiffusionLM:
         callback: Callable[[Forward], None] | None,
         *,
         whole: bool = False,
+        reuse: PrefixStore | None = None,
     ) -> GenerationOutput:
         """Runs a generation to its end, and records it in a file."""
         recorder = Trace(trace, self, rows, config, answers)
-        return recorder.run(Generation(self, rows, config, self.tokenizer, answers=answers, whole=whole), callback)
+        generation = Generation(self, rows, config, self.tokenizer, answers=answers, whole=whole, reuse=reuse)
+        return recorder.run(generation, callback)
 
     def diffusion_generate(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor | DiffusionOutput:
         """Dream's decoding, of a Dream: :func:`fastdllm_triton.compat.diffusion_generate` without its ``model``.
@@ -363,12 +369,13 @@ class MaskedDiffusionLM:
         config: GenerationConfig | None = None,
         *,
         constraints: Constraints | None = None,
+        reuse: PrefixStore | None = None,
         **options: Any,
     ) -> Generation:
         """Generates forward by forward.
 
         Args:
-            prompts, config, constraints, options: as of :meth:`generate`.
+            prompts, config, constraints, reuse, options: as of :meth:`generate`.
 
         Returns:
             An iterator: each item tells of one forward, what it committed (:attr:`~fastdllm_triton.engine.Forward.committed`)
@@ -378,7 +385,8 @@ class MaskedDiffusionLM:
             ValueError, TypeError, MemoryError: as :meth:`generate`, before any forward.
         """
         config, rows = self.options(config, **options), self._rows(prompts)
-        return Generation(self, rows, config, self.tokenizer, answers=self._answers(rows, config, constraints))
+        answers = self._answers(rows, config, constraints)
+        return Generation(self, rows, config, self.tokenizer, answers=answers, reuse=reuse)
 
     def _answers(
         self, rows: list[list[int]], config: GenerationConfig, constraints: Constraints | None

@@ -16,10 +16,11 @@ from torch import Tensor
 from ..decoding.config import GenerationConfig
 from ..utils.environment import BACKEND, GRAPHS
 from .buckets import buckets
-from .engine import Engine, HasNetwork, now
+from .engine import Engine, HasNetwork, check_reuse, now
 from .limits import check_kernel_limits, check_prompts
 from .modes import decoding_modes
 from .outputs import Committed, GenerationOutput, RowRecord
+from .prefix_store import PrefixStore
 from .request import Request, batch_requests
 from .runner import ModelRunner
 from .scheduler import ForwardPlan
@@ -41,6 +42,7 @@ class Generation:
             counts neither as committed nor in the schedule of a strategy. A block without masks takes no forward.
         whole: whether each prompt and its answer are one text: the output's ids and texts are then those of whole rows,
             prompts may be empty, and answers of an empty prompt shorter than ``gen_length``.
+        reuse: of a block-causal model, where finished blocks are taken over from and kept.
 
     Raises:
         ValueError: a prompt is empty, too long, or holds an id outside the vocabulary; an option does not fit the model.
@@ -56,13 +58,15 @@ class Generation:
         *,
         answers: list[list[int]] | None = None,
         whole: bool = False,
+        reuse: PrefixStore | None = None,
     ) -> None:
         network = self._network = model.network
         if whole and answers is not None:
             check_prompts([*map(add, prompts, answers)], config, network, whole=True)
         else:
             check_prompts(prompts, config, network)
-        requests = batch_requests(prompts, answers, config, network.config)
+        check_reuse(reuse, network)
+        requests = batch_requests(prompts, answers, config, network.config, reuse)
         check_kernel_limits(network, len(prompts), config.decoded_length, requests[0].ids)
         self._config, self._tokenizer, self._whole = config, tokenizer, whole
         with decoding_modes(network.device):

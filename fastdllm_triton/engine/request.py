@@ -13,6 +13,7 @@ from ..decoding.cache_policy import BlockState, CachePolicy, RefreshCommits, Win
 from ..decoding.config import GenerationConfig, ResolvedIds
 from ..models.config import ModelConfig
 from .outputs import GenerationOutput, RowRecord
+from .prefix_store import PrefixStore
 
 
 class Aborted(RuntimeError):
@@ -35,6 +36,7 @@ class Request:
         causal: tokens of the blocks that attention is causal between; 0 where it is bidirectional.
         cohort: requests of one cohort begin each block together, if their options say ``lockstep``.
         tokenizer: what the output's ``texts`` decode with, or None.
+        reuse: where finished blocks are taken over from and kept, or None.
         ordinal: how many of them it has begun, less one.
         block_forwards: forwards that it has had in its block.
         stored: positions from 0 on whose keys and values are final (block-causal models).
@@ -60,6 +62,7 @@ class Request:
     causal: int = 0
     cohort: object = None
     tokenizer: object | None = None
+    reuse: PrefixStore | None = None
     ordinal: int = -1
     block_forwards: int = 0
     stored: int = 0
@@ -193,6 +196,13 @@ class Request:
         self.ordinal += 1
         self.block_forwards, self.masked, self.starts_masked = 0, self.config.decoded_length, True
 
+    @property
+    def reusable(self) -> list[int]:
+        """The tokens at its start whose keys and values may come from a request before it: those of whole blocks."""
+        # The last position of a block that predicts the first token behind it is needed itself.
+        last = self.prompt_length - (self.policy.refresh_commits == "first")
+        return self.tokens[: max(last, 0) // self.causal * self.causal]
+
     def next_window(self) -> Window:
         """The window of its next forward, which is then behind it."""
         block = self.block_state
@@ -230,7 +240,11 @@ class Request:
 
 
 def batch_requests(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]] | None, config: GenerationConfig, model: ModelConfig
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]] | None,
+    config: GenerationConfig,
+    model: ModelConfig,
+    reuse: PrefixStore | None = None,
 ) -> list[Request]:
     """The requests of prompts that are decoded together, in one cohort.
 
@@ -239,6 +253,7 @@ def batch_requests(
         answers: the last ``gen_length`` tokens of each row as they are at the start; all ``[MASK]`` if not given.
         config: the options.
         model: the model's shape.
+        reuse: where finished blocks are taken over from and kept.
 
     Raises:
         ValueError: an option does not fit the model or the number of prompts.
@@ -246,7 +261,7 @@ def batch_requests(
     ids = config.resolve(model, len(prompts))
     answers = answers or [[ids.mask_id] * config.gen_length] * len(prompts)
     return [
-        new_request(row, prompt, answer, config, ids, model, cohort=ids)
+        new_request(row, prompt, answer, config, ids, model, cohort=ids, reuse=reuse)
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
 

@@ -174,6 +174,17 @@ class ModelRunner:
             target[:rows].copy_(source[:rows], non_blocking=True)
         self._each(self.cache.kv_end)[:rows].copy_(self._bounds[3, :rows, None], non_blocking=True)
 
+    def read_prefix(self, row: int, request: Request, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[layers, Hkv, count, D]`` of a row's first positions, as views of the cache."""
+        first = self._offset(request)
+        part = slice(first, first + count)
+        return self.cache.k[:, row, :, part], self.cache.v[:, row, :, part]
+
+    def write_prefix(self, row: int, request: Request, k: Tensor, v: Tensor) -> None:
+        """Puts keys and values ``[layers, Hkv, T, D]`` where those of a row's first positions are."""
+        for target, values in zip(self.read_prefix(row, request, k.shape[2]), (k, v), strict=True):
+            target.copy_(values)
+
     def swap_rows(self, i: int, j: int) -> None:
         """Exchanges two rows."""
         for tensor in self._by_row():
