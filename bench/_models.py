@@ -1,4 +1,4 @@
-"""Networks with random weights, at the true sizes of LLaDA-8B and Dream-7B or tiny, made where they run; no download."""
+"""Networks with random weights, at the true sizes of the published models or tiny, made where they run; no download."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.models.config import ModelConfig
-from fastdllm_triton.models.published import DREAM_7B, LLADA_8B, PUBLISHED
+from fastdllm_triton.models.published import DREAM_7B, LLADA_8B, PUBLISHED, SDAR_4B
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import resolve
 
@@ -29,6 +29,7 @@ MODELS = {
     "dream-139m": replace(DREAM_7B, **_SMALL, kv_heads=4, mlp=2560),
     "tiny llada": replace(LLADA_8B, **_TINY, width=64, heads=4, kv_heads=4),
     "tiny dream": replace(DREAM_7B, **_TINY, width=112, heads=7, kv_heads=1),
+    "tiny sdar": replace(SDAR_4B, **_TINY, width=40, heads=4, kv_heads=1),
 }
 
 
@@ -45,7 +46,10 @@ def network_of(
     config = config_of(model) if layers is None else replace(config_of(model), layers=layers)
     weights = Weights.allocate(config, device, dtype)
     generator = torch.Generator(device).manual_seed(0)
-    norms = [weights.final_norm, *(norm for layer in weights.layers for norm in (layer.attn_norm, layer.mlp_norm))]
+    norms = [weights.final_norm]
+    for layer in weights.layers:
+        norms += [layer.attn_norm, layer.mlp_norm]
+        norms += [norm for norm in (layer.q_norm, layer.k_norm) if norm is not None]
     biases = [layer.qkv_bias for layer in weights.layers if layer.qkv_bias is not None]
     matrices = [weights.embedding, weights.head]
     matrices += [m.weight for layer in weights.layers for m in (layer.qkv, layer.attn_out, layer.gate_up, layer.down)]

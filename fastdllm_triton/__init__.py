@@ -18,10 +18,20 @@ from .utils.moved import install
 
 if TYPE_CHECKING:
     from .decoding.config import GenerationConfig
-    from .decoding.strategies import CappedThreshold, EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
+    from .decoding.strategies import (
+        CappedThreshold,
+        DenoisingSteps,
+        EntropyBudget,
+        Factor,
+        FixedSteps,
+        Strategy,
+        Threshold,
+        Timesteps,
+    )
     from .engine.engine import Engine
     from .engine.generation import Forward, Generation
     from .engine.outputs import Committed, GenerationOutput, StepOutput
+    from .engine.prefix_store import PrefixStore
     from .engine.request import Request
     from .integrations.transformers.accelerate import accelerate, restore
     from .loading import load
@@ -36,6 +46,7 @@ __all__ = [
     "CappedThreshold",
     "CheckpointError",
     "Committed",
+    "DenoisingSteps",
     "Engine",
     "EntropyBudget",
     "Factor",
@@ -45,6 +56,7 @@ __all__ = [
     "GenerationConfig",
     "GenerationOutput",
     "MaskedDiffusionLM",
+    "PrefixStore",
     "Request",
     "StepOutput",
     "Strategy",
@@ -59,6 +71,7 @@ _HOMES = {
     "CappedThreshold": "decoding",
     "CheckpointError": "models",
     "Committed": "engine",
+    "DenoisingSteps": "decoding",
     "Engine": "engine",
     "EntropyBudget": "decoding",
     "Factor": "decoding",
@@ -68,6 +81,7 @@ _HOMES = {
     "GenerationConfig": "decoding",
     "GenerationOutput": "engine",
     "MaskedDiffusionLM": "model",
+    "PrefixStore": "engine",
     "Request": "engine",
     "StepOutput": "engine",
     "Strategy": "decoding",

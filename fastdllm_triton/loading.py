@@ -15,7 +15,7 @@ from .model import MaskedDiffusionLM
 from .models.checkpoint import Checkpoint, read_json
 from .models.config import CheckpointError, ModelConfig, shown
 from .models.fields import Fields
-from .models.registry import architecture_of
+from .models.registry import architecture_of, config_of
 from .models.transformer import Transformer, Weights, expected_shapes
 from .ops import Ops, resolve
 from .utils.checks import is_bool, require, short_repr, to_path
@@ -68,7 +68,7 @@ def load(
     folder = find(path_or_hub_id)
     raw = read_json(folder / "config.json")
     architecture = architecture_of(raw)
-    config: ModelConfig = architecture.config(raw)
+    config = config_of(raw, folder=folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(expected_shapes(config, architecture.NAMES), ignored=(architecture.NAMES.head,))
     if wanted is None:
@@ -127,7 +127,8 @@ def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
     """Reads the ``config.json`` of a model.
 
     Args:
-        model: ``"tiny"``, a checkpoint folder, a ``config.json``, or a hub id, of which this one file is fetched.
+        model: ``"tiny"``, a checkpoint folder, a ``config.json``, or a hub id, of which this one file is fetched. Special tokens
+            that it lacks are looked for in the files beside it.
 
     Returns:
         The shape, and the name of the dtype that the file says its weights have, if it says so.
@@ -135,11 +136,11 @@ def read_config(model: str | Path) -> tuple[ModelConfig, str | None]:
     Raises:
         CheckpointError: (a ``ValueError``) there is no such file, or it is not one of a supported model.
     """
-    raw = read_json(_find_config(model))
+    raw = read_json(path := _find_config(model))
     fields = Fields(raw)
     field = "dtype" if "dtype" in fields else "torch_dtype"  # What transformers 5 writes, and what those before did.
     dtype = fields.text(field).removeprefix("torch.") if field in fields else None
-    return architecture_of(raw).config(raw), dtype
+    return config_of(raw, folder=path.parent), dtype
 
 
 def _find_config(model: str | Path) -> Path:

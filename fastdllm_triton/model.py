@@ -15,11 +15,13 @@ from torch import Tensor
 
 from .decoding.config import GenerationConfig
 from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
+from .decoding.strategies import Threshold
 from .engine.buffer_pool import BufferPool
 from .engine.dream.generate import DreamModel, diffusion_generate
 from .engine.generation import Forward, Generation
 from .engine.modes import decoding_modes
 from .engine.outputs import GenerationOutput
+from .engine.prefix_store import PrefixStore
 from .engine.trace import Trace
 from .models.checkpoint import failures_as, read_json
 from .models.config import CheckpointError, ModelConfig
@@ -112,14 +114,23 @@ class MaskedDiffusionLM:
     def defaults(self) -> GenerationConfig:
         """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``.
 
+        Block-causal models are decoded over their exact cache in blocks of the length that they were trained with; those whose
+        predictions are shifted (Fast-dLLM v2) in sub-blocks of 8, as by their authors.
+
         Raises:
             CheckpointError: the file is damaged, or its lengths are none.
         """
         file = "generation_config.json"
         fields = Fields(self._json(file), file)
         lengths: dict[str, Any] = {name: fields.integer(name) for name in ("gen_length", "block_length") if name in fields}
+        of_model: dict[str, Any] = {}
+        if self.config.block_length is not None:
+            length = lengths.get("block_length", self.config.block_length)
+            of_model = {"cache": "block_causal", "block_length": length}
+            if self.config.shift and length % 8 == 0:
+                of_model |= {"sub_block_length": 8, "strategy": Threshold(0.9, strict=True)}
         with failures_as(CheckpointError, str(self._folder and self._folder / file)):
-            return GenerationConfig(**lengths)
+            return GenerationConfig(**(of_model | lengths))
 
     def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
         """``config``, or :attr:`defaults`, with some fields replaced.
@@ -234,6 +245,7 @@ class MaskedDiffusionLM:
         constraints: Constraints | None = None,
         callback: Callable[[Forward], None] | None = None,
         trace: str | Path | None = None,
+        reuse: PrefixStore | None = None,
         **options: Any,
     ) -> GenerationOutput:
         """Generates a continuation of each prompt.
@@ -248,6 +260,8 @@ class MaskedDiffusionLM:
                 among them ends its row as one that is decoded does.
             callback: called after each forward.
             trace: a file to record the generation in: ``.html``, a page that replays it, or ``.json``, the data of that page.
+            reuse: of a block-causal model, where finished blocks of generations before this one are taken over from, as far as a
+                prompt begins with the same tokens, and where those of this one are kept. The tokens are the same without.
             options: fields of :class:`GenerationConfig` that replace those of ``config``.
 
         Returns:
@@ -268,8 +282,8 @@ class MaskedDiffusionLM:
         config, rows = self.options(config, **options), self._rows(prompts)
         answers = self._answers(rows, config, constraints)
         if trace is not None:
-            return self._recorded(trace, rows, config, answers, callback)
-        return Generation(self, rows, config, self.tokenizer, answers=answers).run(callback)
+            return self._recorded(trace, rows, config, answers, callback, reuse=reuse)
+        return Generation(self, rows, config, self.tokenizer, answers=answers, reuse=reuse).run(callback)
 
     def infill(
         self,
@@ -325,10 +339,12 @@ class MaskedDiffusionLM:
         callback: Callable[[Forward], None] | None,
         *,
         whole: bool = False,
+        reuse: PrefixStore | None = None,
     ) -> GenerationOutput:
         """Runs a generation to its end, and records it in a file."""
         recorder = Trace(trace, self, rows, config, answers)
-        return recorder.run(Generation(self, rows, config, self.tokenizer, answers=answers, whole=whole), callback)
+        generation = Generation(self, rows, config, self.tokenizer, answers=answers, whole=whole, reuse=reuse)
+        return recorder.run(generation, callback)
 
     def diffusion_generate(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor | DiffusionOutput:
         """Dream's decoding, of a Dream: :func:`fastdllm_triton.compat.diffusion_generate` without its ``model``.
@@ -353,12 +369,13 @@ class MaskedDiffusionLM:
         config: GenerationConfig | None = None,
         *,
         constraints: Constraints | None = None,
+        reuse: PrefixStore | None = None,
         **options: Any,
     ) -> Generation:
         """Generates forward by forward.
 
         Args:
-            prompts, config, constraints, options: as of :meth:`generate`.
+            prompts, config, constraints, reuse, options: as of :meth:`generate`.
 
         Returns:
             An iterator: each item tells of one forward, what it committed (:attr:`~fastdllm_triton.engine.Forward.committed`)
@@ -368,7 +385,8 @@ class MaskedDiffusionLM:
             ValueError, TypeError, MemoryError: as :meth:`generate`, before any forward.
         """
         config, rows = self.options(config, **options), self._rows(prompts)
-        return Generation(self, rows, config, self.tokenizer, answers=self._answers(rows, config, constraints))
+        answers = self._answers(rows, config, constraints)
+        return Generation(self, rows, config, self.tokenizer, answers=answers, reuse=reuse)
 
     def _answers(
         self, rows: list[list[int]], config: GenerationConfig, constraints: Constraints | None

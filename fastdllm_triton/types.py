@@ -12,11 +12,15 @@ from torch import Tensor
 from .utils.checks import is_int, is_number, require, to_int, to_ints
 
 #: What ranks the masked tokens of a block, best first.
-ScoreName = Literal["confidence", "margin", "neg_entropy", "random"]
+ScoreName = Literal["confidence", "margin", "neg_entropy", "random", "leftmost"]
 #: What decides how many of them are committed.
-RuleName = Literal["quota", "threshold", "capped_threshold", "factor", "entropy_budget", "schedule"]
+RuleName = Literal["quota", "threshold", "capped_threshold", "floored_threshold", "factor", "entropy_budget", "schedule"]
+#: When a row ends: with the first block that is complete and holds an end token, or as soon as nothing is masked before one.
+EndName = Literal["block", "token"]
 #: Whose rounding points a rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
 RopeRounding = Literal["llada", "dream"]
+#: Whose rounding points the norms of q and k keep, see :func:`fastdllm_triton.reference.rope_kv_write.head_norm`.
+NormRounding = Literal["qwen3", "flash_attn"]
 #: What :func:`fastdllm_triton.reference.linear` applies to its product.
 Activation = Literal["swiglu"]
 
@@ -117,6 +121,10 @@ class WindowInputs:
     batch_row: Tensor
 
 
+#: Fields of a :class:`PolicyState` that all rows share, and that a program has fixed.
+SHARED_FIELDS = ("score", "rule", "mask_id", "ends")
+
+
 @dataclass
 class PolicyState:
     """What :func:`commit_tokens` decides with and what it records; lives on the device for a whole generation.
@@ -127,12 +135,14 @@ class PolicyState:
         score: what ranks the masked tokens of a block.
         rule: how many of them are committed.
         value: ``[B]`` float64: the threshold, the factor, or the entropy budget in nats (not read by ``quota`` and ``schedule``).
-        steps: ``[B]`` int32: forwards a block is spread over (``quota`` and ``capped_threshold`` only).
+        steps: ``[B]`` int32: forwards a block is spread over (``quota``, ``capped_threshold`` and ``floored_threshold`` only).
         shares: ``[B, S]`` float32: the share of the masked slots that each forward of a block commits; forwards beyond the last
             take the last one (``schedule`` only, ``S = 0`` for other rules).
         mask_id: the token that marks a masked slot.
         eos_ids: ``[B, E]`` int64, tokens that end the row, padded with -1; the first of them fills what is masked after an end. A
             row of nothing but -1 is decoded to its last block whatever is in it.
+        ends: when an end token ends a row.
+        prompt_end: ``[B]`` int32, the slot from which on end tokens count: those of a prompt that reaches into a block do not.
         kv_start: ``[B]`` int32, the slot of position 0.
         seed: ``[B]`` int64, key of every random number of a row.
         step: ``[B]`` int32, forwards in which the row's block had something masked. The engine sets it to 0 when a block
@@ -140,7 +150,7 @@ class PolicyState:
         masked: ``[B]`` int32, masked slots of the block before its first forward; set by the commit at ``step == 0``.
         remaining: ``[B]`` int32, masked slots left in the block after the commit.
         invalid: ``[B]`` bool, set and kept once a masked slot had no token to commit (NaN logits).
-        ended: ``[B]`` bool, set and kept once a finished block of the row holds one of ``eos_ids``.
+        ended: ``[B]`` bool, set and kept once the row has ended.
         forward: ``[B]`` int32, forwards in which the row's block had something masked, over all blocks. A commit counts it up.
         step_map: ``[B, L]`` int32, which of these forwards committed each slot, from 0; ``-1`` where none did.
         confidence: ``[B, L]`` float32, probability of the committed token at that forward; NaN where none was.
@@ -153,6 +163,8 @@ class PolicyState:
     shares: Tensor
     mask_id: int
     eos_ids: Tensor
+    ends: EndName
+    prompt_end: Tensor
     kv_start: Tensor
     seed: Tensor
     step: Tensor
@@ -172,7 +184,7 @@ class PolicyState:
     @property
     def by_row(self) -> dict[str, Tensor]:
         """The tensors: all have one entry (or line) a row."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("score", "rule", "mask_id")}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in SHARED_FIELDS}
 
     def rows(self, first: int, last: int) -> PolicyState:
         """The state of the rows ``[first, last)``, sharing memory."""
@@ -193,12 +205,14 @@ class PolicyState:
         seed: Tensor,
         slots: int,
         eos_ids: Sequence[int] | Tensor = (),
+        ends: EndName = "block",
+        prompt_end: int | Sequence[int] | Tensor = 0,
     ) -> PolicyState:
         """The state before the first forward, on the device of ``kv_start``.
 
         Args:
-            score, rule, mask_id: as the attributes.
-            value, steps: one for all rows, or one a row.
+            score, rule, mask_id, ends: as the attributes.
+            value, steps, prompt_end: one for all rows, or one a row.
             shares: ``[S]`` for all rows, or ``[B, S]``; needed for ``schedule``, and for no other rule.
             kv_start: ``[B]`` int32.
             seed: ``[B]`` int64.
@@ -208,7 +222,7 @@ class PolicyState:
         Raises:
             ValueError: an argument is not valid.
         """
-        for name, choice, kind in (("score", score, ScoreName), ("rule", rule, RuleName)):
+        for name, choice, kind in (("score", score, ScoreName), ("rule", rule, RuleName), ("ends", ends, EndName)):
             require(name, choice, f"one of {', '.join(get_args(kind))}", choice in get_args(kind))
         for name, number, least in (("slots", slots, 1), ("mask_id", mask_id, 0)):
             require(name, number, f"an integer of {least} or more", is_int(number) and number >= least)
@@ -233,6 +247,8 @@ class PolicyState:
             shares=_by_row("shares", shares, torch.float32, rows, device, dim=2),
             mask_id=to_int(mask_id),
             eos_ids=_by_row("eos_ids", eos_ids, torch.int64, rows, device, dim=2),
+            ends=ends,
+            prompt_end=_by_row("prompt_end", _slots("prompt_end", prompt_end), torch.int32, rows, device),
             kv_start=kv_start,
             seed=seed,
             step=zeros(rows),
@@ -263,6 +279,12 @@ def _numbers(name: str, value: Any) -> Any:
 def _counts(name: str, value: Any) -> Any:
     """The value, checked."""
     require(name, value, "an integer of 1 or more, or one a row", all(is_int(entry) and entry >= 1 for entry in _entries(value)))
+    return value
+
+
+def _slots(name: str, value: Any) -> Any:
+    """The value, checked."""
+    require(name, value, "an integer, or one a row", all(map(is_int, _entries(value))))
     return value
 
 

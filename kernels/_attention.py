@@ -1,4 +1,5 @@
-"""The merge of attention over chunks of the keys: each chunk's normalised sum and its base-2 log-sum-exp, in a fixed order.
+"""Parts of window_attention: a tile of keys, and the merge of chunks of the keys, which takes each chunk's normalised sum and its
+base-2 log-sum-exp, in a fixed order.
 
 | pointer         | shape                            | strides                  | written |
 |-----------------|----------------------------------|--------------------------|---------|
@@ -20,6 +21,60 @@ from ._pdl import wait_for_predecessor
 
 #: Rows of a program of the merge kernel, and chunks that it holds at a time.
 MERGE_ROWS, MERGE_SPLITS = 4, 16
+
+
+@triton.jit
+def attend(
+    q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, limit, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, BY_ROW: tl.constexpr,
+    SWAP_AB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, from ``slot`` on; if MASKED only the first ``count`` of them, at least one; if BY_ROW of those only what
+    lies before the slot ``limit [BLOCK_M]`` of each row, possibly nothing.
+    """
+    key, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    # The base is a 64-bit scalar, so that the offsets within a tile fit 32 bits and stay the same from tile to tile.
+    k_ptr = k_ptr + slot.to(tl.int64) * stride_kl + (key[:, None] * stride_kl + d[None, :])  # [BLOCK_N, BLOCK_D]
+    v_ptr = v_ptr + slot.to(tl.int64) * stride_vl + (key[:, None] * stride_vl + d[None, :])  # [BLOCK_N, BLOCK_D]
+    valid = key < count
+    if MASKED:
+        k = tl.load(k_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        k = tl.load(k_ptr, mask=(d < D)[None, :], other=0.0)
+    else:
+        k = tl.load(k_ptr)
+
+    # The scale is applied to the float32 product: q times it would have to be rounded.
+    keys: tl.constexpr = 0 if SWAP_AB else 1  # the axis of the scores that they are on
+    if SWAP_AB:
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_M]
+    else:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
+    if BY_ROW:
+        s = tl.where(tl.expand_dims(key, 1 - keys) < tl.expand_dims(tl.minimum(limit - slot, count), keys), s, float("-inf"))
+    elif MASKED:
+        s = tl.where(tl.expand_dims(valid, 1 - keys), s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, axis=keys))
+    # A tile has at least one key, so that the maximum is finite, but for a row that ends before all tiles so far.
+    m_safe = m_new
+    if BY_ROW:
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - tl.expand_dims(m_safe, keys))
+    alpha = tl.exp2(m_i - m_safe)
+
+    if MASKED:
+        v = tl.load(v_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        v = tl.load(v_ptr, mask=(d < D)[None, :], other=0.0)
+    else:
+        v = tl.load(v_ptr)
+    if SWAP_AB:
+        l_i = l_i * alpha[None, :] + p  # [BLOCK_N, BLOCK_M], summed up behind the loop
+        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :], input_precision=PRECISION)  # [BLOCK_D, BLOCK_M]
+    else:
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+    return m_new, l_i, acc
 
 
 @triton.jit(do_not_specialize=["W", "splits"])

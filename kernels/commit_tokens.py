@@ -20,7 +20,7 @@ The rules and their sources are in ``reference/commit_tokens.py``.
 | seed_ptr                       | [B]            | int64       | state, read                                      |
 | value_ptr, steps_ptr           | [B]            | fp64, int32 | state, read                                      |
 | shares_ptr                     | [B, S]         | fp32        | state, read by the schedule                      |
-| eos_ptr                        | [B, EOS]       | int64       | state, read; -1 is none                          |
+| eos_ptr, prompt_end_ptr        | [B, EOS], [B]  | int64, int32 | state, read; -1 is none                         |
 | step_ptr … remaining_ptr       | [B]            | int32       | state, read and written                          |
 | invalid_ptr, ended_ptr         | [B]            | bool        | state, read and written                          |
 | forward_ptr                    | [B]            | int32       | state, counted up                                |
@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import PolicyState, RuleName, ScoreName, TokenStatistics
+from ..types import SHARED_FIELDS, EndName, PolicyState, RuleName, ScoreName, TokenStatistics
 from ._arch import Arch, arch_of
 from ._check import check_device, once
 from ._limits import MAX_BLOCK, MAX_EOS, MAX_ROWS
@@ -94,6 +94,8 @@ def _candidates(
         cost = tl.where(sampled, gap, -gap)
     elif SCORE == "neg_entropy":
         cost = tl.load(entropy_ptr + at, mask=eligible, other=0.0).to(tl.float64)
+    elif SCORE == "leftmost":
+        cost = o.to(tl.float64)
     else:
         zero = (o * 0).to(tl.uint32)
         word, _, _, _ = tl.philox(seed, zero, (position + o).to(tl.uint32), step.to(tl.uint32), STREAM_SCORE)
@@ -110,8 +112,8 @@ def _ordered(cost):
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
 _SLICED = [
-    "window_start_ptr", "kv_start_ptr", "seed_ptr", "value_ptr", "steps_ptr", "shares_ptr", "eos_ptr", "step_ptr", "masked_ptr",
-    "remaining_ptr", "invalid_ptr", "ended_ptr", "forward_ptr",
+    "window_start_ptr", "kv_start_ptr", "seed_ptr", "value_ptr", "steps_ptr", "shares_ptr", "eos_ptr", "prompt_end_ptr",
+    "step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr", "forward_ptr",
 ]  # fmt: skip
 
 
@@ -132,6 +134,7 @@ def _commit_tokens_kernel(
     steps_ptr,
     shares_ptr,
     eos_ptr,
+    prompt_end_ptr,
     step_ptr,
     masked_ptr,
     remaining_ptr,
@@ -148,6 +151,7 @@ def _commit_tokens_kernel(
     SCORE: tl.constexpr,
     RULE: tl.constexpr,
     EOS: tl.constexpr,
+    ENDS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -172,7 +176,7 @@ def _commit_tokens_kernel(
     if RULE == "quota":
         steps = tl.load(steps_ptr + row)
         count = masked_first // steps + (step < masked_first % steps).to(tl.int32)
-    elif RULE == "threshold" or RULE == "capped_threshold":
+    elif RULE == "threshold" or RULE == "capped_threshold" or RULE == "floored_threshold":
         fails = cost > -value
         if SCORE == "confidence":
             fails = (1 + cost) * value > 1  # false for inf * 0: a threshold of 0 lets everything pass
@@ -182,6 +186,9 @@ def _commit_tokens_kernel(
             forwards = tl.minimum(step + 1, steps)
             cap = masked_first // steps * forwards + tl.minimum(forwards, masked_first % steps)
             count = tl.minimum(count, cap - (masked_first - masked_now))
+        elif RULE == "floored_threshold":
+            steps = tl.load(steps_ptr + row)
+            count = tl.maximum(count, block // steps + (step < block % steps).to(tl.int32))
     elif RULE == "schedule":
         share = tl.load(shares_ptr + row * shares + tl.minimum(step, shares - 1))
         count = (masked_now.to(tl.float32) * share).to(tl.int32)
@@ -236,12 +243,10 @@ def _commit_tokens_kernel(
     tl.store(confidence_ptr + row * slots + start + o, 1 / (1 + odds), mask=chosen)
     unfinished = (masked_now > 0).to(tl.int32)
     tl.store(masked_ptr + row, masked_first)
-    tl.store(remaining_ptr + row, remaining)
     tl.store(invalid_ptr + row, broken)
     tl.store(step_ptr + row, step + unfinished)
     tl.store(forward_ptr + row, forward + unfinished)
 
-    completed = (masked_now > 0) & (remaining == 0)
     if EOS > 0:
         ended_before = tl.load(ended_ptr + row) != 0
         tl.debug_barrier()  # the block is read as it now stands
@@ -252,13 +257,22 @@ def _commit_tokens_kernel(
         ends = text == tl.load(eos_ptr)
         for i in tl.static_range(1, EOS):
             ends = ends | (text == tl.load(eos_ptr + i))
-        ended = completed & (tl.max((ends & (text >= 0) & inside).to(tl.int32), 0) > 0)
+        ends = ends & (text >= 0) & inside & (start + o >= tl.load(prompt_end_ptr + row))
+        if ENDS == "token":
+            first_masked = tl.min(tl.where(text == mask_id, o, BLOCK), 0)
+            ended = (masked_now > 0) & (tl.min(tl.where(ends, o, BLOCK), 0) < first_masked)
+            behind_end = start
+        else:
+            ended = (masked_now > 0) & (remaining == 0) & (tl.max(ends.to(tl.int32), 0) > 0)
+            behind_end = start + block
+        remaining = tl.where(ended, 0, remaining)
         tl.store(ended_ptr + row, ended | ended_before)
-        # The slots after the block of a row that has ended; of any other row, none.
-        for begin in range(tl.where(ended, start + block, slots), slots, BLOCK):
+        # What is masked of a row that has ended; of any other row, nothing.
+        for begin in range(tl.where(ended, behind_end, slots), slots, BLOCK):
             behind = begin + o
             masked = (behind < slots) & (tl.load(x_ptr + behind, mask=behind < slots, other=0) == mask_id)
             tl.store(x_ptr + behind, tl.zeros((BLOCK,), tl.int64) + tl.load(eos_ptr), mask=masked)
+    tl.store(remaining_ptr + row, remaining)
 
 
 @dataclass(frozen=True)
@@ -290,7 +304,7 @@ def select_config(arch: Arch, rule: str, block: int) -> Config:
 
 
 @once
-def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, rule: str, *tensors: Tensor) -> int:
+def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, rule: str, ends: str, *tensors: Tensor) -> int:
     """Checks the arguments of :func:`commit_tokens`, ``tensors`` being its statistics and those of its state; a block's slots."""
     statistics = dict(zip(_ENTRIES, tensors, strict=False))
     state = dict(zip(_STATE, tensors[len(_ENTRIES) :], strict=True))
@@ -304,11 +318,11 @@ def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, ru
         raise ValueError(f"{name} must hold 1 to {min(MAX_BLOCK, slots)} slots a row, got {list(listed.shape)}")
     if rows > MAX_ROWS:
         raise ValueError(f"x must have at most {MAX_ROWS} rows, got {rows}")
-    for name, value, allowed in (("score", score, get_args(ScoreName)), ("rule", rule, get_args(RuleName))):
-        if value not in allowed:
-            raise ValueError(f"state.{name} must be one of {', '.join(allowed)}, got {value!r}")
+    for name, value, kind in (("score", score, ScoreName), ("rule", rule, RuleName), ("ends", ends, EndName)):
+        if value not in get_args(kind):
+            raise ValueError(f"state.{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
     _check_tensor("window_start", window_start, torch.int32, (rows,), device)
-    ends, shares = (state[name].shape[-1] if state[name].dim() else 0 for name in ("eos_ids", "shares"))
+    ids, shares = (state[name].shape[-1] if state[name].dim() else 0 for name in ("eos_ids", "shares"))
     shape: tuple[int, ...] = (rows, block)
     if place is not None:
         _check_tensor("place", place, torch.int32, shape, device)
@@ -316,19 +330,19 @@ def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, ru
     for name, field in statistics.items():
         _check_tensor(f"statistics.{name}", field, torch.int64 if name == "token" else torch.float32, shape, device)
     for names, dtype, shape in (
-        (("kv_start", "steps", "step", "masked", "remaining", "forward"), torch.int32, (rows,)),
+        (("kv_start", "prompt_end", "steps", "step", "masked", "remaining", "forward"), torch.int32, (rows,)),
         (("invalid", "ended"), torch.bool, (rows,)),
         (("seed",), torch.int64, (rows,)),
         (("value",), torch.float64, (rows,)),
-        (("eos_ids",), torch.int64, (rows, ends)),
+        (("eos_ids",), torch.int64, (rows, ids)),
         (("shares",), torch.float32, (rows, shares)),
         (("step_map",), torch.int32, (rows, slots)),
         (("confidence",), torch.float32, (rows, slots)),
     ):
         for name in names:
             _check_tensor(f"state.{name}", state[name], dtype, shape, device)
-    if ends > MAX_EOS:
-        raise ValueError(f"state.eos_ids must hold at most {MAX_EOS} tokens a row, got {ends}")
+    if ids > MAX_EOS:
+        raise ValueError(f"state.eos_ids must hold at most {MAX_EOS} tokens a row, got {ids}")
     if rule == "schedule" and shares == 0:
         raise ValueError("state.shares must hold at least one share a row for the rule 'schedule', got none")
     return block
@@ -336,7 +350,7 @@ def _check(x: Tensor, window_start: Tensor, place: Tensor | None, score: str, ru
 
 #: Names of the statistics, and of the tensors of a state.
 _ENTRIES = tuple(field.name for field in fields(TokenStatistics))
-_STATE = tuple(field.name for field in fields(PolicyState) if field.name not in ("score", "rule", "mask_id"))
+_STATE = tuple(field.name for field in fields(PolicyState) if field.name not in SHARED_FIELDS)
 
 
 @lru_cache(maxsize=64)
@@ -370,7 +384,8 @@ def commit_tokens(
         ValueError: an argument's rank, dtype, shape, device or range.
     """
     entries = outputs(statistics)
-    block = _check(x, window_start, place, state.score, state.rule, *entries, *(getattr(state, name) for name in _STATE))
+    fields_of_state = (getattr(state, name) for name in _STATE)
+    block = _check(x, window_start, place, state.score, state.rule, state.ends, *entries, *fields_of_state)
     (rows, slots), device = x.shape, x.device
     if rows == 0:
         return
@@ -388,6 +403,7 @@ def commit_tokens(
             state.steps,
             state.shares,
             state.eos_ids,
+            state.prompt_end,
             state.step,
             state.masked,
             state.remaining,
@@ -404,6 +420,7 @@ def commit_tokens(
             SCORE=state.score,
             RULE=state.rule,
             EOS=state.eos_ids.shape[1],
+            ENDS=state.ends,
             BLOCK=config.block,
             CHUNK=config.chunk,
             num_warps=config.num_warps,

@@ -1,12 +1,14 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) of a window's queries and keys, and the write of its K and V
-into the caches, in place, from the fused QKV projection.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) of a window's queries and keys, with an optional norm of each head in
+front, and the write of its K and V into the caches, in place, from the fused QKV projection.
 
     (a_i, b_i) -> (a_i cos t_i - b_i sin t_i, b_i cos t_i + a_i sin t_i)    t_i = position * theta^(-2i/D),  i < D/2
 
-with (a, b) the halves of a head. One program for one token and ``BLOCK_H`` heads of one kind (q, k or v); every element is
-read and written once. Keys are stored rotated, since position is a function of the slot: slot - kv_start.
+with (a, b) the halves of a head. With norms (Qwen3, SDAR) heads of q and k are x / sqrt(mean(x^2) + eps) * weight before. One
+program for one token and ``BLOCK_H`` heads of one kind (q, k or v); every element is read and written once. Keys are stored
+rotated, since position is a function of the slot: slot - kv_start.
 
-Rounding: the bias is added in the tensors' dtype. LLaDA rotates in float32 and rounds once. Dream (DREAM) rounds cos, sin,
+Rounding: the bias is added in the tensors' dtype. A norm is computed in float32 and rounded to the dtype before the product with
+the weight and after it, or after it alone (ROUND_ONCE). LLaDA rotates in float32 and rounds once. Dream (DREAM) rounds cos, sin,
 both products and their sum to the tensors' dtype; it is compiled without fused multiply-adds, which would round one product
 and the sum at once.
 
@@ -14,6 +16,7 @@ and the sum at once.
 |------------------|--------------------------|----------------------------|----------------------------------|
 | qkv_ptr          | [B, W, (Hq + 2 Hkv) D]   | (stride_xb, stride_xw, 1)  |                                  |
 | bias_ptr         | [(Hq + 2 Hkv) D]         | (1,)                       |                                  |
+| q_norm_ptr, k_norm_ptr | [D]                | (1,)                       |                                  |
 | frequency_ptr    | [D/2] float32            | (1,)                       |                                  |
 | window_start_ptr | [B] int32                | (1,)                       |                                  |
 | kv_start_ptr     | [B] int32                | (1,)                       |                                  |
@@ -32,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import DEFAULT_LAUNCH, LaunchOptions, RopeRounding
+from ..types import DEFAULT_LAUNCH, LaunchOptions, NormRounding, RopeRounding
 from ._arch import Arch, arch_of
 from ._check import check_floats, check_shape, check_slots, once, require
 from ._pdl import dependent_launch, wait_for_predecessor
@@ -74,6 +77,21 @@ def _rotate(first, second, cos, sin, dtype: tl.constexpr, DREAM: tl.constexpr):
         return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
+@triton.jit
+def _norm(first, second, norm_ptr, half, eps, D: tl.constexpr, dtype: tl.constexpr, ROUND_ONCE: tl.constexpr):
+    """Both halves of each head, ``[BLOCK_H, BLOCK_HALF]`` in ``dtype``, 0 beyond the head."""
+    HALF: tl.constexpr = D // 2
+    first_weight = tl.load(norm_ptr + half, mask=half < HALF, other=0.0).to(tl.float32)  # [BLOCK_HALF]
+    second_weight = tl.load(norm_ptr + HALF + half, mask=half < HALF, other=0.0).to(tl.float32)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    # Compilers that pass Python floats as float64 would drag everything after into float64.
+    inverse_rms = tl.rsqrt(tl.sum(a * a + b * b, axis=1) / D + tl.cast(eps, tl.float32))[:, None]  # [BLOCK_H, 1]
+    a, b = a * inverse_rms, b * inverse_rms
+    if not ROUND_ONCE:
+        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+    return (a * first_weight[None, :]).to(dtype), (b * second_weight[None, :]).to(dtype)
+
+
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
 _SLICED = ["window_start_ptr", "kv_start_ptr"]
 
@@ -82,6 +100,8 @@ _SLICED = ["window_start_ptr", "kv_start_ptr"]
 def _rope_kv_write_kernel(
     qkv_ptr,
     bias_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
     frequency_ptr,
     window_start_ptr,
     kv_start_ptr,
@@ -99,12 +119,14 @@ def _rope_kv_write_kernel(
     stride_vb,
     stride_vh,
     stride_vl,
+    eps,
     W,
     L,
     HQ: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ROUND_ONCE: tl.constexpr,
     DREAM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -149,6 +171,9 @@ def _rope_kv_write_kernel(
         tl.store(to_ptr + HALF, second, mask=mask)
     else:
         frequency = tl.load(frequency_ptr + half, mask=half < HALF, other=0.0)  # [BLOCK_HALF]
+        if q_norm_ptr is not None:
+            norm_ptr = q_norm_ptr if is_q else k_norm_ptr
+            first, second = _norm(first, second, norm_ptr, half, eps, D, dtype, ROUND_ONCE)
         cos, sin = _cos_sin(position.to(tl.float32) * frequency)
         first, second = _rotate(first, second, cos[None, :], sin[None, :], dtype, DREAM)
         if is_q:
@@ -204,11 +229,11 @@ class _Layout(NamedTuple):
 
 @once
 def _layout(
-    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, window_start: Tensor, kv_start: Tensor, bias: Tensor | None, rounding: str,
-    out: Tensor | None,
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, window_start: Tensor, kv_start: Tensor, bias: Tensor | None,
+    q_norm: Tensor | None, k_norm: Tensor | None, eps: float | None, norm_rounding: str, rounding: str, out: Tensor | None,
 ) -> _Layout:  # fmt: skip
     """Checks the arguments of :func:`rope_kv_write`."""
-    check_floats(qkv=qkv, k_cache=k_cache, v_cache=v_cache, bias=bias, out=out)
+    check_floats(qkv=qkv, k_cache=k_cache, v_cache=v_cache, bias=bias, q_norm=q_norm, k_norm=k_norm, out=out)
     require("qkv", f"shape {list(qkv.shape)}", "of three dimensions, [B, W, (Hq + 2 Hkv) D]", qkv.ndim == 3)
     require("k_cache", f"shape {list(k_cache.shape)}", "of four dimensions, [B, Hkv, L, D]", k_cache.ndim == 4)
     batch, window, columns = qkv.shape
@@ -220,6 +245,11 @@ def _layout(
     check_shape("k_cache", k_cache, batch, kv_heads, slots, dim)
     check_shape("v_cache", v_cache, batch, kv_heads, slots, dim)
     check_shape("bias", bias, columns)
+    for name, norm, other in (("q_norm", q_norm, k_norm), ("k_norm", k_norm, q_norm)):
+        check_shape(name, norm, dim)
+        require(name, "nothing", "a tensor, as the other norm is given", norm is not None or other is None)
+    require("eps", eps, "a number with q_norm and k_norm, and None without", (eps is None) == (q_norm is None))
+    require("norm_rounding", repr(norm_rounding), "'qwen3' or 'flash_attn'", norm_rounding in ("qwen3", "flash_attn"))
     check_shape("out", out, batch, window, q_heads, dim)
     check_slots(batch, qkv.device, window_start=window_start, kv_start=kv_start)
     require("rounding", repr(rounding), "'llada' or 'dream'", rounding in ("llada", "dream"))
@@ -238,12 +268,16 @@ def rope_kv_write(
     theta: float,
     *,
     bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    norm_rounding: NormRounding = "qwen3",
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
     config: Config | None = None,
     options: LaunchOptions = DEFAULT_LAUNCH,
 ) -> Tensor:
-    """Rotates q and k of a window and writes its k and v into the caches.
+    """Rotates q and k of a window, each head normed first if asked for, and writes its k and v into the caches.
 
     Row ``i`` of sequence ``b`` is slot ``window_start[b] + i`` at position ``slot - kv_start[b]``. Rows whose slot lies
     outside ``[0, L)`` or before ``kv_start[b]`` (left padding) write nothing; their q is defined but meaningless.
@@ -258,6 +292,9 @@ def rope_kv_write(
         kv_start: ``[B]`` int32, first slot of each sequence.
         theta: base of the rotary frequencies.
         bias: ``[(Hq + 2 Hkv) D]``, added to ``qkv`` first (Dream).
+        q_norm, k_norm: ``[D]``, weights of the norms of q and k heads (Qwen3, SDAR), with ``eps``; both or neither.
+        eps: added to the mean square of a head.
+        norm_rounding: ``"qwen3"`` or ``"flash_attn"``, whose rounding points the norms keep.
         rounding: ``"llada"`` or ``"dream"``, whose rounding points the rotation keeps.
         out: receives q, ``[B, W, Hq, D]``.
         config: launch parameters; :func:`select_config` chooses if not given.
@@ -266,7 +303,7 @@ def rope_kv_write(
     Returns:
         Rotated ``q [B, W, Hq, D]``.
     """
-    layout = _layout(qkv, k_cache, v_cache, window_start, kv_start, bias, rounding, out)
+    layout = _layout(qkv, k_cache, v_cache, window_start, kv_start, bias, q_norm, k_norm, eps, norm_rounding, rounding, out)
     out = torch.empty(layout.shape, dtype=qkv.dtype, device=qkv.device) if out is None else out
     batch, window, q_heads, dim = layout.shape
     if batch and window:
@@ -276,6 +313,8 @@ def rope_kv_write(
             _rope_kv_write_kernel[(batch * window, config.programs_per_token(q_heads, layout.kv_heads))](
                 qkv,
                 qkv if bias is None else bias,
+                q_norm,
+                k_norm,
                 rotary_frequencies(theta, dim, qkv.device),
                 window_start,
                 kv_start,
@@ -283,12 +322,14 @@ def rope_kv_write(
                 k_cache,
                 v_cache,
                 *layout.strides,
+                eps,
                 window,
                 layout.slots,
                 HQ=q_heads,
                 HKV=layout.kv_heads,
                 D=dim,
                 HAS_BIAS=bias is not None,
+                ROUND_ONCE=norm_rounding == "flash_attn",
                 DREAM=rounding == "dream",
                 BLOCK_H=config.block_h,
                 BLOCK_HALF=triton.next_power_of_2(dim // 2),

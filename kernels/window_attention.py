@@ -1,4 +1,4 @@
-"""Bidirectional attention of a window's queries over the valid slots of the cache, in one pass over K and V.
+"""Attention of a window's queries over the valid slots of the cache, bidirectional or block-causal, in one pass over K and V.
 
 Online softmax (Milakov & Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135), in powers of two. For the keys seen so
 far a row keeps the largest score m, the sum l and the weighted sum of values acc; a tile of scores s updates them:
@@ -9,6 +9,9 @@ Rows: the ``G = Hq / Hkv`` query heads of a KV head read the same keys, so a til
 r % G. Keys: tiles are laid over the slots before the skip and over those behind it, so a skip is never read; only the
 partial tile at the end of each is masked. Few rows leave most of a GPU idle, so the keys may be split into chunks; each
 program then writes its normalised sum and its log-sum-exp, and a second kernel merges them in a fixed order.
+
+Block-causal: rows end at different slots, and the keys of a program where those of its last row do. Of many rows, tiles in front
+of the first row's end are not masked.
 
 Operand order: ``q k^T`` has at least 64 rows only in large windows, and Hopper's wgmma needs 64. SWAP_AB computes
 ``k q^T`` and ``v^T p^T`` instead, which puts keys and head dimension there. Which one is faster is to be measured; the
@@ -22,6 +25,7 @@ Nothing attended: output 0, log-sum-exp -inf. Log-sum-exps are base 2, of ``scal
 | k_ptr, v_ptr              | [B, Hkv, L, D]                 | (stride_kb, _kh, _kl, 1)   |                  |
 | start_ptr, end_ptr        | [B] int32                      | (1,)                       |                  |
 | skip_start_ptr, _end_ptr  | [B] int32                      | (1,)                       |                  |
+| window_start_ptr          | [B] int32                      | (1,)                       |                  |
 | out_ptr                   | [B, W, Hq, D]                  | (stride_ob, _ow, _oh, 1)   | one chunk, merge |
 | lse_ptr                   | [B, Hq, W] float32             | contiguous                 | one chunk, merge |
 | partial_ptr               | [splits, B, Hkv, W G, D] float32 | contiguous               | several chunks   |
@@ -42,14 +46,14 @@ from torch import Tensor
 
 from ..types import DEFAULT_LAUNCH, LaunchOptions
 from ._arch import Arch, arch_of
-from ._attention import launch_merge
+from ._attention import attend, launch_merge
 from ._check import check_floats, check_shape, check_slots, once, require, scratch
 from ._library import by_cudnn, cudnn_wins
 from ._pdl import dependent_launch, wait_for_predecessor
 from ._tuned import gpu_name, nearest
 
 #: Pointers into the tensors of a batch: a launch for some of its rows hands in slices, aligned or not, for one kernel.
-_SLICED = ["start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr"]
+_SLICED = ["start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr", "window_start_ptr"]
 #: Keys of a chunk at least.
 MIN_CHUNK = 128
 #: What the number of chunks is chosen by, estimates in microseconds: a tile of keys that a program waits for, the launch of a
@@ -58,63 +62,21 @@ TILE_US, MERGE_US, PARTIAL_US = 0.8, 2.5, 0.4
 
 
 @triton.jit
-def _attend(
-    q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, count, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, SWAP_AB: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One tile of keys, from ``slot`` on; if MASKED only the first ``count`` of them, at least one."""
-    key, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    # The base is a 64-bit scalar, so that the offsets within a tile fit 32 bits and stay the same from tile to tile.
-    k_ptr = k_ptr + slot.to(tl.int64) * stride_kl + (key[:, None] * stride_kl + d[None, :])  # [BLOCK_N, BLOCK_D]
-    v_ptr = v_ptr + slot.to(tl.int64) * stride_vl + (key[:, None] * stride_vl + d[None, :])  # [BLOCK_N, BLOCK_D]
-    valid = key < count
-    if MASKED:
-        k = tl.load(k_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    elif D < BLOCK_D:
-        k = tl.load(k_ptr, mask=(d < D)[None, :], other=0.0)
-    else:
-        k = tl.load(k_ptr)
-
-    # The scale is applied to the float32 product: q times it would have to be rounded.
-    if SWAP_AB:
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale  # [BLOCK_N, BLOCK_M]
-        if MASKED:
-            s = tl.where(valid[:, None], s, float("-inf"))
-        # A tile has at least one key, so the new maximum is finite.
-        m_new = tl.maximum(m_i, tl.max(s, axis=0))
-        p = tl.exp2(s - m_new[None, :])
-    else:
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            s = tl.where(valid[None, :], s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, axis=1))
-        p = tl.exp2(s - m_new[:, None])
-    alpha = tl.exp2(m_i - m_new)
-
-    if MASKED:
-        v = tl.load(v_ptr, mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    elif D < BLOCK_D:
-        v = tl.load(v_ptr, mask=(d < D)[None, :], other=0.0)
-    else:
-        v = tl.load(v_ptr)
-    if SWAP_AB:
-        l_i = l_i * alpha[None, :] + p  # [BLOCK_N, BLOCK_M], summed up behind the loop
-        acc = tl.dot(tl.trans(v), p.to(v.dtype), acc * alpha[None, :], input_precision=PRECISION)  # [BLOCK_D, BLOCK_M]
-    else:
-        l_i = l_i * alpha + tl.sum(p, axis=1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
-    return m_new, l_i, acc
+def _limit(position, block_length, origin, start, end):
+    """Where the keys of queries end: behind their block, at ``end`` at most; nothing in front of position 0 has any."""
+    ends = origin + (position // block_length + 1) * block_length
+    return tl.where(position < 0, start, tl.maximum(tl.minimum(ends, end), start))
 
 
-@triton.jit(do_not_specialize=["W", "L", "chunk"], do_not_specialize_on_alignment=_SLICED)
+@triton.jit(do_not_specialize=["block_length", "W", "L", "chunk"], do_not_specialize_on_alignment=_SLICED)
 def _window_attention_kernel(
-    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, skip_start_ptr, skip_end_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, skip_start_ptr, skip_end_ptr, window_start_ptr, block_length,
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     stride_qb, stride_qw, stride_qh, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_ob, stride_ow, stride_oh, W, L, chunk, scale,
-    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, RETURN_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP_AB: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
+    RETURN_LSE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SWAP_AB: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_predecessor(PDL)
     split = tl.program_id(1)
@@ -122,18 +84,30 @@ def _window_attention_kernel(
     b, kv_head = pair // HKV, pair % HKV
     scale = tl.cast(scale, tl.float32) * 1.4426950408889634  # log2(e)
 
-    # The attended slots are [start, end_a) and [start_b, end). Counted through, this program has those from lo to hi.
-    start = tl.maximum(tl.load(start_ptr + b), 0)
+    origin = tl.load(start_ptr + b)
+    start = tl.maximum(origin, 0)
     end = tl.maximum(tl.minimum(tl.load(end_ptr + b), L), start)
+    M = W * G
+    tile_m = tl.program_id(0)
+    if BLOCK_CAUSAL:
+        tile_m = tl.num_programs(0) - 1 - tile_m  # those with the most keys first
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    token, head = (row // G).to(tl.int64), kv_head * G + row % G
+    limit, least = end, end  # where the slots of a row end, and of that row of the tile that has the fewest
+    if BLOCK_CAUSAL:
+        window = tl.load(window_start_ptr + b) - origin  # its position
+        last = tl.minimum(tile_m * BLOCK_M + BLOCK_M, M) - 1
+        limit = _limit(window + row // G, block_length, origin, start, end)  # [BLOCK_M]
+        least = _limit(window + tile_m * BLOCK_M // G, block_length, origin, start, end)
+        end = _limit(window + last // G, block_length, origin, start, end)
+
+    # The attended slots are [start, end_a) and [start_b, end). Counted through, this program has those from lo to hi.
     end_a = tl.minimum(tl.maximum(tl.load(skip_start_ptr + b), start), end)
     start_b = tl.minimum(tl.maximum(tl.load(skip_end_ptr + b), end_a), end)
     n = end_a - start + end - start_b
     lo = tl.minimum(split * chunk, n)
     hi = tl.minimum(lo + chunk, n)
 
-    M = W * G
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    token, head = (row // G).to(tl.int64), kv_head * G + row % G
     d = tl.arange(0, BLOCK_D)
     row_mask = (row < M)[:, None] & (d < D)[None, :]  # [BLOCK_M, BLOCK_D]
     q_ptr += b * stride_qb + token[:, None] * stride_qw + head[:, None] * stride_qh + d[None, :]
@@ -154,20 +128,29 @@ def _window_attention_kernel(
     tiles_a, tiles_b = count_a // BLOCK_N, count_b // BLOCK_N
     if ONE_LOOP:
         tiles_a, tiles_b = tl.cdiv(count_a, BLOCK_N), tl.cdiv(count_b, BLOCK_N)
+    elif BLOCK_CAUSAL:
+        tiles_a = tl.maximum(tl.minimum(least - first_a, count_a), 0) // BLOCK_N
     for tile in tl.range(0, tiles_a + tiles_b, num_stages=STAGES):
         slot = tl.where(tile < tiles_a, first_a + tile * BLOCK_N, first_b + (tile - tiles_a) * BLOCK_N)
         left = tl.where(tile < tiles_a, count_a - tile * BLOCK_N, count_b - (tile - tiles_a) * BLOCK_N)
-        m_i, l_i, acc = _attend(
-            q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, left, scale,
-            D, BLOCK_N, BLOCK_D, ONE_LOOP, SWAP_AB, PRECISION,
+        m_i, l_i, acc = attend(
+            q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, left, limit, scale,
+            D, BLOCK_N, BLOCK_D, ONE_LOOP, ONE_LOOP and BLOCK_CAUSAL, SWAP_AB, PRECISION,
         )  # fmt: skip
-    if not ONE_LOOP:
+    if BLOCK_CAUSAL and not ONE_LOOP:
+        for tile in tl.range(tiles_a, tl.cdiv(count_a, BLOCK_N), num_stages=1):
+            m_i, l_i, acc = attend(
+                q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, first_a + tile * BLOCK_N, count_a - tile * BLOCK_N, limit,
+                scale, D, BLOCK_N, BLOCK_D, True, True, SWAP_AB, PRECISION,
+            )  # fmt: skip
+    elif not ONE_LOOP:
         rest_a, rest_b = count_a % BLOCK_N, count_b % BLOCK_N
         for part in tl.range(tl.where(rest_a > 0, 0, 1), tl.where(rest_b > 0, 2, 1), num_stages=1):
             slot = tl.where(part == 0, first_a + tiles_a * BLOCK_N, first_b + tiles_b * BLOCK_N)
-            m_i, l_i, acc = _attend(
-                q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, tl.where(part == 0, rest_a, rest_b), scale,
-                D, BLOCK_N, BLOCK_D, True, SWAP_AB, PRECISION,
+            left = tl.where(part == 0, rest_a, rest_b)
+            m_i, l_i, acc = attend(
+                q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, slot, left, limit, scale,
+                D, BLOCK_N, BLOCK_D, True, False, SWAP_AB, PRECISION,
             )  # fmt: skip
 
     if SWAP_AB:
@@ -320,7 +303,7 @@ class _Layout(NamedTuple):
 @once
 def _layout(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor, skip_start: Tensor | None,
-    skip_end: Tensor | None, out: Tensor | None,
+    skip_end: Tensor | None, window_start: Tensor | None, block_length: int | None, out: Tensor | None,
 ) -> _Layout:  # fmt: skip
     """Checks the arguments of :func:`window_attention`."""
     check_floats(q=q, k_cache=k_cache, v_cache=v_cache, out=out)
@@ -336,9 +319,14 @@ def _layout(
         check_shape(name, cache_, batch, kv_heads, slots, dim)
         require(name, cache_.stride(2), "of slots less than 2^24 elements apart", cache_.stride(2) < 2**24)
     check_shape("out", out, *q.shape)
-    check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, skip_start=skip_start, skip_end=skip_end)
+    slots_of = {"skip_start": skip_start, "skip_end": skip_end, "block_causal[0]": window_start}
+    check_slots(batch, q.device, kv_start=kv_start, kv_end=kv_end, **slots_of)
     for name, end, other in (("skip_start", skip_start, skip_end), ("skip_end", skip_end, skip_start)):
         require(name, "nothing", "a tensor, as the other end of the skip is given", end is not None or other is None)
+    if window_start is not None:
+        ok = isinstance(block_length, int) and 1 <= block_length <= 2**30
+        require("block_causal[1]", block_length, "an integer in [1, 2^30]", ok)
+        require("skip_start", "a tensor", "None with block_causal", skip_start is None)
 
     strides_o = (window * q_heads * dim, q_heads * dim, dim) if out is None else out.stride()[:3]
     strides = (*q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], *strides_o)
@@ -352,6 +340,7 @@ def window_attention(
     kv_start: Tensor,
     kv_end: Tensor,
     *,
+    block_causal: tuple[Tensor, int] | None = None,
     skip_start: Tensor | None = None,
     skip_end: Tensor | None = None,
     scale: float | None = None,
@@ -364,8 +353,10 @@ def window_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T) v`` over the slots ``kv_start[b] <= j < kv_end[b]``, less ``skip_start[b] <= j < skip_end[b]``.
 
-    There is no causal mask: every query row of a sequence attends the same slots. Query head ``h`` uses KV head
-    ``h // (Hq / Hkv)``. A sequence with no slot to attend gives output 0 and log-sum-exp -inf. Unattended slots are not read.
+    Every query of a sequence attends the same slots, unless ``block_causal``: then the query at slot ``s`` attends of them what
+    lies before the end of its block, ``kv_start + ((s - kv_start) // block_length + 1) * block_length``, and a query before
+    ``kv_start`` nothing. Query head ``h`` uses KV head ``h // (Hq / Hkv)``. A query with no slot to attend gives output 0 and
+    log-sum-exp -inf. Slots that no query attends are not read.
 
     Args:
         q: ``[B, W, Hq, D]``.
@@ -373,6 +364,8 @@ def window_attention(
         v_cache: ``[B, Hkv, L, D]``.
         kv_start: ``[B]`` int32.
         kv_end: ``[B]`` int32, at most ``L``. On a GPU what lies beyond ``L`` is cut off, since checking would wait for it.
+        block_causal: the slot ``[B]`` int32 of each window's first query, and the length of the blocks, which are counted from
+            ``kv_start`` on (Fast-dLLM v2, arXiv 2509.26328; SDAR, arXiv 2510.06303). Not with a skip.
         skip_start: ``[B]`` int32, first slot left out (a dropped masked suffix).
         skip_end: ``[B]`` int32, end of the slots left out.
         scale: ``1 / sqrt(D)`` if not given.
@@ -388,7 +381,8 @@ def window_attention(
         ``[B, W, Hq, D]`` in the dtype of ``q``; with ``return_lse`` the pair of it and the base-2 log-sum-exp
         ``[B, Hq, W]`` in float32.
     """
-    layout = _layout(q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end, out)
+    window_start, block_length = (None, None) if block_causal is None else block_causal
+    layout = _layout(q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end, window_start, block_length, out)
     batch, window, q_heads, kv_heads, dim, slots, _ = layout
     if q.device.type == "cpu" and batch and (last := int(kv_end.max())) > slots:
         raise ValueError(f"kv_end must be at most the {slots} slots of k_cache, got {last}")
@@ -396,7 +390,7 @@ def window_attention(
     if config is None and options.batch_invariant:
         config = invariant_config(arch_of(q.device), q_heads, kv_heads, dim, slots, q.element_size())
     sizes = (batch, window, q_heads, kv_heads, dim, slots, q.element_size())
-    plain = config is None and skip_start is None and not return_lse
+    plain = config is None and block_causal is None and skip_start is None and not return_lse
     if plain and span is not None and span[0] < span[1] and cudnn_wins(gpu_name(q.device), *sizes):
         y = by_cudnn(q, k_cache, v_cache, span, scale)
         return y if out is None else out.copy_(y)
@@ -409,7 +403,7 @@ def window_attention(
         workspace = scratch(workspace, config.workspace_elements(batch, window, q_heads, dim), q.device)
         with torch.cuda.device_of(q):
             _launch(
-                arch, config, layout, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end,
+                arch, config, layout, q, k_cache, v_cache, kv_start, kv_end, skip_start, skip_end, window_start, block_length,
                 1 / math.sqrt(dim) if scale is None else scale, out, lse, workspace, options,
             )  # fmt: skip
     return out if lse is None else (out, lse)
@@ -417,8 +411,8 @@ def window_attention(
 
 def _launch(
     arch: Arch, config: Config, layout: _Layout, q: Tensor, k_cache: Tensor, v_cache: Tensor, kv_start: Tensor, kv_end: Tensor,
-    skip_start: Tensor | None, skip_end: Tensor | None, scale: float, out: Tensor, lse: Tensor | None, workspace: Tensor | None,
-    options: LaunchOptions,
+    skip_start: Tensor | None, skip_end: Tensor | None, window_start: Tensor | None, block_length: int | None, scale: float,
+    out: Tensor, lse: Tensor | None, workspace: Tensor | None, options: LaunchOptions,
 ) -> None:  # fmt: skip
     """One launch, and the merge if there are several chunks."""
     batch, window, q_heads, kv_heads, dim, slots, strides = layout
@@ -438,11 +432,12 @@ def _launch(
     }
     _window_attention_kernel[(triton.cdiv(rows, config.block_m), config.splits, pairs)](
         q, k_cache, v_cache, kv_start, kv_end,
-        kv_end if skip_start is None else skip_start, kv_end if skip_end is None else skip_end,
+        kv_end if skip_start is None else skip_start, kv_end if skip_end is None else skip_end, window_start, block_length,
         None if split else out, None if split else lse, workspace if split else None, sums_lse, *strides,
         window, slots, config.chunk, scale,
-        SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n, SWAP_AB=config.swap_ab, STAGES=config.num_stages,
-        PRECISION=_precision(arch), num_warps=config.num_warps, num_stages=config.num_stages, **shared,
+        BLOCK_CAUSAL=window_start is not None, SPLIT=split, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        SWAP_AB=config.swap_ab, STAGES=config.num_stages, PRECISION=_precision(arch),
+        num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     if split:
         launch_merge(workspace, sums_lse, out, lse, strides[9:], window, config.splits, pairs, shared)

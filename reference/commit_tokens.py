@@ -25,6 +25,9 @@ def commit_tokens(
       confidence that is ``(1 + rest) * threshold <= 1`` in float64, which stays sharp where a float32 confidence has become 1.
     * ``capped_threshold``: the same, but no more than ``quota`` would have committed by then in this block (Fast-dLLM's
       ``confidence_threshold`` for Dream without a cache). What a forward leaves of its share is for later ones.
+    * ``floored_threshold``: the same as ``threshold``, but no fewer than the forward's part of an even spread of the block over
+      ``S`` forwards: of ``N`` slots, masked or not, ``N // S``, and one more in each of the first ``N % S`` (SDAR, arXiv
+      2510.06303: ``low_confidence_dynamic``; with an infinite threshold ``low_confidence_static``, by position ``sequential``).
     * ``factor``: the longest prefix with ``1 - score_n <= factor / (n + 1)`` for every n from 2 on. As in the official
       code, a failure at the very last rank is ignored and that token is committed too.
     * ``entropy_budget``: the longest prefix in which the entropies, less the largest, sum to at most the budget
@@ -33,7 +36,11 @@ def commit_tokens(
       2508.15487). The product is taken in float32 as in the official code, which decides where it falls just short of an integer.
 
     A row whose block this completes, and whose block then holds one of its ``state.eos_ids``, has ended: its masked slots after
-    the block are filled with the first of them and no longer decoded. What is before the end token stays as it is.
+    the block are filled with the first of them and no longer decoded. What is before the end token stays as it is. With
+    ``state.ends = "token"`` the row has ended as soon as nothing of the block is masked before such a token (Fast-dLLM v2, arXiv
+    2509.26328), and what is masked after it is filled in the block too. End tokens before ``state.prompt_end`` do not count.
+
+    A block of one slot is committed whatever its score: the token that the last row of a forward predicts behind its window.
 
     The statistics of slots that are not masked are not read. A row whose masked slot has no token (``-1``) is flagged in
     ``state.invalid``; the slot is left masked.
@@ -75,11 +82,17 @@ def commit_tokens(
 
     if state.eos_ids.shape[1]:
         ids = state.eos_ids[:, None]  # [B, 1, E]
-        ends = (x.gather(1, slot)[:, :, None] == ids) & (ids >= 0)
-        ended = unfinished & state.done & ends.flatten(1).any(1)
-        after = torch.arange(x.shape[1], device=x.device) >= window_start[:, None] + block
+        text = x.gather(1, slot)
+        ends = ((text[:, :, None] == ids) & (ids >= 0)).any(2) & (slot >= state.prompt_end[:, None])  # [B, N]
+        if state.ends == "block":
+            ends &= state.done[:, None]
+        else:
+            ends &= (text == state.mask_id).cumsum(1) == 0
+        ended = unfinished & ends.any(1)
+        after = torch.arange(x.shape[1], device=x.device) >= window_start[:, None]
         x.copy_(torch.where(ended[:, None] & after & (x == state.mask_id), state.eos_ids[:, :1], x))
         state.ended |= ended
+        state.remaining.masked_fill_(ended, 0)
 
     state.step += unfinished
     state.forward += unfinished
@@ -99,6 +112,8 @@ def _cost(statistics: TokenStatistics, slot: Tensor, state: PolicyState) -> Tens
         return -TokenStatistics(*(getattr(statistics, field.name).double() for field in fields(statistics))).margin
     if state.score == "neg_entropy":
         return statistics.entropy
+    if state.score == "leftmost":
+        return slot - slot[:, :1]
     return -slot_uniform(state.seed, slot - state.kv_start[:, None], state.step[:, None])
 
 
@@ -119,11 +134,18 @@ def _count(statistics: TokenStatistics, cost: Tensor, order: Tensor, masked: Ten
         return fits.int().cumprod(1).sum(1)
 
     cost = cost.double().gather(1, order)
-    if state.rule in ("threshold", "capped_threshold"):  # inf * 0 is no failure: a threshold of 0 lets everything pass
+    if state.rule in (
+        "threshold",
+        "capped_threshold",
+        "floored_threshold",
+    ):  # inf * 0 is no failure: a threshold of 0 lets everything pass
         fails = (1 + cost) * value > 1 if state.score == "confidence" else cost > -value
         count = (within & ~fails).sum(1)
         if state.rule == "threshold":
             return count
+        if state.rule == "floored_threshold":
+            block = cost.shape[1]
+            return torch.maximum(count, block // state.steps + (state.step < block % state.steps))
         committed, forwards = state.masked - masked, torch.minimum(state.step + 1, state.steps)
         cap = state.masked // state.steps * forwards + torch.minimum(forwards, state.masked % state.steps)
         return torch.minimum(count, cap - committed)

@@ -1,5 +1,5 @@
-"""Rotary position embedding (Su et al., arXiv 2104.09864) of a window's queries and keys, and the write of its K and V
-into the caches, in place.
+"""Rotary position embedding (Su et al., arXiv 2104.09864) of a window's queries and keys, with an optional norm of each head in
+front, and the write of its K and V into the caches, in place.
 
 Keys are stored rotated: position is a function of the slot, so a key need not be rotated again when it is read.
 """
@@ -10,8 +10,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..types import RopeRounding
-from ._common import write
+from ..types import NormRounding, RopeRounding
+from ._common import accumulate, write
 
 
 def angles(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> Tensor:
@@ -52,6 +52,27 @@ def rotate(x: Tensor, position: Tensor, theta: float, rounding: RopeRounding = "
     return (h * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def head_norm(x: Tensor, weight: Tensor, eps: float, rounding: NormRounding = "qwen3") -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` of each head (Zhang & Sennrich, arXiv 1910.07467), computed in float32.
+
+    Args:
+        x: ``[..., D]``.
+        weight: ``[D]``, dtype of ``x``.
+        eps: added to the mean square.
+        rounding: ``"qwen3"``: rounded to the dtype of ``x`` before the product with the weight, and again after it, as by the
+            modules of Qwen3, LLaDA and Dream. ``"flash_attn"``: rounded once at the end, as by flash-attn's ``rms_norm_fn``,
+            which SDAR calls. The same in float32 and float64.
+
+    Returns:
+        ``[..., D]``, dtype of ``x``.
+    """
+    h = accumulate(x)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    if rounding == "qwen3":
+        h = h.to(x.dtype)
+    return (h * weight).to(x.dtype)
+
+
 def rope_kv_write(
     qkv: Tensor,
     k_cache: Tensor,
@@ -61,10 +82,14 @@ def rope_kv_write(
     theta: float,
     *,
     bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    norm_rounding: NormRounding = "qwen3",
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
 ) -> Tensor:
-    """Rotates q and k of a window and writes its k and v into the caches.
+    """Rotates q and k of a window, each head normed first if asked for, and writes its k and v into the caches.
 
     Row ``i`` of sequence ``b`` is slot ``window_start[b] + i`` at position ``slot - kv_start[b]``. Rows whose slot lies
     outside ``[0, L)`` or before ``kv_start[b]`` (left padding) write nothing; their q is defined but meaningless.
@@ -77,6 +102,9 @@ def rope_kv_write(
         kv_start: ``[B]`` int32, first slot of each sequence.
         theta: base of the rotary frequencies.
         bias: ``[(Hq + 2 Hkv) D]``, added to ``qkv`` first (Dream).
+        q_norm, k_norm: ``[D]``, weights of the norms of q and k heads (Qwen3, SDAR), with ``eps``; both or neither.
+        eps: added to the mean square of a head.
+        norm_rounding: whose rounding points the norms keep, see :func:`head_norm`.
         rounding: whose rounding points the rotation keeps, see :func:`rotate`.
         out: receives q, ``[B, W, Hq, D]``.
 
@@ -88,6 +116,9 @@ def rope_kv_write(
         qkv = qkv + bias
     heads = rearrange(qkv, "b w (h d) -> b w h d", d=dim)
     q, k, v = torch.split(heads, [heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+
+    if q_norm is not None and k_norm is not None and eps is not None:
+        q, k = head_norm(q, q_norm, eps, norm_rounding), head_norm(k, k_norm, eps, norm_rounding)
 
     slot = window_start[:, None].long() + torch.arange(qkv.shape[1], device=qkv.device)  # [B, W]
     position = slot - kv_start[:, None]

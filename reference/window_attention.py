@@ -1,4 +1,4 @@
-"""Bidirectional attention of a window's queries over the valid slots of the cache."""
+"""Attention of a window's queries over the valid slots of the cache, bidirectional or block-causal."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def window_attention(
     kv_start: Tensor,
     kv_end: Tensor,
     *,
+    block_causal: tuple[Tensor, int] | None = None,
     skip_start: Tensor | None = None,
     skip_end: Tensor | None = None,
     scale: float | None = None,
@@ -28,9 +29,11 @@ def window_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``softmax(scale * q k^T) v`` over the slots ``kv_start[b] <= j < kv_end[b]``, less ``skip_start[b] <= j < skip_end[b]``.
 
-    There is no causal mask: every query row of a sequence attends the same slots. Query head ``h`` uses KV head
-    ``h // (Hq / Hkv)``. Scores, softmax and sums are in float32 (float64 for float64). A sequence with no slot to attend
-    gives output 0 and log-sum-exp -inf. What unattended slots hold does not matter, NaN included.
+    Every query of a sequence attends the same slots, unless ``block_causal``: then the query at slot ``s`` attends of them what
+    lies before the end of its block, ``kv_start + ((s - kv_start) // block_length + 1) * block_length``, and a query before
+    ``kv_start`` nothing. Query head ``h`` uses KV head ``h // (Hq / Hkv)``. Scores, softmax and sums are in float32 (float64 for
+    float64). A query with no slot to attend gives output 0 and log-sum-exp -inf. What slots hold that no query attends does not
+    matter, NaN included.
 
     Args:
         q: ``[B, W, Hq, D]``.
@@ -38,6 +41,8 @@ def window_attention(
         v_cache: ``[B, Hkv, L, D]``.
         kv_start: ``[B]`` int32.
         kv_end: ``[B]`` int32, at most ``L``.
+        block_causal: the slot ``[B]`` int32 of each window's first query, and the length of the blocks, which are counted from
+            ``kv_start`` on (Fast-dLLM v2, arXiv 2509.26328; SDAR, arXiv 2510.06303). Not with a skip.
         skip_start: ``[B]`` int32, first slot left out (a dropped masked suffix).
         skip_end: ``[B]`` int32, end of the slots left out.
         scale: ``1 / sqrt(D)`` if not given.
@@ -57,13 +62,20 @@ def window_attention(
     attended = (slot >= kv_start[:, None]) & (slot < kv_end[:, None])  # [B, L]
     if skip_start is not None and skip_end is not None:
         attended &= (slot < skip_start[:, None]) | (slot >= skip_end[:, None])
-    attended = attended[:, None, None]  # [B, 1, 1, L]
+    attended = attended[:, None]  # [B, 1, L]
+    if block_causal is not None:
+        window_start, length = block_causal
+        position = (window_start - kv_start)[:, None] + torch.arange(q.shape[1], device=q.device)  # [B, W]
+        end = kv_start[:, None] + (position // length + 1) * length
+        attended = attended & (slot < end[:, :, None]) & (position >= 0)[:, :, None]  # [B, W, L]
 
-    # Unattended slots are cleared, since a NaN there would survive a mask.
+    # Slots that are never attended are cleared, since a NaN there would survive a mask.
+    never = ~attended.any(1)[:, None, :, None]  # [B, 1, L, 1]
     k, v = (
-        accumulate(cache).masked_fill(~attended.mT, 0).repeat_interleave(q_heads // kv_heads, dim=1)  # [B, Hq, L, D]
+        accumulate(cache).masked_fill(never, 0).repeat_interleave(q_heads // kv_heads, dim=1)  # [B, Hq, L, D]
         for cache in (k_cache, v_cache)
     )
+    attended = attended[:, None]  # [B, 1, W or 1, L]
     query = rearrange(accumulate(q), "b w h d -> b h w d")
     y = F.scaled_dot_product_attention(query, k, v, attn_mask=attended, scale=scale)
     y = y.masked_fill(~attended.any(-1, keepdim=True), 0)

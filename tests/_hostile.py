@@ -57,16 +57,21 @@ class Case:
 # A checkpoint to begin with, and its use.
 
 
+FOLDERS = {"llada": "llada-gqa", "dream": "dream-gqa", "fast_dllm_qwen": "fast-dllm-v2", "sdar": "sdar"}
+
+
 @functools.cache
 def base(architecture: str, shards: int = 1) -> dict[str, bytes]:
     """The files of a checkpoint that works, tokenizer and template included."""
     from fastdllm_triton import tiny
 
-    model = tiny.PATH if architecture == "llada" else TESTS / "golden" / "dream-gqa"
+    model = tiny.PATH if architecture == "llada" else TESTS / "golden" / FOLDERS[architecture]
     files = {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")}
     files["tokenizer.json"] = (tiny.PATH / "tokenizer.json").read_bytes()
     config = json.loads((tiny.PATH / "tokenizer_config.json").read_text()) | {"chat_template": CHATML}
     files["tokenizer_config.json"] = json.dumps(config).encode()
+    if (model / "added_tokens.json").exists():
+        files["added_tokens.json"] = (model / "added_tokens.json").read_bytes()
     if shards > 1:
         tensors, names = load_file(model / "model.safetensors"), {}
         del files["model.safetensors"]
@@ -168,6 +173,8 @@ TYPES = {
         "text": ["model_type"],
     },
 }
+#: Sizes that the configs of block-causal families have besides Dream's fields.
+BLOCK_CAUSAL = {"fast_dllm_qwen": ["bd_size"], "sdar": ["block_size", "head_dim"]}
 
 
 def config_cases() -> Iterator[Case]:
@@ -185,6 +192,7 @@ def config_cases() -> Iterator[Case]:
         yield Case(f"{architecture} the mask ends texts", checkpoint(architecture, both))
         quiet = fields("config.json", eos_token_id=None)
         yield Case(f"{architecture} no end", checkpoint(architecture, quiet), refused=False)
+    yield from block_causal_cases()
     for name, content in BROKEN_JSON.items():
         yield Case(f"config.json: {name}", checkpoint("llada", write("config.json", content)))
     yield Case(
@@ -193,6 +201,41 @@ def config_cases() -> Iterator[Case]:
     yield Case("config.json is a pipe", checkpoint("llada", pipe("config.json")))
     yield Case("config.json is a device without end", checkpoint("llada", link("config.json", "/dev/zero")))
     yield Case("config.json is a link to itself", checkpoint("llada", link("config.json", "config.json")))
+
+
+def block_causal_cases() -> Iterator[Case]:
+    """Fields that these families alone have, and the files that have the special tokens which their configs lack."""
+    for architecture, sizes in BLOCK_CAUSAL.items():
+        for name in sizes:
+            for value in WRONG["size"]:
+                edit = fields("config.json", **{name: value})
+                yield Case(f"{architecture} {name} = {value!r:.40}", checkpoint(architecture, edit))
+        kinds: list[Any] = [
+            "full_attention",
+            [],
+            [4],
+            [None],
+            ["x"],
+            [["full_attention"]],
+            {},
+            -1,
+            True,
+            "8" * 10**5,
+            ["\x1b[2J"],
+        ]
+        for value in [*kinds, ["full_attention", "sliding_attention"]]:
+            edit = fields("config.json", layer_types=value)
+            yield Case(f"{architecture} layer_types = {value!r:.40}", checkpoint(architecture, edit))
+    for value in WRONG["token"]:
+        edit = write("added_tokens.json", json.dumps({"|<MASK>|": value}))
+        yield Case(f"added_tokens.json: the mask is {value!r:.40}", checkpoint("fast_dllm_qwen", edit))
+    for value in WRONG["tokens"]:
+        edit = write("generation_config.json", json.dumps({"eos_token_id": value}))
+        yield Case(f"generation_config.json: the end is {value!r:.40}", checkpoint("sdar", edit))
+    for name, content in BROKEN_JSON.items():
+        yield Case(f"no mask, as added_tokens.json is {name}", checkpoint("fast_dllm_qwen", write("added_tokens.json", content)))
+        if name != "lone surrogates":  # They are in a field that nobody reads.
+            yield Case(f"generation_config.json: {name}", checkpoint("sdar", write("generation_config.json", content)))
 
 
 BROKEN_JSON: dict[str, bytes] = {
@@ -697,7 +740,7 @@ def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
 def mutation(kind: str, number: int) -> Case:
     """A checkpoint with one file changed at random, the same for the same number."""
     rng = random.Random(f"{kind} {number}")
-    architecture = ("llada", "dream")[number % 2]
+    architecture = tuple(FOLDERS)[number % len(FOLDERS)]
     shards = 2 if kind == "index" else 1
     file = {
         "config": "config.json",
@@ -751,7 +794,7 @@ def accelerated(architecture: str, change: Callable[[Any], None]) -> Callable[[P
 
         import fastdllm_triton as fdt
 
-        module: Any = load_module(TESTS / "golden" / ("llada-gqa" if architecture == "llada" else "dream-gqa"))
+        module: Any = load_module(TESTS / "golden" / FOLDERS[architecture])
         change(module)
         fdt.accelerate(module)
         module.generate([[1, 2, 3]], gen_length=8, block_length=8)

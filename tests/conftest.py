@@ -25,6 +25,7 @@ settings.load_profile("repeatable")
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_MODELS = ("llada-mha", "llada-gqa")
 GOLDEN_DREAM = "dream-gqa"
+GOLDEN_BLOCK_CAUSAL = ("fast-dllm-v2", "sdar")
 
 
 def _ordered(order: str) -> Callable[[], None]:

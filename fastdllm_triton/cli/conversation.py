@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..decoding.config import GenerationConfig
 from ..decoding.options import changed, parse
 from ..engine.generation import Forward
+from ..engine.prefix_store import PrefixStore
 from ..model import MaskedDiffusionLM
 
 
@@ -56,8 +57,15 @@ class Answer:
         complete: whether nothing is masked any more.
     """
 
-    def __init__(self, model: MaskedDiffusionLM, question: str, prompt: list[int], config: GenerationConfig) -> None:
-        self._model, self._generation = model, model.stream([prompt], config)
+    def __init__(
+        self,
+        model: MaskedDiffusionLM,
+        question: str,
+        prompt: list[int],
+        config: GenerationConfig,
+        reuse: PrefixStore | None = None,
+    ) -> None:
+        self._model, self._generation = model, model.stream([prompt], config, reuse=reuse)
         self._seconds = 0.0
         self.question, self.prompt_tokens, self.config = question, len(prompt), config
         self.complete = False
@@ -116,6 +124,8 @@ class Conversation:
             raise ValueError("model: it has no tokenizer, and a conversation needs one")
         if system is not None and not self.remembers:
             raise ValueError("system: the model's tokenizer has no chat template to put it in")
+        # What was said before is computed once, where nothing behind it can change it.
+        self._reuse = PrefixStore() if model.config.block_causal else None
         self.messages: list[dict[str, str]] = []
         self.last = self.total = Usage()
 
@@ -148,7 +158,7 @@ class Conversation:
                 f"the {what} has {len(ids)} tokens; with gen_length = {self.config.gen_length} the model takes at most "
                 f"{max(most, 0)}: {advice}/set gen_length leaves more room"
             )
-        return Answer(self.model, question, ids, self.config)
+        return Answer(self.model, question, ids, self.config, self._reuse)
 
     def keep(self, answer: Answer) -> str:
         """Takes an answer as it is now into the history, and gives its text. Without any, its question is forgotten too."""

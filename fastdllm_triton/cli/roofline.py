@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from ..models.config import ModelConfig
 
 #: The published models as their model cards write them.
-_TITLES = {"llada-8b": "LLaDA-8B", "llada-1.5": "LLaDA-1.5", "dream-7b": "Dream-7B"}
+_TITLES = {
+    "llada-8b": "LLaDA-8B",
+    "llada-1.5": "LLaDA-1.5",
+    "dream-7b": "Dream-7B",
+    "fast-dllm-v2-1.5b": "Fast-dLLM v2 1.5B",
+    "fast-dllm-v2-7b": "Fast-dLLM v2 7B",
+    "sdar-1.7b": "SDAR-1.7B",
+    "sdar-4b": "SDAR-4B",
+    "sdar-8b": "SDAR-8B",
+}
 
 
 @cli.with_parameters("model", cli.cache_parameters())

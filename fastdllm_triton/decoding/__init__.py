@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .cache_policy import CacheName, CachePolicy, Window
-from .strategies import CappedThreshold, EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
+from .strategies import CappedThreshold, DenoisingSteps, EntropyBudget, Factor, FixedSteps, Strategy, Threshold, Timesteps
 
 if TYPE_CHECKING:
     from .config import GenerationConfig
@@ -17,6 +17,7 @@ __all__ = [
     "CacheName",
     "CachePolicy",
     "CappedThreshold",
+    "DenoisingSteps",
     "EntropyBudget",
     "Factor",
     "FixedSteps",

@@ -10,7 +10,7 @@ import torch
 
 from ..models.config import ModelConfig
 from ..utils.checks import check_temperature, is_bool, is_int, require, to_int, to_ints, to_number
-from .cache_policy import CACHE_OPTIONS, CACHE_POLICIES, CacheName, CachePolicy, cache_policy
+from .cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockCausal, CacheName, CachePolicy, NoBlockCausalCache, cache_policy
 from .strategies import FixedSteps, Strategy, Threshold, strategy_names
 
 
@@ -24,9 +24,11 @@ class GenerationConfig:
     """Options of a generation.
 
     Attributes:
-        gen_length: tokens to generate, a multiple of ``block_length``.
-        block_length: slots decoded together; blocks are finished left to right.
-        cache: the window a step recomputes: ``none`` all slots, ``prefix`` from the block's start on, ``dual`` the block.
+        gen_length: tokens to generate, a multiple of ``block_length`` but for block-causal models.
+        block_length: slots decoded together; blocks are finished left to right. Those of block-causal models are counted from the
+            row's first token, so that the prompt's end stands in the first of them.
+        cache: the window a step recomputes: ``none`` all slots, ``prefix`` from the block's start on, ``dual`` the block;
+            ``block_causal``, of block-causal models, the block, whose past is final.
         strategy: which tokens a forward commits.
         temperature: 0 takes the likeliest token; above, tokens are sampled by Gumbel-max.
         tempered: whether tokens are ranked by ``softmax(logits / temperature)``, as in Dream's official code, instead of by the
@@ -50,6 +52,12 @@ class GenerationConfig:
         look_back: slots before the block that a step over a cache recomputes with it (vicinity refresh, dInfer,
             arXiv 2510.08666, section 3).
         look_ahead: slots after the block that a step over the dual cache recomputes with it.
+        sub_block_length: slots of a block that are decoded together, where that is not the whole block: sub-blocks are finished
+            left to right as well (Fast-dLLM v2, arXiv 2509.26328). Divides ``block_length``; block-causal models only.
+        sub_block_cache: a step recomputes its sub-block alone once the first token of that is known; the rest of the block is
+            stale meanwhile (Fast-dLLM v2's ``use_block_cache``).
+        separate_store: a finished block is stored by a forward of its own, as in SDAR's official code, and not together with the
+            first step of the next one. Decides no token, only the number of forwards. Fast-dLLM v2 always does.
         refresh_commits: ``rule``: a refresh commits what the strategy says. ``first``: it commits the block's first token alone,
             whatever its confidence, as Dream's official code does, and steps do not recompute the slot that predicts it. For
             models with shifted predictions, a cache, and any strategy but :class:`FixedSteps`.
@@ -76,6 +84,9 @@ class GenerationConfig:
     suffix_window: int | None = None
     look_back: int = 0
     look_ahead: int = 0
+    sub_block_length: int | None = None
+    sub_block_cache: bool = False
+    separate_store: bool = False
     refresh_commits: Literal["rule", "first"] = "rule"
     lockstep: bool = False
     logits_dtype: torch.dtype | None = None
@@ -85,16 +96,18 @@ class GenerationConfig:
             value = getattr(self, name)
             require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
             object.__setattr__(self, name, to_int(value))
-        if self.gen_length % self.block_length:
-            raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
         require("cache", self.cache, f"one of {', '.join(CACHE_POLICIES)}", self.cache in tuple(CACHE_POLICIES))
+        # Without a cache the model decides.
+        if self.gen_length % self.block_length and self.cache not in ("none", "block_causal"):
+            self._check_multiple()
+        self._check_sub_blocks()
         if not isinstance(self.strategy, Strategy):
             raise ValueError(f"strategy must be {strategy_names()}, got {self.strategy!r}")
         self.strategy.steps_per_block(self.blocks)
         for name in ("temperature", "cfg_scale"):
             check_temperature(getattr(self, name), name)
             object.__setattr__(self, name, to_number(getattr(self, name)))
-        for name in ("stop_at_eos", "lockstep", "tempered"):
+        for name in ("stop_at_eos", "lockstep", "tempered", "sub_block_cache", "separate_store"):
             value = getattr(self, name)
             require(name, value, "True or False", is_bool(value))
             object.__setattr__(self, name, bool(value))
@@ -123,7 +136,7 @@ class GenerationConfig:
             raise ValueError(f"refresh_commits must be rule or first, got {self.refresh_commits!r}")
         if self.refresh_commits == "first":
             for name, clash in (
-                ("cache", self.cache == "none"),
+                ("cache", self.cache in ("none", "block_causal")),
                 ("strategy", isinstance(self.strategy, FixedSteps)),
                 ("refresh_every", self.refresh_every is not None),
             ):
@@ -136,10 +149,29 @@ class GenerationConfig:
         ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
         require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
 
+    def _check_multiple(self) -> None:
+        if self.gen_length % self.block_length:
+            raise ValueError(f"gen_length must be a multiple of block_length = {self.block_length}, got {self.gen_length}")
+
+    def _check_sub_blocks(self) -> None:
+        length = self.sub_block_length
+        if length is None:
+            if self.sub_block_cache:
+                raise ValueError("sub_block_cache needs sub_block_length, got None")
+            return
+        ok = is_int(length) and length >= 1 and self.block_length % length == 0
+        require("sub_block_length", length, f"None or a divisor of block_length = {self.block_length}", ok)
+        object.__setattr__(self, "sub_block_length", to_int(length))
+
     @property
     def blocks(self) -> int:
-        """Number of blocks."""
-        return self.gen_length // self.block_length
+        """Number of blocks; where a block-causal model begins or ends inside of one, one more may be decoded."""
+        return -(-self.gen_length // self.block_length)
+
+    @property
+    def decoded_length(self) -> int:
+        """Slots that are decoded together: a block, or a sub-block where blocks have some."""
+        return self.sub_block_length or self.block_length
 
     @property
     def commits_first_alone(self) -> bool:
@@ -156,17 +188,42 @@ class GenerationConfig:
         """Rows of the network that decode one sequence: two with guidance."""
         return 2 if self.cfg_scale else 1
 
-    def cache_policy(self, *, shift: bool = False) -> CachePolicy:
+    def cache_policy(self, *, shift: bool = False, block_causal: bool = False) -> CachePolicy:
         """What the cache recomputes.
 
         Args:
             shift: whether the model's predictions are shifted: a step then recomputes the slot that predicts the block's first,
                 unless the refresh has committed that one.
+            block_causal: whether positions attend their own block and those before it alone.
         """
         options = {name: getattr(self, name) for name in CACHE_OPTIONS[self.cache]}
+        if block_causal:
+            kind = NoBlockCausalCache if self.cache == "none" else BlockCausal
+            return kind(first_from_store=shift, **(options if self.cache == "block_causal" else {}))
         if shift and self.refresh_commits == "rule" and "look_back" in options:
             options["look_back"] = max(options["look_back"], 1)
         return cache_policy(self.cache, **options)
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Checks what only a model can tell.
+
+        Raises:
+            ValueError: an option is for models whose attention is of another kind.
+        """
+        kind = "block-causal" if model.block_causal else "bidirectional"
+        caches = ("none", "block_causal") if model.block_causal else ("none", "prefix", "dual")
+        allowed = f"{' or '.join(caches)} for {model.architecture}, whose attention is {kind}"
+        require("cache", self.cache, allowed, self.cache in caches)
+        if not model.block_causal:
+            self._check_multiple()
+            require("sub_block_length", self.sub_block_length, f"None for {model.architecture}", self.sub_block_length is None)
+            return
+        for name, value, unused in (
+            ("refresh_commits", self.refresh_commits, "rule"),
+            ("cfg_scale", self.cfg_scale, 0.0),
+            *((name, getattr(self, name), None) for name in CACHE_OPTIONS["none"]),
+        ):
+            require(name, value, f"{unused} for {model.architecture}, whose attention is {kind}", value == unused)
 
     def resolve(self, model: ModelConfig, rows: int) -> ResolvedIds:
         """Fills in what the model decides, and checks token ids against its vocabulary.
@@ -180,6 +237,7 @@ class GenerationConfig:
         """
         mask_id = model.mask_id if self.mask_id is None else self.mask_id
         eos_ids = tuple(model.eos_ids if self.eos_ids is None else self.eos_ids)
+        self.check_fits(model)
         named = {"mask_id": (mask_id,), "eos_ids": eos_ids, "forbidden": self.forbidden, "commit_last": self.commit_last}
         for name, ids in named.items():
             for token in ids:

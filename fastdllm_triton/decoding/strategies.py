@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..utils.checks import is_int, is_number, require, to_int, to_number
+from ..utils.checks import is_bool, is_int, is_number, require, to_int, to_number
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..types import RuleName, ScoreName
 
 
@@ -160,6 +158,7 @@ class Threshold(Strategy):
 
     Attributes:
         t: in (0, 1]. 0.9 is the paper's choice.
+        strict: a score must be above ``t``, not only reach it, as in Fast-dLLM v2 (arXiv 2509.26328): at 1 one token a forward.
         score: ``confidence``, ``margin`` or ``random``.
     """
 
@@ -172,15 +171,17 @@ class Threshold(Strategy):
     scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "margin", "random")
 
     t: float = 0.9
+    strict: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require("threshold", self.t, "in (0, 1]", is_number(self.t) and 0 < self.t <= 1)
         object.__setattr__(self, "t", to_number(self.t))
+        require("strict", self.strict, "True or False", is_bool(self.strict))
 
     @property
     def value(self) -> float:
-        return float(self.t)
+        return _above(self.t) if self.strict else float(self.t)
 
 
 @dataclass(frozen=True)
@@ -279,11 +280,14 @@ class Timesteps(SpreadStrategy):
         return cls(int(value) if float(value).is_integer() else value, **score)  # type: ignore[arg-type]
 
     def shares(self, blocks: int, *, after_first: bool = False) -> tuple[float, ...]:
-        timesteps = linear_timesteps(self.steps_per_block(blocks), self.eps)
-        if not after_first:
-            return tuple(transfer_shares(timesteps))
-        # The official code gives the refresh the first timestep, and one timestep alone would leave the rest masked.
-        return 1.0, *(transfer_shares(timesteps[1:]) or [1.0])
+        import torch
+
+        steps = self.steps_per_block(blocks)
+        timesteps = torch.linspace(1, self.eps, steps + 1, dtype=torch.float32, device="cpu")
+        if after_first:  # The official code gives the refresh the first timestep, and the last forward all that is left.
+            timesteps = timesteps[1:]
+        shares = [*(1 - timesteps[1:] / timesteps[:-1]).tolist()[:-1], 1.0]
+        return (1.0, *shares) if after_first else tuple(shares)
 
 
 @dataclass(frozen=True)
@@ -312,22 +316,61 @@ class CappedThreshold(Threshold, SpreadStrategy):
         return max(self.steps, gen_length / 4)
 
 
-def linear_timesteps(steps: int, eps: float) -> Tensor:
-    """``[steps + 1]`` float32 on the CPU, from 1 to ``eps``."""
-    import torch
+@dataclass(frozen=True)
+class DenoisingSteps(Strategy):
+    """SDAR's schedules (arXiv 2510.06303): each block is spread evenly over ``steps`` forwards, by its length and not by what is
+    masked in it. Without a threshold that is ``low_confidence_static``, by position ``sequential``. With one a forward commits
+    every token above it, where these are more (``low_confidence_dynamic``).
 
-    return torch.linspace(1, eps, steps + 1, dtype=torch.float32, device="cpu")
+    Attributes:
+        steps: forwards a block, SDAR's ``denoising_steps``; the block's length of them, or more, is one token a forward.
+        t: in (0, 1], which a confidence must be above, or None.
+        score: ``confidence``, or ``leftmost`` without a threshold.
+    """
+
+    name: ClassVar[str] = "denoising"
+    symbol: ClassVar[str] = "N"
+    gloss: ClassVar[str] = "N forwards a block"
+    option: ClassVar[str] = "denoising_steps"
+    number: ClassVar[type[int] | type[float]] = int
+    help: ClassVar[str] = "Spread each block evenly over this many forwards, whatever is given of it."
+    label: ClassVar[str] = "n forwards a block"
+    rule: ClassVar[RuleName] = "floored_threshold"
+    scores: ClassVar[tuple[ScoreName, ...]] = ("confidence", "leftmost")
+
+    steps: int
+    t: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.option, self.steps, "an integer of 1 or more", is_int(self.steps) and self.steps >= 1)
+        object.__setattr__(self, "steps", to_int(self.steps))
+        if self.t is not None:
+            require("threshold", self.t, "None or in (0, 1]", is_number(self.t) and 0 < self.t <= 1)
+            object.__setattr__(self, "t", to_number(self.t))
+            if self.score == "leftmost":
+                raise ValueError(f"threshold must be None with score='leftmost', which is no probability, got {self.t}")
+
+    @classmethod
+    def from_text(cls, value: float, gen_length: int, block_length: int, **score: Any) -> Strategy:
+        return cls(int(value) if float(value).is_integer() else value, **score)  # type: ignore[arg-type]
+
+    @property
+    def value(self) -> float:
+        return math.inf if self.t is None else _above(self.t)
+
+    def steps_per_block(self, blocks: int) -> int:
+        return self.steps
 
 
-def transfer_shares(timesteps: Tensor) -> list[float]:
-    """The share of the masked tokens that each step commits, 1 in the last: none for fewer than two ``timesteps``."""
-    shares: list[float] = (1 - timesteps[1:] / timesteps[:-1]).tolist()
-    return [*shares[:-1], 1.0] if shares else []
+def _above(t: float) -> float:
+    """What a score reaches if it is above ``t``: rules compare in float64."""
+    return math.nextafter(t, math.inf)
 
 
 #: The strategies by name, in the order in which they are listed everywhere.
 STRATEGIES: dict[str, type[Strategy]] = {
-    kind.name: kind for kind in (FixedSteps, Threshold, CappedThreshold, Factor, EntropyBudget, Timesteps)
+    kind.name: kind for kind in (FixedSteps, Threshold, CappedThreshold, DenoisingSteps, Factor, EntropyBudget, Timesteps)
 }
 
 

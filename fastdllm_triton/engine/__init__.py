@@ -3,6 +3,7 @@
 from .engine import Engine
 from .generation import Forward, Generation
 from .outputs import Committed, GenerationOutput, StepOutput
+from .prefix_store import PrefixStore
 from .request import Request
 
-__all__ = ["Committed", "Engine", "Forward", "Generation", "GenerationOutput", "Request", "StepOutput"]
+__all__ = ["Committed", "Engine", "Forward", "Generation", "GenerationOutput", "PrefixStore", "Request", "StepOutput"]

@@ -24,7 +24,8 @@ from .limits import check_kernel_limits, check_prompt
 from .memory import check_memory
 from .modes import decoding_modes
 from .outputs import Committed, StepOutput
-from .request import Aborted, Request
+from .prefix_store import PrefixStore
+from .request import Aborted, Request, new_request
 from .runner import ModelRunner
 from .scheduler import ForwardPlan, Scheduler
 
@@ -107,7 +108,7 @@ class Engine:
         """
         engine = cls.__new__(cls)
         engine._model = model
-        engine._open(model, len(requests), max(max(len(request), request.config.gen_length) for request in requests))
+        engine._open(model, len(requests), max(max(len(r.tokens), r.config.gen_length) for r in requests))
         engine._check_memory(requests[0].config.rows_per_sequence, described)
         for request in requests:
             engine._add(request)
@@ -117,7 +118,8 @@ class Engine:
         self.network, self._buffers = model.network, model.buffers
         self.max_rows, self.max_length = max_rows, max_length
         rows_bucket, slots_bucket = buckets(self.network.device)
-        self._size = rows_bucket(max_rows), slots_bucket(max_length)
+        block_length = self.network.config.block_length or 1  # Rows of block-causal models are whole blocks.
+        self._size = rows_bucket(max_rows), slots_bucket(-(-max_length // block_length) * block_length)
         self._lanes: dict[int, _Lane] = {}
         self._requests: dict[int | str, Request] = {}
         self._ids = count()
@@ -134,7 +136,13 @@ class Engine:
         return self.refreshes + self.steps
 
     def add_request(
-        self, prompt: Any, config: GenerationConfig | None = None, request_id: int | str | None = None, **options: Any
+        self,
+        prompt: Any,
+        config: GenerationConfig | None = None,
+        request_id: int | str | None = None,
+        *,
+        reuse: PrefixStore | None = None,
+        **options: Any,
     ) -> Request:
         """Takes a request in. It begins with the next step for which there is a row.
 
@@ -142,6 +150,8 @@ class Engine:
             prompt: a text, or token ids as a list, an array or a tensor ``[T]``.
             config: the options; the model's defaults if not given.
             request_id: what :class:`StepOutput` and :meth:`abort` call it; a number of its own if not given.
+            reuse: of a block-causal model, where finished blocks of requests before it are taken over from, as far as it begins
+                with the same tokens, and where its own are kept once it ends.
             options: fields of :class:`GenerationConfig` that replace those of ``config``.
 
         Returns:
@@ -162,7 +172,7 @@ class Engine:
                 f"{self.max_length - config.gen_length} (max_length = {self.max_length})"
             )
         ids = config.resolve(self.network.config, 1)
-        check_kernel_limits(self.network, self.max_rows, config.block_length, ids, name="max_rows")
+        check_kernel_limits(self.network, self.max_rows, config.decoded_length, ids, name="max_rows")
         if request_id is None:
             request_id = next(number for number in self._ids if number not in self._requests)
         require("request_id", request_id, "a string or an integer", is_int(request_id) or isinstance(request_id, str))
@@ -170,15 +180,13 @@ class Engine:
             raise ValueError(f"request_id: {request_id!r} is an unfinished request; give another id")
         if config.rows_per_sequence not in self._lanes:
             self._check_memory(config.rows_per_sequence, f"cfg_scale: {self.max_rows} pairs of rows of {self.max_length} tokens")
-        request = Request(
-            request_id=request_id,
-            tokens=tokens + [ids.mask_id] * config.gen_length,
-            config=config,
-            ids=ids,
-            seed=ids.seeds[0],
-            policy=config.cache_policy(shift=self.network.config.shift),
-            tokenizer=self._model.tokenizer,
-        )
+        check_reuse(reuse, self.network)
+        answer = [ids.mask_id] * config.gen_length
+        named = {"request_id": request_id, "tokenizer": self._model.tokenizer, "reuse": reuse}
+        request = new_request(0, tokens, answer, config, ids, self.network.config, **named)
+        if len(request.tokens) > self._size[1]:
+            allowed = f"at most the model's {self.network.config.block_length}, or a larger max_length"
+            raise ValueError(f"block_length must be {allowed} for whole blocks of this request, got {config.block_length}")
         self._add(request)
         return request
 
@@ -227,7 +235,7 @@ class Engine:
                 yield forward
             if not scheduler.rows:
                 continue
-            flags = runner.sync_flags(len(scheduler.rows))
+            flags = runner.sync_flags(len(scheduler.rows), scheduler.mask_ids)
             since = [(request, len(request.history)) for request in scheduler.rows]
             committed = runner.read_committed(since) if outputs is not None else []
             finished = scheduler.update(flags)
@@ -245,6 +253,8 @@ class Engine:
         first = len(lane.scheduler.rows)
         if admitted := lane.scheduler.admit():
             lane.runner.fill(first, admitted)
+            for row, request in enumerate(admitted, first):
+                _take_over(lane.runner, row, request)
             # What has nothing masked is finished before it begins.
             for row in reversed([i for i, request in enumerate(lane.scheduler.rows) if not request.blocks]):
                 self._retire(lane, row)
@@ -254,6 +264,8 @@ class Engine:
         """Ends the engine; its buffers serve the next one, with their captured forwards. Unfinished requests stay so."""
         for lane in self._lanes.values():
             if lane.runner is not None:
+                for row, request in enumerate(lane.scheduler.rows):
+                    _keep_blocks(lane.runner, row, request)
                 self._buffers.give(lane.runner)
         self._lanes.clear()
         self._requests.clear()
@@ -280,7 +292,7 @@ class Engine:
                 request.started = time.perf_counter()
             if window.kind == "refresh":
                 request.refresh_indices.add(index)
-                if request.skips_first_commit:
+                if request.skips_commit:
                     continue
             request.pending.append(index)
 
@@ -289,6 +301,7 @@ class Engine:
         request, runner = lane.scheduler.rows[row], lane.runner
         assert runner is not None
         request.record = runner.read_row(row, request)
+        _keep_blocks(runner, row, request)
         if request.config.stop_at_eos and request.error is None:  # What is still masked comes after an end token.
             answer = request.record.tokens[-request.config.gen_length :]
             answer.masked_fill_(answer == request.ids.mask_id, request.ids.eos_ids[0])
@@ -319,6 +332,30 @@ class Engine:
             runner = ModelRunner(self.network, *self._size, copies=copies, use_cuda_graphs=graphs)
         runner.reset()
         return runner
+
+
+def check_reuse(reuse: PrefixStore | None, network: Transformer) -> None:
+    """Raises unless ``reuse`` is None or a store that can serve the model."""
+    if reuse is None:
+        return
+    if not isinstance(reuse, PrefixStore):
+        raise TypeError(f"reuse must be a PrefixStore or None, got {type(reuse).__name__}")
+    reuse.check(network)
+
+
+def _take_over(runner: ModelRunner, row: int, request: Request) -> None:
+    """Gives a new row the finished blocks that it begins with."""
+    if request.reuse is not None and request.policy.reuses and (found := request.reuse.find(request.reusable, request.causal)):
+        runner.write_prefix(row, request, *found)
+        request.stored = found[0].shape[2]
+
+
+def _keep_blocks(runner: ModelRunner, row: int, request: Request) -> None:
+    """Keeps the finished blocks of a row for others."""
+    if request.reuse is None or not request.policy.reuses or request.error is not None or not request.stored:
+        return
+    tokens = runner.read_row(row, request).tokens[: request.stored].tolist()
+    request.reuse.put(tokens, request.causal, *runner.read_prefix(row, request, request.stored))
 
 
 def _step_output(request: Request, known: int, committed: tuple[Committed, ...]) -> StepOutput:

@@ -16,10 +16,11 @@ from torch import Tensor
 from ..decoding.config import GenerationConfig
 from ..utils.environment import BACKEND, GRAPHS
 from .buckets import buckets
-from .engine import Engine, HasNetwork, now
+from .engine import Engine, HasNetwork, check_reuse, now
 from .limits import check_kernel_limits, check_prompts
 from .modes import decoding_modes
 from .outputs import Committed, GenerationOutput, RowRecord
+from .prefix_store import PrefixStore
 from .request import Request, batch_requests
 from .runner import ModelRunner
 from .scheduler import ForwardPlan
@@ -41,6 +42,7 @@ class Generation:
             counts neither as committed nor in the schedule of a strategy. A block without masks takes no forward.
         whole: whether each prompt and its answer are one text: the output's ids and texts are then those of whole rows,
             prompts may be empty, and answers of an empty prompt shorter than ``gen_length``.
+        reuse: of a block-causal model, where finished blocks are taken over from and kept.
 
     Raises:
         ValueError: a prompt is empty, too long, or holds an id outside the vocabulary; an option does not fit the model.
@@ -56,14 +58,16 @@ class Generation:
         *,
         answers: list[list[int]] | None = None,
         whole: bool = False,
+        reuse: PrefixStore | None = None,
     ) -> None:
         network = self._network = model.network
         if whole and answers is not None:
             check_prompts([*map(add, prompts, answers)], config, network, whole=True)
         else:
             check_prompts(prompts, config, network)
-        requests = batch_requests(prompts, answers, config, network.config)
-        check_kernel_limits(network, len(prompts), config.block_length, requests[0].ids)
+        check_reuse(reuse, network)
+        requests = batch_requests(prompts, answers, config, network.config, reuse)
+        check_kernel_limits(network, len(prompts), config.decoded_length, requests[0].ids)
         self._config, self._tokenizer, self._whole = config, tokenizer, whole
         with decoding_modes(network.device):
             self._run = _Run(model, requests, config)
@@ -167,7 +171,7 @@ class _Run:
     def __init__(self, model: HasNetwork, requests: list[Request], config: GenerationConfig) -> None:
         self.requests, self.device = requests, model.network.device
         self.columns = max(config.gen_length, *map(len, requests))
-        slots = buckets(self.device)[1](self.columns)
+        slots = buckets(self.device)[1](max(self.columns, *(len(request.tokens) for request in requests)))
         described = f"prompts: {len(requests)} rows of {slots} slots (gen_length = {config.gen_length})"
         self.engine = Engine.of_batch(model, requests, described)
         self._left: dict[Request, RowRecord] = {}
@@ -305,7 +309,7 @@ def _assemble(
     for i, request in enumerate(requests):
         place, record = slice(columns - len(request), None), rows.get(request)
         if record is None:
-            x[i, place] = torch.tensor(request.tokens, device=device)
+            x[i, place] = torch.tensor(request.tokens[: len(request)], device=device)
             continue
         taken = [*request.history, *request.pending] if indices is None else indices[i]
         x[i, place], confidence[i, place] = record.tokens, record.confidence

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..models.config import ModelConfig
-from ..models.transformer import Transformer
+from ..models.transformer import Transformer, layer_shapes
 from .buckets import Bucket, buckets
 
 
@@ -43,10 +44,9 @@ class Memory:
             itemsize: bytes of an element of the model's dtype.
         """
         heads = (model.heads + 2 * model.kv_heads) * model.head_dim
-        layer = model.width * (heads + model.heads * model.head_dim + 3 * model.mlp + 2)
+        layer = sum(math.prod(shape) for shape in layer_shapes(model).values())
         tables = (1 if model.tied else 2) * model.embedding_size * model.width
-        biases = model.layers * heads if model.qkv_bias else 0
-        weights = model.layers * layer + tables + model.width + biases
+        weights = model.layers * layer + tables + model.width
         cache = 2 * model.layers * model.kv_heads * model.head_dim * slots * rows
         workspace = rows * slots * (4 * model.width + max(3 * model.mlp, heads + 2 * model.heads * model.head_dim))
         return cls(weights * itemsize, cache * itemsize, workspace * itemsize)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..types import RuleName, ScoreName
+from ..decoding.cache_policy import RefreshCommits
+from ..types import EndName, RuleName, ScoreName
 from .request import Request
 
 
@@ -17,9 +18,11 @@ class Program:
     """What a captured forward has fixed. All else is data on the device, or the host's business alone.
 
     Attributes:
-        block_length: slots of a block.
+        block_length: slots that are decoded together: of a block, or of a sub-block.
         score, rule: of the strategy.
-        commits_first_alone: whether a refresh commits the first token of its block alone.
+        ends: when an end token ends a row.
+        refresh_commits: what a refresh commits.
+        causal: tokens of the blocks that attention is causal between, where it is.
         logits_dtype: rounds logits.
         mask_id: the token of a masked slot.
         commit_last, never_or_last: token ids that are committed once nothing else is left; those and the forbidden ones.
@@ -33,7 +36,9 @@ class Program:
     block_length: int
     score: ScoreName
     rule: RuleName
-    commits_first_alone: bool
+    ends: EndName
+    refresh_commits: RefreshCommits
+    causal: int
     logits_dtype: torch.dtype | None
     mask_id: int
     commit_last: tuple[int, ...]
@@ -52,10 +57,12 @@ class Program:
         temperatures = {request.config.temperature for request in requests}
         forbidden = {request.forbidden for request in requests}
         return cls(
-            block_length=config.block_length,
+            block_length=config.decoded_length,
             score=config.strategy.score,
             rule=config.strategy.rule,
-            commits_first_alone=config.commits_first_alone,
+            ends="token" if requests[0].policy.refresh_commits == "first" else "block",
+            refresh_commits=requests[0].refresh_commits,
+            causal=requests[0].causal,
             logits_dtype=config.logits_dtype,
             mask_id=ids.mask_id,
             commit_last=ids.commit_last,
@@ -74,11 +81,12 @@ class ForwardShape:
     """What one captured forward has fixed.
 
     Attributes:
-        kind: ``refresh`` or ``step``.
+        kind: ``refresh``, ``block_step`` or ``step``.
         program: what its rows have in common.
         first, last: the rows ``[first, last)``.
         window: slots that are recomputed of each row.
         predicted: slots that are predicted, at most.
+        causal: tokens of the blocks that attention is causal between, where a window is of several; else 0.
         span: what all rows attend, where the host knows that it is the same.
     """
 
@@ -88,6 +96,7 @@ class ForwardShape:
     last: int
     window: int
     predicted: int
+    causal: int = 0
     span: tuple[int, int] | None = None
 
     @property

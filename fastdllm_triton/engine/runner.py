@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..decoding.cache_policy import Window
 from ..models.transformer import Transformer
 from ..types import PolicyState, TokenStatistics, WindowInputs
 from .buckets import buckets, window_bucket
@@ -51,7 +52,7 @@ class ModelRunner:
         cache: keys and values of ``C R`` rows.
         state: what commits decide with and record.
         block_start: ``[R]`` int32, first slot of the row's block.
-        window_start: ``[R]`` int32, first slot of the window of the row's steps.
+        window_start: ``[R]`` int32, first slot of the window of the row's steps; of those over a sub-block, where there are both.
 
     Args:
         network: what it runs.
@@ -68,7 +69,8 @@ class ModelRunner:
             return torch.zeros(count, dtype=dtype, device=device)
 
         self.x = zeros(torch.int64)[:, None].repeat(1, slots)
-        self.block_start, self.window_start, self._refresh_start = zeros(), zeros(), zeros()
+        self.block_start, self.window_start, self._block_step_start = zeros(), zeros(), zeros()
+        self._refresh_start, self._stored_end = zeros(), zeros()
         self.cache = network.new_cache(zeros(count=rows * copies), slots)
         self._known = self.x.bool() if copies > 1 else None  # [R, L]: what the copies do not see
         self._temperature = zeros(torch.float32)
@@ -81,8 +83,8 @@ class ModelRunner:
 
         # The host writes and reads through pinned memory: a copy that it need not wait for.
         cuda = device.type == "cuda"
-        self._bounds = torch.zeros((3, rows), dtype=torch.int32, device="cpu", pin_memory=cuda)
-        self._flags = torch.zeros((rows, 4), dtype=torch.int32, device="cpu", pin_memory=cuda)
+        self._bounds = torch.zeros((4, rows), dtype=torch.int32, device="cpu", pin_memory=cuda)
+        self._flags = torch.zeros((rows, 5), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._flags_are_read = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self._graphs = (
             CUDAGraphRunner(device, fall_back=not network.ops.required) if use_cuda_graphs and can_capture(network) else None
@@ -128,12 +130,13 @@ class ModelRunner:
         def put(tensor: Tensor, values: Sequence[Any]) -> None:
             tensor[rows].copy_(torch.tensor(values, dtype=tensor.dtype, device="cpu"))
 
-        put(self.x, [[request.ids.filler] * (slots - len(request)) + request.tokens for request in requests])
-        put(state.kv_start, [slots - len(request) for request in requests])
+        put(self.x, [[request.ids.filler] * self._offset(request) + request.tokens for request in requests])
+        put(state.kv_start, [self._offset(request) for request in requests])
+        put(state.prompt_end, [self._offset(request) + request.prompt_length for request in requests])
         put(state.seed, [request.seed for request in requests])
         put(state.value, [request.config.strategy.value for request in requests])
         # More forwards than slots: one token in each, whatever their number.
-        put(state.steps, [min(c.strategy.steps_per_block(c.blocks), c.block_length) for c in (r.config for r in requests)])
+        put(state.steps, [min(c.strategy.steps_per_block(c.blocks), c.decoded_length) for c in (r.config for r in requests)])
         put(self._temperature, [request.config.temperature for request in requests])
         self._each(self.cache.kv_start)[rows].copy_(state.kv_start[rows, None])
         self._each(self.cache.kv_end)[rows].fill_(slots)
@@ -153,17 +156,34 @@ class ModelRunner:
         state, rows = self.state, len(requests)
         for first, last in _ranges(indices):
             state.step[first:last].zero_()
-            state.remaining[first:last].copy_(torch.tensor([r.config.block_length for r in requests[first:last]], device="cpu"))
+            state.remaining[first:last].copy_(torch.tensor([r.config.decoded_length for r in requests[first:last]], device="cpu"))
         bounds = []
         for request in requests:
-            block, offset = request.block_state, self.slots - len(request)
+            block, offset = request.block_state, self._offset(request)
+            # Behind a prefix that is stored, a sub-block is all that its steps need.
             bounds.append(
-                (offset + block.start, request.step_window_start(self.slots), offset + request.policy.attend_end(block))
+                (
+                    offset + block.start,
+                    request.step_window_start(self.slots),
+                    offset + (block.causal_start if block.causal else block.start),
+                    offset + request.policy.attend_end(block),
+                )
             )
         self._bounds[:, :rows] = torch.tensor(bounds, dtype=torch.int32, device="cpu").T
-        for target, source in zip((self.block_start, self.window_start), self._bounds[:2], strict=True):
+        for target, source in zip((self.block_start, self.window_start, self._block_step_start), self._bounds[:3], strict=True):
             target[:rows].copy_(source[:rows], non_blocking=True)
-        self._each(self.cache.kv_end)[:rows].copy_(self._bounds[2, :rows, None], non_blocking=True)
+        self._each(self.cache.kv_end)[:rows].copy_(self._bounds[3, :rows, None], non_blocking=True)
+
+    def read_prefix(self, row: int, request: Request, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[layers, Hkv, count, D]`` of a row's first positions, as views of the cache."""
+        first = self._offset(request)
+        part = slice(first, first + count)
+        return self.cache.k[:, row, :, part], self.cache.v[:, row, :, part]
+
+    def write_prefix(self, row: int, request: Request, k: Tensor, v: Tensor) -> None:
+        """Puts keys and values ``[layers, Hkv, T, D]`` where those of a row's first positions are."""
+        for target, values in zip(self.read_prefix(row, request, k.shape[2]), (k, v), strict=True):
+            target.copy_(values)
 
     def swap_rows(self, i: int, j: int) -> None:
         """Exchanges two rows."""
@@ -196,7 +216,12 @@ class ModelRunner:
         return self.x, self.state.step_map, self.state.confidence
 
     def _record(self, request: Request, *lines: Tensor) -> RowRecord:
-        return RowRecord(*(line[self.slots - len(request) :] for line in lines))
+        first = self._offset(request)
+        return RowRecord(*(line[first : first + len(request)] for line in lines))
+
+    def _offset(self, request: Request) -> int:
+        """The slot of its first position."""
+        return self.slots - len(request.tokens)
 
     def read_committed(self, since: Sequence[tuple[Request, int]]) -> list[tuple[Committed, ...]]:
         """What forwards committed in the blocks that the first rows stand at.
@@ -204,37 +229,44 @@ class ModelRunner:
         Args:
             since: of each row its request, and the forwards that it had had before.
         """
-        rows, length = len(since), max(request.config.block_length for request, _ in since)
+        rows, length = len(since), max(request.config.decoded_length for request, _ in since)
         slots = (self.block_start[:rows, None] + torch.arange(length, device=self.x.device)).clamp(max=self.slots - 1).long()
         sources = (self.x, self.state.step_map, self.state.confidence)
         lines = zip(*(source[:rows].gather(1, slots).tolist() for source in sources), strict=True)
         committed = []
         for (request, known), line in zip(since, lines, strict=True):
-            first = request.block * request.config.block_length
-            tokens = list(zip(*line, strict=True))[: request.config.block_length]
+            start, end = request.bounds[request.block]
+            first, last = start - request.prompt_length, min(end, len(request)) - start
+            tokens = list(zip(*line, strict=True))[:last]
             committed.append(tuple(Committed(0, first + i, t, c) for i, (t, step, c) in enumerate(tokens) if step >= known))
         return committed
 
-    def sync_flags(self, rows: int) -> list[RowFlags]:
-        """What the host must know of the first rows.
+    def sync_flags(self, rows: int, mask_ids: Sequence[int] = ()) -> list[RowFlags]:
+        """What the host must know of the first rows; of rows whose ``mask_ids`` are given also whether their blocks' first tokens
+        are masked.
 
         The one place that reads the device. On a GPU the host waits for an event behind the last forward, not for a stream.
         Reading one forward late would hide these microseconds, and pay for it with a whole forward at the end of each block.
         """
         state = self.state
-        flags = torch.stack((state.remaining, state.ended.int(), state.invalid.int(), state.forward), dim=1)[:rows]
+        masked = state.invalid[:rows]
+        if mask_ids:
+            first = self.x[:rows].gather(1, self.block_start[:rows, None].clamp(max=self.slots - 1).long())[:, 0]
+            masked = first == torch.tensor(mask_ids, device=first.device)
+        columns = (state.remaining, state.ended, state.invalid, state.forward, masked)
+        flags = torch.stack([column[:rows].int() for column in columns], dim=1)
         if self._flags_are_read is not None:
             self._flags[:rows].copy_(flags, non_blocking=True)
             self._flags_are_read.record()
             self._flags_are_read.synchronize()
             flags = self._flags[:rows]
-        return [RowFlags(masked, bool(ended), bool(invalid), count) for masked, ended, invalid, count in flags.tolist()]
+        return [RowFlags(left, bool(end), bool(bad), count, bool(start)) for left, end, bad, count, start in flags.tolist()]
 
     def _by_row(self) -> list[Tensor]:
         cache = self.cache
         caches = map(self._each, (cache.k.transpose(0, 1), cache.v.transpose(0, 1), cache.kv_start, cache.kv_end))
         known = [] if self._known is None else [self._known]
-        single = [self.x, self.block_start, self.window_start, self._temperature]
+        single = [self.x, self.block_start, self.window_start, self._block_step_start, self._temperature]
         return [*single, *caches, *known, *self._tables.values(), *self.state.by_row.values()]
 
     def _each(self, tensor: Tensor) -> Tensor:
@@ -277,17 +309,24 @@ class ModelRunner:
         """
         program = self.program_of(plan.requests, requests)
         # Where each row's first position is, and its window.
-        windows = [(self.slots - len(request), window) for request, window in zip(plan.requests, plan.windows, strict=True)]
+        windows = [(self._offset(request), window) for request, window in zip(plan.requests, plan.windows, strict=True)]
         ends = [offset + window.end for offset, window in windows]
+        if plan.kind == "refresh" and program.causal:
+            return self._store_shape(program, plan, windows)
         if plan.kind == "refresh" and plan.requests[0].policy.reuses:
             start = max(min(offset + window.start for offset, window in windows), 0)
             spans = {(offset, offset + window.attend_end) for offset, window in windows}
             span = spans.pop() if len(spans) == 1 else None
             return self.refresh_shape(program, plan.first, plan.last, start, max(ends) - start, plan.masked, span)
-        widths = (end - request.step_window_start(self.slots) for end, request in zip(ends, plan.requests, strict=True))
+        if plan.kind == "block_step":
+            widths = [program.causal]
+        else:
+            widths = [end - request.step_window_start(self.slots) for end, request in zip(ends, plan.requests, strict=True)]
         count = plan.last - plan.first
-        last = plan.first + self._rows_bucket(count) if plan.is_last_group else plan.last
-        return self.step_shape(program, plan.first, min(last, self.rows), self._window_bucket(max(widths)), plan.masked)
+        last = plan.first + self._rows_bucket(count) if plan.is_last_group and plan.kind == "step" else plan.last
+        shape = self.step_shape(program, plan.first, min(last, self.rows), self._window_bucket(max(widths)), plan.masked)
+        is_whole = bool(program.causal) and not plan.requests[0].policy.reuses
+        return replace(shape, kind=plan.kind if program.causal else "step", causal=program.causal if is_whole else 0)
 
     def refresh_shape(
         self, program: Program, first: int, last: int, start: int, window: int, masked: int, span: tuple[int, int] | None = None
@@ -302,8 +341,25 @@ class ModelRunner:
             span: what all of them attend, if it is the same.
         """
         self._refresh_start[first:last].fill_(start)
-        predicted = last - first if program.commits_first_alone else self._predictions(last - first, program, masked)
-        return ForwardShape("refresh", program, first, last, window, predicted, span)
+        is_single = program.refresh_commits == "first"
+        predicted = last - first if is_single else self._predictions(last - first, program, masked)
+        return ForwardShape("refresh", program, first, last, window, predicted, span=span)
+
+    def _store_shape(self, program: Program, plan: ForwardPlan, windows: Sequence[tuple[int, Window]]) -> ForwardShape:
+        """A forward over what is not stored yet of block-causal rows, and tells the device where that is in each of them.
+
+        A window may reach beyond what is stored by it: keys and values of slots behind are written anew before anything attends
+        them.
+        """
+        bounds = [(offset + window.start, offset + window.stored) for offset, window in windows]
+        for target, values in zip((self._refresh_start, self._stored_end), torch.tensor(bounds, device="cpu").T, strict=True):
+            target[plan.first : plan.last].copy_(values)
+        widest = self._window_bucket(max(len(window) for _, window in windows))
+        if program.refresh_commits == "rule":
+            predicted = self._predictions(plan.last - plan.first, program, plan.masked)
+        else:
+            predicted = plan.last - plan.first if plan.masked else 0
+        return ForwardShape("refresh", program, plan.first, plan.last, widest, predicted, causal=program.causal)
 
     def step_shape(self, program: Program, first: int, last: int, window: int, masked: int) -> ForwardShape:
         """A step of the rows ``[first, last)``, whose windows are ``window`` slots wide."""
@@ -333,7 +389,13 @@ class ModelRunner:
         """The state of some rows, as a program reads it."""
         eos_ids, shares = self._tables["eos_ids", program.eos_count], self._tables["shares", program.share_count]
         state = replace(
-            self.state, score=program.score, rule=program.rule, mask_id=program.mask_id, eos_ids=eos_ids, shares=shares
+            self.state,
+            score=program.score,
+            rule=program.rule,
+            mask_id=program.mask_id,
+            ends=program.ends,
+            eos_ids=eos_ids,
+            shares=shares,
         )
         return state.rows(first, last)
 
@@ -341,32 +403,42 @@ class ModelRunner:
         """What a capture records: launches alone, and nothing that waits for the device."""
         program, first, last, copies = shape.program, shape.first, shape.last, self.copies
         x, block_start, state = self.x[first:last], self.block_start[first:last], self._state(program, first, last)
-        block, length = state, program.block_length
+        block, length, first_slot = state, program.block_length, block_start
         # A done row's step window lies behind the cache: nothing of it is written.
-        start = (self._refresh_start if shape.kind == "refresh" else self.window_start)[first:last]
-        first_alone = shape.kind == "refresh" and program.commits_first_alone
-        if first_alone:  # A block of one token to the commit, whose end is not the row's, unless all others were fixed.
-            state, length = replace(state, eos_ids=state.eos_ids[:, :0]), 1
+        starts = {"refresh": self._refresh_start, "block_step": self._block_step_start, "step": self.window_start}
+        start = starts[shape.kind][first:last]
+        first_alone = shape.kind == "refresh" and program.refresh_commits == "first"
+        if first_alone:  # A block of one token to the commit.
+            length = 1
+            if program.causal:
+                first_slot = self._stored_end[first:last]
+            else:  # Its end is not the row's, unless all others were fixed.
+                state = replace(state, eos_ids=state.eos_ids[:, :0])
         keys = {"seed": state.seed, "step": state.step} if program.temperature != 0 else {}
         inputs = network.ops.window_inputs(
             x,
             start,
-            block_start,
+            first_slot,
             state.remaining,
             state.kv_start,
             window=shape.window,
             block=length,
-            predicted=shape.predicted,
+            predicted=max(shape.predicted, 1),
             shift=network.config.shift,
             mask_id=state.mask_id,
             **keys,
         )
         noise = dict(zip(("seed", "position", "step"), inputs.keys, strict=True)) if keys else {}
-        ids, starts, rows = (
+        ids, window_start, rows = (
             (inputs.ids, inputs.start, inputs.rows) if self._known is None else self._with_copies(first, inputs, program.mask_id)
         )
         # Only the rows that predict a masked slot pass the final norm and the head.
-        hidden = network.forward(ids, starts, self.cache.rows(copies * first, copies * last, shape.span), rows)  # [C P, E]
+        cache = self.cache.rows(copies * first, copies * last, shape.span)
+        if not shape.predicted:
+            rows = rows[:0]
+        hidden = network.forward(ids, window_start, cache, rows, block_length=shape.causal or None)  # [C P, E]
+        if not shape.predicted:
+            return
         # What differs between rows is gathered for each prediction.
         temperature: float | Tensor = 0.0 if program.temperature is None else program.temperature
         if program.temperature is None:
@@ -376,10 +448,13 @@ class ModelRunner:
         else:
             forbidden = self._ids_of(program.forbidden)
         statistics = self._statistics(network, program, hidden, {"temperature": temperature, **noise}, forbidden)
-        network.ops.commit_tokens(x, statistics, block_start, state, place=inputs.place)
+        network.ops.commit_tokens(x, statistics, first_slot, state, place=inputs.place)
         if first_alone:
             tokens = x.gather(1, block_start[:, None] + self._slots[: program.block_length])
             block.remaining.copy_((tokens == program.mask_id).sum(1))
+            if program.causal:
+                block.step.zero_()  # The block itself begins with its first step.
+                return
             ends = (tokens[:, :, None] == block.eos_ids[:, None]) & (tokens >= 0)[:, :, None]
             block.ended |= block.done & ends.flatten(1).any(1)
 

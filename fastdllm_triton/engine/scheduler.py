@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..decoding.cache_policy import PrefixCache, Window
+from ..decoding.cache_policy import NoCache, Window
 from .request import Request
 
 
@@ -19,11 +19,11 @@ class ForwardPlan:
     """A forward over neighbouring rows.
 
     Attributes:
-        kind: ``refresh`` or ``step``.
+        kind: ``refresh``, ``block_step`` or ``step``.
         first, last: the rows ``[first, last)`` of the batch.
         requests: those of them that take part: the others have nothing masked in their block.
         windows: what is recomputed of each request that takes part.
-        masked: slots that are masked in the blocks of these rows, at most.
+        masked: slots that are predicted in these rows, at most.
         is_last_group: whether no row behind these belongs to anybody.
     """
 
@@ -62,12 +62,14 @@ class RowFlags:
         ended: whether a finished block of it holds an end token.
         invalid: whether a masked slot had no token to commit.
         forwards: that it has had.
+        starts_masked: whether the first token of its block is masked; not known where nobody asked.
     """
 
     masked: int
     ended: bool
     invalid: bool
     forwards: int
+    starts_masked: bool
 
 
 class Scheduler:
@@ -103,6 +105,13 @@ class Scheduler:
             self.rows[i].begin_block()
         return Plan(begun, list(self.rows), self._sort(), list(self._forwards()))
 
+    @property
+    def mask_ids(self) -> list[int]:
+        """The mask of each row, if the host is to know which blocks have their first token; else nothing."""
+        if any(request.policy.has_block_steps for request in self.rows):
+            return [request.ids.mask_id for request in self.rows]
+        return []
+
     def update(self, flags: Sequence[RowFlags]) -> list[int]:
         """Takes in what the forwards did.
 
@@ -118,7 +127,7 @@ class Scheduler:
             elif request.pending and 0 < request.masked <= row.masked and request.config.strategy.always_commits:
                 request.error = RuntimeError("a forward committed nothing although slots are masked")
             request.pending.clear()
-            request.masked = row.masked
+            request.masked, request.starts_masked = row.masked, row.starts_masked
             if request.error or (request.block_done and (row.ended or request.block == request.blocks[-1])):
                 finished.append(i)
         return finished[::-1]
@@ -166,8 +175,9 @@ class Scheduler:
     def _group_forwards(self, first: int, last: int) -> Iterator[ForwardPlan]:
         """The forwards of the neighbours ``[first, last)``: refreshes, then a step of all that can take one."""
         turns = [_turn(request) for request in self.rows[first:last]]
-        if not self.rows[first].policy.reuses:  # Every forward recomputes everything: a refresh is a step.
-            yield self._forward("refresh" if min(turns) < STEP else "step", first, last)
+        policy = self.rows[first].policy
+        if isinstance(policy, NoCache):  # Every forward recomputes everything: a refresh is a step.
+            yield self._forward("refresh" if min(turns) < BLOCK_STEP else "step", first, last)
             return
         begin = first
         for turn in (REFRESH, REFRESH_GENERATION):
@@ -175,27 +185,34 @@ class Scheduler:
             if begin < end:
                 yield self._forward("refresh", begin, end)
             begin = end
+        # Rows that were refreshed take a step with the others, unless one of them is to be refreshed again.
+        again = any(request.policy.needs_refresh(request.block_state) for request in self.rows[first:begin])
+        waiting = begin if again or not policy.steps_after_refresh else first
+        steps = begin + turns.count(BLOCK_STEP)
+        if begin < steps:
+            yield self._forward("block_step", waiting, steps)
+        if policy.has_block_steps:
+            waiting = begin = steps
         if any(not request.block_done for request in self.rows[begin:last]):
-            # Rows that were refreshed take a step with the others, unless one of them is to be refreshed again.
-            again = any(request.policy.needs_refresh(request.block_state) for request in self.rows[first:begin])
-            yield self._forward("step", begin if again else first, last)
+            yield self._forward("step", waiting, last)
 
     def _forward(self, kind: str, first: int, last: int) -> ForwardPlan:
         requests = tuple(request for request in self.rows[first:last] if not request.block_done)
-        windows = tuple(request.policy.next_window(request.block_state) for request in requests)
-        for request in requests:
-            request.block_forwards += 1
-        masked = sum(request.masked for request in self.rows[first:last])
+        windows = tuple(request.next_window() for request in requests)
+        of_refresh = kind == "refresh" and self.rows[first].refresh_commits != "rule"
+        masked = sum(not request.skips_commit if of_refresh else request.masked for request in requests)
         return ForwardPlan(kind, first, last, requests, windows, masked, last == len(self.rows))
 
 
-#: What a row's next forward is, in the order in which neighbours stand.
-REFRESH, REFRESH_GENERATION, STEP = range(3)
+#: What a row's next forward is, in the order in which neighbours stand. What follows a prompt is refreshed apart from prompts,
+#: which are longer.
+REFRESH, REFRESH_GENERATION, BLOCK_STEP, STEP = range(4)
 
 
 def _turn(request: Request) -> int:
-    block = request.block_state
-    if request.block_done or not request.policy.needs_refresh(block):
+    block, policy = request.block_state, request.policy
+    if request.block_done:
         return STEP
-    policy = request.policy
-    return REFRESH if not isinstance(policy, PrefixCache) or policy.refreshes_prompt(block) else REFRESH_GENERATION
+    if not policy.needs_refresh(block):
+        return BLOCK_STEP if policy.has_block_steps and policy.step(block).kind == "block_step" else STEP
+    return REFRESH if policy.refreshes_prompt(block) else REFRESH_GENERATION

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..types import RopeRounding
+    from ..types import NormRounding, RopeRounding
 
 
 class CheckpointError(ValueError):
@@ -61,6 +61,10 @@ class ModelConfig:
         qkv_bias: whether the q, k and v projections have biases.
         shift: the row that predicts position ``i`` is the hidden state of position ``i - 1``; position 0 uses its own.
         rope_rounding: whose rounding points the rotation keeps, see :func:`fastdllm_triton.reference.rope_kv_write.rotate`.
+        qk_norm: whether every query and key head is normalised before the rotation.
+        norm_rounding: whose rounding points these norms keep, see :func:`fastdllm_triton.reference.rope_kv_write.head_norm`.
+        block_length: tokens of the blocks that the weights were trained with, counted from position 0, where attention is
+            block-causal: a position attends its own block and the blocks before it. None where positions attend all others.
     """
 
     architecture: str
@@ -81,6 +85,14 @@ class ModelConfig:
     qkv_bias: bool = False
     shift: bool = False
     rope_rounding: RopeRounding = "llada"
+    qk_norm: bool = False
+    norm_rounding: NormRounding = "qwen3"
+    block_length: int | None = None
+
+    @property
+    def block_causal(self) -> bool:
+        """Whether a position attends its own block and those before it, and not the ones behind."""
+        return self.block_length is not None
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

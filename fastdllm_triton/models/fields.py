@@ -12,7 +12,7 @@ MOST = 2**31 - 1
 
 #: What to do about an option that is not supported, where there is more to say than :meth:`Fields.supported` does.
 _ADVICE = {
-    "use_sliding_window": "every position attends all others here; set it to false if the weights were trained that way",
+    "use_sliding_window": "attention has no limit of distance here; set it to false if the weights were trained that way",
     "rope_scaling": "set it to null to use the model within the length it was trained on",
 }
 
@@ -73,6 +73,13 @@ class Fields:
         if not isinstance(value, str):
             raise self.refuse(name, "a string")
         return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of strings."""
+        value = self._value(name)
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.refuse(name, "a list of strings")
+        return tuple(value)
 
     def object(self, name: str) -> Fields:
         """An object, whose fields are named after it in errors. One that is absent or null is empty."""

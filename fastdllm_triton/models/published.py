@@ -43,5 +43,50 @@ DREAM_7B = replace(
     rope_rounding="dream",
 )
 
-#: GSAI-ML/LLaDA-8B-Instruct, GSAI-ML/LLaDA-1.5 and Dream-org/Dream-v0-Instruct-7B, by the names that commands take.
-PUBLISHED = {"llada-8b": LLADA_8B, "llada-1.5": LLADA_8B, "dream-7b": DREAM_7B}
+FAST_DLLM_V2_7B = replace(
+    DREAM_7B, architecture="fast_dllm_qwen", max_length=32_768, mask_id=151_665, eos_ids=(151_645,), block_length=32
+)
+FAST_DLLM_V2_1_5B = replace(
+    FAST_DLLM_V2_7B,
+    vocab_size=151_936,
+    embedding_size=151_936,
+    width=1536,
+    heads=12,
+    kv_heads=2,
+    mlp=8960,
+    tied=True,
+)
+SDAR_8B = replace(
+    FAST_DLLM_V2_7B,
+    architecture="sdar",
+    vocab_size=151_936,
+    embedding_size=151_936,
+    width=4096,
+    layers=36,
+    heads=32,
+    kv_heads=8,
+    mlp=12_288,
+    mask_id=151_669,
+    eos_ids=(151_645, 151_643),
+    qkv_bias=False,
+    shift=False,
+    qk_norm=True,
+    norm_rounding="flash_attn",
+    block_length=4,
+)
+SDAR_4B = replace(SDAR_8B, width=2560, mlp=9728)
+#: Qwen3-1.7B's shape; whether the published weights are tied as Qwen's are is for their config to say.
+SDAR_1_7B = replace(SDAR_8B, layers=28, width=2048, heads=16, mlp=6144)
+
+#: GSAI-ML/LLaDA-8B-Instruct, GSAI-ML/LLaDA-1.5, Dream-org/Dream-v0-Instruct-7B, Efficient-Large-Model/Fast_dLLM_v2_1.5B and
+#: Fast_dLLM_v2_7B, JetLM/SDAR-1.7B-Chat, SDAR-4B-Chat and SDAR-8B-Chat, by the names that commands take.
+PUBLISHED = {
+    "llada-8b": LLADA_8B,
+    "llada-1.5": LLADA_8B,
+    "dream-7b": DREAM_7B,
+    "fast-dllm-v2-1.5b": FAST_DLLM_V2_1_5B,
+    "fast-dllm-v2-7b": FAST_DLLM_V2_7B,
+    "sdar-1.7b": SDAR_1_7B,
+    "sdar-4b": SDAR_4B,
+    "sdar-8b": SDAR_8B,
+}

@@ -1,5 +1,5 @@
-"""One transformer for every model: bidirectional, pre-norm, rotary, gated MLP, over the ops and a cache that is written in
-place.
+"""One transformer for every model: bidirectional or block-causal, pre-norm, rotary, gated MLP, over the ops and a cache that is
+written in place.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Linear:
 class Layer:
     """Parameters of a layer, projections that share an input fused: ``qkv [(Hq + 2 Hkv) D, E]``, ``gate_up [2F, E]``.
 
-    ``qkv_bias [(Hq + 2 Hkv) D]`` is apart from ``qkv``, since the op that rotates adds it in its own pass.
+    ``qkv_bias [(Hq + 2 Hkv) D]`` and the norms of heads ``q_norm, k_norm [D]`` are apart from ``qkv``, since the op that rotates
+    applies them in its own pass.
     """
 
     attn_norm: Tensor
@@ -58,6 +59,14 @@ class Layer:
     gate_up: Linear
     down: Linear
     qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+    def head_norms(self, c: ModelConfig) -> dict[str, Any]:
+        """The norms of heads as the op that rotates takes them."""
+        if self.q_norm is None:
+            return {}
+        return {"q_norm": self.q_norm, "k_norm": self.k_norm, "eps": c.eps, "norm_rounding": c.norm_rounding}
 
 
 @dataclass
@@ -78,7 +87,7 @@ class Weights:
 
         layers = []
         for _ in range(c.layers):
-            tensors = {field: empty(*shape) for field, shape in _layer_shapes(c).items()}
+            tensors = {field: empty(*shape) for field, shape in layer_shapes(c).items()}
             parts: dict[str, Any] = {field: Linear(t) if t.dim() == 2 else t for field, t in tensors.items()}
             layers.append(Layer(**parts))
         embedding = empty(c.embedding_size, c.width)
@@ -106,7 +115,7 @@ def expected_shapes(c: ModelConfig, names: NameMap) -> Iterator[tuple[str, tuple
     a config which asks for a billion layers costs nothing.
     """
     yield names.embedding, (c.embedding_size, c.width)
-    layer = _layer_shapes(c)
+    layer = layer_shapes(c)
     for i in range(c.layers):
         for field, parts in names.layer.items():
             rows, *columns = layer[field]
@@ -117,7 +126,7 @@ def expected_shapes(c: ModelConfig, names: NameMap) -> Iterator[tuple[str, tuple
         yield names.head, (c.embedding_size, c.width)
 
 
-def _layer_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+def layer_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the fields of a :class:`Layer`."""
     qkv = (c.heads + 2 * c.kv_heads) * c.head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -128,7 +137,11 @@ def _layer_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
         "gate_up": (2 * c.mlp, c.width),
         "down": (c.width, c.mlp),
     }
-    return shapes | {"qkv_bias": (qkv,)} if c.qkv_bias else shapes
+    if c.qkv_bias:
+        shapes["qkv_bias"] = (qkv,)
+    if c.qk_norm:
+        shapes |= {"q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
+    return shapes
 
 
 def _stacked_rows(c: ModelConfig, field: str, rows: int) -> tuple[int, ...]:
@@ -172,34 +185,62 @@ class Transformer:
         c = self.config
         return KVCache.allocate(c.layers, c.kv_heads, c.head_dim, slots, kv_start, self.dtype)
 
-    def forward(self, ids: Tensor, window_start: Tensor, cache: KVCache, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        window_start: Tensor,
+        cache: KVCache,
+        rows: Tensor | None = None,
+        *,
+        block_length: int | None = None,
+    ) -> Tensor:
         """Recomputes a window in place.
 
         Args:
             ids: ``[B, W]``, the window's tokens.
             window_start: ``[B]`` int32, its first slot in each sequence.
             cache: read over ``[kv_start, kv_end)``, written over the window.
-            rows: ``[P]`` int64, rows of the hidden states as if they were ``[B W, E]``; a negative one is none.
+            rows: ``[P]`` int64, rows of the hidden states as if they were ``[B W, E]``; a negative one is none. With ``P = 0``
+                the window's keys and values are all that is computed: the last layer ends with them.
+            block_length: a token attends up to the end of its own block, in blocks of so many counted from ``kv_start``, and not
+                beyond ``kv_end``. All of the slots above if not given, as where a window is one block that ends at ``kv_end``.
 
         Returns:
             ``[B, W, E]``: hidden states before the final norm; with ``rows`` ``[P, E]``: those rows behind it, zeros for none.
         """
         c, ops, weights = self.config, self.ops, self.weights
+        attention: dict[str, Any] = {} if cache.span is None else {"span": cache.span}
+        if block_length is not None:
+            attention["block_causal"] = (window_start, block_length)
+        only_writes = rows is not None and len(rows) == 0
         # The first norm gathers the embeddings.
         h, x = ops.rms_norm(weights.embedding, weights.layers[0].attn_norm, c.eps, rows=ids)
         delta: Tensor | None = None
-        ahead, span = ops.prefetch(self.device), {} if cache.span is None else {"span": cache.span}
+        ahead = ops.prefetch(self.device)
         for i, (layer, k, v) in enumerate(zip(weights.layers, cache.k, cache.v, strict=True)):
             if i == 0:
                 qkv = layer.qkv(ops, h)
             else:
                 ahead(layer.qkv.weight)
                 qkv, x = layer.qkv.of_norm(ops, x, delta, layer.attn_norm, c.eps)
-            ahead(layer.attn_out.weight)
+            ends = only_writes and i == c.layers - 1
+            if not ends:
+                ahead(layer.attn_out.weight)
             q = ops.rope_kv_write(
-                qkv, k, v, window_start, cache.kv_start, c.rope_theta, bias=layer.qkv_bias, rounding=c.rope_rounding
+                qkv,
+                k,
+                v,
+                window_start,
+                cache.kv_start,
+                c.rope_theta,
+                bias=layer.qkv_bias,
+                rounding=c.rope_rounding,
+                **layer.head_norms(c),
             )
-            attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end, **span).flatten(2)
+            if ends:
+                ahead.join()
+                return torch.empty(0, c.width, dtype=self.dtype, device=self.device)
+            attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end, **attention).flatten(2)
             x, delta = layer.attn_out.add_to(ops, x, attended)
             ahead(layer.gate_up.weight)
             h, x = layer.gate_up.of_norm(ops, x, delta, layer.mlp_norm, c.eps, activation="swiglu")
@@ -220,8 +261,8 @@ class Transformer:
         """``[B, T]`` ids to ``[B, T, V]`` logits: a plain forward over whole sequences, for scoring and for checks.
 
         As the official modules' ``forward`` returns them: where the config says ``shift``, the logits at position ``i``
-        predict position ``i + 1``.
+        predict position ``i + 1``. Attention is block-causal, in blocks of the config's length, where the model's is.
         """
         start = torch.zeros(len(ids), dtype=torch.int32, device=self.device)
-        hidden = self.forward(ids, start, self.new_cache(start, ids.shape[1]))
+        hidden = self.forward(ids, start, self.new_cache(start, ids.shape[1]), block_length=self.config.block_length)
         return F.linear(self.final_norm(hidden), self.head)

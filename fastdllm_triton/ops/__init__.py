@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..reference.token_statistics import statistics_merge as reference_merge
-from ..types import Activation, PolicyState, RopeRounding, TokenStatistics, WindowInputs
+from ..types import Activation, NormRounding, PolicyState, RopeRounding, TokenStatistics, WindowInputs
 from . import arguments
 from .backends import NAMES, PARTS, Ops, resolve, without_kernels
 from .registry import op
@@ -73,6 +73,10 @@ def rope_kv_write(
     theta: float,
     *,
     bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    norm_rounding: NormRounding = "qwen3",
     rounding: RopeRounding = "llada",
 ) -> Tensor:
     _, kv_heads, _, dim = k_cache.shape
@@ -87,6 +91,7 @@ def window_attention(
     kv_start: Tensor,
     kv_end: Tensor,
     *,
+    block_causal: tuple[Tensor, int] | None = None,
     skip_start: Tensor | None = None,
     skip_end: Tensor | None = None,
     scale: float | None = None,

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..types import Activation, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
+from ..types import Activation, EndName, NormRounding, PolicyState, RopeRounding, RuleName, ScoreName, TokenStatistics
 from ..utils.checks import MAX_TEMPERATURE, check_temperature, is_int, is_number, require, short_repr, to_ints
 
 
@@ -88,7 +88,8 @@ def commit_tokens(
     shapes.integers("window_start", window_start, rows)
     _check_values("window_start", window_start, 0, slots - block)
     _check_type("state", state, PolicyState)
-    for field, names in (("score", get_args(ScoreName)), ("rule", get_args(RuleName))):
+    for field, kind in (("score", ScoreName), ("rule", RuleName), ("ends", EndName)):
+        names = get_args(kind)
         require(f"state.{field}", getattr(state, field), f"one of {', '.join(names)}", getattr(state, field) in names)
     columns: dict[str, list[Any]] = {"step_map": [slots], "confidence": [slots], "eos_ids": ["E"], "shares": ["S"]}
     for name, entries in state.by_row.items():
@@ -184,6 +185,10 @@ def rope_kv_write(
     theta: float,
     *,
     bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    norm_rounding: NormRounding = "qwen3",
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
 ) -> torch.device:
@@ -203,6 +208,17 @@ def rope_kv_write(
     require("rounding", rounding, f"one of {', '.join(get_args(RopeRounding))}", rounding in get_args(RopeRounding))
     if bias is not None:
         shapes.floats("bias", bias, columns, dtype=qkv.dtype)
+    if (q_norm is None) != (k_norm is None):
+        missing, present = ("q_norm", "k_norm") if q_norm is None else ("k_norm", "q_norm")
+        raise ValueError(f"{missing} must be given with {present}")
+    if q_norm is not None:
+        for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
+            shapes.floats(name, norm, dim, dtype=qkv.dtype)
+        require("eps", eps, "a number of 0 or more, since there is a q_norm", is_number(eps) and float(eps or 0) >= 0)
+    else:
+        require("eps", eps, "None without q_norm and k_norm", eps is None)
+    roundings = get_args(NormRounding)
+    require("norm_rounding", norm_rounding, f"one of {', '.join(roundings)}", norm_rounding in roundings)
     if out is not None:
         shapes.floats("out", out, batch, window, heads, dim, dtype=qkv.dtype)
     return qkv.device
@@ -215,6 +231,7 @@ def window_attention(
     kv_start: Tensor,
     kv_end: Tensor,
     *,
+    block_causal: tuple[Tensor, int] | None = None,
     skip_start: Tensor | None = None,
     skip_end: Tensor | None = None,
     scale: float | None = None,
@@ -238,6 +255,16 @@ def window_attention(
         if slot is not None:
             shapes.integers(name, slot, batch)
     _check_values("kv_end", kv_end, None, slots)
+    if block_causal is not None:
+        if not isinstance(block_causal, tuple | list) or len(block_causal) != 2:
+            raise TypeError(
+                f"block_causal must be None or a pair of window_start and block_length, got {short_repr(block_causal)}"
+            )
+        window_start, length = block_causal
+        shapes.integers("block_causal[0]", window_start, batch)
+        require("block_causal[1]", length, "an integer in [1, 2^30]", is_int(length) and 1 <= length <= 2**30)
+        if skip_start is not None:
+            raise ValueError("block_causal and skip_start exclude each other")
     require("scale", scale, "None or a number", scale is None or is_number(scale))
     if out is not None:
         shapes.floats("out", out, *q.shape, dtype=q.dtype)

@@ -6,9 +6,8 @@ read on the host, which costs no wait on a CPU. Ops that gain nothing are the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,9 @@ from ..reference.rms_norm import gather_rows
 from ..reference.rope_kv_write import angles
 from ..reference.swiglu import swiglu
 from ..reference.token_statistics import draws, row_keys
-from ..reference.window_attention import window_attention as attention_in_full
 from ..reference.window_inputs import window_inputs
-from ..types import RopeRounding, TokenStatistics
+from ..types import NormRounding, RopeRounding, TokenStatistics
+from .cpu_attention import runs_of, window_attention
 
 __all__ = [
     "commit_tokens",
@@ -78,6 +77,10 @@ def rope_kv_write(
     theta: float,
     *,
     bias: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float | None = None,
+    norm_rounding: NormRounding = "qwen3",
     rounding: RopeRounding = "llada",
     out: Tensor | None = None,
 ) -> Tensor:
@@ -87,6 +90,10 @@ def rope_kv_write(
         qkv = qkv + bias
     heads = rearrange(qkv, "b w (h d) -> b w h d", d=dim)  # [B, W, Hq + 2 Hkv, D]
     rotated, v = heads[:, :, :-kv_heads], heads[:, :, -kv_heads:]
+    if q_norm is not None and k_norm is not None:
+        weight = torch.cat((q_norm.expand(heads.shape[2] - 2 * kv_heads, dim), k_norm.expand(kv_heads, dim)))
+        h = rotated if norm_rounding == "qwen3" else accumulate(rotated)
+        rotated = (F.rms_norm(h, (dim,), None, eps) * weight).to(qkv.dtype)
     window = qkv.shape[1]
     starts, origins = window_start.tolist(), kv_start.tolist()
 
@@ -100,46 +107,13 @@ def rope_kv_write(
     q, k = rotated[:, :, :-kv_heads], rotated[:, :, -kv_heads:]
 
     bounds = zip(starts, (max(start, origin, 0) for start, origin in zip(starts, origins, strict=True)), strict=True)
-    for (start, low), rows in _runs(bounds):
+    for (start, low), rows in runs_of(bounds):
         high = min(start + window, slots)
         if low < high:
             written = slice(low - start, high - start)
             k_cache[rows, :, low:high] = k[rows, written].transpose(1, 2)
             v_cache[rows, :, low:high] = v[rows, written].transpose(1, 2)
     return write(out, q)
-
-
-def window_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    kv_start: Tensor,
-    kv_end: Tensor,
-    *,
-    skip_start: Tensor | None = None,
-    skip_end: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    span: tuple[int, int] | None = None,
-    out: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`fastdllm_triton.reference.window_attention.window_attention` over views of the caches, a run of rows with the same
-    slots at a time: no mask, and no copy of a key or value. What forwards do without (``skip_start``, ``return_lse``) is the
-    reference's.
-    """
-    if return_lse or skip_start is not None:
-        in_full = partial(attention_in_full, q, k_cache, v_cache, kv_start, kv_end, scale=scale, return_lse=return_lse, out=out)
-        return in_full(skip_start=skip_start, skip_end=skip_end)
-    if span is not None:
-        return write(out, _attend(q, k_cache, v_cache, *span, scale))
-    ranges = list(_runs(zip(kv_start.tolist(), kv_end.tolist(), strict=True)))
-    if len(ranges) == 1:
-        (((start, end), _),) = ranges
-        return write(out, _attend(q, k_cache, v_cache, start, end, scale))
-    out = torch.empty_like(q) if out is None else out
-    for (start, end), rows in ranges:
-        out[rows] = _attend(q[rows], k_cache[rows], v_cache[rows], start, end, scale)
-    return out
 
 
 def token_statistics(
@@ -205,20 +179,6 @@ def head_statistics(
     return result if out is None else out.copy_(result)
 
 
-def _attend(q: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, end: int, scale: float | None) -> Tensor:
-    """``[B, W, Hq, D]``: attention over the slots ``[start, end)`` of every row."""
-    (batch, window, q_heads, dim), kv_heads, start = q.shape, k_cache.shape[1], max(start, 0)
-    if start >= end or not q.numel():
-        return torch.zeros_like(q)
-    k, v = k_cache[:, :, start:end], v_cache[:, :, start:end]
-    if q_heads == kv_heads:
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=scale).transpose(1, 2)
-    # Heads that share keys become rows of one head, so that a key is read once for all of them.
-    grouped = q.view(batch, window, kv_heads, -1, dim).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
-    y = F.scaled_dot_product_attention(grouped, k, v, scale=scale)
-    return y.view(batch, kv_heads, -1, window, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
-
-
 def _rotation(offsets: list[int], window: int, slots: int, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``[B, W, 1, D]`` (``[1, W, 1, D]`` where rows agree): cos and signed sin of the positions from each row's offset on."""
     if min(offsets, default=-1) >= 0 and max(offsets) + window <= slots:
@@ -249,15 +209,6 @@ def _cos_sin(position: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tu
     angle = angles(position, dim, theta, dtype)[..., None, :]
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def _runs(values: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], slice]]:
-    """Each run of equal neighbours, and the rows it is."""
-    first = 0
-    for value, run in groupby(values):
-        last = first + len(list(run))
-        yield value, slice(first, last)
-        first = last
 
 
 def _width(rows: int, vocabulary: int, dtype: torch.dtype) -> int:

@@ -35,7 +35,8 @@ class Argument:
         name: of the argument.
         default: of the op's signature.
         flat: names and types of what it becomes.
-        kind: a dataclass; or what else needs a conversion: ``"integers"`` become a tensor, ``"float or tensor"`` two arguments.
+        kind: a dataclass; or what else needs a conversion: ``"integers"`` become a tensor, ``"float or tensor"`` two arguments,
+            a ``tuple`` as many as it has entries, or None for all of them.
         fields: of the dataclass.
     """
 
@@ -61,6 +62,9 @@ class Argument:
         if Tensor in plain:
             return cls(name, default, [(name, f"Tensor{optional}")], "integers" if len(plain) > 1 else None)
         (only,) = plain
+        if get_origin(only) is tuple:
+            flat = [(f"{name}_{i}", _SCHEMA[entry] + optional) for i, entry in enumerate(get_args(only))]
+            return cls(name, default, flat, tuple)
         return cls(name, default, [(name, _SCHEMA[only] + optional)])
 
     def flatten(self, value: Any, device: torch.device) -> list[Any]:
@@ -71,6 +75,8 @@ class Argument:
             return [0.0, value] if isinstance(value, Tensor) else [value, None]
         if self.kind == "integers" and value is not None:
             return [torch.as_tensor(value, dtype=torch.int64, device=device)]
+        if self.kind is tuple:
+            return [None] * len(self.flat) if value is None else list(value)
         return [value]
 
     def unflatten(self, values: list[Any]) -> Any:
@@ -79,6 +85,8 @@ class Argument:
             return self.kind(*values)
         if self.kind == "float or tensor":
             return values[0] if values[1] is None else values[1]
+        if self.kind is tuple:
+            return None if values[0] is None else tuple(values)
         return values[0]
 
 

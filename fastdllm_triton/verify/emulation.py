@@ -15,7 +15,7 @@ ACCEPTED = (
     Accepted(
         "_commit_tokens_kernel",
         Kind.GLOBAL_RACE,
-        "commit_tokens.py:261",
+        "commit_tokens.py:274",
         "where a block has fewer slots than its program has threads, warps hold copies of slots: one may read a slot after its "
         "owner has filled it, but only the owner stores, and it reads first",
     ),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
@@ -52,6 +53,14 @@ def test_the_bytes_are_those_that_are_allocated(monkeypatch: pytest.MonkeyPatch)
     assert told["largest"] == f"{(10**7 - one.weights) // (one.cache + one.workspace):,}"
 
 
+def test_a_head_dim_of_its_own_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDAR's queries are twice as wide as the model here."""
+    told = _told("--model", str(GOLDEN / "sdar"), "--prompt-length", "30", "--gen-length", "10", "--batch-size", "3")
+    stored = load_file(GOLDEN / "sdar" / "model.safetensors")
+    assert told["weights"] == f"{sum(tensor.nbytes for tensor in stored.values()):,}"
+    assert told["cache"] == f"{2 * 3 * 2 * 32 * 40 * 3 * 4:,}"
+
+
 def test_the_config_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLADA_8B))
     for model in (tmp_path, tmp_path / "config.json"):
@@ -86,7 +95,7 @@ def test_rows_are_allocated_in_buckets_and_the_largest_batch_minds_it() -> None:
     assert memory.largest_batch(config, 64, 4, 0, rows_bucket) == 0
 
 
-@pytest.mark.parametrize("model", ["tiny", *(str(GOLDEN / name) for name in ("llada-mha", "dream-gqa"))])
+@pytest.mark.parametrize("model", ["tiny", *(str(GOLDEN / name) for name in ("llada-mha", "dream-gqa", "fast-dllm-v2", "sdar"))])
 def test_the_shape_is_that_of_the_loaded_model(model: str, tmp_path: Path) -> None:
     assert read_config(model)[0] == fdt.load(model, device="cpu").config
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fastdllm_triton.decoding.cache_policy import (
     CACHE_OPTIONS,
     CACHE_POLICIES,
+    BidirectionalCache,
     BlockState,
     CacheName,
     CachePolicy,
@@ -143,7 +144,7 @@ def test_a_shifted_model_recomputes_the_slot_that_predicts_the_first_of_a_block(
     assert first.cache_policy(shift=True).next_window(block) == Window(8, 12, 20, "step")
 
 
-class Tail(CachePolicy):
+class Tail(BidirectionalCache):
     """A step recomputes the block and all after it but one slot."""
 
     name: ClassVar[Any] = "tail"

@@ -560,7 +560,10 @@ REFUSED = [
     (_config(mlp_hidden_size=128), r"ff_proj.weight has shape \(160, 64\), module.config asks for \(128, 64\)"),
     (_config(weight_tying=True), r"ff_out.weight is a tensor of its own, which module.config ties to the embedding; untie"),
     (lambda module: delattr(module, "config"), r"module.config is missing"),
-    (lambda module: module.model.transformer.pop("wte"), r"must be one LLaDA or Dream with its head, .* got LLaDA without"),
+    (
+        lambda module: module.model.transformer.pop("wte"),
+        r"must be one model of a known family with its head, .* got LLaDA without",
+    ),
     (lambda module: module.to(torch.float16), r"float16 is not supported on cpu; .*module.to\(dtype\) changes it"),
     (_replace(lambda p: nn.Parameter(p.bfloat16())), r"k_proj.weight is torch.bfloat16, .*wte.weight torch.float32; give all"),
     (_replace(lambda p: nn.Parameter(p.data.to("meta"))), r"k_proj.weight is on the meta device; load the module whole"),
@@ -614,7 +617,7 @@ def test_parameters_beside_the_model_are_refused(llada_module: nn.Module) -> Non
     with pytest.raises(ValueError, match=r"prompt_encoder.weight lies outside the model and would not be used"):
         fdt.accelerate(wrapper)
     two = nn.ModuleList([llada_module, load_module(GOLDEN / "llada-mha")])
-    with pytest.raises(ValueError, match=r"must be one LLaDA or Dream .* got 2 models"):
+    with pytest.raises(ValueError, match=r"must be one model of a known family .* got 2 models"):
         fdt.accelerate(two)
 
 
@@ -622,7 +625,11 @@ def test_parameters_beside_the_model_are_refused(llada_module: nn.Module) -> Non
     ("arguments", "error", "message"),
     [
         ({"module": "GSAI-ML/LLaDA-8B-Instruct"}, TypeError, r"module must be a torch.nn.Module, got str"),
-        ({"module": nn.Linear(2, 2)}, ValueError, r"module must be one LLaDA or Dream .* got Linear without a parameter"),
+        (
+            {"module": nn.Linear(2, 2)},
+            ValueError,
+            r"module must be one model of a known family .* got Linear without a parameter",
+        ),
         ({"backend": "cuda"}, ValueError, r"backend must be one of auto, triton, cpu, reference, got 'cuda'"),
         ({"weights": "int8"}, ValueError, r"weights must be None, got 'int8'"),
         ({"attention": "no"}, TypeError, r"attention must be True or False, got 'no'"),

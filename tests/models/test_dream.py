@@ -120,7 +120,10 @@ def test_other_ways_to_say_the_same(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_sliding_window": True}, r"use_sliding_window = True is not supported, only False; every position attends all"),
+        (
+            {"use_sliding_window": True},
+            r"use_sliding_window = True is not supported, only False; attention has no limit of dist",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling of type 'yarn' is not supported.*; set it to null"),
         ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters of type 'linear' is not supported"),
         ({"rope_scaling": "linear"}, r"rope_scaling must be null or an object, got 'linear'"),

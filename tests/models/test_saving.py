@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_DREAM, GOLDEN_MODELS
+from conftest import GOLDEN, GOLDEN_BLOCK_CAUSAL, GOLDEN_DREAM, GOLDEN_MODELS
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,7 +17,7 @@ import fastdllm_triton as fdt
 from fastdllm_triton import tiny
 from fastdllm_triton.models import saving
 
-ALL = (*GOLDEN_MODELS, GOLDEN_DREAM)
+ALL = (*GOLDEN_MODELS, GOLDEN_DREAM, *GOLDEN_BLOCK_CAUSAL)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 318, 318, 318]])
 SMALL = 100_000  # bytes; the checkpoints have some 700,000
 

@@ -50,6 +50,25 @@ def test_weights_are_those_of_the_checkpoints() -> None:
     assert 2 * streamed_parameters(DREAM) == pytest.approx(14.14e9, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        # Without the embedding: 12 query and 2 x 2 key and value heads of 128, and a tied head.
+        ("fast-dllm-v2-1.5b", 28 * (1536 * (16 * 128 + 12 * 128) + 3 * 1536 * 8960) + 151_936 * 1536),
+        ("fast-dllm-v2-7b", streamed_parameters(DREAM)),
+        # 32 heads of 128 are wider than the model.
+        ("sdar-4b", 36 * (2560 * (48 * 128 + 32 * 128) + 3 * 2560 * 9728) + 151_936 * 2560),
+        ("sdar-8b", 36 * (4096 * (48 * 128 + 32 * 128) + 3 * 4096 * 12_288) + 151_936 * 4096),
+        ("sdar-1.7b", 28 * (2048 * (32 * 128 + 16 * 128) + 3 * 2048 * 6144) + 151_936 * 2048),
+    ],
+)
+def test_weights_of_the_block_causal_checkpoints(model: str, parameters: int) -> None:
+    assert streamed_parameters(shape_of(model)) == parameters
+    result = CliRunner().invoke(app, ["roofline", "--model", model])
+    assert result.exit_code == 0
+    assert f"{parameters * 2 / 1e9:.2f} GB of weights a forward" in " ".join(result.stdout.split())
+
+
 def test_a_step_of_llada_streams_15_gb() -> None:
     cost = forward_cost(LLADA, 1, 32, 1024, 32)
     weights, cache = 14.99e9, 1024 * 512 * 2**10  # 512 KiB of keys and values a token

@@ -129,7 +129,7 @@ def diffusion_generate(
         refuse_unknown(stored, inspect.signature(diffusion_generate).parameters)
     lm, model_config, default_cache = model()
     network = lm.network
-    if not network.config.shift:
+    if not network.config.shift or network.config.block_causal:
         raise TypeError(f"model must be a Dream for diffusion_generate, got a {network.config.architecture}; generate decodes it")
     hooks = None
     if generation_tokens_hook_func is not None or generation_logits_hook_func is not None:

@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from ...decoding import CacheName
 from ...engine.dream.generate import DreamModel, diffusion_generate
 from ...engine.outputs import GenerationOutput
-from ...loading import HUB_PATTERNS, ops_for
+from ...loading import ops_for
 from ...model import MaskedDiffusionLM
 from ...models.transformer import Transformer
 from ...ops import Ops, without_kernels
 from .fuse import fuse, fused_storages, unfuse
-from .recognise import RecognisedModule, recognise
+from .recognise import RecognisedModule, folder_of, recognise
 from .report import Report, report_of
 
 #: The attribute of an accelerated module that holds what it was accelerated with.
@@ -109,7 +108,7 @@ class Accelerated:
             ops = _ops(recognised, self.options)
             self._runtime = None  # What it holds of the parameters' former memory goes first.
             weights = fuse(recognised.parameters, recognised.config, recognised.architecture.NAMES)
-            self._runtime = MaskedDiffusionLM(Transformer(recognised.config, weights, ops), _folder(recognised.module))
+            self._runtime = MaskedDiffusionLM(Transformer(recognised.config, weights, ops), folder_of(recognised.module))
             self._parameters, self._places = parameters, _places(parameters)
         return self._runtime
 
@@ -130,7 +129,8 @@ class Accelerated:
             "fast_forward": self.fast_forward,
             "release": self.release,
         }
-        if self.runtime().config.shift:
+        config = self.runtime().config
+        if config.shift and not config.block_causal:  # a Dream
             methods["diffusion_generate"] = self.diffusion_generate
             if hasattr(type(self.module), _PREPARE):
                 methods[_PREPARE] = self.prepare_generation_config
@@ -236,19 +236,3 @@ def _own_method(module: nn.Module, name: str) -> Any:
     if method is None and hasattr(type(module), name):
         method = getattr(type(module), name).__get__(module)
     return method
-
-
-def _folder(module: nn.Module) -> Path | None:
-    """Where the module's tokenizer is, if it is on this machine: the folder or the hub's cache that it was loaded from."""
-    name = getattr(module.config, "_name_or_path", None)
-    if not isinstance(name, str) or not name:
-        return None
-    from huggingface_hub import snapshot_download
-
-    try:
-        if (path := Path(name)).is_dir():
-            return path
-        revision = getattr(module.config, "_commit_hash", None)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True))
-    except Exception:  # Not in the cache, or not a name that a file system or a hub knows.
-        return None

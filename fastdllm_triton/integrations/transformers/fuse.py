@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from ...models.config import ModelConfig, NameMap
 from ...models.transformer import Layer, Linear, Weights
 
-#: Fields of a layer that are vectors, and not weights that multiply.
-_VECTORS = ("attn_norm", "mlp_norm", "qkv_bias")
-
 
 @torch.inference_mode(False)
 def fuse(parameters: Mapping[str, nn.Parameter], config: ModelConfig, names: NameMap) -> Weights:
@@ -73,7 +70,7 @@ def fused_storages(weights: Weights) -> dict[int, int]:
 def _layer(parameters: Mapping[str, nn.Parameter], names: NameMap, i: int, moved: list[nn.Parameter]) -> Layer:
     """Layer ``i``, its parameters stacked; those that were moved to that end are added to a list."""
     stacked = {field: _stack([parameters[part.format(i=i)] for part in parts], moved) for field, parts in names.layer.items()}
-    fields: dict[str, Any] = {field: t if field in _VECTORS else Linear(t) for field, t in stacked.items()}
+    fields: dict[str, Any] = {field: Linear(t) if t.dim() == 2 else t for field, t in stacked.items()}
     return Layer(**fields)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ...loading import supported_dtype
+from ...loading import HUB_PATTERNS, supported_dtype
 from ...models.checkpoint import failures_as
 from ...models.config import CheckpointError, ModelConfig, NameMap, shown, shown_name
-from ...models.registry import ARCHITECTURES, architecture_of
+from ...models.registry import ARCHITECTURES, architecture_of, config_of
 from ...models.transformer import expected_shapes
 
 #: How PEFT and others name a weight that sits inside a layer of theirs.
@@ -58,12 +59,12 @@ def recognise(module: nn.Module) -> RecognisedModule:
     """Looks at a module.
 
     Args:
-        module: a LLaDA or Dream with its head, of any transformers version or none; bare, or inside wrappers such as PEFT's,
-            ``DistributedDataParallel`` or ``torch.compile``.
+        module: a model of a known family with its head, of any transformers version or none; bare, or inside wrappers such as
+            PEFT's, ``DistributedDataParallel`` or ``torch.compile``.
 
     Raises:
         TypeError: ``module`` is no module.
-        ValueError: it is neither LLaDA nor Dream, or something about it is not supported; names what, and says what to do.
+        ValueError: it is of no known family, or something about it is not supported; names what, and says what to do.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -71,7 +72,8 @@ def recognise(module: nn.Module) -> RecognisedModule:
     raw = _raw_config(inner)
     try:
         architecture = architecture_of(raw, "module.config")
-        config: ModelConfig = architecture.config(raw, "module.config")
+        # Only where a config lacks special tokens is there something to look up.
+        config = config_of(raw, "module.config", folder_of(inner) if hasattr(architecture, "TOKENS") else None)
     except CheckpointError as error:
         raise ValueError(str(error)) from None
     _refuse_dropout(inner, raw)
@@ -85,7 +87,7 @@ def recognise(module: nn.Module) -> RecognisedModule:
 
 def _inner(module: nn.Module) -> nn.Module:
     """The module whose parameters have the names of a checkpoint."""
-    embeddings = [architecture.NAMES.embedding for architecture in ARCHITECTURES.values()]
+    embeddings = list(dict.fromkeys(architecture.NAMES.embedding for architecture in ARCHITECTURES.values()))
     prefixes = {
         plain[: -len(embedding)]
         for name, _ in module.named_parameters(remove_duplicate=False)
@@ -95,7 +97,25 @@ def _inner(module: nn.Module) -> nn.Module:
     if len(prefixes) == 1:
         return module.get_submodule(prefixes.pop().rstrip("."))
     what = f"{len(prefixes)} models" if prefixes else f"{type(module).__name__} without a parameter {' or '.join(embeddings)}"
-    raise ValueError(f"module must be one LLaDA or Dream with its head, as AutoModel or the original classes load it, got {what}")
+    raise ValueError(
+        f"module must be one model of a known family with its head, as AutoModel or the original classes load it, got {what}"
+    )
+
+
+def folder_of(module: nn.Module) -> Path | None:
+    """Where a module's files are, if they are on this machine: the folder or the hub's cache that it was loaded from."""
+    name = getattr(module.config, "_name_or_path", None)
+    if not isinstance(name, str) or not name:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        if (path := Path(name)).is_dir():
+            return path
+        revision = getattr(module.config, "_commit_hash", None)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True))
+    except Exception:  # Not in the cache, or not a name that a file system or a hub knows.
+        return None
 
 
 def _raw_config(module: nn.Module) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -31,6 +32,8 @@ def _make(
     eos: Sequence[int] = (),
     committed: bool = False,
     placed: bool = False,
+    ends: str = "block",
+    prompt_end: Any = 0,
 ) -> Inputs:
     """Blocks in which every token is [MASK] itself, so that every launch has all to decide; ``committed``: in which some slots
     hold tokens, and one row has nothing to commit; ``placed``: whose statistics are in another order.
@@ -53,6 +56,8 @@ def _make(
         shares=[0.2, 0.6] if rule == "schedule" else None,
         mask_id=MASK,
         eos_ids=eos,
+        ends=ends,  # type: ignore[arg-type]
+        prompt_end=prompt_end,
         kv_start=torch.arange(batch, dtype=torch.int32, device=device) % START,
         seed=torch.arange(batch, device=device) - 1,
         slots=slots,
@@ -85,18 +90,17 @@ def _case(why: str, where: Where, batch: int, block: int, rule: str, score: str 
 
 
 def _compiled(arch: Arch) -> list[Compiled]:
-    """Every score with every rule at blocks of 32, and the commonest pairs at longer ones, all as the engine calls them.
+    """Every score with every rule at blocks of 32, and the commonest pairs at longer ones, all as the engine calls them; rows
+    that end with a token in blocks, sub-blocks of 8 and single slots, as Fast-dLLM v2 has them.
 
     Not listed: margins in blocks of 1,024, whose exponentials spill some registers on sm_90, sm_100 and gfx942. They are right
     there as anywhere, and such blocks are far from where a launch's time matters.
     """
     common = [("confidence", "threshold"), ("confidence", "factor"), ("neg_entropy", "entropy_budget")]
     pairs = {32: product(get_args(ScoreName), get_args(RuleName)), 128: [*common, ("margin", "threshold")], 1024: common}
-    return [
-        (torch.float32, {"batch": 16, "block": block, "score": score, "rule": rule, "eos": [0], "placed": True}, None)
-        for block, listed in pairs.items()
-        for score, rule in listed
-    ]
+    sizes = [{"block": block, "score": score, "rule": rule} for block, listed in pairs.items() for score, rule in listed]
+    sizes += [{"block": block, "rule": "threshold", "ends": "token"} for block in (1, 8, 32)]
+    return [(torch.float32, {"batch": 16, "eos": [0], "placed": True, **size}, None) for size in sizes]
 
 
 _SHAPES = [
@@ -114,6 +118,11 @@ COMMIT_TOKENS = OpCases(
         _case("entropy budget", "quick", 3, 8, "entropy_budget", "neg_entropy", value=0.6),
         _case("rows that end", "quick", 4, 8, "threshold", value=0.01, eos=range(15)),
         _case("a capped threshold", "quick", 3, 16, "capped_threshold", value=(0.05, 0.3, 0.9), steps=(4, 5, 16)),
+        _case("a floored threshold", "quick", 3, 16, "floored_threshold", value=(0.05, 0.7, math.inf), steps=(4, 5, 3)),
+        _case("from left to right", "quick", 3, 16, "floored_threshold", "leftmost", value=math.inf, steps=(4, 5, 3)),
+        _case("rows that end with a token", "quick", 4, 8, "threshold", value=(0.01, 0.2, 0.4, 0.9), eos=range(15), ends="token"),
+        _case("end tokens of a prompt", "quick", 3, 8, "threshold", value=0.01, eos=[1, 2], prompt_end=(0, START + 4, 99)),
+        _case("a token behind the window", "quick", 3, 1, "threshold", value=math.inf, eos=range(9), ends="token"),
         _case("a schedule", "quick", 3, 16, "schedule"),
         _case("rows that differ", "quick", 3, 8, "threshold", value=(0.3, 0.6, 0.9)),
         _case("quotas that differ", "full", 3, 16, "quota", "margin", steps=(1, 3, 8)),
@@ -138,6 +147,6 @@ COMMIT_TOKENS = OpCases(
     dtypes=(torch.float32,),
     float64=False,
     compiled=_compiled,
-    label=lambda kernel, dtype, c: f"{c['SCORE']} {c['RULE']} N={c['BLOCK']}",
+    label=lambda kernel, dtype, c: f"{c['SCORE']} {c['RULE']} N={c['BLOCK']}{' token' if c['ENDS'] == 'token' else ''}",
     forward=lambda c: [{"batch": c.batch, "block": 32, "rule": "threshold", "eos": [0], "placed": True}],
 )
