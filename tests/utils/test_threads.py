@@ -123,12 +123,23 @@ def test_cores_are_physical_ones_within_affinity_and_quota(
 
 def test_a_context_sets_threads_and_sets_them_back() -> None:
     torch.set_num_threads(2)
-    with pytest.raises(KeyError), using(3):
+    with using(3):
         assert torch.get_num_threads() == 3
         with using(1):
             assert torch.get_num_threads() == 1
         assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 2
+
+
+def _fail(number: int) -> None:
+    with using(number):
         raise KeyError
+
+
+def test_an_error_sets_threads_back_too() -> None:
+    torch.set_num_threads(2)
+    with pytest.raises(KeyError):
+        _fail(3)
     assert torch.get_num_threads() == 2
 
 
