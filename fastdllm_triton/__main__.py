@@ -10,6 +10,9 @@ def main() -> None:
     """Runs the command line and ends with its status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else, as under nohup, it is not to be answered
         signal.signal(signal.SIGINT, _interrupt)
+    # Threads that wait for each other sleep. By default they spin, and where a core is taken by another process, two are then
+    # many times slower than one. OpenMP reads this when it is loaded, with torch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from .cli.app import app
 

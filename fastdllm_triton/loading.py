@@ -18,10 +18,13 @@ from .models.fields import Fields
 from .models.registry import architecture_of, config_of
 from .models.transformer import Transformer, Weights, expected_shapes
 from .ops import Ops, resolve
-from .utils.checks import is_bool, require, short_repr, to_path
+from .utils.checks import is_bool, is_int, require, short_repr, to_path
 
 #: The model that comes with the package, see :mod:`fastdllm_triton.tiny`.
 BUILT_IN = Path(__file__).with_name("tiny")
+
+#: Bytes of a checkpoint from which on a CPU computes with its files.
+LEAST_MAPPED = 1 << 30
 
 #: What of a hub repository is fetched: data, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -34,12 +37,15 @@ def load(
     backend: str = "auto",
     batch_invariant: bool = False,
     *,
+    threads: int | None = None,
     deterministic: bool | None = None,
 ) -> MaskedDiffusionLM:
     """Loads a masked-diffusion language model.
 
-    Parameters are read through memory mapping straight into the fused layout; nothing that comes with the checkpoint is
-    executed.
+    Parameters are read through memory mapping straight into the fused layout. On a CPU with ``backend="auto"`` or ``"cpu"``,
+    those of a checkpoint of 1 GiB or more whose own dtype is asked for stay in its files instead, mapped: nothing is copied,
+    what is written to a parameter is not written to its file, and the files must not be written to or truncated while the
+    model lives (:meth:`~fastdllm_triton.models.checkpoint.Checkpoint.map`). Nothing that comes with the checkpoint is executed.
 
     Args:
         path_or_hub_id: a folder with ``config.json`` and safetensors, a hub id such as ``GSAI-ML/LLaDA-8B-Instruct``, or
@@ -49,11 +55,13 @@ def load(
         backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
         batch_invariant: fixed tiles and fixed chunks: the bits of a row's result depend neither on the rows it is batched with
             nor on their lengths. Slower, and with the Triton kernels only.
+        threads: of the CPU that its forwards use, and nothing else of the program; as
+            :func:`~fastdllm_triton.utils.threads.default_threads` says if not given.
         deterministic: the name that ``batch_invariant`` had; warns.
 
     Raises:
         CheckpointError: (a ``ValueError``) the checkpoint is incomplete, damaged or of an unknown architecture.
-        ValueError: ``device``, ``dtype`` or ``backend`` is not one that can be used here.
+        ValueError: ``device``, ``dtype``, ``backend`` or ``threads`` is not one that can be used here.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
         MemoryError: the weights do not fit; raised before any is read.
     """
@@ -62,6 +70,7 @@ def load(
         warnings.warn("deterministic is batch_invariant now", DeprecationWarning, stacklevel=2)
         batch_invariant = deterministic
     require("batch_invariant", batch_invariant, "True or False", is_bool(batch_invariant))
+    require("threads", threads, "an integer of 1 or more", threads is None or (is_int(threads) and threads >= 1))
     target = find_device(device)
     wanted = None if dtype is None else supported_dtype(dtype, target)
     resolve(backend, target)  # a backend that cannot run is refused before anything is read
@@ -80,10 +89,24 @@ def load(
     needed, available = Memory.of(config, 0, 0, wanted.itemsize).weights, available_bytes(target)
     if available is not None and needed > available:
         raise MemoryError(f"path_or_hub_id: the weights take {needed:,} bytes as {wanted}, {target} has {available:,} left")
-    weights = Weights.allocate(config, target, wanted)
-    checkpoint.copy_into(dict(weights.named(config, architecture.NAMES)))
+    if maps(target, ops.name, checkpoint, wanted):
+        names = [name for name, _ in expected_shapes(config, architecture.NAMES)]
+        weights = Weights.of_parts(config, architecture.NAMES, *checkpoint.map(names, wanted))
+    else:
+        weights = Weights.allocate(config, target, wanted)
+        checkpoint.copy_into(dict(weights.named(config, architecture.NAMES)))
     local = folder == BUILT_IN or Path(path_or_hub_id).expanduser() == folder
-    return MaskedDiffusionLM(Transformer(config, weights, ops), folder, hub_id=None if local else str(path_or_hub_id))
+    network = Transformer(config, weights, ops, None if threads is None else int(threads))
+    return MaskedDiffusionLM(network, folder, hub_id=None if local else str(path_or_hub_id))
+
+
+def maps(device: torch.device, ops: str, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Whether weights stay in the checkpoint's files, mapped into memory, instead of being copied out of them.
+
+    Only where they are multiplied on the CPU in the dtype that they are stored in; and only where there are many: smaller ones
+    are copied in well under a second, and their steps are up to a third shorter with what shares an input in one matrix.
+    """
+    return device.type == "cpu" and ops == "cpu" and dtype == checkpoint.dtype and checkpoint.bytes >= LEAST_MAPPED
 
 
 def find(path_or_hub_id: str | Path) -> Path:

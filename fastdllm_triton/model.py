@@ -19,7 +19,7 @@ from .decoding.strategies import Threshold
 from .engine.buffer_pool import BufferPool
 from .engine.dream.generate import DreamModel, diffusion_generate
 from .engine.generation import Forward, Generation
-from .engine.modes import decoding_modes
+from .engine.modes import decoding_modes, threads_of
 from .engine.outputs import GenerationOutput
 from .engine.prefix_store import PrefixStore
 from .engine.trace import Trace
@@ -79,6 +79,11 @@ class MaskedDiffusionLM:
     def dtype(self) -> torch.dtype:
         """Of parameters, activations and caches."""
         return self.network.dtype
+
+    @property
+    def threads(self) -> int | None:
+        """Threads that its forwards use on a CPU, as things are set now, see :func:`load`; None on a GPU."""
+        return threads_of(self.network)
 
     @property
     def folder(self) -> Path:
@@ -234,7 +239,7 @@ class MaskedDiffusionLM:
 
     def _logits(self, name: str, ids: Any) -> Tensor:
         """:meth:`logits` of what its caller calls ``name``."""
-        with decoding_modes(self.device):
+        with decoding_modes(self.network):
             return self.network.logits(id_tensor(name, ids, self.config).to(self.device))
 
     def generate(

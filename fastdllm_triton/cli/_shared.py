@@ -33,13 +33,13 @@ def announce_lookup(model: str) -> bool:
     return True
 
 
-def load_model(model: str, *, device: str | None, dtype: str | None, backend: str) -> MaskedDiffusionLM:
+def load_model(model: str, *, device: str | None, dtype: str | None, backend: str, threads: int | None) -> MaskedDiffusionLM:
     """As :func:`fastdllm_triton.load`, with a word on what takes its time."""
     from ..loading import load
 
     # The hub's client draws bars of its own.
     with nullcontext() if announce_lookup(model) else status(f"loading {model}"):
-        return load(model, device=device, dtype=dtype, backend=backend)
+        return load(model, device=device, dtype=dtype, backend=backend, threads=threads)
 
 
 def as_words(context: typer.Context) -> list[str]:

@@ -26,6 +26,7 @@ def chat(
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
     backend: cli.BackendOption = cli.BackendChoice.auto,
+    threads: cli.ThreadsOption = None,
     pause: Annotated[
         float,
         typer.Option(min=0, help="Seconds to wait after each forward, to watch a fast model.", rich_help_panel=cli.OUTPUT),
@@ -42,7 +43,7 @@ def chat(
 
     options = cli.decoding_values(context)
     strategy_of(options)  # refused before the model is loaded
-    lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
+    lm = load_model(model, device=device, dtype=dtype, backend=backend.value, threads=threads)
     conversation = Conversation(lm, changed(lm.defaults, options), system)
     interactive = sys.stdin.isatty()
     if interactive:

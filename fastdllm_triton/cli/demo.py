@@ -15,8 +15,9 @@ def demo(
     problem_seed: cli.ProblemSeedOption = 1,
     device: cli.DeviceOption = None,
     backend: cli.BackendOption = cli.BackendChoice.auto,
+    threads: cli.ThreadsOption = None,
 ) -> None:
     """Decode unseen problems with the built-in model in every way, side by side."""
     from ..tools.demo import demo as run
 
-    run(console, problems, problem_seed, device, backend.value)
+    run(console, problems, problem_seed, device, backend.value, threads)

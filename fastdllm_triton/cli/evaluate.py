@@ -67,6 +67,7 @@ def evaluate(
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
     backend: cli.BackendOption = cli.BackendChoice.auto,
+    threads: cli.ThreadsOption = None,
     as_json: cli.JsonOption = False,
     json_copy: cli.JsonCopyOption = None,
 ) -> None:
@@ -89,7 +90,7 @@ def evaluate(
     else:
         score = find_scorer(scorer or "number")
         requests = read_requests(data, problems)
-    lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
+    lm = load_model(model, device=device, dtype=dtype, backend=backend.value, threads=threads)
     length = lm.defaults.gen_length if gen_length is None else gen_length
     variants = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
     with Evaluation(lm, requests, score, out, gen_length=length, batch_size=batch_size, chat=chat) as run:

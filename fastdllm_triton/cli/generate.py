@@ -56,6 +56,7 @@ def generate(
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
     backend: cli.BackendOption = cli.BackendChoice.auto,
+    threads: cli.ThreadsOption = None,
     live: Annotated[
         bool, typer.Option("--live", help="Show the block denoise as it happens.", rich_help_panel=cli.OUTPUT)
     ] = False,
@@ -87,7 +88,7 @@ def generate(
         check_target("--trace", trace)
     options = cli.decoding_values(context, forbidden=tuple(forbidden or ()))
     strategy_of(options)  # refused before the model is loaded
-    lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
+    lm = load_model(model, device=device, dtype=dtype, backend=backend.value, threads=threads)
     if infill:
         rows = [lm.encode_masks(str(prompt)) for prompt in prompts]
         decoded = masked_length(rows, options.get("block_length", lm.defaults.block_length), lm.config.mask_id)
@@ -221,6 +222,7 @@ def _record(lm: MaskedDiffusionLM, prompts: Sequence[Prompt], output: Generation
         "device": str(lm.device),
         "dtype": str(lm.dtype).removeprefix("torch."),
         "backend": lm.network.ops.name,
+        "threads": lm.threads,
         "nfe": output.nfe,
         "refreshes": output.refreshes,
         "steps": output.steps,

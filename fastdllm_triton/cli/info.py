@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -38,6 +39,7 @@ def info(
     dtype: cli.DtypeOption = None,
     launches: Annotated[bool, typer.Option("--launches", help="Also the kernels that a step of --model launches.")] = False,
     arch: Annotated[str, typer.Option(help="Architecture that launches are counted for; on a GPU its own.")] = "sm_90",
+    as_json: cli.JsonOption = False,
 ) -> None:
     """Versions, the device, and the backend with the reason why it is chosen; with --model, the memory of a generation.
 
@@ -50,52 +52,69 @@ def info(
     from ..ops import resolve
     from ..tools.environment import version
     from ..utils import environment
+    from ..utils.threads import TINY, allowed_threads, available_cores, default_threads
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory, counts = None, None
     if launches and model is None:
         raise ValueError("--launches needs --model: the launches of which model?")
+    about_model: dict[str, Any] = {}
     if model is not None:
         announce_lookup(model)
         config, checkpoint_dtype = read_config(model)
-        if launches:
-            counts = launches_text(config, arch, device, batch_size or 1)
         gen = gen_length or min(256, config.max_length // 2)
         prompt = prompt_length or max(min(1000, config.max_length - gen), 1)
         if prompt + gen > config.max_length:
             raise ValueError(
                 f"prompt_length + gen_length must be at most the model's {config.max_length} slots, got {prompt} + {gen}"
             )
-        memory = memory_table(config, model, prompt, gen, batch_size or 1, _itemsize(dtype, checkpoint_dtype), device)
+        itemsize = _itemsize(dtype, checkpoint_dtype)
+        about_model = {"memory": {"model": model} | memory_of(config, prompt, gen, batch_size or 1, itemsize, device)}
+        if launches:
+            about_model["launches"] = launches_of(config, arch, device, batch_size or 1)
     elif names := [name for name, value in sizes.items() if value is not None]:
         raise ValueError(f"--{' and --'.join(names)} need --model: the memory of which model?")
-    ops = resolve("auto", device)
+    ops, threads = resolve("auto", device), None
+    if device.type == "cpu":
+        threads = allowed_threads() if model is None else default_threads(config.streamed_parameters, allowed_threads())
+    record: dict[str, Any] = {
+        "versions": {package: version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cores": available_cores(),
+        "threads": threads,
+        "backend": ops.name,
+        "backend_reason": ops.reason,
+        "environment": {variable.name: variable.value for variable in environment.VARIABLES},
+        **about_model,
+    }
+    if as_json:
+        typer.echo(json.dumps(record))
+        return
     table = Table(show_header=False, box=None)
-    for package in _PACKAGES:
-        table.add_row(package, version(package) or "not installed")
-    table.add_row("python", platform.python_version())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    table.add_row("device", name)
+    for package, number in record["versions"].items():
+        table.add_row(package, number or "not installed")
+    table.add_row("device", record["device"])
+    if threads is not None:
+        said = f"{threads}, of {available_cores()} cores"
+        table.add_row("threads", f"{said}; 1 for models below {TINY / 1e6:.0f} million parameters" if model is None else said)
     table.add_row("backend", f"{ops.name}: {ops.reason}")
     for variable in environment.VARIABLES:
         table.add_row(variable.name, f"{variable.value}: {variable.meaning}; one of {', '.join(variable.allowed)}")
     show(table)
-    if memory is not None:
+    if "memory" in record:
         console.print()
-        show(memory)
-    if counts is not None:
+        show(memory_table(record["memory"], device))
+    if "launches" in record:
         console.print()
-        console.print(counts)
+        console.print(launches_text(record["launches"]))
 
 
-def memory_table(
-    config: ModelConfig, name: str, prompt_length: int, gen_length: int, batch: int, itemsize: int, device: torch.device
-) -> Table:
-    """What a generation needs, what there is, and the largest batch that fits.
+def memory_of(
+    config: ModelConfig, prompt_length: int, gen_length: int, batch: int, itemsize: int, device: torch.device
+) -> dict[str, int | None]:
+    """What a generation needs, what there is (None where the system does not tell), and the largest batch that fits.
 
     Args:
         config: the model's shape.
-        name: the model's, for the title.
         prompt_length, gen_length: slots of a row.
         batch: rows.
         itemsize: bytes of an element.
@@ -108,28 +127,44 @@ def memory_table(
     rows_bucket, slots_bucket = buckets(device)
     rows, slots = rows_bucket(batch), slots_bucket(prompt_length + gen_length)
     memory, available = Memory.of(config, rows, slots, itemsize), available_bytes(device)
-    title = f"{visible(name)}: {batch} x ({prompt_length} + {gen_length}) slots, {8 * itemsize} bits an element"
-    table = Table("", title=Text(title), box=None)
-    table.add_column("", justify="right")
-    table.add_column("bytes", justify="right")
-    for what, size in (
-        ("weights", memory.weights),
-        ("cache", memory.cache),
-        ("workspace, at most", memory.workspace),
-        ("all", memory.total),
-        (f"available on {device.type}", available),
-    ):
-        table.add_row(what, *(("unknown", "") if size is None else (human(size), f"{size:,}")))
+    most = None
     if available is not None:
         most = largest_batch(config, slots, itemsize, max(available - memory.weights, 0), rows_bucket)
         most = min(most, MAX_ROWS) if device.type == "cuda" else most
+    return {
+        "prompt_length": prompt_length,
+        "gen_length": gen_length,
+        "batch_size": batch,
+        "bits": 8 * itemsize,
+        "rows": rows,
+        "slots": slots,
+        "weights": memory.weights,
+        "cache": memory.cache,
+        "workspace": memory.workspace,
+        "all": memory.total,
+        "available": available,
+        "largest_batch": most,
+    }
+
+
+def memory_table(need: dict[str, Any], device: torch.device) -> Table:
+    """:func:`memory_of` a model, for people."""
+    title = "{}: {batch_size} x ({prompt_length} + {gen_length}) slots, {bits} bits an element"
+    table = Table("", title=Text(title.format(visible(need["model"]), **need)), box=None)
+    table.add_column("", justify="right")
+    table.add_column("bytes", justify="right")
+    names = {"workspace": "workspace, at most", "available": f"available on {device.type}"}
+    for name in ("weights", "cache", "workspace", "all", "available"):
+        size = need[name]
+        table.add_row(names.get(name, name), *(("unknown", "") if size is None else (human(size), f"{size:,}")))
+    if (most := need["largest_batch"]) is not None:
         table.add_row("largest batch that fits", f"{most:,}" if most else "none", "")
-    if (rows, slots) != (batch, prompt_length + gen_length):
-        table.caption = f"allocated as {rows} x {slots} slots"
+    if (need["rows"], need["slots"]) != (need["batch_size"], need["prompt_length"] + need["gen_length"]):
+        table.caption = f"allocated as {need['rows']} x {need['slots']} slots"
     return table
 
 
-def launches_text(config: ModelConfig, arch: str, device: torch.device, batch: int) -> Text:
+def launches_of(config: ModelConfig, arch: str, device: torch.device, batch: int) -> dict[str, Any]:
     """Launches of a layer and of a step over the dual cache, with what this GPU was measured for and with fused products."""
     from ..tools.launch_count import count_launches
 
@@ -141,12 +176,27 @@ def launches_text(config: ModelConfig, arch: str, device: torch.device, batch: i
         arch, gpu = arch_of(device).name, gpu_name(device)
     now = count_launches(config, arch=arch, gpu=gpu, rows=batch)
     fused = count_launches(config, arch=arch, rows=batch, fused=True)
-    ops = ", ".join(f"{op} {times}" for op, times in sorted(now.layer.items()))
+    return {
+        "arch": arch,
+        "batch_size": batch,
+        "layer": dict(sorted(now.layer.items())),
+        "per_layer": now.per_layer,
+        "per_step": now.per_step,
+        "per_layer_fused": fused.per_layer,
+        "per_step_fused": fused.per_step,
+    }
+
+
+def launches_text(launches: dict[str, Any]) -> Text:
+    """:func:`launches_of` a model, for people."""
+    ops = ", ".join(f"{op} {times}" for op, times in launches["layer"].items())
     return Text(
-        f"launches per layer: {now.per_layer}\n"
-        f"launches per step: {now.per_step}\n"
-        f"  ({arch}, {batch} x 32 slots over 1,024; a layer: {ops})\n"
-        f"with every product fused with what stands around it: {fused.per_layer} per layer, {fused.per_step} per step"
+        "launches per layer: {per_layer}\n"
+        "launches per step: {per_step}\n"
+        "  ({arch}, {batch_size} x 32 slots over 1,024; a layer: {ops})\n"
+        "with every product fused with what stands around it: {per_layer_fused} per layer, {per_step_fused} per step".format(
+            ops=ops, **launches
+        )
     )
 
 

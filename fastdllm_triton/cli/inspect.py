@@ -48,6 +48,7 @@ def inspect(
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
     backend: cli.BackendOption = cli.BackendChoice.auto,
+    threads: cli.ThreadsOption = None,
     as_json: cli.JsonOption = False,
     json_copy: cli.JsonCopyOption = None,
 ) -> None:
@@ -63,11 +64,9 @@ def inspect(
     from ..evaluation.agreement import agreement, answers, decode
     from ..evaluation.drift import drift, similarity
     from ..evaluation.grid import CacheSpec, Variant
-    from ..evaluation.runner import use_few_threads
 
     texts = _texts(prompt, data, problems, problem_seed)
-    lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
-    use_few_threads(lm)
+    lm = load_model(model, device=device, dtype=dtype, backend=backend.value, threads=threads)
     length = lm.defaults.gen_length if gen_length is None else gen_length
     size = lm.defaults.block_length if block_length is None else block_length
     rule = StrategySpec.parse(strategy)

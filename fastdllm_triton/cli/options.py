@@ -37,6 +37,11 @@ class BackendChoice(StrEnum):
 BackendOption = Annotated[BackendChoice, typer.Option(help="What runs the ops.", rich_help_panel=MODEL)]
 
 
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(help="Of the CPU; the cores there are, and 1 for a tiny model, if not given.", rich_help_panel=MODEL),
+]
+
 CacheChoice = StrEnum("CacheChoice", {name: name for name in CACHE_POLICIES})  # type: ignore[misc]
 DEFAULT_CACHE = CacheChoice("dual")
 

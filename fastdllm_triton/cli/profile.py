@@ -28,6 +28,7 @@ def profile(
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
     backend: cli.BackendOption = cli.BackendChoice.auto,
+    threads: cli.ThreadsOption = None,
     repeat: Annotated[int, typer.Option(min=1, help="Generations that are timed; the fastest counts.")] = 3,
     as_json: cli.JsonOption = False,
 ) -> None:
@@ -41,7 +42,7 @@ def profile(
 
     options = cli.decoding_values(context)
     strategy_of(options)  # refused before the model is loaded
-    lm = load_model(model, device=device, dtype=dtype, backend=backend.value)
+    lm = load_model(model, device=device, dtype=dtype, backend=backend.value, threads=threads)
     config = changed(lm.defaults, options)
     rows = [lm.encode(row.text, chat=chat) for row in prompts]
     with status("profiling"):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from ..decoding.cache_policy import cache_options
 from ..tools import roofline as roofline_model
-from ..tools.roofline import GPUS, SHAPES, Floor, Gpu, Setting, streamed_parameters
+from ..tools.roofline import GPUS, SHAPES, Floor, Gpu, Setting
 from . import options as cli
 from .console import console, say, say_list, show
 
@@ -83,7 +83,7 @@ def roofline(
     if as_json:
         typer.echo(json.dumps(record(model, shape, target, setting, floors)))
         return
-    weights = f"{streamed_parameters(shape) * weight_bits / 8 / 1e9:.2f} GB of weights a forward"
+    weights = f"{shape.streamed_parameters * weight_bits / 8 / 1e9:.2f} GB of weights a forward"
     say(console, _TITLES.get(model, model), style="bold")
     hardware = f"{target.bandwidth / 1e9:,.0f} GB/s", f"{target.matrix_rate / 1e12:,.0f} TFLOP/s bfloat16"
     say_list(console, [f"on {target.name}", *hardware, weights])

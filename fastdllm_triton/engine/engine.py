@@ -201,7 +201,7 @@ class Engine:
             lane.scheduler.waiting.remove(request)
             del self._requests[request_id]
         else:
-            with decoding_modes(self.network.device):
+            with decoding_modes(self.network):
                 self._retire(lane, lane.scheduler.rows.index(request))
 
     def step(self) -> list[StepOutput]:
@@ -211,7 +211,7 @@ class Engine:
             What it did for each request that took part.
         """
         outputs: list[StepOutput] = []
-        with decoding_modes(self.network.device):
+        with decoding_modes(self.network):
             for _ in self.forwards(outputs):
                 pass
         return outputs

@@ -69,7 +69,7 @@ class Generation:
         requests = batch_requests(prompts, answers, config, network.config, reuse)
         check_kernel_limits(network, len(prompts), config.decoded_length, requests[0].ids)
         self._config, self._tokenizer, self._whole = config, tokenizer, whole
-        with decoding_modes(network.device):
+        with decoding_modes(network):
             self._run = _Run(model, requests, config)
         self._forwards = self._run.forwards()
         _open.add(self)
@@ -78,13 +78,13 @@ class Generation:
         return self
 
     def __next__(self) -> Forward:
-        with decoding_modes(self._network.device):
+        with decoding_modes(self._network):
             return self._forward(next(self._forwards))
 
     @property
     def batch(self) -> ModelRunner:
         """The buffers on the device, for those who look inside; rows stand in the order of the batch, which changes."""
-        with decoding_modes(self._network.device):
+        with decoding_modes(self._network):
             return self._run.engine.admit(self._run.engine.lane())
 
     def run(self, callback: Callable[[Forward], None] | None = None) -> GenerationOutput:
@@ -110,7 +110,7 @@ class Generation:
                 for forward in self:
                     callback(forward)
             else:
-                with decoding_modes(self._network.device), run.running():
+                with decoding_modes(self._network), run.running():
                     while run.engine.has_unfinished:
                         for _ in run.engine.forwards():
                             pass
@@ -122,13 +122,13 @@ class Generation:
 
     def close(self) -> None:
         """Ends it where it is; what it held on the device serves the next generation."""
-        with decoding_modes(self._network.device):
+        with decoding_modes(self._network):
             self._forwards.close()
 
     def output(self) -> GenerationOutput:
         """The result; before the end, what there is so far, masks included."""
         run, gen_length = self._run, self._config.gen_length
-        with decoding_modes(self._network.device):
+        with decoding_modes(self._network):
             x, step_map, confidence = _assemble(run.requests, run.rows(), run.columns)
             seconds = run.seconds_so_far()
         forwards = [len(request.history) + len(request.pending) for request in run.requests]

@@ -67,6 +67,7 @@ def check_memory(network: Transformer, rows: int, slots: int, *, copies: int = 1
     available = available_bytes(network.device)
     if available is None:
         return
+    available = max(available - network.weights.mapped, 0)
     itemsize = network.dtype.itemsize
     need = Memory.of(network.config, rows * copies, slots, itemsize)
     if (needed := need.cache + need.workspace) <= available:

@@ -33,7 +33,7 @@ from ..loading import load
 from ..models.tokenizer import apply_template
 from .finished import Finished
 from .likelihood import MonteCarlo
-from .runner import checkpoint_digest, row_figures, use_few_threads
+from .runner import checkpoint_digest, row_figures
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         mc_num, mc_batch, cfg: of the likelihood, see :class:`~fastdllm_triton.evaluation.likelihood.MonteCarlo`.
         is_check_greedy: also say whether a continuation is what greedy decoding gives (a forward a token). Few tasks ask.
         save_dir: keep each finished request in this folder; the same run goes on from there.
-        device, dtype, backend: as :func:`fastdllm_triton.load`.
+        device, dtype, backend, threads: as :func:`fastdllm_triton.load`.
         options: ``strategy``, as in ``strategy=fixed:4``, or a strategy's parameter, as in ``threshold=0.9`` (the default), with
             ``score``, what ranks the tokens; and other fields of :class:`~fastdllm_triton.GenerationConfig`, such as
             ``refresh_every``.
@@ -80,6 +80,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         device: str | None = None,
         dtype: str | None = None,
         backend: str = "auto",
+        threads: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -88,10 +89,9 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             log.warning("torch sees no GPU: %s, which the harness asks for by default, becomes cpu", device)
             device = "cpu"
-        self.lm = load(pretrained, device=device, dtype=None if dtype == "auto" else dtype, backend=backend)
+        self.lm = load(pretrained, device=device, dtype=None if dtype == "auto" else dtype, backend=backend, threads=threads)
         if self.lm.tokenizer is None:
             raise ValueError(f"pretrained: {pretrained} has no tokenizer files")
-        use_few_threads(self.lm)
         self.tokenizer = self.lm.tokenizer
         self.batch_size, self.gen_length, self.temperature, self.seed = int(batch_size), gen_length, temperature, seed
         names = ("strategy", "score", *(kind.option for kind in STRATEGIES.values()))

@@ -24,14 +24,10 @@ from ..engine.limits import check_prompts
 from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
 from ..tools.environment import commit, device_name
-from ..tools.roofline import streamed_parameters
 from ..utils.files import locked, naming, write_atomically, write_json
 from .cost import Meter
 from .grid import Variant
 from .scoring import Request, Scorer, digest
-
-#: Parameters below which threads cost more than they bring.
-_SMALL = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,6 @@ class Evaluation:
                 check_prompts([prompt], config, model.network)
             except ValueError as error:
                 raise ValueError(f"{request.source}: {error}") from None
-        use_few_threads(model)
         self.identity = {
             "model": checkpoint_digest(model.folder),
             "requests": f"{len(requests)} requests, {digest(requests)}",
@@ -113,7 +108,7 @@ class Evaluation:
             "dtype": str(model.dtype).removeprefix("torch."),
             "backend": model.network.ops.name,
             "device": device_name(model.device),
-            "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+            "threads": model.threads,
             "fastdllm_triton": __version__,
             "torch": torch.__version__,
         }
@@ -229,12 +224,6 @@ def row_figures(output: GenerationOutput, row: int) -> dict[str, Any]:
         "forwards": int(output.row_forwards[row]),
         "seconds": round(output.seconds / len(output.sequences), 9),
     }
-
-
-def use_few_threads(model: MaskedDiffusionLM) -> None:
-    """One thread for a small model on a CPU: threads would only get in each other's way."""
-    if model.device.type == "cpu" and streamed_parameters(model.config) < _SMALL:
-        torch.set_num_threads(1)
 
 
 def checkpoint_digest(folder: Path) -> str:

@@ -212,6 +212,38 @@ class Checkpoint:
                         mapped += source.nbytes
                         del source  # The last view of the mapping must go before the file is closed.
 
+    def map(self, names: Iterable[str], dtype: torch.dtype) -> tuple[dict[str, Tensor], int]:
+        """Tensors that are read from the files when they are first needed, and again when their memory was needed otherwise.
+
+        The mapping is private: what is written to a tensor is not written to its file. A file that is removed or replaced by
+        another one stays as it was; one that is written to may change tensors, and one that is truncated ends the process with
+        SIGBUS, as it does any that maps it.
+
+        Args:
+            names: of the tensors.
+            dtype: that they are to have. A tensor of another one is copied, and so is one at an address that is no multiple
+                of its element's size.
+
+        Returns:
+            The tensors, and how many of their bytes are mapped.
+        """
+        tensors: dict[str, Tensor] = {}
+        handles: dict[Path, Any] = {}
+        mapped = 0
+        for name in names:
+            file = self.files[name]
+            if file not in handles:
+                handles[file] = _opened(file)
+            source = handles[file].get_tensor(name)
+            if source.dtype != dtype or source.data_ptr() % source.itemsize:
+                tensors[name] = source.to(dtype, copy=True)
+                continue
+            # Through numpy a tensor has a storage of its own, not a part of its file's: a copy of it is not one of the file.
+            own = torch.from_numpy(source.view(-1).view(torch.uint8).numpy())
+            tensors[name] = own.view(dtype).view(source.shape)
+            mapped += source.nbytes
+        return tensors, mapped
+
 
 def _opened(file: Path) -> Any:
     require_regular(file)

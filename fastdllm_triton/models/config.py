@@ -104,6 +104,17 @@ class ModelConfig:
         if self.mask_id in self.eos_ids:
             raise CheckpointError(f"config: the mask token and an end-of-text token are the same, {self.mask_id}")
 
+    @property
+    def layer_parameters(self) -> int:
+        """Matrix weights of one layer: fused QKV, output projection, gate and up, down."""
+        heads = self.heads + 2 * self.kv_heads
+        return self.width * (heads * self.head_dim + self.heads * self.head_dim + 3 * self.mlp)
+
+    @property
+    def streamed_parameters(self) -> int:
+        """Matrix weights that a forward reads: all layers and the head. Of the embedding it reads a row a token."""
+        return self.layers * self.layer_parameters + self.vocab_size * self.width
+
 
 @dataclass(frozen=True)
 class NameMap:

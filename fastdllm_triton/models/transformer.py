@@ -4,7 +4,7 @@ written in place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Ops
+from ..types import Activation
 from .config import ModelConfig, NameMap
 from .kv_cache import KVCache
 
@@ -43,6 +44,47 @@ class Linear:
             return ops.linear(h, self.weight, residual=x), None
         return x, ops.linear(h, self.weight)
 
+    def prefetch(self, ahead: Callable[[Tensor], None]) -> None:
+        """Asks for the weight before it is needed."""
+        ahead(self.weight)
+
+
+class Stacked(Linear):
+    """Weights that share an input and lie apart, as in a file: they are multiplied one by one, and their products stand side
+    by side.
+
+    Args:
+        parts: ``[N_i, K]`` each.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts = tuple(parts)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """``[N, K]``: a copy of all of them."""
+        return torch.cat(self.parts)
+
+    def __call__(  # type: ignore[override]
+        self, ops: Ops, x: Tensor, *, activation: Activation | None = None
+    ) -> Tensor:
+        """``x @ weight.T``, or the gated unit of it."""
+        y = torch.cat([ops.linear(x, part) for part in self.parts], dim=-1)
+        return y if activation is None else cast("Tensor", ops.swiglu(y))
+
+    def of_norm(
+        self, ops: Ops, x: Tensor, delta: Tensor | None, norm: Tensor, eps: float, **epilogue: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As of a :class:`Linear`; the norm is a pass of its own, made once for all parts."""
+        if delta is None:
+            h = ops.rms_norm(x, norm, eps)
+        else:
+            h, x = ops.rms_norm(delta, norm, eps, residual=x)
+        return self(ops, h, **epilogue), x
+
+    def prefetch(self, ahead: Callable[[Tensor], None]) -> None:
+        """Nothing: what prefetches is a kernel, and kernels take one weight."""
+
 
 @dataclass
 class Layer:
@@ -71,12 +113,20 @@ class Layer:
 
 @dataclass
 class Weights:
-    """All parameters of a model. ``head`` is the embedding where the two are tied."""
+    """All parameters of a model. ``head`` is the embedding where the two are tied.
+
+    ``mapped`` of their bytes are pages of files, which the system counts as available though forwards need them.
+    """
 
     embedding: Tensor
     layers: list[Layer]
     final_norm: Tensor
     head: Tensor
+    mapped: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: memory of its own."""
+        return vars(self) | {"mapped": 0}
 
     @classmethod
     def allocate(cls, c: ModelConfig, device: torch.device, dtype: torch.dtype) -> Weights:
@@ -94,14 +144,34 @@ class Weights:
         head = embedding if c.tied else empty(c.embedding_size, c.width)
         return cls(embedding, layers, empty(c.width), head)
 
+    @classmethod
+    def of_parts(cls, c: ModelConfig, names: NameMap, tensors: Mapping[str, Tensor], mapped: int) -> Weights:
+        """The tensors of a checkpoint where they are: matrices that share an input stay apart, biases are copied together."""
+
+        def value(field: str, i: int) -> Any:
+            parts = [tensors[name.format(i=i)] for name in names.layer[field]]
+            if parts[0].dim() == 1:
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return Linear(parts[0]) if len(parts) == 1 else Stacked(parts)
+
+        layers = [Layer(**{field: value(field, i) for field in _layer_shapes(c)}) for i in range(c.layers)]
+        embedding = tensors[names.embedding]
+        head = embedding if c.tied else tensors[names.head]
+        return cls(embedding, layers, tensors[names.final_norm], head, mapped)
+
     def named(self, c: ModelConfig, names: NameMap) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor of the checkpoint as a view of the fused one that holds it."""
+        """Each tensor of the checkpoint: itself, or a view of the fused one that holds it."""
         yield names.embedding, self.embedding
         for i, layer in enumerate(self.layers):
             for field, parts in names.layer.items():
                 value = getattr(layer, field)
-                tensor = value.weight if isinstance(value, Linear) else value
-                for part, view in zip(parts, tensor.split(_stacked_rows(c, field, len(tensor))), strict=True):
+                views: Sequence[Tensor]
+                if isinstance(value, Stacked):
+                    views = value.parts
+                else:
+                    tensor = value.weight if isinstance(value, Linear) else value
+                    views = tensor.split(_stacked_rows(c, field, len(tensor)))
+                for part, view in zip(parts, views, strict=True):
                     yield part.format(i=i), view
         yield names.final_norm, self.final_norm
         if not c.tied:
@@ -158,12 +228,14 @@ class Transformer:
         config: the model's shape.
         weights: its parameters.
         ops: the backend that runs.
+        threads: of a CPU that a forward is to use; None is :func:`~fastdllm_triton.utils.threads.default_threads`.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, ops: Ops, threads: int | None = None) -> None:
         self.config = config
         self.weights = weights
         self.ops = ops
+        self.threads = threads
 
     @property
     def device(self) -> torch.device:
@@ -221,11 +293,11 @@ class Transformer:
             if i == 0:
                 qkv = layer.qkv(ops, h)
             else:
-                ahead(layer.qkv.weight)
+                layer.qkv.prefetch(ahead)
                 qkv, x = layer.qkv.of_norm(ops, x, delta, layer.attn_norm, c.eps)
             ends = only_writes and i == c.layers - 1
             if not ends:
-                ahead(layer.attn_out.weight)
+                layer.attn_out.prefetch(ahead)
             q = ops.rope_kv_write(
                 qkv,
                 k,
@@ -242,7 +314,7 @@ class Transformer:
                 return torch.empty(0, c.width, dtype=self.dtype, device=self.device)
             attended = ops.window_attention(q, k, v, cache.kv_start, cache.kv_end, **attention).flatten(2)
             x, delta = layer.attn_out.add_to(ops, x, attended)
-            ahead(layer.gate_up.weight)
+            layer.gate_up.prefetch(ahead)
             h, x = layer.gate_up.of_norm(ops, x, delta, layer.mlp_norm, c.eps, activation="swiglu")
             x, delta = layer.down.add_to(ops, x, h)
         if rows is not None:

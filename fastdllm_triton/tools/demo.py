@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.padding import Padding
@@ -58,15 +57,14 @@ class Variant:
         return sum(score(problem, text)[0] for problem, text in zip(asked, self.texts, strict=False))
 
 
-def demo(console: Console, count: int, seed: int, device: str | None, backend: str) -> None:
+def demo(console: Console, count: int, seed: int, device: str | None, backend: str, threads: int | None = None) -> None:
     """Decodes ``count`` problems one at a time with each variant, fills in a table meanwhile, and sums up in a line at the end.
 
     The first one, no cache and one token a forward, is the plain loop that the others are compared with. All stop at the end
     token, so the ratios are those of the decoding alone.
     """
     console.print(Text(f"{_number(count, 'word problem')} that the built-in model never saw, one at a time\n"))
-    torch.set_num_threads(1)  # The model is so small that threads only get in each other's way.
-    model = load("tiny", device=device, backend=backend)
+    model = load("tiny", device=device, backend=backend, threads=threads)
     asked = list(islice(problems(seed, test=True), count))
     prompts = [model.encode(problem.prompt) for problem in asked]
     strategies = (("1 a forward", FixedSteps(MAX_ANSWER_TOKENS)), ("threshold 0.9", Threshold(0.9)))

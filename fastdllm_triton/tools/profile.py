@@ -149,9 +149,11 @@ def profile(model: MaskedDiffusionLM, prompts: Sequence[list[int]], config: Gene
         of_kind = [(a, b) for a, b in zip(timed, counted, strict=True) if a.kind == kind]
         ops[kind] = _average(of_kind)
     of = {kind: [forward for forward in timed if forward.kind == kind] for kind in kinds}
+    with decoding_modes(model.network):
+        limits = measure_limits(model.device, model.dtype)
     return Profile(
         machine=describe(model.device) | {"model": repr(model)},
-        limits=measure_limits(model.device, model.dtype),
+        limits=limits,
         forwards={kind: len(forwards) for kind, forwards in of.items()},
         windows={kind: sum(forward.window for forward in forwards) / len(forwards) for kind, forwards in of.items()},
         ops=ops,
@@ -332,7 +334,7 @@ def _instrumented(model: MaskedDiffusionLM, probe: _Probe) -> Iterator[None]:
     network.ops = replace(ops, **functions)
     model.buffers.use_cuda_graphs = False
     try:
-        with patch.object(ModelRunner, "_forward", run), decoding_modes(model.device):
+        with patch.object(ModelRunner, "_forward", run), decoding_modes(network):
             yield
     finally:
         network.ops, model.buffers.use_cuda_graphs = ops, graphs

@@ -58,17 +58,6 @@ GPUS = {
 }
 
 
-def layer_parameters(shape: ModelConfig) -> int:
-    """Matrix weights of one layer: fused QKV, output projection, gate and up, down."""
-    heads = shape.heads + 2 * shape.kv_heads
-    return shape.width * (heads * shape.head_dim + shape.heads * shape.head_dim + 3 * shape.mlp)
-
-
-def streamed_parameters(shape: ModelConfig) -> int:
-    """Matrix weights that a forward reads: all layers and the head. Of the embedding it reads a row a token."""
-    return shape.layers * layer_parameters(shape) + shape.vocab_size * shape.width
-
-
 #: The published models by the names that commands take.
 SHAPES = PUBLISHED
 

@@ -106,7 +106,7 @@ def test_options_of_a_generation_are_fields_of_its_configuration() -> None:
 
 def test_json_is_a_flag_wherever_it_is() -> None:
     found = [p for command in COMMANDS for p in _options(command) if "--json" in p.opts]
-    assert len(found) == 9 and all(p.is_flag for p in found)
+    assert len(found) == 10 and all(p.is_flag for p in found)
 
 
 @pytest.mark.parametrize(("command", "old", "new"), RENAMED)

@@ -29,10 +29,8 @@ from fastdllm_triton.tools.roofline import (
     floor,
     forward_cost,
     generation_cost,
-    layer_parameters,
     op_costs,
     shape_of,
-    streamed_parameters,
     what_if,
 )
 
@@ -41,13 +39,13 @@ H200 = GPUS["h200"]
 
 def test_weights_are_those_of_the_checkpoints() -> None:
     # LLaDA-8B: 4 x 4096^2 + 3 x 4096 x 12288 a layer, 32 layers, a head of 126464 x 4096.
-    assert layer_parameters(LLADA) == 4 * 4096**2 + 3 * 4096 * 12_288 == 218_103_808
-    assert streamed_parameters(LLADA) == 32 * 218_103_808 + 126_464 * 4096
+    assert LLADA.layer_parameters == 4 * 4096**2 + 3 * 4096 * 12_288 == 218_103_808
+    assert LLADA.streamed_parameters == 32 * 218_103_808 + 126_464 * 4096
     # With the embedding and 65 norms these are all the parameters that its model card counts.
-    assert streamed_parameters(LLADA) + 126_464 * 4096 + 65 * 4096 == 8_015_581_184
+    assert LLADA.streamed_parameters + 126_464 * 4096 + 65 * 4096 == 8_015_581_184
     # Dream-7B: (28 + 2 x 4) x 128 columns of QKV.
-    assert layer_parameters(DREAM) == 3584 * 36 * 128 + 3584**2 + 3 * 3584 * 18_944
-    assert 2 * streamed_parameters(DREAM) == pytest.approx(14.14e9, rel=1e-3)
+    assert DREAM.layer_parameters == 3584 * 36 * 128 + 3584**2 + 3 * 3584 * 18_944
+    assert 2 * DREAM.streamed_parameters == pytest.approx(14.14e9, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +112,7 @@ def test_a_forward_is_the_sum_of_its_ops() -> None:
 
 def test_fewer_weight_bits_stream_fewer_bytes_and_multiply_as_much() -> None:
     wide, narrow = (forward_cost(LLADA, 1, 32, 1024, 32, weight_bits=bits) for bits in (16, 8))
-    assert wide.bytes - narrow.bytes == streamed_parameters(LLADA)
+    assert wide.bytes - narrow.bytes == LLADA.streamed_parameters
     assert wide.flops == narrow.flops
 
 
@@ -200,7 +198,7 @@ def test_what_ifs_that_change_nothing_are_left_out() -> None:
     "model", ["llada-8b", "llada-1.5", "dream-7b", "tiny", "LLaDA-8B", str(GOLDEN / "llada-mha" / "config.json")]
 )
 def test_models_are_known_by_name_and_by_config(model: str | Path) -> None:
-    assert streamed_parameters(shape_of(model)) > 0
+    assert shape_of(model).streamed_parameters > 0
 
 
 def test_the_published_sizes_are_what_a_config_gives(tmp_path) -> None:

@@ -8,7 +8,6 @@ from _support import DEVICE, assert_case_holds
 
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.tools.compile_report import compile_cases, reported_ops
-from fastdllm_triton.tools.roofline import layer_parameters
 from fastdllm_triton.verify.cases import OPS
 from fastdllm_triton.verify.cases._base import CASE_MODELS, copy
 from fastdllm_triton.verify.cases.linear import PROJECTIONS
@@ -68,7 +67,7 @@ def test_the_projections_are_those_of_the_configs():
     assert PROJECTIONS["dream qkv"] == (4608, 3584, True, None, False)
     for model, config in CASE_MODELS.items():
         weights = sum(projection.n * projection.k for key, projection in PROJECTIONS.items() if key.startswith(model))
-        assert weights == layer_parameters(config)
+        assert weights == config.layer_parameters
 
 
 @pytest.mark.parametrize("op", reported_ops())

@@ -51,7 +51,7 @@ def diffuse(
             else than it must.
         FloatingPointError: a forward gave a row logits that are NaN or nowhere finite.
     """
-    with decoding_modes(model.network.device):
+    with decoding_modes(model.network):
         return _diffuse(model, inputs, kv_start, config, mask_id, hooks)
 
 
