@@ -76,7 +76,7 @@ class PrefixStore:
             raise ValueError("reuse: this store serves another model; give each model one of its own")
 
     def find(self, tokens: Sequence[int], length: int) -> tuple[Tensor, Tensor] | None:
-        """Keys and values ``[layers, Hkv, T, D]`` of the longest run of kept blocks that tokens begin with; None if there is none.
+        """Keys and values ``[layers, Hkv, T, D]`` of the longest run of kept blocks that tokens begin with, if there is one.
 
         Args:
             tokens: of which whole blocks count.

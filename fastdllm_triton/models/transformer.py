@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Ops
-from ..types import Activation
 from .config import ModelConfig, NameMap
 from .kv_cache import KVCache
 
@@ -24,9 +23,14 @@ class Linear:
 
     weight: Tensor
 
+    @property
+    def operand(self) -> Tensor:
+        """What the op ``linear`` takes for it."""
+        return self.weight
+
     def __call__(self, ops: Ops, x: Tensor, **around: Any) -> Tensor:
         """``x @ weight.T``, with what :func:`fastdllm_triton.reference.linear.linear` can put in front of it and behind it."""
-        y: Tensor = ops.linear(x, self.weight, **around)
+        y: Tensor = ops.linear(x, self.operand, **around)
         return y
 
     def of_norm(
@@ -34,15 +38,15 @@ class Linear:
     ) -> tuple[Tensor, Tensor]:
         """The product of the norm of ``x + delta``, and ``x + delta``."""
         if delta is None:
-            return ops.linear(x, self.weight, norm_weight=norm, eps=eps, **epilogue), x
+            return ops.linear(x, self.operand, norm_weight=norm, eps=eps, **epilogue), x
         h, x = ops.rms_norm(delta, norm, eps, residual=x)
-        return ops.linear(h, self.weight, **epilogue), x
+        return ops.linear(h, self.operand, **epilogue), x
 
     def add_to(self, ops: Ops, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor | None]:
         """``x`` and what is to be added to it: nothing where the product adds it by itself, else the next norm does."""
-        if ops.fuses_residual(h, self.weight):
-            return ops.linear(h, self.weight, residual=x), None
-        return x, ops.linear(h, self.weight)
+        if ops.fuses_residual(h, self.operand):
+            return ops.linear(h, self.operand, residual=x), None
+        return x, ops.linear(h, self.operand)
 
     def prefetch(self, ahead: Callable[[Tensor], None]) -> None:
         """Asks for the weight before it is needed."""
@@ -51,7 +55,7 @@ class Linear:
 
 class Stacked(Linear):
     """Weights that share an input and lie apart, as in a file: they are multiplied one by one, and their products stand side
-    by side.
+    by side. The op of a CPU takes them so.
 
     Args:
         parts: ``[N_i, K]`` each.
@@ -65,22 +69,9 @@ class Stacked(Linear):
         """``[N, K]``: a copy of all of them."""
         return torch.cat(self.parts)
 
-    def __call__(  # type: ignore[override]
-        self, ops: Ops, x: Tensor, *, activation: Activation | None = None
-    ) -> Tensor:
-        """``x @ weight.T``, or the gated unit of it."""
-        y = torch.cat([ops.linear(x, part) for part in self.parts], dim=-1)
-        return y if activation is None else cast("Tensor", ops.swiglu(y))
-
-    def of_norm(
-        self, ops: Ops, x: Tensor, delta: Tensor | None, norm: Tensor, eps: float, **epilogue: Any
-    ) -> tuple[Tensor, Tensor]:
-        """As of a :class:`Linear`; the norm is a pass of its own, made once for all parts."""
-        if delta is None:
-            h = ops.rms_norm(x, norm, eps)
-        else:
-            h, x = ops.rms_norm(delta, norm, eps, residual=x)
-        return self(ops, h, **epilogue), x
+    @property
+    def operand(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return self.parts
 
     def prefetch(self, ahead: Callable[[Tensor], None]) -> None:
         """Nothing: what prefetches is a kernel, and kernels take one weight."""
@@ -154,7 +145,7 @@ class Weights:
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
             return Linear(parts[0]) if len(parts) == 1 else Stacked(parts)
 
-        layers = [Layer(**{field: value(field, i) for field in _layer_shapes(c)}) for i in range(c.layers)]
+        layers = [Layer(**{field: value(field, i) for field in layer_shapes(c)}) for i in range(c.layers)]
         embedding = tensors[names.embedding]
         head = embedding if c.tied else tensors[names.head]
         return cls(embedding, layers, tensors[names.final_norm], head, mapped)

@@ -205,7 +205,7 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
     if same:
         functions = {op: _compilable(op, f) for op, f in functions.items()}
     if name != "triton":
-        return Ops(name, reason, required, _never, **functions)
+        return Ops(name, reason, required, _always if name == "cpu" else _never, **functions)
     from ..kernels.prefetch import Prefetch
 
     return Ops(name, reason, required, _function("triton", "fuses_residual"), **functions, prefetch=Prefetch)
@@ -213,6 +213,10 @@ def _ops(name: str, reason: str, device: torch.device, *, required: bool = False
 
 def _never(x: Tensor, weight: Tensor) -> bool:
     return False
+
+
+def _always(x: Tensor, weight: Tensor) -> bool:
+    return True
 
 
 def _function(backend: str, op: str) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ read on the host, which costs no wait on a CPU. Ops that gain nothing are the re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
@@ -18,7 +19,6 @@ from ..reference._common import accumulate, write
 from ..reference._random import gumbel
 from ..reference.commit_tokens import commit_tokens
 from ..reference.head_statistics import spread
-from ..reference.linear import linear
 from ..reference.rms_norm import gather_rows
 from ..reference.rope_kv_write import angles
 from ..reference.swiglu import swiglu
@@ -26,6 +26,7 @@ from ..reference.token_statistics import draws, row_keys
 from ..reference.window_inputs import window_inputs
 from ..types import NormRounding, RopeRounding, TokenStatistics
 from .cpu_attention import runs_of, window_attention
+from .cpu_linear import linear, norm
 
 __all__ = [
     "commit_tokens",
@@ -44,6 +45,9 @@ _CACHED_BYTES = 2**19
 #: Tokens of a chunk of logits, at least: with fewer the calls would cost more than the numbers.
 _LEAST_CHUNK = 512
 
+#: Rows whose logits are computed as their transpose, in 16 bits.
+_MOST_TURNED = 64
+
 #: Logits ``[R, C]`` in memory of their own, and the id of the first of their tokens.
 _Chunks = Iterator[tuple[int, Tensor]]
 
@@ -58,13 +62,12 @@ def rms_norm(
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`fastdllm_triton.reference.rms_norm.rms_norm`; PyTorch's own norm has its first two rounding points."""
+    """:func:`fastdllm_triton.reference.rms_norm.rms_norm`."""
     if rows is not None:
         x = gather_rows(x, rows)
         residual = None if residual is None else gather_rows(residual, rows)
-    s = x if residual is None else x + residual
-    # The norm is not given the weight: it would round once where the modules round twice.
-    y = write(out, F.rms_norm(s, s.shape[-1:], None, eps) * weight)
+    s = x if residual is None else torch.add(residual, x)
+    y = write(out, norm(s, weight, eps))
     return y if residual is None and rows is None else (y, write(residual_out, s))
 
 
@@ -102,8 +105,7 @@ def rope_kv_write(
     offsets = [start - origin for start, origin in zip(starts, origins, strict=True)]
     cos, sin = _rotation(offsets, window, slots, dim, theta, rounded)
     h = rotated.to(rounded)
-    first, second = h.chunk(2, dim=-1)
-    rotated = (h * cos).add_(torch.cat((second, first), dim=-1).mul_(sin)).to(qkv.dtype)
+    rotated = _rotated(h, cos, sin).to(qkv.dtype)
     q, k = rotated[:, :, :-kv_heads], rotated[:, :, -kv_heads:]
 
     bounds = zip(starts, (max(start, origin, 0) for start, origin in zip(starts, origins, strict=True)), strict=True)
@@ -179,6 +181,17 @@ def head_statistics(
     return result if out is None else out.copy_(result)
 
 
+def _rotated(h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads ``[..., D]``, turned by their angles."""
+    if h.dtype not in (torch.float32, torch.float64):  # Each product is rounded.
+        first, second = h.chunk(2, dim=-1)
+        return (h * cos).add_(torch.cat((second, first), dim=-1).mul_(sin))
+    result = h * cos
+    for half, other, signed in zip(result.chunk(2, dim=-1), reversed(h.chunk(2, dim=-1)), sin.chunk(2, dim=-1), strict=True):
+        half.addcmul_(other, signed)
+    return result
+
+
 def _rotation(offsets: list[int], window: int, slots: int, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``[B, W, 1, D]`` (``[1, W, 1, D]`` where rows agree): cos and signed sin of the positions from each row's offset on."""
     if min(offsets, default=-1) >= 0 and max(offsets) + window <= slots:
@@ -229,7 +242,10 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits_dtype: t
     converted = x.new_empty((count, width))
     for first in range(0, vocabulary, step):
         part = weight[first : first + step]
-        if rounds or x.dtype == weight.dtype:
+        if rounds and weight.dtype != x.dtype and len(x) <= _MOST_TURNED:
+            # As of :mod:`.cpu_linear`; the conversion turns it back.
+            logits = x.new_empty((len(x), len(part))).copy_(torch.mm(part, hidden.t()).t())
+        elif rounds or x.dtype == weight.dtype:
             logits = accumulate(F.linear(hidden, part))
         else:
             logits = x.new_empty((len(x), len(part)))
@@ -310,7 +326,7 @@ def _facts(values: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     values.scatter_(1, index, -torch.inf)
     second = values.amax(1)
     below = _distance_(values, top)
-    mass = below.exp()
+    mass = _exp(below)
     return top[:, 0], index[:, 0] + first, second, mass.sum(1), mass.mul_(below).sum(1)
 
 
@@ -319,7 +335,7 @@ def _merged(top: Tensor, token: Tensor, second: Tensor, odds: Tensor, weighted: 
     largest, chunk = top.max(dim=0, keepdim=True)
     others = top.scatter(0, chunk, -torch.inf)
     d = _distance_(top.clone(), largest)
-    mass, total = d.exp(), 1 + odds
+    mass, total = _exp(d), 1 + odds
     total = total.scatter(0, chunk, odds.gather(0, chunk))  # without the term of the largest logit itself, which is 1
     return (
         largest[0],
@@ -331,9 +347,18 @@ def _merged(top: Tensor, token: Tensor, second: Tensor, odds: Tensor, weighted: 
 
 
 def _distance_(values: Tensor, top: Tensor) -> Tensor:
-    """``values - top`` in place, and where that is so low that its exponential is 0, a number that 0 can be multiplied with."""
-    lowest = -200.0 if values.dtype == torch.float32 else -800.0
-    return values.sub_(top.clamp(min=torch.finfo(values.dtype).min)).clamp_(min=lowest)
+    """``values - top`` in place, and where the exponential of that is no normal number, the lowest of which it is one."""
+    return values.sub_(top.clamp(min=torch.finfo(values.dtype).min)).clamp_(min=_lowest(values.dtype))
+
+
+def _exp(distance: Tensor) -> Tensor:
+    """The exponential of what :func:`_distance_` gives, 0 for the lowest: a CPU takes a hundred times longer below normal numbers.
+    """
+    return F.threshold_(distance.exp(), 1.0001 * math.exp(_lowest(distance.dtype)), 0.0)
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return -87.0 if dtype == torch.float32 else -708.0
 
 
 def _hider(forbidden: Tensor | Sequence[int] | None, rows: int) -> Callable[[Tensor, int], None]:

@@ -25,7 +25,7 @@ CASES = [
 
 def test_every_op_is_there():
     assert {name: callable(getattr(cpu, name)) for name in NAMES} == dict.fromkeys(cpu.__all__, True)
-    assert {"head_statistics", "rms_norm", "rope_kv_write", "token_statistics", "window_attention"} == set(OWN)
+    assert {"head_statistics", "linear", "rms_norm", "rope_kv_write", "token_statistics", "window_attention"} == set(OWN)
 
 
 @pytest.fixture

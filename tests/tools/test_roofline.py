@@ -53,7 +53,7 @@ def test_weights_are_those_of_the_checkpoints() -> None:
     [
         # Without the embedding: 12 query and 2 x 2 key and value heads of 128, and a tied head.
         ("fast-dllm-v2-1.5b", 28 * (1536 * (16 * 128 + 12 * 128) + 3 * 1536 * 8960) + 151_936 * 1536),
-        ("fast-dllm-v2-7b", streamed_parameters(DREAM)),
+        ("fast-dllm-v2-7b", DREAM.streamed_parameters),
         # 32 heads of 128 are wider than the model.
         ("sdar-4b", 36 * (2560 * (48 * 128 + 32 * 128) + 3 * 2560 * 9728) + 151_936 * 2560),
         ("sdar-8b", 36 * (4096 * (48 * 128 + 32 * 128) + 3 * 4096 * 12_288) + 151_936 * 4096),
@@ -61,7 +61,7 @@ def test_weights_are_those_of_the_checkpoints() -> None:
     ],
 )
 def test_weights_of_the_block_causal_checkpoints(model: str, parameters: int) -> None:
-    assert streamed_parameters(shape_of(model)) == parameters
+    assert shape_of(model).streamed_parameters == parameters
     result = CliRunner().invoke(app, ["roofline", "--model", model])
     assert result.exit_code == 0
     assert f"{parameters * 2 / 1e9:.2f} GB of weights a forward" in " ".join(result.stdout.split())

@@ -1,0 +1,81 @@
+"""Matrix products as a CPU runs them fast, with what stands around them in a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference._common import accumulate, write
+from ..reference.swiglu import swiglu
+from ..types import Activation
+
+#: Rows of a product that is computed as ``weight @ x.T``. oneDNN brings what stands on the right into a layout of its own in
+#: every call: of few rows x is the smaller one by far. In 16 bits up to ``_MOST_TURNED`` of them, up to ``_MOST_TURNED_BACK``
+#: where the result is to be turned back; in float32, whose library does the same for a few rows only, these.
+_MOST_TURNED, _MOST_TURNED_BACK, _TURNED_FLOAT32 = 768, 128, range(8, 33)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float | None = None,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`fastdllm_triton.reference.linear.linear`; ``weight`` may also be several, whose rows follow one another.
+
+    The result of ``activation`` may be laid out by columns, as the product behind it reads it.
+    """
+    if norm_weight is not None:
+        assert eps is not None
+        x = norm(x, norm_weight, eps)
+    parts = [weight] if isinstance(weight, Tensor) else list(weight)
+    rows = x.reshape(-1, x.shape[-1])
+    shape = x.shape[:-1]
+    goes_on = activation is not None or residual is not None
+    if not _is_turned(len(rows), x.dtype, goes_on):
+        y = F.linear(x, parts[0]) if len(parts) == 1 else torch.cat([F.linear(x, part) for part in parts], dim=-1)
+        y = y if activation is None else swiglu(y)
+        return write(out, y if residual is None else y.add_(residual))
+    turned = _turned_product(rows, parts)  # [N, T]
+    if activation is not None:
+        gate, up = turned.chunk(2)
+        turned = F.silu(gate, inplace=True).mul_(up)
+    y = turned.t().unflatten(0, shape)
+    if residual is not None:
+        # Said where to, as the sum would else be laid out like the product.
+        return torch.add(residual, y, out=torch.empty_like(residual) if out is None else out)
+    return write(out, y if goes_on else y.contiguous())
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x`` by its root mean square, rounded, times the weight: the rounding points of the reference.
+
+    PyTorch's own norm is not given the weight: it would round once where the modules round twice.
+    """
+    h = accumulate(x)
+    scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (h * scale if h is x else h.mul_(scale)).to(x.dtype).mul_(weight)
+
+
+def _is_turned(rows: int, dtype: torch.dtype, goes_on: bool) -> bool:
+    """Whether a product of so many rows is computed as its transpose."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return rows <= (_MOST_TURNED if goes_on else _MOST_TURNED_BACK)
+    return dtype == torch.float32 and rows in _TURNED_FLOAT32
+
+
+def _turned_product(rows: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """``[N, T]``: the products of rows ``[T, K]`` with weights ``[N_i, K]``, transposed."""
+    if len(parts) == 1:
+        return torch.mm(parts[0], rows.t())
+    turned = rows.new_empty((sum(map(len, parts)), len(rows)))
+    for part, product in zip(parts, turned.split([len(part) for part in parts]), strict=True):
+        torch.mm(part, rows.t(), out=product)
+    return turned
