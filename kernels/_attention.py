@@ -127,8 +127,8 @@ def merge_splits(arch: Arch) -> int:
 
 
 def launch_merge(
-    arch: Arch, partial: Tensor | None, partial_lse: Tensor | None, out: Tensor, lse: Tensor | None, strides: tuple[int, ...], window: int,
-    splits: int, pairs: int, shared: dict[str, Any],
+    arch: Arch, partial: Tensor | None, partial_lse: Tensor | None, out: Tensor, lse: Tensor | None, strides: tuple[int, ...],
+    window: int, splits: int, pairs: int, shared: dict[str, Any],
 ) -> None:  # fmt: skip
     """Merges ``splits`` chunks of so many pairs of sequence and KV head; ``shared`` are the constexprs of both kernels."""
     _merge_kernel[(triton.cdiv(window * shared["G"], MERGE_ROWS), pairs)](
