@@ -353,8 +353,10 @@ def test_a_bad_argument_is_named(op, arguments, options, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, got 'best'"),
-        ({"rule": "all"}, r"rule must be one of quota, threshold, capped_threshold, factor, entropy_budget, schedule, got 'all'"),
+        ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, leftmost, got 'best'"),
+        ({"rule": "all"}, r"rule must be one of quota, threshold, capped_threshold, floored_threshold, .*, schedule, got 'all'"),
+        ({"ends": "row"}, r"ends must be one of block, token, got 'row'"),
+        ({"prompt_end": 1.5}, r"prompt_end must be an integer, or one a row, got 1.5"),
         ({"value": "0.9"}, r"value must be a number or inf, or one a row, got '0.9'"),
         ({"steps": 0}, r"steps must be an integer of 1 or more, or one a row, got 0"),
         ({"mask_id": None}, r"mask_id must be an integer of 0 or more, got None"),
