@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from fastdllm_triton.bench._session import Bench
 from fastdllm_triton.bench._timing import Inputs, Run
@@ -31,7 +31,7 @@ from fastdllm_triton.kernels.rms_norm import rms_norm
 from fastdllm_triton.kernels.swiglu import swiglu
 from fastdllm_triton.kernels.token_statistics import token_statistics
 from fastdllm_triton.kernels.window_attention import select_config, window_attention
-from fastdllm_triton.reference.rope_kv_write import rotate
+from fastdllm_triton.reference.rope_kv_write import head_norm, rotate
 from fastdllm_triton.verify.cases import OPS, OpCases
 from fastdllm_triton.verify.cases.commit_tokens import MASK, START
 from fastdllm_triton.verify.cases.linear import chosen_config
@@ -83,6 +83,8 @@ def torch_rope(i: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     window, heads = i["qkv"].shape[1], i["qkv"].shape[2] // dim
     qkv = i["qkv"] if i["bias"] is None else i["qkv"] + i["bias"]
     q, k, v = qkv.view(batch, window, heads, dim).split((heads - 2 * kv_heads, kv_heads, kv_heads), dim=2)
+    if "q_norm" in i:
+        q, k = (head_norm(x, i[name], i["eps"], i["norm_rounding"]) for name, x in (("q_norm", q), ("k_norm", k)))
     position = i["window_start"][:, None] + torch.arange(window, device=q.device) - i["kv_start"][:, None]
     i["k_cache"][:, :, slots - window :] = rotate(k, position, i["theta"], i["rounding"]).transpose(1, 2)
     i["v_cache"][:, :, slots - window :] = v.transpose(1, 2)
@@ -116,23 +118,43 @@ def official_commit(i: Inputs) -> Tensor:
 
 
 def sdpa(backend: SDPBackend) -> Run:
-    """One backend of PyTorch's attention, on the same layouts."""
+    """One backend of PyTorch's attention, on the same layouts; block-causal by a mask that is made once."""
 
     def run(i: Inputs) -> Tensor:
         grouped = i["q"].shape[2] != i["k_cache"].shape[1]
+        q, k, v = i["q"].transpose(1, 2), i["k_cache"], i["v_cache"]
+        mask = block_mask(q.shape[2], k.shape[2], i["block_causal"][1], q.device) if "block_causal" in i else None
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(i["q"].transpose(1, 2), i["k_cache"], i["v_cache"], enable_gqa=grouped)
+            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=grouped)
 
     return run
 
 
+@lru_cache(maxsize=1)
+def block_mask(window: int, slots: int, block: int, device: torch.device) -> Tensor:
+    """``[W, L]``: what the last ``W`` slots attend block-causally."""
+    slot = torch.arange(slots, device=device)
+    return slot // block <= slot[slots - window :, None] // block
+
+
 def flex(i: Inputs) -> Any:
-    """FlexAttention without a mask, for one row and the paper's window or a refresh: compiling takes seconds a shape."""
+    """FlexAttention, for one row and the paper's window or a refresh: compiling takes seconds a shape."""
     (batch, window, q_heads, _), (kv_heads, slots) = i["q"].shape, i["k_cache"].shape[1:3]
     if batch > 1 or window not in (32, slots):
         raise ValueError("compiled for one row and windows of 32 or all alone")
     run = compiled_flex(i["q"].shape, i["k_cache"].shape)
-    return run(i["q"].transpose(1, 2), i["k_cache"], i["v_cache"], enable_gqa=q_heads != kv_heads)
+    block = flex_mask(window, slots, i["block_causal"][1], i["q"].device) if "block_causal" in i else None
+    return run(i["q"].transpose(1, 2), i["k_cache"], i["v_cache"], block_mask=block, enable_gqa=q_heads != kv_heads)
+
+
+@lru_cache(maxsize=1)
+def flex_mask(window: int, slots: int, block: int, device: torch.device) -> BlockMask:
+    """The same mask for FlexAttention, which passes over tiles that it denies."""
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return kv // block <= (q + slots - window) // block
+
+    return create_block_mask(allowed, None, None, window, slots, device=device)
 
 
 @lru_cache(maxsize=1)
@@ -144,6 +166,8 @@ def compiled_flex(*shapes: torch.Size) -> Callable[..., Any]:
 
 def flash_attn(i: Inputs) -> Any:
     """The flash-attn package, if it is installed; it takes [B, L, H, D]."""
+    if "block_causal" in i:
+        raise ValueError("it has no block-causal mask")
     from flash_attn import flash_attn_func
 
     return flash_attn_func(i["q"], i["k_cache"].transpose(1, 2), i["v_cache"].transpose(1, 2))

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._arch import Arch
 from ._pdl import wait_for_predecessor
 
-#: Rows of a program of the merge kernel, and chunks that it holds at a time.
-MERGE_ROWS, MERGE_SPLITS = 4, 16
+#: Rows of a program of the merge kernel.
+MERGE_ROWS = 4
 
 
 @triton.jit
@@ -88,7 +89,6 @@ def _merge_kernel(
     b, kv_head = pair // HKV, pair % HKV
     M = W * G
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    token, head = (row // G).to(tl.int64), kv_head * G + row % G
     d = tl.arange(0, BLOCK_D)
     at = pair * M + row  # of the first split
     step = tl.num_programs(1).to(tl.int64) * M
@@ -114,18 +114,24 @@ def _merge_kernel(
         m_i = m_new
 
     l_i = tl.where(l_i == 0, 1.0, l_i)
+    token, head = (row // G).to(tl.int64), kv_head * G + row % G
     out_ptr += b * stride_ob + token[:, None] * stride_ow + head[:, None] * stride_oh + d[None, :]
     tl.store(out_ptr, (acc / l_i[:, None]).to(out_ptr.dtype.element_ty), mask=(row < M)[:, None] & (d < D)[None, :])
     if RETURN_LSE:
         tl.store(lse_ptr + (b * HKV * G + head) * W + token, m_i + tl.log2(l_i), mask=row < M)
 
 
+def merge_splits(arch: Arch) -> int:
+    """Chunks that a program of the merge kernel holds at a time: on sm_120, 16 of four heads a KV head spill."""
+    return 8 if arch.name == "sm_120" else 16
+
+
 def launch_merge(
-    partial: Tensor | None, partial_lse: Tensor | None, out: Tensor, lse: Tensor | None, strides: tuple[int, ...], window: int,
-    splits: int, pairs: int, shared: dict[str, Any],
+    arch: Arch, partial: Tensor | None, partial_lse: Tensor | None, out: Tensor, lse: Tensor | None, strides: tuple[int, ...],
+    window: int, splits: int, pairs: int, shared: dict[str, Any],
 ) -> None:  # fmt: skip
     """Merges ``splits`` chunks of so many pairs of sequence and KV head; ``shared`` are the constexprs of both kernels."""
     _merge_kernel[(triton.cdiv(window * shared["G"], MERGE_ROWS), pairs)](
         partial, partial_lse, out, lse, *strides, window, splits,
-        BLOCK_M=MERGE_ROWS, BLOCK_S=MERGE_SPLITS, num_warps=4, **shared,
+        BLOCK_M=MERGE_ROWS, BLOCK_S=merge_splits(arch), num_warps=4, **shared,
     )  # fmt: skip

@@ -248,7 +248,7 @@ def _layout(
     for name, norm, other in (("q_norm", q_norm, k_norm), ("k_norm", k_norm, q_norm)):
         check_shape(name, norm, dim)
         require(name, "nothing", "a tensor, as the other norm is given", norm is not None or other is None)
-    require("eps", eps, "a number with q_norm and k_norm, and None without", (eps is None) == (q_norm is None))
+    require("eps", eps, "a number with q_norm and k_norm, None without", (eps is None) == (q_norm is None))
     require("norm_rounding", repr(norm_rounding), "'qwen3' or 'flash_attn'", norm_rounding in ("qwen3", "flash_attn"))
     check_shape("out", out, batch, window, q_heads, dim)
     check_slots(batch, qkv.device, window_start=window_start, kv_start=kv_start)

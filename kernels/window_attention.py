@@ -93,13 +93,15 @@ def _window_attention_kernel(
         tile_m = tl.num_programs(0) - 1 - tile_m  # those with the most keys first
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     token, head = (row // G).to(tl.int64), kv_head * G + row % G
-    limit, least = end, end  # where the slots of a row end, and of that row of the tile that has the fewest
+    ONE_LOOP: tl.constexpr = BLOCK_M < 128 or (BLOCK_CAUSAL and BLOCK_N < 64)
+    limit, least = end, end  # where the slots of each row end, and of the tile's first row
     if BLOCK_CAUSAL:
         window = tl.load(window_start_ptr + b) - origin  # its position
         last = tl.minimum(tile_m * BLOCK_M + BLOCK_M, M) - 1
-        limit = _limit(window + row // G, block_length, origin, start, end)  # [BLOCK_M]
         least = _limit(window + tile_m * BLOCK_M // G, block_length, origin, start, end)
         end = _limit(window + last // G, block_length, origin, start, end)
+        if ONE_LOOP:
+            limit = _limit(window + row // G, block_length, origin, start, end)  # [BLOCK_M]
 
     # The attended slots are [start, end_a) and [start_b, end). Counted through, this program has those from lo to hi.
     end_a = tl.minimum(tl.maximum(tl.load(skip_start_ptr + b), start), end)
@@ -122,9 +124,8 @@ def _window_attention_kernel(
     first_a, count_a = start + lo, tl.minimum(tl.maximum(end_a - start - lo, 0), hi - lo)
     first_b, count_b = end - n + lo + count_a, hi - lo - count_a
     # Few rows are bound by memory: there every tile is masked, so that the partial ones are in the pipeline as well. Many rows
-    # are bound by arithmetic: there what fills no tile comes last. Its loop has no branch inside: with one, ptxas lets every
-    # wgmma of the main loop wait for the one before (C7515).
-    ONE_LOOP: tl.constexpr = BLOCK_M < 128
+    # are bound by arithmetic: there what fills no tile, or is not all rows', comes last. Its loop has no branch inside: with one,
+    # ptxas lets every wgmma of the main loop wait for the one before (C7515). Block-causal over short tiles, two loops spill.
     tiles_a, tiles_b = count_a // BLOCK_N, count_b // BLOCK_N
     if ONE_LOOP:
         tiles_a, tiles_b = tl.cdiv(count_a, BLOCK_N), tl.cdiv(count_b, BLOCK_N)
@@ -138,6 +139,7 @@ def _window_attention_kernel(
             D, BLOCK_N, BLOCK_D, ONE_LOOP, ONE_LOOP and BLOCK_CAUSAL, SWAP_AB, PRECISION,
         )  # fmt: skip
     if BLOCK_CAUSAL and not ONE_LOOP:
+        limit = _limit(window + row // G, block_length, origin, start, end)  # [BLOCK_M]
         for tile in tl.range(tiles_a, tl.cdiv(count_a, BLOCK_N), num_stages=1):
             m_i, l_i, acc = attend(
                 q, m_i, l_i, acc, k_ptr, v_ptr, stride_kl, stride_vl, first_a + tile * BLOCK_N, count_a - tile * BLOCK_N, limit,
@@ -440,4 +442,4 @@ def _launch(
         num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     if split:
-        launch_merge(workspace, sums_lse, out, lse, strides[9:], window, config.splits, pairs, shared)
+        launch_merge(arch, workspace, sums_lse, out, lse, strides[9:], window, config.splits, pairs, shared)

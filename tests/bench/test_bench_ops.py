@@ -21,6 +21,7 @@ from fastdllm_triton.models.published import LLADA_8B
 from fastdllm_triton.tools import roofline
 from fastdllm_triton.verify.cases import OPS as OP_CASES
 from fastdllm_triton.verify.cases.commit_tokens import MASK
+from fastdllm_triton.verify.cases.window_attention import attended
 from fastdllm_triton.verify.ops import Expected
 
 OPS = [bench.op for bench in benches("ops")]
@@ -84,6 +85,37 @@ def test_bytes_and_flops_of_window_attention_are_those_of_the_tensors_and_produc
     with FlopCounterMode(display=False) as counter:
         torch.softmax(inputs["q"].transpose(1, 2) @ k.mT, dim=-1) @ v
     assert cases.flops(shape) == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize(("window", "slots", "block"), [(40, 40, 8), (8, 40, 4), (13, 45, 32)])
+def test_flops_of_block_causal_attention_are_those_of_the_pairs_that_are_attended(window, slots, block):
+    cases = OP_CASES["window_attention"]
+    shape = {"model": "sdar", "batch": 2, "window": window, "slots": slots, "block": block}
+    pairs = attended(cases.inputs(shape, CPU, torch.float16)).sum().item()
+    assert cases.flops(shape) == 2 * 2 * 32 * 128 * pairs
+    assert cases.bytes(shape) == cases.bytes(shape | {"block": None})
+
+
+def test_the_masks_of_the_baselines_are_block_causal():
+    shape = {"model": "sdar", "batch": 1, "window": 40, "slots": 40, "block": 8}
+    i = OP_CASES["window_attention"].inputs(shape, CPU, torch.float32)
+    want = OP_CASES["window_attention"].reference(**i)
+    got = bench_ops.sdpa(torch.nn.attention.SDPBackend.MATH)(i).transpose(1, 2)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="it has no block-causal mask"):
+        bench_ops.flash_attn(i)
+    allowed = bench_ops.flex_mask(8, 40, 4, CPU).mask_mod
+    query, key = torch.arange(8)[:, None], torch.arange(40)
+    assert torch.equal(allowed(None, None, query, key), bench_ops.block_mask(8, 40, 4, CPU))
+
+
+def test_the_baseline_of_rope_kv_write_norms_as_the_reference_does():
+    cases = OP_CASES["rope_kv_write"]
+    i = cases.inputs({"model": "sdar", "batch": 1, "window": 4, "slots": 8}, CPU, torch.bfloat16)
+    caches = {name: i[name].clone() for name in ("k_cache", "v_cache")}
+    q, k_cache, v_cache = bench_ops.torch_rope(i | {name: cache.clone() for name, cache in caches.items()})
+    want = cases.outputs(cases.reference, i | caches)
+    assert torch.equal(q, want["q"]) and torch.equal(k_cache, want["k_cache"]) and torch.equal(v_cache, want["v_cache"])
 
 
 def test_flops_of_linear_are_those_of_the_product():

@@ -41,7 +41,7 @@ def idle(llada: fdt.MaskedDiffusionLM) -> fdt.MaskedDiffusionLM:
         ({"cache": "both"}, r"cache must be one of none, prefix, dual, got 'both'"),
         (
             {"strategy": 0.9},
-            r"strategy must be FixedSteps, Threshold, CappedThreshold, Factor, EntropyBudget or Timesteps, got 0.9",
+            r"strategy must be FixedSteps, Threshold, CappedThreshold, DenoisingSteps, .* EntropyBudget or Timesteps, got 0.9",
         ),
         ({"strategy": fdt.FixedSteps(3)}, r"steps must be a multiple of the number of blocks, 2 .*, got 3"),
         ({"strategy": fdt.FixedSteps(1)}, r"steps must be a multiple of the number of blocks, 2 .*, got 1"),
@@ -104,6 +104,11 @@ def test_an_unknown_option(idle: fdt.MaskedDiffusionLM) -> None:
         (lambda: fdt.Timesteps(0), r"timesteps must be an integer of 1 or more, got 0"),
         (lambda: fdt.CappedThreshold(0), r"capped_steps must be an integer of 1 or more, got 0"),
         (lambda: fdt.CappedThreshold(8, 1.5), r"threshold must be in \(0, 1\], got 1.5"),
+        (lambda: fdt.DenoisingSteps(0), r"denoising_steps must be an integer of 1 or more, got 0"),
+        (lambda: fdt.DenoisingSteps(4, 1.5), r"threshold must be None or in \(0, 1\], got 1.5"),
+        (lambda: fdt.DenoisingSteps(4, 0.9, score="leftmost"), r"threshold must be None with score='leftmost', .*, got 0.9"),
+        (lambda: fdt.DenoisingSteps(4, score="margin"), r"score must be one of confidence, leftmost for Denoising"),
+        (lambda: fdt.Threshold(0.9, strict=1), r"strict must be True or False, got 1"),
         (lambda: fdt.CappedThreshold(8, score="neg_entropy"), r"score must be one of confidence, margin, random for Capped"),
         (lambda: fdt.Timesteps(2.5), r"timesteps must be an integer of 1 or more, got 2.5"),  # type: ignore[arg-type]
         (lambda: fdt.Timesteps(8, 1.0), r"eps must be above 0 and below 1, got 1.0"),
@@ -275,6 +280,7 @@ STRATEGIES = st.one_of(
     st.builds(fdt.FixedSteps, st.integers(1, 24), score=st.sampled_from(fdt.FixedSteps.scores)),
     st.builds(fdt.Threshold, st.floats(0.01, 1), score=st.sampled_from(fdt.Threshold.scores)),
     st.builds(fdt.Factor, st.floats(0.01, 20), score=st.sampled_from(fdt.Factor.scores)),
+    st.builds(fdt.DenoisingSteps, st.integers(1, 24), score=st.sampled_from(fdt.DenoisingSteps.scores)),
     st.builds(fdt.CappedThreshold, st.integers(1, 24), score=st.sampled_from(fdt.CappedThreshold.scores)),
     st.builds(fdt.Timesteps, st.integers(1, 24), score=st.sampled_from(fdt.Timesteps.scores)),
     st.builds(fdt.EntropyBudget, st.floats(0, 20), score=st.sampled_from(fdt.EntropyBudget.scores)),

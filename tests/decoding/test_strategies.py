@@ -150,8 +150,41 @@ def test_a_capped_threshold_over_one_block_is_the_official_threshold_of_dream(st
     assert all(committed <= 24 // steps * (i + 1) for i, committed in enumerate(forwards[:steps].tolist()))
 
 
+@pytest.mark.parametrize(("steps", "forwards"), [(1, [8]), (2, [4, 4]), (3, [3, 3, 2]), (8, [1] * 8), (20, [1] * 8)])
+def test_denoising_steps_are_of_a_block(llada: fdt.MaskedDiffusionLM, steps: int, forwards: list[int]) -> None:
+    for score in ("confidence", "leftmost"):
+        strategy = fdt.DenoisingSteps(steps, score=score)
+        out = llada.generate([[1, 2, 3]], gen_length=16, block_length=8, strategy=strategy, stop_at_eos=False)
+        assert out.step_map[0].bincount().tolist() == forwards * 2
+    assert out.step_map[0].tolist() == sorted(out.step_map[0].tolist())  # from left to right
+    fixed = fdt.FixedSteps(2 * min(steps, 8))  # the same while nothing of a block is given
+    found, want = (
+        llada.generate([[1, 2, 3]], gen_length=16, block_length=8, strategy=strategy, stop_at_eos=False).sequences
+        for strategy in (fdt.DenoisingSteps(steps), fixed)
+    )
+    assert found.tolist() == want.tolist()
+
+
+def test_a_dynamic_schedule_is_no_slower_than_a_static_one(llada: fdt.MaskedDiffusionLM) -> None:
+    options: dict[str, Any] = {"gen_length": 16, "block_length": 8, "stop_at_eos": False}
+    static = llada.generate([[1, 2, 3]], strategy=fdt.DenoisingSteps(4), **options)
+    certain = llada.generate([[1, 2, 3]], strategy=fdt.DenoisingSteps(4, 1.0), **options)
+    lax = llada.generate([[1, 2, 3]], strategy=fdt.DenoisingSteps(4, 1e-6), **options)
+    assert certain.sequences.tolist() == static.sequences.tolist() and certain.nfe == static.nfe == 8
+    assert lax.nfe == 2
+    one = llada.generate([[1, 2, 3]], strategy=fdt.Threshold(1, strict=True), **options)
+    assert one.nfe == 16 and one.step_map[0].bincount().tolist() == [1] * 16
+
+
 def test_only_a_schedule_has_shares() -> None:
-    strategies = (fdt.FixedSteps(4), fdt.Threshold(), fdt.CappedThreshold(4), fdt.Factor(), fdt.EntropyBudget(0.1))
+    strategies = (
+        fdt.FixedSteps(4),
+        fdt.Threshold(),
+        fdt.CappedThreshold(4),
+        fdt.DenoisingSteps(4),
+        fdt.Factor(),
+        fdt.EntropyBudget(0.1),
+    )
     assert all(strategy.shares(2) == () for strategy in strategies)
     assert fdt.Timesteps(4).shares(4) == (1.0,)
     assert fdt.Timesteps(6).steps_per_block(3) == 2

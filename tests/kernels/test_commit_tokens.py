@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import fields
 from fractions import Fraction
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastdllm_triton.decoding.strategies import DenoisingSteps, Threshold
 from fastdllm_triton.engine.dream.rules import transfer_count
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.commit_tokens import commit_tokens as kernel
@@ -24,8 +26,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = 9
 INF = math.inf
 OPS = {"reference": reference, "triton": kernel}
-SCORES = ["confidence", "margin", "neg_entropy", "random"]
-RULES = ["quota", "threshold", "factor", "entropy_budget", "schedule"]
+SCORES = ["confidence", "margin", "neg_entropy", "random", "leftmost"]
+RULES = ["quota", "threshold", "floored_threshold", "factor", "entropy_budget", "schedule"]
 
 
 @pytest.fixture(params=OPS)
@@ -64,7 +66,9 @@ def probability(slot: Slot) -> Fraction:
     return Fraction(0) if slot.rest == INF else 1 / (1 + Fraction(slot.rest))
 
 
-def score_of(score: str, slot: Slot, random: float) -> Fraction:
+def score_of(score: str, slot: Slot, random: float, index: int) -> Fraction:
+    if score == "leftmost":
+        return Fraction(-index)
     if score == "confidence":
         return probability(slot)
     if score == "margin":
@@ -77,7 +81,7 @@ def score_of(score: str, slot: Slot, random: float) -> Fraction:
 
 def committed(score: str, rule: str, value: float, steps: int, step: int, masked: int, slots: list[Slot], random: list[float]):
     """Indices of the slots one row commits, best first."""
-    scores = [score_of(score, slot, u) for slot, u in zip(slots, random, strict=True)]
+    scores = [score_of(score, slot, u, i) for i, (slot, u) in enumerate(zip(slots, random, strict=True))]
     eligible = [i for i, slot in enumerate(slots) if slot.masked and slot.token >= 0]
     ranked = sorted(eligible, key=lambda i: (-scores[i], i))
     total = len(ranked)
@@ -91,6 +95,9 @@ def committed(score: str, rule: str, value: float, steps: int, step: int, masked
         count = [masked // steps + (1 if i < masked % steps else 0) for i in range(max(steps, step + 1))][step]
     elif rule == "threshold":
         count = sum(float(scores[i]) >= value for i in ranked)
+    elif rule == "floored_threshold":
+        spread = [len(slots) // steps + (1 if i < len(slots) % steps else 0) for i in range(max(steps, step + 1))]
+        count = max(sum(float(scores[i]) >= value for i in ranked), spread[step])
     elif rule == "capped_threshold":
         spread = [masked // steps + (1 if i < masked % steps else 0) for i in range(steps)]
         now = sum(slot.masked for slot in slots)
@@ -309,11 +316,75 @@ def test_quotas_of_a_block_are_those_of_llada(op, masked, steps, quotas):
 @pytest.mark.parametrize("rule", RULES)
 def test_ties_go_to_the_first_position(op, rule):
     slots = [Slot(True, 1, -1.0, 1.0, 0.5)] * 6
-    value = {"threshold": 0.9, "factor": 0.1, "entropy_budget": 0.5}.get(rule, 0.0)
-    two = ("quota", "capped_threshold", "entropy_budget", "schedule")  # a threshold of 0 lets the whole share through
+    value = {"threshold": 0.9, "floored_threshold": 0.9, "factor": 0.1, "entropy_budget": 0.5}.get(rule, 0.0)
+    # A threshold of 0 lets the whole share through; six slots in three forwards are two each.
+    two = ("quota", "capped_threshold", "floored_threshold", "entropy_budget", "schedule")
     expected = [0, 1] if rule in two else [0]
     for score in SCORES[:3]:
         assert run(op, slots, score, rule, value, steps=3, step=1 if rule == "schedule" else 0) == expected
+
+
+@pytest.mark.parametrize(
+    ("t", "confidences", "step", "chosen"),
+    [
+        (0.9, [0.95, 0.2, 0.91, 0.93], 0, [0, 2, 3]),  # more than the floor of two
+        (0.9, [0.95, 0.2, 0.91, 0.5], 0, [0, 2]),  # as many
+        (0.9, [0.95, 0.2, 0.3, 0.5], 0, [0, 3]),  # fewer: the two best
+        (0.9, [0.2, 0.2, 0.3, 0.5], 2, [3]),  # the floor of the third forward
+        (0.5, [0.5, 0.5, 0.75, 0.5], 2, [2]),  # above, not at least
+        (None, [1.0, 1.0, 1.0, 1.0], 2, [0]),  # no threshold: whatever the confidence
+        (None, [0.1, 0.2, 0.3, 0.4], 0, [2, 3]),
+    ],
+)
+def test_denoising_steps_of_sdar(op, t, confidences, step, chosen):
+    # Five slots in three forwards are two, two and one, although one slot of the block is given.
+    slots = [*by_rest(odds(*confidences)), Slot(False, 0, -1.0, 0.0, 0.0)]
+    value = DenoisingSteps(3, t).value
+    assert run(op, slots, "confidence", "floored_threshold", value, steps=3, step=step) == chosen
+
+
+@pytest.mark.parametrize("given", range(8))
+def test_static_and_sequential_schedules_are_those_of_sdars_loop(op, given):
+    generator = torch.Generator().manual_seed(given)
+    confidence = torch.rand(8, generator=generator)
+    mask = torch.ones(8, dtype=torch.bool)
+    mask[torch.randperm(8, generator=generator)[:given]] = False
+    for score, steps in itertools.product(("confidence", "leftmost"), (1, 3, 5, 8)):
+        left, want = mask.clone(), []
+        for i in range(steps):
+            if not left.any():
+                break
+            quota = min(8 // steps + (i < 8 % steps), int(left.sum()))
+            ranks = torch.where(left, confidence, -1) if score == "confidence" else torch.where(left, -torch.arange(8), -99)
+            best = ranks.topk(quota).indices
+            left[best] = False
+            want.append(sorted(best.tolist()))
+        x = torch.where(mask, MASK, 0)[None].to(DEVICE)
+        state = state_of(score, "floored_threshold", math.inf, steps)
+        statistics = statistics_of([[Slot(True, 1, -1.0, 1 / c - 1, 0.1) for c in confidence.tolist()]])
+        for _ in want:
+            op(x, statistics, int32(0), state)
+        assert [(state.step_map[0] == i).nonzero()[:, 0].tolist() for i in range(len(want))] == want
+        assert state.done.tolist() == [True]
+
+
+@pytest.mark.parametrize(("t", "chosen"), [(0.5, [2]), (0.25, [0, 1, 2]), (1.0, [2]), (0.75, [2])])
+def test_a_strict_threshold_is_above_and_never_at(op, t, chosen):
+    slots = by_rest([1.0, 1.0, 1 / 3, 3.0])  # exactly 1/2, 1/2, about 3/4, 1/4
+    assert run(op, slots, "confidence", "threshold", Threshold(t, strict=True).value) == chosen
+    certain = by_rest([0.0, 0.0, 0.0])
+    assert run(op, certain, "confidence", "threshold", Threshold(1.0, strict=True).value) == [0]  # one token a forward
+    assert run(op, certain, "confidence", "threshold", Threshold(1.0).value) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("rule", ["quota", "threshold", "floored_threshold", "factor"])
+def test_a_block_of_one_slot_is_committed_whatever_its_score(op, rule):
+    # Fast-dLLM v2: the token that the last row of a finished block predicts stands behind it.
+    x = torch.tensor([[1, 2, MASK, MASK], [1, MASK, MASK, MASK]], device=DEVICE)
+    state = state_of("confidence", rule, math.inf if "threshold" in rule else 0.0, rows=2, slots=4)
+    op(x, statistics_of([[Slot(True, 5, -1.0, 1e9, 9.0)], [Slot(True, 6, -1.0, INF, 9.0)]]), int32(2, 1), state)
+    assert x.tolist() == [[1, 2, 5, MASK], [1, 6, MASK, MASK]]
+    assert state.done.all() and state.forward.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -465,11 +536,16 @@ def bad(**changes):
         ({"statistics__rest": torch.zeros(2, 8)[:, ::2]}, "statistics.rest must be a contiguous torch.float32"),
         ({"statistics__entropy": torch.zeros(2, 4).double()}, "statistics.entropy must be a contiguous torch.float32"),
         ({"window_start": torch.zeros(2, dtype=torch.int64)}, "window_start must be a contiguous torch.int32"),
-        ({"state__score": "entropy"}, "state.score must be one of confidence, margin, neg_entropy, random, got 'entropy'"),
+        (
+            {"state__score": "entropy"},
+            "state.score must be one of confidence, .*, random, leftmost, got 'entropy'",
+        ),
         (
             {"state__rule": "all"},
-            "state.rule must be one of quota, threshold, capped_threshold, factor, entropy_budget, schedule, got 'all'",
+            "state.rule must be one of quota, threshold, capped_threshold, floored_threshold, factor, .*, schedule, got 'all'",
         ),
+        ({"state__ends": "row"}, "state.ends must be one of block, token, got 'row'"),
+        ({"state__prompt_end": torch.zeros(2, dtype=torch.int64)}, r"state.prompt_end must be a contiguous torch.int32 \[2\]"),
         ({"state__value": torch.zeros(())}, "state.value must be a contiguous torch.float64"),
         ({"state__eos_ids": torch.zeros(3, 1, dtype=torch.int64)}, r"state.eos_ids must be a contiguous torch.int64 \[2, 1\]"),
         ({"state__shares": torch.zeros(2, 3, 1)}, r"state.shares must be a contiguous torch.float32 \[2, 1\]"),
@@ -524,6 +600,85 @@ def test_a_row_ends_with_the_block_that_holds_an_end_token(op, block, eos_ids, b
     assert (state.step_map[0, 1 + block :] == -1).all()
     op(x, statistics_of([slots + [Slot(False, 0, -1.0, 0.5, 0.1)] * len(filler)]), int32(1), state)
     assert state.ended.tolist() == [ended or before.count(MASK) == 2]  # kept; a block that the second forward completed
+
+
+@pytest.mark.parametrize(
+    ("before", "tokens", "prompt_end", "ended"),
+    [
+        ((WORD, MASK, MASK), (0, EOS, WORD), 0, True),  # masked behind it, and filled
+        ((MASK, MASK, WORD), (EOS, WORD, 0), 0, True),
+        ((MASK, MASK, WORD), (WORD, EOS, 0), 0, False),  # the second is not decoded yet
+        ((MASK, EOS, MASK), (WORD, 0, WORD), 0, True),  # what was before it is decoded now
+        ((MASK, MASK, EOS), (WORD, WORD, 0), 0, False),  # something before it is not
+        ((MASK, EOS, EOS), (EOS, 0, 0), 0, True),  # the first of several
+        ((EOS, WORD, MASK), (0, 0, WORD), 2, False),  # a prompt's
+        ((EOS, EOS, MASK), (0, 0, WORD), 2, True),
+        ((EOS, EOS, MASK), (0, 0, WORD), 3, False),
+        ((EOS, WORD, WORD), (0, 0, 0), 0, False),  # nothing masked: a no-op
+    ],
+)
+def test_a_row_ends_as_soon_as_nothing_is_masked_before_an_end_token(op, before, tokens, prompt_end, ended):
+    x = torch.tensor([[EOS, *before, *[MASK] * 69, WORD]], device=DEVICE)
+    state = state_of("leftmost", "quota", steps=before.count(MASK) or 1, slots=x.shape[1])  # one token
+    state.eos_ids, state.ends = torch.tensor([[EOT, EOS]], device=DEVICE), "token"
+    state.prompt_end.fill_(prompt_end)
+    slots = [Slot(token == MASK, new, -1.0, 0.5, 0.1) for token, new in zip(before, tokens, strict=True)]
+    if before == (WORD, MASK, MASK):
+        state.score = "confidence"
+        slots[1] = slots[1]._replace(rest=0.1)
+    op(x, statistics_of([slots]), int32(1), state)
+    first = before.index(MASK) if MASK in before else None
+    want = [tokens[i] if i == first else token for i, token in enumerate(before)]
+    if ended:
+        want = [EOT if token == MASK else token for token in want]
+    assert x[0].tolist() == [EOS, *want, *[EOT if ended else MASK] * 69, WORD]
+    assert state.ended.tolist() == [ended]
+    assert state.remaining.tolist() == [0 if ended else max(before.count(MASK) - 1, 0)]
+    assert (state.step_map >= 0).sum() == (first is not None)
+
+
+@pytest.mark.parametrize("prompt_end", [0, 1, 2])
+def test_end_tokens_of_a_prompt_do_not_end_a_finished_block(op, prompt_end):
+    x = torch.tensor([[EOS, MASK, MASK, MASK]], device=DEVICE)
+    state = state_of("confidence", "quota", slots=4)
+    state.eos_ids = torch.tensor([[EOS]], device=DEVICE)
+    state.prompt_end.fill_(prompt_end)
+    op(x, statistics_of([[Slot(i > 0, WORD, -1.0, 0.5, 0.1) for i in range(2)]]), int32(0), state)
+    assert state.ended.tolist() == [prompt_end == 0]
+    assert x.tolist() == [[EOS, WORD, EOS, EOS] if prompt_end == 0 else [EOS, WORD, MASK, MASK]]
+
+
+def official_stop(x: list[int], known: int, end: int) -> bool:
+    """The stop test of Fast-dLLM v2's ``generate``: nothing masked between what was known and the first end token behind it."""
+    found = next((i for i in range(known, end) if x[i] == EOS), None)
+    return found is not None and MASK not in x[known:found]
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_sub_blocks_end_a_row_where_the_official_loop_leaves_the_block(data):
+    start, known = 3, data.draw(st.integers(1, 7))
+    x = [WORD] * 3 + [EOS] * known + [MASK] * (8 - known) + [MASK] * 5
+    state = state_of("confidence", "threshold", 0.6, slots=len(x))
+    state.eos_ids, state.ends = torch.tensor([[EOS]], device=DEVICE), "token"
+    state.prompt_end.fill_(start + known)
+    mine, official, ops = torch.tensor([x], device=DEVICE), list(x), data.draw(st.sampled_from(list(OPS)))
+    for sub in (start, start + 4):
+        while MASK in official[sub : sub + 4] and not official_stop(official, start + known, start + 8):
+            confidences = data.draw(st.lists(st.sampled_from([0.1, 0.5, 0.7, 0.9]), min_size=4, max_size=4))
+            tokens = data.draw(st.lists(st.sampled_from([WORD, WORD, EOS]), min_size=4, max_size=4))
+            slots = [Slot(True, token, -1.0, 1 / c - 1, 0.1) for token, c in zip(tokens, confidences, strict=True)]
+            masked = [i for i in range(4) if official[sub + i] == MASK]
+            best = max(masked, key=lambda i: confidences[i])
+            for i in masked:
+                if confidences[i] > 0.6 or i == best:
+                    official[sub + i] = tokens[i]
+            OPS[ops](mine, statistics_of([slots]), int32(sub), state)
+            stop = official_stop(official, start + known, start + 8)
+            assert state.ended.tolist() == [stop]
+            filled = [EOS if token == MASK and stop else token for token in official]
+            assert mine[0].tolist() == filled
+            assert state.done.tolist() == [MASK not in official[sub : sub + 4] or stop]
 
 
 def test_rows_end_apart(op):

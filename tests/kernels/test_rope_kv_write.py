@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
-from _support import CPU, DEVICE, ints, randn, small_cases
+from _support import CPU, DEVICE, KERNEL_DTYPES, ints, randn, small_cases
 from torch import Tensor
 
 from fastdllm_triton.kernels import rope_kv_write as module
 from fastdllm_triton.kernels._arch import ARCHS
 from fastdllm_triton.kernels.rope_kv_write import rope_kv_write as kernel
+from fastdllm_triton.reference.rms_norm import rms_norm
+from fastdllm_triton.reference.rope_kv_write import head_norm
 from fastdllm_triton.reference.rope_kv_write import rope_kv_write as reference
 from fastdllm_triton.verify.cases.rope_kv_write import ROPE_KV_WRITE
 
@@ -74,7 +77,7 @@ def expected(case: Case, qkv: Tensor, k_cache: Tensor, v_cache: Tensor, theta: f
 @pytest.mark.parametrize("of", small_cases("rope_kv_write"), ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_reference_is_a_rotation_of_complex_numbers(of, with_bias):
-    sizes = {name: size for name, size in of.sizes.items() if name not in ("rounding", "theta")}
+    sizes = {name: size for name, size in of.sizes.items() if name not in ("rounding", "theta", "norms")}
     args = ROPE_KV_WRITE.inputs({**sizes, "bias": with_bias}, CPU, torch.float64)
     qkv, k_cache, v_cache, bias = (args[name] for name in ("qkv", "k_cache", "v_cache", "bias"))
     (_, kv_heads, slots, dim), columns = k_cache.shape, qkv.shape[2]
@@ -83,6 +86,41 @@ def test_reference_is_a_rotation_of_complex_numbers(of, with_bias):
     q = reference(**args)
     for got, exact in zip((q, k_cache, v_cache), want, strict=True):
         torch.testing.assert_close(got, exact)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``[..., D]`` over its root mean square, element by element in Python's floats."""
+    flat = x.double().reshape(-1, x.shape[-1]).tolist()
+    rms = [math.sqrt(sum(value * value for value in head) / len(head) + eps) for head in flat]
+    rows = [[v / r * w for v, w in zip(head, weight.tolist(), strict=True)] for head, r in zip(flat, rms, strict=True)]
+    return torch.tensor(rows, dtype=torch.float64).view_as(x)
+
+
+@pytest.mark.parametrize("norm_rounding", ["qwen3", "flash_attn"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_norms_are_of_each_q_and_k_head_behind_the_bias_and_before_the_rotation(norm_rounding, with_bias):
+    case = Case("", (2, 0), (1, 3), 5, q_heads=4, kv_heads=2)
+    qkv, k_cache, v_cache, window_start, kv_start, bias = inputs(case, torch.float64)
+    q_norm, k_norm = randn(16, seed=7), randn(16, seed=8)
+    summed = qkv + bias if with_bias else qkv
+    heads = summed.view(2, 5, 8, 16)
+    plain = torch.cat((normed(heads[:, :, :4], q_norm, 0.3), normed(heads[:, :, 4:6], k_norm, 0.3), heads[:, :, 6:]), dim=2)
+    want = expected(case, plain.flatten(2), k_cache, v_cache)
+    norms = {"q_norm": q_norm, "k_norm": k_norm, "eps": 0.3, "norm_rounding": norm_rounding}
+    q = reference(qkv, k_cache, v_cache, window_start, kv_start, THETA, bias=bias if with_bias else None, **norms)
+    for got, exact in zip((q, k_cache, v_cache), want, strict=True):
+        torch.testing.assert_close(got, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_two_norms_round_where_their_modules_do(dtype):
+    x, weight = randn(64, 128, dtype=dtype), randn(128, dtype=dtype, seed=1)
+    unit = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    once, twice = head_norm(x, weight, 1e-6, "flash_attn"), head_norm(x, weight, 1e-6)
+    assert torch.equal(once, (unit * weight.float()).to(dtype))
+    assert torch.equal(twice, weight * unit.to(dtype))
+    assert torch.equal(twice, rms_norm(x, weight, 1e-6))
+    assert 0.05 < (once != twice).double().mean() < 0.6  # the rounding before the weight shows
 
 
 def test_scores_depend_on_the_distance_of_positions_only():
@@ -157,6 +195,25 @@ def test_kernel_keeps_the_rounding_points(rounding):
         assert (q == other).double().mean() < 0.9
 
 
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[1:])
+@pytest.mark.parametrize("norm_rounding", ["qwen3", "flash_attn"])
+def test_kernel_keeps_the_rounding_points_of_the_norms(norm_rounding, dtype):
+    # Values as they are before the rotation: at position 0 it turns by nothing. A sum in another order moves few of them.
+    case = Case("", (0,), (0,), 1, slots=2, dim=128, q_heads=32, kv_heads=8)
+    qkv, k_cache, v_cache, window_start, kv_start, _ = inputs(case, dtype, DEVICE)
+    norms = {"q_norm": randn(128, dtype=dtype, seed=5, device=DEVICE), "k_norm": randn(128, dtype=dtype, seed=6, device=DEVICE)}
+    cache, heads = k_cache.clone(), qkv.view(1, 1, 48, 128)
+    options = {"eps": 1e-6, "norm_rounding": norm_rounding, "rounding": "dream"}
+    q = kernel(qkv, k_cache, v_cache, window_start, kv_start, THETA, **norms, **options)
+    for got, x, weight in ((q, heads[:, :, :32], norms["q_norm"]), (k_cache[:, :, 0], heads[:, 0, 32:40], norms["k_norm"])):
+        want, other = (
+            head_norm(x, weight, 1e-6, r) for r in (norm_rounding, "qwen3" if norm_rounding != "qwen3" else "flash_attn")
+        )
+        assert (got == want).double().mean() > 0.99
+        assert (got == other).double().mean() < 0.95
+    assert torch.equal(v_cache[:, :, 0], heads[:, 0, 40:]) and torch.equal(k_cache[:, :, 1], cache[:, :, 1])
+
+
 @pytest.mark.parametrize("first", [0, 4_000, 130_000])
 def test_kernel_turns_as_torch_does_at_far_positions(first):
     # Same frequencies, same rounded angle: what differs is cosine and sine alone.
@@ -216,7 +273,14 @@ def test_kernel_reaches_caches_of_more_than_2_to_the_31_elements():
         ({"window_start": torch.zeros(2, dtype=torch.int64)}, "window_start must be .*, got torch.int64"),
         ({"kv_start": torch.zeros(3, dtype=torch.int32)}, "kv_start must be .*, got shape"),
         ({"out": torch.ones(2, 4, 4, 8)}, "out must be .*, got shape"),
-        ({"rounding": "none"}, "rounding must be .*, got 'none'"),
+        ({"rounding": "none"}, "^rounding must be .*, got 'none'"),
+        ({"q_norm": torch.ones(16), "eps": 1e-6}, "k_norm must be .*, got nothing"),
+        ({"k_norm": torch.ones(16)}, "q_norm must be .*, got nothing"),
+        ({"q_norm": torch.ones(8), "k_norm": torch.ones(16), "eps": 1e-6}, "q_norm must be .*, got shape"),
+        ({"q_norm": torch.ones(16), "k_norm": torch.ones(16).half(), "eps": 1e-6}, "k_norm must be .*, got torch.float16"),
+        ({"q_norm": torch.ones(16), "k_norm": torch.ones(16)}, "eps must be a number with q_norm and k_norm, .*, got None"),
+        ({"eps": 1e-6}, "eps must be .* None without, got 1e-06"),
+        ({"norm_rounding": "none"}, "norm_rounding must be .*, got 'none'"),
     ],
 )
 def test_kernel_names_what_is_wrong_and_writes_nothing(change, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,12 +53,16 @@ def test_the_attended_slots_are_those_of_the_ranges_slot_by_slot():
         ranges = [
             args[name].tolist() for name in ("kv_start", "kv_end", *(("skip_start", "skip_end") if "skip_start" in args else ()))
         ]
-        want = torch.zeros(len(args["q"]), args["k_cache"].shape[2], dtype=torch.bool)
+        windows, length = args.get("block_causal", (torch.zeros(len(args["q"])), 10**9))
+        batch, window = args["q"].shape[:2]
+        want = torch.zeros(batch, window, args["k_cache"].shape[2], dtype=torch.bool)
         for b, (start, end, *skip) in enumerate(zip(*ranges, strict=True)):
-            for slot in range(start, end):
-                want[b, slot] = not skip or not skip[0] <= slot < skip[1]
-        assert torch.equal(attended(args), want)
-        assert torch.equal(args["k_cache"][:, 0, :, 0].isnan(), ~want)
+            for query, slot in itertools.product(range(window), range(start, end)):
+                position = int(windows[b]) + query - start
+                allowed = "block_causal" not in args or (position >= 0 and slot < start + (position // length + 1) * length)
+                want[b, query, slot] = allowed and (not skip or not skip[0] <= slot < skip[1])
+        assert torch.equal(attended(args).expand_as(want), want)
+        assert torch.equal(args["k_cache"][:, 0, :, 0].isnan(), ~want.any(1))
 
 
 def test_reference_scales_as_asked_and_writes_into_out():
@@ -119,7 +124,8 @@ def test_kernel_in_every_form_on_a_gpu(case, dtype):
 
 def exact(args: dict[str, Tensor], scale: float | None = None) -> Tensor:
     """PyTorch's attention in float64."""
-    return by_torch({name: value.double() if value.is_floating_point() else value for name, value in args.items()}, scale)["out"]
+    tensors = {name: value.double() for name, value in args.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return by_torch(args | tensors, scale)["out"]
 
 
 def check_kernel(sizes: Any, dtype: torch.dtype, config: Config | None = None, scale: float | None = None) -> None:
@@ -167,6 +173,59 @@ def test_kernel_attends_exactly_the_range_less_the_skip_for_any_chunks(data):
     check_kernel(sizes(1, (start,), (end,), skip=((skip_start, skip_end),), slots=40), torch.float32, config)
 
 
+@given(data=strategies.data())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_a_block_causal_query_attends_its_block_and_those_before_it_for_any_chunks(data):
+    start, end, first = (
+        data.draw(strategies.integers(0, 12)),
+        data.draw(strategies.integers(0, 40)),
+        data.draw(strategies.integers(0, 30)),
+    )
+    chunk, block = data.draw(strategies.integers(1, 50)), data.draw(strategies.integers(1, 11))
+    form = data.draw(strategies.sampled_from([PLAIN, SWAPPED, MANY_ROWS]))
+    config = replace(form, block_n=16, chunk=chunk, splits=-(-40 // chunk))
+    check_kernel(sizes(10, (start,), (end,), 4, 2, 16, block=block, first=(first,), slots=40), torch.float32, config)
+
+
+BLOCK_CAUSAL_FORMS = {"reference": None, "plain": PLAIN, **FORMS}
+
+
+@pytest.mark.parametrize("config", BLOCK_CAUSAL_FORMS.values(), ids=BLOCK_CAUSAL_FORMS)
+@pytest.mark.parametrize("block", [1, 4, 7, 32])
+def test_a_later_token_changes_nothing_in_an_earlier_block(block, config):
+    run = reference if config is None else partial(kernel, config=config)
+    args = inputs(sizes(60, (3,), (63,), 2, 1, 16, block=block, first=(3,)), torch.float32, DEVICE)
+    want = run(**args)
+    for position in (0, 5, 31, 32, 58):
+        edge = position // block * block  # of the block of the changed token
+        changed = args | {name: args[name].clone() for name in ("k_cache", "v_cache", "q")}
+        changed["q"][:, position] += 1
+        for name in ("k_cache", "v_cache"):
+            changed[name][:, :, 3 + position] += 1
+        got = run(**changed)
+        assert torch.equal(got[:, :edge], want[:, :edge])
+        assert (got[:, edge : edge + block] != want[:, edge : edge + block]).any(-1).all()
+
+
+@pytest.mark.parametrize("config", [None, PLAIN, MANY_ROWS, SPLIT_SWAPPED], ids=["reference", "plain", "many", "split-swapped"])
+def test_a_prefill_in_one_forward_is_that_of_its_blocks_one_by_one(config):
+    run = reference if config is None else partial(kernel, config=config)
+    args = inputs(sizes(40, (2, 5), (42, 42), 7, 1, 16, block=8, first=(2, 5), slots=48), torch.float32, DEVICE)
+    args["kv_end"][1] = 45
+    at_once = run(**args)
+    for first in range(0, 40, 8):
+        ends = {"kv_end": torch.minimum(args["kv_start"] + first + 8, args["kv_end"])}
+        block = {name: args[name] for name in ("k_cache", "v_cache", "kv_start")} | {"q": args["q"][:, first : first + 8]}
+        torch.testing.assert_close(at_once[:, first : first + 8], run(**block, **ends))
+
+
+def test_a_block_without_an_end_is_bidirectional():
+    args = inputs(sizes(9, (0, 4), (80, 60), 4, 2, 16), torch.float32, DEVICE)
+    whole = ints([20, 30], DEVICE), 1000
+    for run in (reference, partial(kernel, config=PLAIN), partial(kernel, config=SPLIT)):
+        assert torch.equal(run(**args, block_causal=whole), run(**args))
+
+
 def test_kernel_twice_is_bitwise_the_same_and_a_row_does_not_depend_on_its_batch():
     args = inputs(sizes(5, (0, 7), (80, 60), 4, 2, 16), torch.float32, DEVICE)
     out = kernel(**args, config=SPLIT)
@@ -182,8 +241,8 @@ def test_kernel_cuts_ranges_at_the_cache():
     args["kv_start"] -= 9
     torch.testing.assert_close(kernel(**args, config=PLAIN), want)
     args["kv_end"] += 9
-    out, layout = torch.empty_like(want), module._layout(*args.values(), None, None, None)
-    module._launch(module.arch_of(DEVICE), PLAIN, layout, *args.values(), None, None, 0.25, out, None, None, LaunchOptions())
+    out, layout = torch.empty_like(want), module._layout(*args.values(), None, None, None, None, None)
+    module._launch(module.arch_of(DEVICE), PLAIN, layout, *args.values(), *[None] * 4, 0.25, out, None, None, LaunchOptions())
     torch.testing.assert_close(out, want)
 
 
@@ -228,6 +287,16 @@ def test_kernel_reaches_caches_of_more_than_2_to_the_31_elements(distance):
         ({"kv_end": torch.zeros(2, dtype=torch.int32)}, "kv_end must be .*, got shape"),
         ({"skip_start": torch.zeros(1, dtype=torch.int32)}, "skip_end must be .*, got nothing"),
         ({"skip_end": torch.zeros(1, dtype=torch.int32)}, "skip_start must be .*, got nothing"),
+        ({"block_causal": (torch.zeros(2, dtype=torch.int32), 4)}, r"block_causal\[0\] must be .*, got shape"),
+        ({"block_causal": (torch.zeros(1), 4)}, r"block_causal\[0\] must be .*, got torch.float32"),
+        (
+            {"block_causal": (torch.zeros(1, dtype=torch.int32), 0)},
+            r"block_causal\[1\] must be an integer in \[1, 2\^30\], got 0",
+        ),
+        (
+            {"block_causal": (ints([0]), 4), "skip_start": ints([0]), "skip_end": ints([1])},
+            "skip_start must be None with block_causal, got a tensor",
+        ),
         ({"out": torch.ones(1, 5, 4, 8)}, "out must be .*, got shape"),
         ({"workspace": torch.ones(7), "config": SPLIT}, "workspace must be .*, got 7 elements"),
         ({"workspace": torch.ones(10_000, dtype=torch.float16)}, "workspace must be .*, got torch.float16"),
@@ -302,7 +371,7 @@ def test_the_rows_of_a_batch_that_a_launch_takes_do_not_compile_it_again(op):
     options = kernel.kwargs if hasattr(kernel, "kwargs") else vars(kernel)  # of the interpreter, of the compiler
     sliced = {"start_ptr", "end_ptr", "skip_start_ptr", "skip_end_ptr", "window_start_ptr", "kv_start_ptr", "seed_ptr"}
     sliced |= {"step_ptr", "masked_ptr", "remaining_ptr", "invalid_ptr", "ended_ptr", "value_ptr", "steps_ptr", "shares_ptr"}
-    sliced |= {"eos_ptr", "forward_ptr"}
+    sliced |= {"eos_ptr", "forward_ptr", "prompt_end_ptr"}
     assert set(options["do_not_specialize_on_alignment"]) == sliced & set(kernel.arg_names)
     assert set(options["do_not_specialize"] or ()) >= {"W", "L"} & set(kernel.arg_names)
 
@@ -330,6 +399,10 @@ def test_cudnn_runs_where_it_was_measured_and_all_rows_attend_the_same_slots(mon
     module.select_config.cache_clear()
     _, lse = kernel(**args, span=(8, 70), return_lse=True)  # which cuDNN does not give
     assert lse.isfinite().all() and asked == ["window_attention"]
+    asked.clear()
+    module.select_config.cache_clear()
+    kernel(**args, span=(8, 70), block_causal=(ints([8, 8], DEVICE), 4))  # nor has it such a mask
+    assert asked == ["window_attention"]
     module.select_config.cache_clear()
     module.cudnn_wins.cache_clear()
 

@@ -7,7 +7,7 @@ import torch
 from _support import ints, randn, small_cases
 
 from fastdllm_triton import reference
-from fastdllm_triton.ops import NAMES, cpu
+from fastdllm_triton.ops import NAMES, cpu, cpu_attention
 from fastdllm_triton.types import TokenStatistics
 from fastdllm_triton.verify.cases import OPS
 from fastdllm_triton.verify.ops import Expected, wrong
@@ -135,6 +135,22 @@ def test_rows_that_attend_other_slots_get_what_they_get_alone_and_nothing_else_i
     assert lse[3].isinf().all() and y.shape == together.shape
     same = cpu.window_attention(q[:2], k[:2], v[:2], start[:2], end[:2], span=(0, 40))
     assert torch.equal(same, together[:2])
+
+
+@pytest.mark.parametrize("block", [1, 4, 24, 32, 64, 100, 1000])
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
+def test_strips_of_block_causal_queries_are_what_the_reference_attends(monkeypatch, heads, block):
+    q, (k, v) = randn(5, 150, heads[0], 16), (randn(5, heads[1], 160, 16, seed=i) for i in (1, 2))
+    start, end, first = ints([0, 0, 7, -9, 20]), ints([150, 150, 157, 140, 60]), ints([0, 0, 7, 0, 3])
+    calls, attend = [], cpu_attention._attend
+    monkeypatch.setattr(cpu_attention, "_attend", lambda *args: calls.append(args) or attend(*args))
+    got = cpu.window_attention(q, k, v, start, end, block_causal=(first, block), span=(0, 160))
+    torch.testing.assert_close(got, reference.window_attention(q, k, v, start, end, block_causal=(first, block)))
+    assert len(calls) <= 4 * 5  # runs of rows, times strips of a row, not blocks
+    for args in calls:
+        assert args[1].untyped_storage().data_ptr() == k.untyped_storage().data_ptr()  # views of the cache
+    if block == 64:  # strips are blocks, and need no mask
+        assert all(args[-1] is None for args in calls)
 
 
 @pytest.mark.parametrize("rounding", ["llada", "dream"])

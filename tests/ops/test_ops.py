@@ -154,11 +154,18 @@ def registered_calls() -> dict[str, tuple]:
         "swiglu": (x,),
         "linear": (x, randn(6, 8, dtype=torch.float32), None, None, None, None),
         "linear fused": (x, randn(6, 8, dtype=torch.float32), weight, 1e-5, x[..., :3].contiguous(), "swiglu"),
-        "rope_kv_write": (qkv, *caches(), start + 2, start, 1e4, None, "llada"),
-        "rope_kv_write bias": (qkv, *caches(), start + 2, start, 1e4, randn(8 * 16, dtype=torch.float32), "dream"),
-        "window_attention": (*attention, None, None, None, False),
-        "window_attention skip": (*attention, start + 3, start + 5, 0.3, False),
-        "window_attention lse": (*attention, None, None, None, True),
+        "rope_kv_write": (qkv, *caches(), start + 2, start, 1e4, None, None, None, None, "qwen3", "llada"),
+        "rope_kv_write bias": (
+            qkv, *caches(), start + 2, start, 1e4, randn(8 * 16, dtype=torch.float32), None, None, None, "qwen3", "dream"
+        ),
+        "rope_kv_write norms": (
+            qkv, *caches(), start + 2, start, 1e4, None, qkv[0, 0, :16].clone(), qkv[0, 1, :16].clone(), 1e-6, "flash_attn",
+            "dream",
+        ),
+        "window_attention": (*attention, None, None, None, None, None, False),
+        "window_attention skip": (*attention, None, None, start + 3, start + 5, 0.3, False),
+        "window_attention lse": (*attention, None, None, None, None, None, True),
+        "window_attention block-causal": (*attention, start + 2, 2, None, None, None, False),
         "token_statistics": (randn(5, 11, dtype=torch.float32), 0.0, None, None, None, step, None),
         "token_statistics sampled": (
             randn(5, 11, dtype=torch.float32), 1.0, None, torch.arange(5), torch.arange(5), step, torch.tensor([3])
@@ -215,10 +222,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor) -> Tensor:
         h = self.ops.rms_norm(x, self.norm, 1e-5)
-        q = self.ops.rope_kv_write(h @ self.qkv.T, k, v, start + 2, start, 1e4)
+        norms = {"q_norm": self.norm[:16], "k_norm": self.norm[16:], "eps": 1e-6}
+        q = self.ops.rope_kv_write(h @ self.qkv.T, k, v, start + 2, start, 1e4, **norms)
         y, lse = self.ops.window_attention(q, k, v, start, end, return_lse=True)
         h, x = self.ops.rms_norm(y.flatten(2) @ self.back.T, self.norm, 1e-5, residual=x)
-        y = self.ops.window_attention(q, k, v, start, end)
+        y = self.ops.window_attention(q, k, v, start, end, block_causal=(start + 2, 2))
         return x + self.ops.swiglu(h @ self.up.T) @ self.down.T + y.sum() + lse.mean()
 
 
@@ -345,8 +353,10 @@ def test_a_bad_argument_is_named(op, arguments, options, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, got 'best'"),
-        ({"rule": "all"}, r"rule must be one of quota, threshold, capped_threshold, factor, entropy_budget, schedule, got 'all'"),
+        ({"score": "best"}, r"score must be one of confidence, margin, neg_entropy, random, leftmost, got 'best'"),
+        ({"rule": "all"}, r"rule must be one of quota, threshold, capped_threshold, floored_threshold, .*, schedule, got 'all'"),
+        ({"ends": "row"}, r"ends must be one of block, token, got 'row'"),
+        ({"prompt_end": 1.5}, r"prompt_end must be an integer, or one a row, got 1.5"),
         ({"value": "0.9"}, r"value must be a number or inf, or one a row, got '0.9'"),
         ({"steps": 0}, r"steps must be an integer of 1 or more, or one a row, got 0"),
         ({"mask_id": None}, r"mask_id must be an integer of 0 or more, got None"),

@@ -136,6 +136,13 @@ def window_attention(**replaced: Any) -> Any:
     return ops.window_attention(**{**tensors, "kv_start": start, "kv_end": end, **replaced})
 
 
+def rope_kv_write(**replaced: Any) -> Any:
+    start, caches = torch.zeros(1, dtype=torch.int32), {name: torch.zeros(1, 2, 8, 16) for name in ("k_cache", "v_cache")}
+    norms = {"q_norm": torch.ones(16), "k_norm": torch.ones(16), "eps": 1e-6}
+    arguments = {"qkv": torch.zeros(1, 4, 128), **caches, "window_start": start, "kv_start": start, "theta": 1e4, **norms}
+    return ops.rope_kv_write(**{**arguments, **replaced})
+
+
 _MODELS: dict[str, fdt.MaskedDiffusionLM] = {}
 
 
@@ -314,6 +321,16 @@ ATTACKS = [
             "q": [torch.zeros(1, 4, 3, 16), torch.zeros(4, 2, 16)],
             "k_cache": [torch.zeros(1, 2, 8, 8), torch.zeros(2, 8, 16)],
             "kv_start": [torch.zeros(2, dtype=torch.int32)],
+            "block_causal": [4, (4,), (torch.zeros(1, dtype=torch.int32), 0), (torch.zeros(1), 4), (None, 4), (IDS, 4)],
+        },
+    ),
+    *_attacks(
+        rope_kv_write,
+        {
+            "q_norm": [None, torch.ones(8), torch.ones(16).half(), 1.0],
+            "k_norm": [None, torch.ones(16, 1)],
+            "eps": [None, -1, NAN, "x"],
+            "norm_rounding": ["llada", None, 1],
         },
     ),
 ]

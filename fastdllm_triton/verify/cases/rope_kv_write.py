@@ -88,12 +88,12 @@ _QWEN3: dict[str, Any] = {"rounding": "dream", "theta": 1e6}
 
 def _compiled(arch: Arch) -> list[Compiled]:
     """Dream's in both 16-bit dtypes, since roundings are at stake, and so the norms in both and in either order of roundings."""
-    sizes = {"window": 32, "slots": 1024}
-    plain = (("llada", torch.bfloat16), ("dream", torch.bfloat16), ("dream", torch.float16))
-    normed = product((torch.bfloat16, torch.float16), ("qwen3", "flash_attn"))
-    return [(dtype, {"model": model, **sizes}, None) for model, dtype in plain] + [
-        (dtype, {"model": "sdar", "norms": norms, **sizes}, None) for dtype, norms in normed
+    kinds: list[tuple[torch.dtype, Inputs]] = [
+        (torch.bfloat16, {"model": "llada"}),
+        *((dtype, {"model": "dream"}) for dtype in (torch.bfloat16, torch.float16)),
+        *product((torch.bfloat16, torch.float16), ({"model": "sdar", "norms": norms} for norms in ("qwen3", "flash_attn"))),
     ]
+    return [(dtype, {**kind, "window": 32, "slots": 1024}, None) for dtype, kind in kinds]
 
 
 def _label(kernel: str, dtype: str, c: Mapping[str, Any]) -> str:
