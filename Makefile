@@ -16,7 +16,8 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 GPU := { [ -e /dev/nvidiactl ] || [ -e /dev/kfd ] || command -v nvidia-smi >/dev/null; }
 JOBS ?= auto
 PTX_TESTS := tests/kernels tests/verify/test_cases.py tests/verify/test_emulation.py \
-	tests/ptx/test_emulator.py tests/ptx/test_removed_barriers.py
+	tests/ptx/test_emulator.py tests/ptx/test_removed_barriers.py \
+	tests/engine/test_block_causal.py::test_executed_ptx_decodes_the_same
 
 .PHONY: demo test test-slow lint format clean
 

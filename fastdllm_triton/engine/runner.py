@@ -83,7 +83,7 @@ class ModelRunner:
 
         # The host writes and reads through pinned memory: a copy that it need not wait for.
         cuda = device.type == "cuda"
-        self._bounds = torch.zeros((4, rows), dtype=torch.int32, device="cpu", pin_memory=cuda)
+        self._bounds = torch.zeros((6, rows), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._flags = torch.zeros((rows, 5), dtype=torch.int32, device="cpu", pin_memory=cuda)
         self._flags_are_read = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
         self._graphs = (
@@ -169,7 +169,7 @@ class ModelRunner:
                     offset + request.policy.attend_end(block),
                 )
             )
-        self._bounds[:, :rows] = torch.tensor(bounds, dtype=torch.int32, device="cpu").T
+        self._bounds[:4, :rows] = torch.tensor(bounds, dtype=torch.int32, device="cpu").T
         for target, source in zip((self.block_start, self.window_start, self._block_step_start), self._bounds[:3], strict=True):
             target[:rows].copy_(source[:rows], non_blocking=True)
         self._each(self.cache.kv_end)[:rows].copy_(self._bounds[3, :rows, None], non_blocking=True)
@@ -252,7 +252,7 @@ class ModelRunner:
         masked = state.invalid[:rows]
         if mask_ids:
             first = self.x[:rows].gather(1, self.block_start[:rows, None].clamp(max=self.slots - 1).long())[:, 0]
-            masked = first == torch.tensor(mask_ids, device=first.device)
+            masked = first == self._ids_of(tuple(mask_ids))
         columns = (state.remaining, state.ended, state.invalid, state.forward, masked)
         flags = torch.stack([column[:rows].int() for column in columns], dim=1)
         if self._flags_are_read is not None:
@@ -295,7 +295,7 @@ class ModelRunner:
         return program
 
     def _ids_of(self, ids: tuple[int, ...]) -> Tensor:
-        """Token ids on the device, kept: a capture could not copy them."""
+        """Token ids on the device, kept: a capture could not copy them, and a copy would wait for the device."""
         if ids not in self._ids:
             self._ids[ids] = torch.tensor(ids, dtype=torch.int64, device=self.x.device)
         return self._ids[ids]
@@ -351,9 +351,11 @@ class ModelRunner:
         A window may reach beyond what is stored by it: keys and values of slots behind are written anew before anything attends
         them.
         """
+        rows = slice(plan.first, plan.last)
         bounds = [(offset + window.start, offset + window.stored) for offset, window in windows]
-        for target, values in zip((self._refresh_start, self._stored_end), torch.tensor(bounds, device="cpu").T, strict=True):
-            target[plan.first : plan.last].copy_(values)
+        self._bounds[4:, rows] = torch.tensor(bounds, dtype=torch.int32, device="cpu").T
+        for target, source in zip((self._refresh_start, self._stored_end), self._bounds[4:], strict=True):
+            target[rows].copy_(source[rows], non_blocking=True)
         widest = self._window_bucket(max(len(window) for _, window in windows))
         if program.refresh_commits == "rule":
             predicted = self._predictions(plan.last - plan.first, program, plan.masked)

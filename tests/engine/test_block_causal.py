@@ -106,6 +106,68 @@ def test_sdar_stores_a_block_with_the_next_ones_first_step() -> None:
     assert (sum(case["nfe"] for case in cases), forwards) == (1899, 1484)
 
 
+#: Cases whose forwards are of the same kinds, by name, with what the shortest one must have.
+KINDS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "v2": (V2, {"use_block_cache": False}, ["prefill", "step", "commit"]),
+    "v2-sub-block-cache": (V2, {"use_block_cache": True}, ["prefill", "step", "sub"]),
+    "sdar-static": (SDAR, {"strategy": "static"}, ["prefill", "step", "store", "store"]),
+    "sdar-dynamic": (SDAR, {"strategy": "dynamic"}, ["prefill", "step", "store", "store"]),
+    "sdar-sequential": (SDAR, {"strategy": "sequential"}, ["prefill", "step", "store", "store"]),
+}
+
+
+def _of_kind(kind: str) -> list[dict[str, Any]]:
+    model, wanted, _ = KINDS[kind]
+    return [case for case in _cases(model) if wanted.items() <= case.items()]
+
+
+def _shortest(kind: str) -> dict[str, Any]:
+    needed = KINDS[kind][2]
+    windows = {i: [name for name, _, _ in case["windows"]] for i, case in enumerate(_of_kind(kind))}
+    whole = [i for i in windows if all(windows[i].count(name) >= needed.count(name) for name in needed)]
+    # A forward costs what ten slots do, about.
+    cost = [case["nfe"] * 10 + sum(length for _, _, length in case["windows"]) for case in _of_kind(kind)]
+    return _of_kind(kind)[min(whole, key=lambda i: cost[i])]
+
+
+def _decode_as_recorded(lm: fdt.MaskedDiffusionLM, model: str, case: dict[str, Any], **options: Any) -> None:
+    """Tokens and forwards; SDAR's by default without the official forwards that only store."""
+    out = lm.generate([case["prompt"]], **OPTIONS[model](case), **options)
+    assert _tokens(out, case) == case["tokens"], case
+    kinds = [kind for kind, _, _ in case["windows"]]
+    stored = 0 if model == V2 else 1 if options.get("separate_store") else len(kinds) - kinds.count("step")
+    assert out.nfe == case["nfe"] - stored, case
+
+
+def test_every_case_is_of_one_kind() -> None:
+    assert sum(len(_of_kind(kind)) for kind in KINDS) == 192
+
+
+# With a GPU these belong to its tests.
+@(pytest.mark.gpu if torch.cuda.is_available() else lambda test: test)
+@pytest.mark.parametrize("separate_store", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_decode_the_same(kind: str, separate_store: bool) -> None:
+    """On a GPU every case; in Triton's interpreter, which takes a second a forward, the shortest one of each kind."""
+    model, gpu = KINDS[kind][0], torch.cuda.is_available()
+    if separate_store and (model == V2 or not (gpu or kind == "sdar-dynamic")):
+        pytest.skip("the same forwards, or those of another kind")
+    lm = fdt.load(GOLDEN / model, device="cuda" if gpu else "cpu", backend="triton")
+    assert lm.network.ops.name == "triton"
+    for case in _of_kind(kind) if gpu else [_shortest(kind)]:
+        _decode_as_recorded(lm, model, case, **({"separate_store": True} if separate_store else {}))
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("kind", KINDS)
+def test_executed_ptx_decodes_the_same(kind: str) -> None:
+    model = KINDS[kind][0]
+    lm = fdt.load(GOLDEN / model, device="cpu", backend="triton")
+    assert lm.network.ops.name == "triton"
+    for options in [{}] if model == V2 else [{}, {"separate_store": True}]:
+        _decode_as_recorded(lm, model, _shortest(kind), **options)
+
+
 @pytest.mark.parametrize("model", [V2, SDAR])
 def test_nothing_is_lost_to_the_cache(model: str) -> None:
     """Finished blocks are exact: decoding without a cache gives the same tokens in the same forwards, but for prefills."""

@@ -77,6 +77,47 @@ def test_captured_forwards_decode_what_plain_ones_do(
     assert kinds == ({"step"} if options["cache"] == "none" else {"step", "refresh"})
 
 
+BLOCK_CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2": ("fast-dllm-v2", {}),
+    "v2-sub-blocks": ("fast-dllm-v2", {"sub_block_length": 4}),
+    "v2-sub-block-cache": ("fast-dllm-v2", {"sub_block_length": 4, "sub_block_cache": True}),
+    "v2-sub-block-cache-sampled": (
+        "fast-dllm-v2", {"sub_block_length": 2, "sub_block_cache": True, "temperature": 1.0, "seed": 3, "stop_at_eos": True},
+    ),
+    "v2-none": ("fast-dllm-v2", {"cache": "none"}),
+    "sdar": ("sdar", {}),
+    "sdar-steps": ("sdar", {"strategy": fdt.DenoisingSteps(3, 0.5), "stop_at_eos": True}),
+    "sdar-separate-store": ("sdar", {"separate_store": True, "strategy": fdt.DenoisingSteps(3, score="leftmost")}),
+    "sdar-none": ("sdar", {"cache": "none", "temperature": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "variant"), BLOCK_CAUSAL.values(), ids=BLOCK_CAUSAL)
+@pytest.mark.parametrize("rows", [1, 3, pytest.param(5, marks=pytest.mark.slow)], ids=lambda rows: f"{rows}-rows")
+def test_captured_forwards_of_block_causal_models_decode_what_plain_ones_do(
+    name: str, rows: int, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that end at, before and behind the end of a block, and are shorter than one."""
+    model = fdt.load(GOLDEN / name, device="cpu", backend="reference")
+    options = OPTIONS | {"cache": "block_causal", "gen_length": 27} | variant
+    lengths = ((9, 3, 16, 41, 8), (17, 24, 1, 30, 5))
+    prompts, others = ([list(range(7 * i, 7 * i + n)) for i, n in enumerate(some[:rows])] for some in lengths)
+    emulate(monkeypatch, model)
+    plain, plain_others = _plain(model, prompts, **options), _plain(model, others, **options)
+    for _ in range(2):  # captured here, replayed there
+        assert _same(model.generate(prompts, **options), plain)
+        assert _same(model.generate(others, **options), plain_others)
+    (batch,) = model.buffers._runners
+    assert batch._graphs is not None
+    kinds = {key.kind for key, graph in batch._graphs._graphs.items() if graph.replays}
+    expected = {"step"}
+    if options["cache"] != "none" or name == "fast-dllm-v2":
+        expected.add("refresh")
+    if options.get("sub_block_cache"):
+        expected.add("block_step")
+    assert kinds == expected
+
+
 def test_values_that_are_data_on_the_device_need_no_capture_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     model = fdt.load(GOLDEN / "llada-gqa", device="cpu", backend="reference")
     changes: list[dict[str, Any]] = [
