@@ -130,8 +130,8 @@ def memory_table(
 
 
 def launches_text(config: ModelConfig, arch: str, device: torch.device, batch: int) -> Text:
-    """Launches of a layer and of a step over the dual cache, with what this GPU was measured for and with fused products."""
-    from ..tools.launch_count import count_launches
+    """Launches of a layer and of a step over the model's default cache, with what this GPU was measured for and with fused products."""
+    from ..tools.launch_count import count_launches, step_config
 
     gpu = None
     if device.type == "cuda":
@@ -139,13 +139,14 @@ def launches_text(config: ModelConfig, arch: str, device: torch.device, batch: i
         from ..kernels._tuned import gpu_name
 
         arch, gpu = arch_of(device).name, gpu_name(device)
+    step = step_config(config)
     now = count_launches(config, arch=arch, gpu=gpu, rows=batch)
     fused = count_launches(config, arch=arch, rows=batch, fused=True)
     ops = ", ".join(f"{op} {times}" for op, times in sorted(now.layer.items()))
     return Text(
         f"launches per layer: {now.per_layer}\n"
         f"launches per step: {now.per_step}\n"
-        f"  ({arch}, {batch} x 32 slots over 1,024; a layer: {ops})\n"
+        f"  ({arch}, {batch} x {step.block_length} slots over 1,024, cache {step.cache}; a layer: {ops})\n"
         f"with every product fused with what stands around it: {fused.per_layer} per layer, {fused.per_step} per step"
     )
 

@@ -134,7 +134,7 @@ def test_rows_of_a_batch_get_what_they_get_alone(model: str, backend: str) -> No
             {"strategy": strict},
             {"sub_block_length": 4, "strategy": strict},
             {"sub_block_length": 4, "sub_block_cache": True, "strategy": strict},
-            {"sub_block_length": 2, "sub_block_cache": True, "strategy": fdt.FixedSteps(8)},
+            {"sub_block_length": 2, "sub_block_cache": True, "strategy": fdt.FixedSteps(14)},
         ]
     else:
         variants += [
