@@ -187,6 +187,6 @@ def page(data: str) -> str:
 
 def _options(config: GenerationConfig) -> dict[str, str]:
     """The options that differ from the defaults, and those that say what a generation was."""
-    plain = GenerationConfig(gen_length=config.gen_length, block_length=config.block_length)
-    changed = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
+    plain, shown = GenerationConfig(), ("gen_length", "block_length")
+    changed = {name: value for name, value in vars(config).items() if name not in shown and value != getattr(plain, name)}
     return {name: str(value) for name, value in {"cache": config.cache, "strategy": config.strategy, **changed}.items()}
