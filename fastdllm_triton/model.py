@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .decoding.config import GenerationConfig
 from .decoding.fixed_tokens import PLACEHOLDER, Constraints, constrained_answers, masked_length
-from .decoding.strategies import Threshold
 from .engine.buffer_pool import BufferPool
 from .engine.dream.generate import DreamModel, diffusion_generate
 from .engine.generation import Forward, Generation
@@ -117,10 +116,8 @@ class MaskedDiffusionLM:
 
     @cached_property
     def defaults(self) -> GenerationConfig:
-        """Options where the caller gives none: the library's, with the lengths of the checkpoint's ``generation_config.json``.
-
-        Block-causal models are decoded over their exact cache in blocks of the length that they were trained with; those whose
-        predictions are shifted (Fast-dLLM v2) in sub-blocks of 8, as by their authors.
+        """Options where the caller gives none: :meth:`GenerationConfig.of_model`'s, with the lengths of the checkpoint's
+        ``generation_config.json``.
 
         Raises:
             CheckpointError: the file is damaged, or its lengths are none.
@@ -128,14 +125,8 @@ class MaskedDiffusionLM:
         file = "generation_config.json"
         fields = Fields(self._json(file), file)
         lengths: dict[str, Any] = {name: fields.integer(name) for name in ("gen_length", "block_length") if name in fields}
-        of_model: dict[str, Any] = {}
-        if self.config.block_length is not None:
-            length = lengths.get("block_length", self.config.block_length)
-            of_model = {"cache": "block_causal", "block_length": length}
-            if self.config.shift and length % 8 == 0:
-                of_model |= {"sub_block_length": 8, "strategy": Threshold(0.9, strict=True)}
         with failures_as(CheckpointError, str(self._folder and self._folder / file)):
-            return GenerationConfig(**(of_model | lengths))
+            return GenerationConfig.of_model(self.config, **lengths)
 
     def options(self, config: GenerationConfig | None = None, **options: Any) -> GenerationConfig:
         """``config``, or :attr:`defaults`, with some fields replaced.
@@ -261,8 +252,8 @@ class MaskedDiffusionLM:
             config: the options; :attr:`defaults` if not given.
             constraints: tokens of the answer that are fixed: a dict of positions, from 0 within the generation, for every row,
                 or a list of dicts, one a row. What a position holds is a text, taken as it stands and perhaps several tokens
-                long, a token id, or a list of them. Fixed tokens are in place and attended from the start; an end token
-                among them ends its row as one that is decoded does.
+                long, a token id, or a list of them. Fixed tokens are in place and attended from the start, by block-causal
+                models from their block on; an end token among them ends its row as one that is decoded does.
             callback: called after each forward.
             trace: a file to record the generation in: ``.html``, a page that replays it, or ``.json``, the data of that page.
             reuse: of a block-causal model, where finished blocks of generations before this one are taken over from, as far as a
@@ -313,12 +304,16 @@ class MaskedDiffusionLM:
             The sequences, left padded, and how they came about; ``ids(i)`` and ``texts[i]`` are those of the whole row ``i``.
 
         Raises:
-            ValueError: as :meth:`generate`; a prompt without a mask; ``gen_length`` or ``stop_at_eos`` among the options.
+            ValueError: as :meth:`generate`; a prompt without a mask; ``gen_length`` or ``stop_at_eos`` among the options; the
+                model is block-causal (Fast-dLLM v2, SDAR) and would not see what stands behind a mask.
             TypeError, MemoryError, FloatingPointError, OSError: as :meth:`generate`.
         """
         for name in ("gen_length", "stop_at_eos"):
             if name in options:
                 raise ValueError(f"{name}: infill decodes the masks of the prompts, all of them; leave it out")
+        if self.config.block_causal:
+            kind = f"a model whose positions attend those behind them, and {self.config.architecture} is block-causal"
+            raise ValueError(f"prompts: infill needs {kind}: it would not see the text behind a mask's block")
         base = self.options(config)
         length, mask_id = (options.get(name, getattr(base, name)) for name in ("block_length", "mask_id"))
         mask_id = self.config.mask_id if mask_id is None else mask_id

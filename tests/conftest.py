@@ -51,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if order := os.environ.get(_order.VARIABLE):
         config.add_cleanup(_ordered(order))
+    # The recorded checkpoints are decoded in blocks of all lengths.
+    config.addinivalue_line("filterwarnings", "ignore:block_length = .* were trained with blocks of:UserWarning")
     # Triton's interpreter converts loop bounds the old way.
     config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")
     # It computes with numpy, which warns of what a kernel computes and then selects away.

@@ -114,9 +114,7 @@ class Terminal:
         answer = None
         try:
             answer = self.conversation.ask(question)
-            with AnswerView(
-                self.conversation.model, answer.config.gen_length, answer.config.block_length, console, transient=True
-            ) as view:
+            with AnswerView(self.conversation.model, answer.config.gen_length, console, transient=True) as view:
                 for forward in answer:
                     if console.is_terminal:
                         view(forward)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,15 +55,16 @@ def evaluate(
     block_length: Annotated[
         str | None, typer.Option(help="One or several, such as 16,48 (the model's default).", rich_help_panel=cli.DECODING)
     ] = None,
+    sub_block_length: cli.SubBlockLengthOption = None,
     strategies: Annotated[
         str,
         typer.Option(help=cli.STRATEGY_HELP, rich_help_panel=cli.DECODING),
     ] = "fixed:1,fixed:2,fixed:4,threshold:0.9,factor:1.0",
     batch_size: Annotated[int, typer.Option(help="Requests decoded together.", rich_help_panel=cli.DECODING)] = 32,
     caches: Annotated[
-        str,
-        typer.Option(help=cli.CACHES_HELP, rich_help_panel=cli.CACHE),
-    ] = "none,dual",
+        str | None,
+        typer.Option(help=f"{cli.CACHES_HELP} None and the model's default if not given.", rich_help_panel=cli.CACHE),
+    ] = None,
     model: cli.ModelOption = "tiny",
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
@@ -77,7 +79,7 @@ def evaluate(
     """
     if scorer is not None and data is None:
         raise ValueError("--scorer needs --data: the built-in task has a scorer of its own")
-    for option, values in (("--strategies", strategies), ("--caches", caches), ("--block-length", block_length or "")):
+    for option, values in (("--strategies", strategies), ("--caches", caches or ""), ("--block-length", block_length or "")):
         warn_of_repeats(option, values)
     check_folder("--out", out)
     check_writable("--json-copy", json_copy)
@@ -92,7 +94,11 @@ def evaluate(
         requests = read_requests(data, problems)
     lm = load_model(model, device=device, dtype=dtype, backend=backend.value, threads=threads)
     length = lm.defaults.gen_length if gen_length is None else gen_length
-    variants = parse_grid(strategies, caches, block_length or str(lm.defaults.block_length), length)
+    base = lm.defaults if sub_block_length is None else replace(lm.defaults, sub_block_length=sub_block_length)
+    caches = caches or f"none,{base.cache}"
+    variants = parse_grid(strategies, caches, block_length or str(base.block_length), length, base)
+    for variant in variants:
+        variant.config(length).check_fits(lm.config)
     with Evaluation(lm, requests, score, out, gen_length=length, batch_size=batch_size, chat=chat) as run:
         _evaluate(run, variants, out, as_json, json_copy)
 
@@ -145,7 +151,7 @@ def _run(run: Evaluation, variants: list[Variant]) -> dict[Variant, list[Result]
         TimeRemainingColumn(compact=True),
     )
     with progress(*columns) as bar:
-        costs = [variant.cost(prompt, run.gen_length) for variant in variants]
+        costs = [variant.cost(prompt, run.gen_length, run.model.config) for variant in variants]
         task = bar.add_task("", total=sum(costs) * len(run.requests), done="")
         for number, variant in enumerate(variants):
 

@@ -99,7 +99,7 @@ def generate(
         rows = [lm.encode(prompt.text, chat=chat) for prompt in prompts]
         _check_lengths(prompts, rows, config, lm)
         decode = partial(lm.generate, rows, config, constraints=constraints or None)
-    view = LiveView(lm, config.gen_length, config.block_length, console) if live else None
+    view = LiveView(lm, config.gen_length, console) if live else None
     failure: BaseException | None = None
     try:
         with view or nullcontext():

@@ -165,8 +165,10 @@ def memory_table(need: dict[str, Any], device: torch.device) -> Table:
 
 
 def launches_of(config: ModelConfig, arch: str, device: torch.device, batch: int) -> dict[str, Any]:
-    """Launches of a layer and of a step over the dual cache, with what this GPU was measured for and with fused products."""
-    from ..tools.launch_count import count_launches
+    """Launches of a layer and of a step over the model's default cache, with what this GPU was measured for and with fused
+    products.
+    """
+    from ..tools.launch_count import count_launches, step_config
 
     gpu = None
     if device.type == "cuda":
@@ -174,11 +176,14 @@ def launches_of(config: ModelConfig, arch: str, device: torch.device, batch: int
         from ..kernels._tuned import gpu_name
 
         arch, gpu = arch_of(device).name, gpu_name(device)
+    step = step_config(config)
     now = count_launches(config, arch=arch, gpu=gpu, rows=batch)
     fused = count_launches(config, arch=arch, rows=batch, fused=True)
     return {
         "arch": arch,
         "batch_size": batch,
+        "block_length": step.block_length,
+        "cache": step.cache,
         "layer": dict(sorted(now.layer.items())),
         "per_layer": now.per_layer,
         "per_step": now.per_step,
@@ -193,7 +198,7 @@ def launches_text(launches: dict[str, Any]) -> Text:
     return Text(
         "launches per layer: {per_layer}\n"
         "launches per step: {per_step}\n"
-        "  ({arch}, {batch_size} x 32 slots over 1,024; a layer: {ops})\n"
+        "  ({arch}, {batch_size} x {block_length} slots over 1,024, cache {cache}; a layer: {ops})\n"
         "with every product fused with what stands around it: {per_layer_fused} per layer, {per_step_fused} per step".format(
             ops=ops, **launches
         )

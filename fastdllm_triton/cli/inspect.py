@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,9 @@ from ..utils.files import check_folder, check_writable, locked, naming, write_js
 from . import options as cli
 from ._shared import check_matplotlib, load_model, progress, say_written, warn_of_repeats, with_interval
 from .console import show
+
+#: What is measured if nothing is asked for.
+_CACHES = "prefix,dual,dual+suffix_window=16,dual+refresh_every=4"
 
 
 def inspect(
@@ -30,6 +34,7 @@ def inspect(
     chat: cli.ChatOption = False,
     gen_length: cli.GenLengthOption = None,
     block_length: cli.BlockLengthOption = None,
+    sub_block_length: cli.SubBlockLengthOption = None,
     strategy: Annotated[
         str,
         typer.Option(help=cli.STRATEGY_HELP, rich_help_panel=cli.DECODING),
@@ -41,9 +46,12 @@ def inspect(
         int, typer.Option(min=0, help="Prompts that the drift is measured on, the first ones.", rich_help_panel=cli.DECODING)
     ] = 8,
     caches: Annotated[
-        str,
-        typer.Option(help=cli.CACHES_HELP, rich_help_panel=cli.CACHE),
-    ] = "prefix,dual,dual+suffix_window=16,dual+refresh_every=4",
+        str | None,
+        typer.Option(
+            help=f"{cli.CACHES_HELP} {_CACHES} if not given; of block-causal models block_causal, and with sub_block_cache.",
+            rich_help_panel=cli.CACHE,
+        ),
+    ] = None,
     model: cli.ModelOption = "tiny",
     device: cli.DeviceOption = None,
     dtype: cli.DtypeOption = None,
@@ -56,7 +64,7 @@ def inspect(
 
     OUT receives inspect.json and the figures.
     """
-    warn_of_repeats("--caches", caches)
+    warn_of_repeats("--caches", caches or "")
     check_folder("--out", out)
     check_writable("--json-copy", json_copy)
     from ..decoding.strategies import StrategySpec
@@ -70,8 +78,14 @@ def inspect(
     length = lm.defaults.gen_length if gen_length is None else gen_length
     size = lm.defaults.block_length if block_length is None else block_length
     rule = StrategySpec.parse(strategy)
-    exact = Variant(rule, CacheSpec("none"), size).config(length)
-    variants = {str(spec): Variant(rule, spec, size).config(length) for spec in map(CacheSpec.parse, caches.split(","))}
+    base = lm.defaults if sub_block_length is None else replace(lm.defaults, sub_block_length=sub_block_length)
+    if caches is None and base.cache == "block_causal":
+        caches = f"block_causal{',block_causal+sub_block_cache' if base.sub_block_length else ''}"
+    specs = [CacheSpec("none"), *map(CacheSpec.parse, (caches or _CACHES).split(","))]
+    exact, *configs = (Variant(rule, spec, size, base).config(length) for spec in specs)
+    variants = dict(zip(map(str, specs[1:]), configs, strict=True))
+    for config in configs:
+        config.check_fits(lm.config)
     rows = [lm.encode(text, chat=chat) for text in texts]
     check_prompts(rows, exact, lm.network)
     measured = rows[:drift_prompts]
@@ -102,7 +116,7 @@ def inspect(
             "block_length": size,
             "caches": records,
         }
-        if measured:
+        if measured and not lm.config.block_causal:  # Where what is behind changes nothing before it, there is nothing to see.
             bar.update(task, description="forward against forward")
             report["similarity"] = similarity(lm, measured[0], exact, min(1, exact.blocks - 1))
         bar.advance(task)

@@ -67,15 +67,12 @@ class LiveView:
     Args:
         model: decodes the tokens.
         gen_length: how many of the last slots are the generation.
-        block_length: slots of a block.
         console: where to draw.
         transient: leave nothing behind.
     """
 
-    def __init__(
-        self, model: MaskedDiffusionLM, gen_length: int, block_length: int, console: Console, *, transient: bool = False
-    ) -> None:
-        self._model, self._gen_length, self._block_length, self._console = model, gen_length, block_length, console
+    def __init__(self, model: MaskedDiffusionLM, gen_length: int, console: Console, *, transient: bool = False) -> None:
+        self._model, self._gen_length, self._console = model, gen_length, console
         self._live = Live(console=console, auto_refresh=False, transient=transient)
 
     def __enter__(self) -> LiveView:
@@ -96,13 +93,12 @@ class LiveView:
     def rows(self, forward: Forward) -> tuple[Text, list[Text]]:
         """A line on how far the generation is, and the slots of each row."""
         renderer = TokenRenderer(self._model, forward.mask_id, self._console.encoding)
-        blocks = dict(zip(forward.rows, forward.blocks, strict=True))
+        spans = dict(zip(forward.rows, forward.spans, strict=True))
         ids = forward.x[:, -self._gen_length :].tolist()
         fresh = (forward.step_map[:, -self._gen_length :] == forward.index).tolist()
         rows, shown = [], self.shown(forward)
         for row, (tokens, new) in enumerate(zip(ids, fresh, strict=True)):
-            first = blocks[row] * self._block_length if row in blocks else self._gen_length
-            rows.append(renderer.render(tokens[:shown], new[:shown], range(first, first + self._block_length)))
+            rows.append(renderer.render(tokens[:shown], new[:shown], range(*spans.get(row, (0, 0)))))
         left = sum(tokens.count(forward.mask_id) for tokens in ids)
         numbers = sorted({block + 1 for block in forward.blocks})
         standing = f"block{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
@@ -124,4 +120,4 @@ class AnswerView(LiveView):
 
     def shown(self, forward: Forward) -> int:
         """The finished blocks and the one that is being decoded."""
-        return (max(forward.blocks) + 1) * self._block_length
+        return min(max(last for _, last in forward.spans), self._gen_length)

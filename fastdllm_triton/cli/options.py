@@ -43,7 +43,6 @@ ThreadsOption = Annotated[
 ]
 
 CacheChoice = StrEnum("CacheChoice", {name: name for name in CACHE_POLICIES})  # type: ignore[misc]
-DEFAULT_CACHE = CacheChoice("dual")
 
 PromptOption = Annotated[
     list[str] | None, typer.Option(help="A prompt. Several are decoded as a batch.", rich_help_panel=PROMPTS)
@@ -64,14 +63,22 @@ GenLengthOption = Annotated[
 BlockLengthOption = Annotated[
     int | None, typer.Option(help="Slots decoded together (the model's default, or 32).", rich_help_panel=DECODING)
 ]
+SubBlockLengthOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Slots of a block that are decoded together, of block-causal models (the model's default, or the whole block).",
+        rich_help_panel=DECODING,
+    ),
+]
 #: How strategies are written, as every command says it.
 STRATEGY_HELP = f"{strategy_forms(glosses=True)}; each may add :SCORE."
 #: How lists of caches are written.
 CACHES_HELP = f"{', '.join(CACHE_POLICIES)}; each may add options, as in dual+refresh_every=4."
 CacheOption = Annotated[
-    CacheChoice,
+    CacheChoice | None,
     typer.Option(
-        help=f"What a step recomputes: {'; '.join(f'{name}: {kind.recomputes}' for name, kind in CACHE_POLICIES.items())}.",
+        help=f"What a step recomputes: {'; '.join(f'{name}: {kind.recomputes}' for name, kind in CACHE_POLICIES.items())} "
+        "(dual; of block-causal models block_causal, which is theirs).",
         rich_help_panel=CACHE,
     ),
 ]
@@ -103,7 +110,8 @@ def decoding_options() -> list[Parameter]:
         _parameter("gen_length", GenLengthOption, None),
         _parameter("block_length", BlockLengthOption, None),
         *(_parameter(name, _annotated(kind, text, DECODING), default) for name, kind, default, text in decoding),
-        _parameter("cache", CacheOption, DEFAULT_CACHE),
+        _parameter("sub_block_length", SubBlockLengthOption, None),
+        _parameter("cache", CacheOption, None),
         *cache_parameters(),
     ]
 
@@ -112,7 +120,9 @@ def cache_parameters() -> list[Parameter]:
     """Options of the caches, as parameters of a command."""
     return [
         _parameter(
-            name, _annotated(int | None if option.default is None else int, option.metadata["help"], CACHE), option.default
+            name,
+            _annotated(int | None if option.default is None else type(option.default), option.metadata["help"], CACHE),
+            option.default,
         )
         for name, option in cache_options().items()
     ]

@@ -12,6 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..decoding.cache_policy import cache_options
+from ..decoding.config import GenerationConfig
 from ..tools import roofline as roofline_model
 from ..tools.roofline import GPUS, SHAPES, Floor, Gpu, Setting
 from . import options as cli
@@ -42,7 +43,10 @@ def roofline(
     tflops: Annotated[float | None, typer.Option(help="Dense bfloat16 TFLOP/s, instead of the data sheet's.")] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of the prompt.", rich_help_panel=cli.DECODING)] = 1000,
     gen_length: Annotated[int, typer.Option(help="Tokens to generate.", rich_help_panel=cli.DECODING)] = 256,
-    block_length: Annotated[int, typer.Option(help="Tokens of a block.", rich_help_panel=cli.DECODING)] = 32,
+    block_length: Annotated[
+        int | None, typer.Option(help="Tokens of a block (32; of block-causal models their own).", rich_help_panel=cli.DECODING)
+    ] = None,
+    sub_block_length: cli.SubBlockLengthOption = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in lockstep.", rich_help_panel=cli.DECODING)] = 1,
     tokens_per_forward: Annotated[
         float, typer.Option(help="Tokens committed a forward, refreshes among the forwards.", rich_help_panel=cli.DECODING)
@@ -51,7 +55,7 @@ def roofline(
         int | None,
         typer.Option(help="Tokens up to the end token: decoding stops after its block.", rich_help_panel=cli.DECODING),
     ] = None,
-    cache: cli.CacheOption = cli.DEFAULT_CACHE,
+    cache: cli.CacheOption = None,
     model: Annotated[
         str, typer.Option(help=f"{', '.join(SHAPES)}, tiny, or a config.json.", rich_help_panel=cli.MODEL)
     ] = "llada-8b",
@@ -67,14 +71,18 @@ def roofline(
     """The least time a generation can take on a GPU: per step, per refresh, in all; and what would change it."""
     shape = roofline_model.shape_of(model)
     target = gpu_of(gpu, bandwidth, tflops)
+    given = {} if block_length is None else {"block_length": block_length}
+    defaults = GenerationConfig.of_model(shape, **given) if shape.block_causal else GenerationConfig()
+    block_length = defaults.block_length if block_length is None else block_length
     setting = Setting(
         prompt_length,
         gen_length,
         block_length,
-        cast("CacheName", cache.value),
+        defaults.cache if cache is None else cast("CacheName", cache.value),
         tokens_per_forward,
         batch_size,
         stop_at=stop_at,
+        sub_block_length=defaults.sub_block_length if sub_block_length is None else sub_block_length,
         weight_bits=weight_bits,
         cache_bits=cache_bits,
         **{name: context.params[name] for name in cache_options() if context.params[name] is not None},
@@ -87,7 +95,7 @@ def roofline(
     say(console, _TITLES.get(model, model), style="bold")
     hardware = f"{target.bandwidth / 1e9:,.0f} GB/s", f"{target.matrix_rate / 1e12:,.0f} TFLOP/s bfloat16"
     say_list(console, [f"on {target.name}", *hardware, weights])
-    lengths = f"prompt of {prompt_length}", f"{gen_length} tokens in blocks of {block_length}", f"cache {cache}"
+    lengths = f"prompt of {prompt_length}", f"{gen_length} tokens in blocks of {block_length}", f"cache {setting.cache}"
     say_list(
         console,
         [*lengths, f"{tokens_per_forward:g} tokens a forward", f"batch of {batch_size}"]
@@ -128,7 +136,7 @@ def phases_table(shape: ModelConfig, setting: Setting, gpu: Gpu) -> Table:
     for column in ("how many", "rows", "keys", "head rows", "GB", "TFLOP", "bound", "floor ms"):
         table.add_column(column, justify="right")
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
-    schedule = setting.schedule()
+    schedule = setting.schedule(shape)
     costs = roofline_model.generation_cost(shape, schedule, **bits)
     # Steps over a prefix differ from block to block: the first and the last one show the range.
     shown = costs if len(costs) <= 4 else [costs[0], costs[1], costs[-1]]
@@ -152,7 +160,7 @@ def phases_table(shape: ModelConfig, setting: Setting, gpu: Gpu) -> Table:
 
 def ops_table(shape: ModelConfig, setting: Setting, gpu: Gpu) -> Table:
     """The ops of the first refresh (or whole forward) and of the last step, each as if alone with a cold cache."""
-    schedule = setting.schedule()
+    schedule = setting.schedule(shape)
     kinds = {"refresh": schedule[0], "step": schedule[-1]}
     if len(schedule) == 1 or kinds["refresh"].name != "refresh":
         del kinds["refresh"]
@@ -195,7 +203,7 @@ def what_if_table(floors: list[tuple[str, Floor]]) -> Table:
 def record(name: str, shape: ModelConfig, gpu: Gpu, setting: Setting, floors: list[tuple[str, Floor]]) -> dict[str, Any]:
     """What ``--json`` prints: times in milliseconds."""
     bits = {"weight_bits": setting.weight_bits, "cache_bits": setting.cache_bits}
-    costs = roofline_model.generation_cost(shape, setting.schedule(), **bits)
+    costs = roofline_model.generation_cost(shape, setting.schedule(shape), **bits)
     return {
         "model": {"name": _TITLES.get(name, name), **asdict(shape)},
         "gpu": asdict(gpu),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +19,16 @@ from .strategies import FixedSteps, Strategy, Threshold, strategy_names
 def official_logits_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """The dtype that logits of a model are rounded to: the official code decides on logits in the model's."""
     return None if dtype in (torch.float32, torch.float64) else dtype
+
+
+@cache
+def _warn_of_block_length(architecture: str, trained: int, given: int) -> None:
+    """Warns, once."""
+    warnings.warn(
+        f"block_length = {given}: the weights of this {architecture} were trained with blocks of {trained}; "
+        "attention is between other blocks than in training, which may cost accuracy",
+        stacklevel=4,
+    )
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,25 @@ class GenerationConfig:
     refresh_commits: Literal["rule", "first"] = "rule"
     lockstep: bool = False
     logits_dtype: torch.dtype | None = None
+
+    @classmethod
+    def of_model(cls, model: ModelConfig, **options: Any) -> GenerationConfig:
+        """The options of a model where the caller gives none.
+
+        Block-causal models are decoded over their exact cache in blocks of the length that they were trained with; those whose
+        predictions are shifted (Fast-dLLM v2) in sub-blocks of 8, as by their authors.
+
+        Args:
+            model: the model's shape.
+            options: fields that are given.
+        """
+        if not model.block_causal:
+            return cls(**options)
+        length = options.get("block_length", model.block_length)
+        of_model: dict[str, Any] = {"cache": "block_causal", "block_length": length}
+        if model.shift and length % 8 == 0:
+            of_model |= {"sub_block_length": 8, "strategy": Threshold(0.9, strict=True)}
+        return cls(**(of_model | options))
 
     def __post_init__(self) -> None:
         for name in ("gen_length", "block_length"):
@@ -165,8 +196,8 @@ class GenerationConfig:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks; where a block-causal model begins or ends inside of one, one more may be decoded."""
-        return -(-self.gen_length // self.block_length)
+        """Number of blocks, or of sub-blocks; where a block-causal model begins or ends inside of one, one more may be decoded."""
+        return -(-self.gen_length // self.decoded_length)
 
     @property
     def decoded_length(self) -> int:
@@ -234,6 +265,9 @@ class GenerationConfig:
 
         Raises:
             ValueError: an id is outside the vocabulary, nothing is left to commit, or the seeds do not match the rows.
+
+        Warns:
+            UserWarning: the weights of a block-causal model were trained with blocks of another length; once.
         """
         mask_id = model.mask_id if self.mask_id is None else self.mask_id
         eos_ids = tuple(model.eos_ids if self.eos_ids is None else self.eos_ids)
@@ -256,6 +290,8 @@ class GenerationConfig:
             raise ValueError(f"seed must be an integer or one for each of {rows} rows, got {len(seeds)}")
         for seed in seeds:
             require("seed", seed, "in [-2^63, 2^63)", -(2**63) <= seed < 2**63)
+        if model.block_length not in (None, self.block_length):
+            _warn_of_block_length(model.architecture, model.block_length, self.block_length)
         return ResolvedIds(mask_id, eos_ids, forbidden, tuple(sorted({*self.commit_last})), seeds)
 
 

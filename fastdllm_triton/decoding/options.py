@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -18,9 +18,9 @@ def strategy_of(options: Mapping[str, Any], current: Strategy | None = None, len
     Args:
         options: at most one ``option`` of a strategy with its parameter, such as ``threshold``, and ``score``; or ``strategy``,
             as :class:`~fastdllm_triton.decoding.strategies.StrategySpec` reads it. Other names are ignored.
-        current: what is in force, where they ask for none; its score stays if only its parameter changes. 0.9 as a threshold if
-            not given.
-        lengths: ``gen_length`` and ``block_length``, over which ``fixed:4`` is spread.
+        current: what is in force, where they ask for none; what else it says stays if only its parameter changes. 0.9 as a
+            threshold if not given.
+        lengths: ``gen_length`` and the length of a block, or sub-block, over which ``fixed:4`` is spread.
 
     Raises:
         ValueError: a value is not allowed, or two strategies are asked for.
@@ -33,15 +33,25 @@ def strategy_of(options: Mapping[str, Any], current: Strategy | None = None, len
     if "strategy" in options:
         if "score" in options:
             raise ValueError("strategy and score exclude each other; a strategy has its score at its end, as in fixed:4:margin")
-        return StrategySpec.parse(options["strategy"]).strategy(*lengths)
+        asked = StrategySpec.parse(options["strategy"]).strategy(*lengths)
+        return replace(asked, **_kept(current, type(asked)))
     score = {"score": options["score"]} if "score" in options else {}
     if not names:
         return replace(current, **score)
     kind: Any = kinds[names[0]]
+    kept = _kept(current, kind)
     if isinstance(current, kind):
-        score = {"score": current.score} | score
-    strategy: Strategy = kind(options[names[0]], **score)
+        kept["score"] = current.score
+    strategy: Strategy = kind(options[names[0]], **(kept | score))
     return strategy
+
+
+def _kept(current: Strategy, kind: type[Strategy]) -> dict[str, Any]:
+    """What stays of a strategy where another of its kind is asked for: all but its parameter and its score."""
+    if type(current) is not kind:
+        return {}
+    names = (entry.name for entry in fields(current))
+    return {name: getattr(current, name) for name in names if name not in (kind.parameter_name(), "score")}
 
 
 def changed(config: GenerationConfig, options: Mapping[str, Any]) -> GenerationConfig:
@@ -56,9 +66,9 @@ def changed(config: GenerationConfig, options: Mapping[str, Any]) -> GenerationC
         TypeError: a name is unknown.
     """
     of_strategies = ("strategy", "score", *(kind.option for kind in STRATEGIES.values()))
-    fields = {name: value for name, value in options.items() if name not in of_strategies}
-    lengths = replace(config, strategy=Threshold(), **fields)  # Checked before anything is divided by them.
-    return replace(lengths, strategy=strategy_of(options, config.strategy, (lengths.gen_length, lengths.block_length)))
+    others = {name: value for name, value in options.items() if name not in of_strategies}
+    lengths = replace(config, strategy=Threshold(), **others)  # Checked before anything is divided by them.
+    return replace(lengths, strategy=strategy_of(options, config.strategy, (lengths.gen_length, lengths.decoded_length)))
 
 
 def named_in(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,8 +80,8 @@ def named_in(parameters: Mapping[str, Any]) -> dict[str, Any]:
 def current(config: GenerationConfig) -> dict[str, Any]:
     """Every option as it stands, by a name that :func:`parse` knows; of the strategies, the parameter of the one in force."""
     strategy = config.strategy
-    fields = {name: getattr(config, name) for name in _readers() if name != "strategy" and hasattr(config, name)}
-    return fields | {strategy.option: strategy.parameter, "score": strategy.score}
+    others = {name: getattr(config, name) for name in _readers() if name != "strategy" and hasattr(config, name)}
+    return others | {strategy.option: strategy.parameter, "score": strategy.score}
 
 
 def parse(name: str, text: str) -> Any:
@@ -105,6 +115,9 @@ _INTEGER: _Reader = ("an integer", int)
 _NUMBER: _Reader = ("a number", float)
 _OPTIONAL: _Reader = ("an integer or none", _optional)
 _WORD: _Reader = ("a word", str)
+_FLAG: _Reader = ("on or off", _flag)
+#: By the type of an option's default.
+_READERS: dict[type, _Reader] = {type(None): _OPTIONAL, int: _INTEGER, bool: _FLAG}
 
 
 def _readers() -> dict[str, _Reader]:
@@ -112,6 +125,7 @@ def _readers() -> dict[str, _Reader]:
     return {
         "gen_length": _INTEGER,
         "block_length": _INTEGER,
+        "sub_block_length": _OPTIONAL,
         "cache": _WORD,
         "strategy": _WORD,
         **{kind.option: _INTEGER if kind.number is int else _NUMBER for kind in STRATEGIES.values()},
@@ -119,6 +133,6 @@ def _readers() -> dict[str, _Reader]:
         "temperature": _NUMBER,
         "cfg_scale": _NUMBER,
         "seed": _INTEGER,
-        "stop_at_eos": ("on or off", _flag),
-        **{name: _OPTIONAL if option.default is None else _INTEGER for name, option in cache_options().items()},
+        "stop_at_eos": _FLAG,
+        **{name: _READERS[type(option.default)] for name, option in cache_options().items()},
     }

@@ -112,7 +112,7 @@ class SpreadStrategy(Strategy):
         """Of K tokens a forward."""
         if not (value >= 1 and float(value).is_integer()):
             raise ValueError("K must be a whole number of tokens a forward, 1 or more")
-        return cls(gen_length // block_length * math.ceil(block_length / value), **score)
+        return cls(math.ceil(gen_length / block_length) * math.ceil(block_length / value), **score)
 
     def steps_per_block(self, blocks: int) -> int:
         """``steps / blocks``.

@@ -159,6 +159,7 @@ class Generation:
             refresh=plan.kind == "refresh",
             rows=tuple(int(request.request_id) for request in plan.requests),
             blocks=tuple(request.block for request in plan.requests),
+            spans=tuple(request.span for request in plan.requests),
             windows=windows,
             mask_id=run.requests[0].ids.mask_id,
             _snapshot=_Snapshot(run.requests, run.rows(), run.columns, self._config.gen_length),
@@ -250,7 +251,9 @@ class Forward:
         index: of the forward, from 0.
         refresh: whether it rebuilt the cache.
         rows: the rows of the batch that it decoded.
-        blocks: the block that each of them stands at, from 0.
+        blocks: the block, or sub-block, that each of them stands at, from 0, the one that holds its first generated slot.
+        spans: the slots ``[first, last)`` of that block, counted from the first generated one. Of block-causal models it may
+            begin in the prompt, which is negative, and end behind the generation.
         windows: the columns ``[first, last)`` that it recomputed of each of them.
         mask_id: the token of a masked slot.
     """
@@ -259,6 +262,7 @@ class Forward:
     refresh: bool
     rows: tuple[int, ...]
     blocks: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
     windows: tuple[tuple[int, int], ...]
     mask_id: int
     _snapshot: _Snapshot = field(repr=False)

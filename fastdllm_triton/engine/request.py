@@ -142,6 +142,12 @@ class Request:
         return self.blocks[max(self.ordinal, 0)]
 
     @property
+    def span(self) -> tuple[int, int]:
+        """The slots of that block, counted from the first generated one."""
+        start, end = self.bounds[self.block]
+        return start - self.prompt_length, end - self.prompt_length
+
+    @property
     def block_state(self) -> BlockState:
         """Where it stands, as cache policies know it."""
         return BlockState(

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..decoding.cache_policy import decoded_blocks
 from ..decoding.config import GenerationConfig
 from ..utils.checks import to_path
 from ..utils.files import check_writable, naming, write_atomically
@@ -30,7 +31,7 @@ class Trace:
 
     The data, also ``TRACE`` in the page's script: ``format``, ``model``, ``options``; ``gen_length`` and ``block_length``;
     ``pieces``, the text of each token id that occurs; ``rows``, a ``prompt`` and the ``generated`` ids each (what has not been
-    decoded is ``mask_id``), and ``fixed``, the slots that are not decoded: tokens that were given, and in an infilled text
+    decoded is ``mask_id``), ``blocks``, the first slot of each block or sub-block, and ``fixed``, the slots that are not decoded: tokens that were given, and in an infilled text
     shorter than ``gen_length`` what is before its beginning; and ``forwards``, in order: ``refresh``, and for each row that it
     decoded ``row``, ``block``, ``window``, the slots ``[first, last)`` that it recomputed, counted from the first generated
     one (so those of the prompt are negative), and ``committed``, a list of ``[slot, confidence]``.
@@ -137,11 +138,18 @@ class Trace:
             "eos_ids": list(model.config.eos_ids if config.eos_ids is None else config.eos_ids),
             "pieces": {token: f"<{token}>" if model.tokenizer is None else str(model.tokenizer.decode([token])) for token in ids},
             "rows": [
-                {"prompt": prompt, "generated": answer, "fixed": slots}
+                {"prompt": prompt, "generated": answer, "fixed": slots, "blocks": self._blocks(len(prompt))}
                 for prompt, answer, slots in zip(self._prompts, generated, fixed, strict=True)
             ],
             "forwards": self._forwards,
         }
+
+    def _blocks(self, prompt_length: int) -> list[int]:
+        """The first slots of a row's blocks, counted from the first generated one: negative where one begins in the prompt."""
+        config = self._config
+        causal = config.block_length if self._model.config.block_causal else 0
+        blocks = decoded_blocks(prompt_length, config.gen_length, config.decoded_length, causal)
+        return [start - prompt_length for start, _ in blocks]
 
     def write(self) -> None:
         """Writes the file.
@@ -179,6 +187,6 @@ def page(data: str) -> str:
 
 def _options(config: GenerationConfig) -> dict[str, str]:
     """The options that differ from the defaults, and those that say what a generation was."""
-    plain = GenerationConfig(gen_length=config.gen_length, block_length=config.block_length)
-    changed = {name: value for name, value in vars(config).items() if value != getattr(plain, name)}
+    plain, shown = GenerationConfig(), ("gen_length", "block_length")
+    changed = {name: value for name, value in vars(config).items() if name not in shown and value != getattr(plain, name)}
     return {name: str(value) for name, value in {"cache": config.cache, "strategy": config.strategy, **changed}.items()}

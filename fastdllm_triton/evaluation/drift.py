@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +58,12 @@ def drift(
             since = 0 if forward.refresh else since + 1
             first, end = int(batch.cache.kv_start[0]), int(batch.cache.kv_end[0])
             start = int(batch.block_start[0])
-            fresh = _fresh(model, x, first)
-            bounds = (first, batch.slots - config.gen_length, start, start + config.block_length, end)
+            if forward.refresh:  # A store ends before the block that its row begins.
+                end = min(end, first + forward.windows[0][1])
+            fresh = _fresh(model, x, first, config)
+            # A block-causal model's block may begin in the prompt.
+            cuts = (first, first + len(prompt), start, start + config.decoded_length, end)
+            bounds = [min(cut, end) for cut in accumulate(cuts, max)]
             cached = (batch.cache.k[:, 0, :, first:end], batch.cache.v[:, 0, :, first:end])
             pairs = zip(cached, (tensor[:, :, : end - first] for tensor in fresh), strict=True)
             # Over the head dimension, then the mean over heads: [2, layers, slots].
@@ -97,9 +102,14 @@ def similarity(model: MaskedDiffusionLM, prompt: Sequence[int], config: Generati
         config: the lengths.
         block: which block.
 
+    Raises:
+        ValueError: the model is block-causal: what is before a block does not depend on it.
+
     Returns:
         ``block``, ``layers``, and for ``prompt`` and ``last``, the last block, ``k`` and ``v``: ``[forwards][forwards]``.
     """
+    if model.config.block_causal:
+        raise ValueError(f"model: keys and values before a block do not depend on it in {model.config.architecture}")
     chosen = sorted({round(i * (model.config.layers - 1) / 3) for i in range(4)})
     length, size = config.gen_length, config.block_length
     plain = GenerationConfig(
@@ -124,10 +134,10 @@ def similarity(model: MaskedDiffusionLM, prompt: Sequence[int], config: Generati
     return record
 
 
-def _fresh(model: MaskedDiffusionLM, x: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def _fresh(model: MaskedDiffusionLM, x: Tensor, first: int, config: GenerationConfig) -> tuple[Tensor, Tensor]:
     """Keys and values, ``[layers, H, slots, D]`` from the first slot on, of a forward over everything."""
     start = torch.zeros(1, dtype=torch.int32, device=x.device)
     ids = x[:, first:]
     cache = model.network.new_cache(start, ids.shape[1])
-    model.network.forward(ids, start, cache)
+    model.network.forward(ids, start, cache, block_length=config.block_length if model.config.block_causal else None)
     return cache.k[:, 0], cache.v[:, 0]

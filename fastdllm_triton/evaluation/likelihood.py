@@ -4,6 +4,11 @@ Of the ``n`` tokens of a continuation ``l`` are masked, ``l`` uniform in 1 to ``
 of that size. The bound is ``-E[n / l * sum of the log-probabilities of the masked tokens]``: the form of the official code,
 whose variance is far below that of masking each token independently. Within a batch the ``l`` are spread evenly over 1 to
 ``n``, as there.
+
+A block-causal model predicts the tokens of a block from those of its own block and of finished ones, so its likelihood is the
+product over blocks, and each block that a continuation has a part in is estimated by itself, with everything before it known
+and nothing behind it. The first token of a block is no exception in a Fast-dLLM v2: the last token of the block before predicts
+it. (The official script of that model masks the first token of a continuation alone and puts an end token behind its last.)
 """
 
 from __future__ import annotations
@@ -12,12 +17,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..model import MaskedDiffusionLM
+from ..models.config import ModelConfig
 from ..utils.checks import is_int, is_number, require
 
 
@@ -53,13 +60,17 @@ class MonteCarlo:
             continuation: token ids, one at least, none of them the mask.
 
         Raises:
-            ValueError: the continuation is empty or holds the mask, or both together are too long.
+            ValueError: the continuation is empty or holds the mask, both together are too long, or the model takes no ``cfg``.
         """
-        tokens, start = self._tokens(model, context, continuation)
-        n = len(continuation)
+        tokens = self._tokens(model, context, continuation)
+        generator = torch.Generator().manual_seed(self._seed(context, continuation))
+        return sum(self._estimate(model, tokens[:end], start, generator) for start, end in _parts(model, tokens, len(context)))
+
+    def _estimate(self, model: MaskedDiffusionLM, tokens: Tensor, start: int, generator: torch.Generator) -> float:
+        """Of the tokens from ``start`` on, given those before."""
+        n = len(tokens) - start
         batch = 1 if n == 1 else self.mc_batch
         samples = 1 if n == 1 else self.mc_num
-        generator = torch.Generator().manual_seed(self._seed(context, continuation))
         total = 0.0
         for _ in range(samples // batch):
             masked, share = sample_masks(batch, n, generator)  # [b, n], [b]
@@ -73,15 +84,19 @@ class MonteCarlo:
 
     def is_greedy(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> bool:
         """Whether decoding one token a forward, the most confident first, gives the continuation. Takes a forward per token.
+        Block-causal models finish one block after the other.
 
         Raises:
             ValueError: as :meth:`log_likelihood`.
         """
-        wanted, start = self._tokens(model, context, continuation)
+        wanted = self._tokens(model, context, continuation)
+        return all(self._is_greedy(model, wanted[:end], start) for start, end in _parts(model, wanted, len(context)))
+
+    def _is_greedy(self, model: MaskedDiffusionLM, wanted: Tensor, start: int) -> bool:
         mask = model.config.mask_id
         x = wanted.clone()
         x[start:] = mask
-        for _ in continuation:
+        for _ in range(len(wanted) - start):
             logits = self._logits(model, x[None], start)[0].float()
             logits[:, mask] = -torch.inf
             best, token = torch.where((x == mask)[:, None], logits, -torch.inf).softmax(-1).nan_to_num(-1).max(-1)
@@ -92,15 +107,26 @@ class MonteCarlo:
         return True
 
     def _logits(self, model: MaskedDiffusionLM, rows: Tensor, start: int) -> Tensor:
-        """``[b, L, V]``, guided if asked for."""
+        """``[b, L, V]``: those at a position predict it. Guided if asked for."""
+
+        def predictions(rows: Tensor) -> Tensor:
+            logits = model.logits(rows)
+            return torch.cat((logits[:, :1], logits[:, :-1]), dim=1) if model.config.shift else logits
+
         if not self.cfg:
-            return model.logits(rows)
+            return predictions(rows)
         blind = rows.clone()
         blind[:, :start] = model.config.mask_id
-        logits, without = model.logits(torch.cat((rows, blind))).chunk(2)
+        logits, without = predictions(torch.cat((rows, blind))).chunk(2)
         return without + (self.cfg + 1) * (logits - without)
 
-    def _tokens(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> tuple[Tensor, int]:
+    def check_fits(self, model: ModelConfig) -> None:
+        """Raises ``ValueError`` for what a model does not take."""
+        if model.block_causal:
+            require("cfg", self.cfg, f"0 for {model.architecture}, whose attention is block-causal", self.cfg == 0)
+
+    def _tokens(self, model: MaskedDiffusionLM, context: Sequence[int], continuation: Sequence[int]) -> Tensor:
+        self.check_fits(model.config)
         tokens = [*context, *continuation]
         if not continuation:
             raise ValueError("continuation must hold at least one token")
@@ -108,11 +134,18 @@ class MonteCarlo:
             raise ValueError(f"context and continuation must not hold the mask, token {model.config.mask_id}")
         if len(tokens) > model.config.max_length:
             raise ValueError(f"context and continuation have {len(tokens)} tokens, the model takes {model.config.max_length}")
-        return torch.tensor(tokens, device=model.device), len(context)
+        return torch.tensor(tokens, device=model.device)
 
     def _seed(self, context: Sequence[int], continuation: Sequence[int]) -> int:
         text = json.dumps([self.seed, list(context), list(continuation)])
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def _parts(model: MaskedDiffusionLM, tokens: Tensor, start: int) -> list[tuple[int, int]]:
+    """The positions ``[start, end)`` that are estimated together: all, or those of each block of a block-causal model."""
+    length = model.config.block_length or len(tokens)
+    cuts = [start, *range((start // length + 1) * length, len(tokens), length), len(tokens)]
+    return list(pairwise(cuts))
 
 
 def sample_masks(batch: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

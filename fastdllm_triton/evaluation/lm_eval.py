@@ -44,7 +44,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
 
     Args:
         pretrained: a checkpoint folder, a hub id, or ``tiny``.
-        cache: ``none``, ``prefix`` or ``dual``.
+        cache: ``none``, ``prefix``, ``dual`` or ``block_causal``; the model's default if not given.
         gen_length: tokens to generate; without it a task's ``max_gen_toks``, rounded up to whole blocks.
         block_length: slots of a block; the checkpoint's default, or 32.
         temperature: without it a task's, where it asks for samples; else 0.
@@ -65,7 +65,7 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
     def __init__(
         self,
         pretrained: str = "tiny",
-        cache: str = "dual",
+        cache: str | None = None,
         gen_length: int | None = None,
         block_length: int | None = None,
         temperature: float | None = None,
@@ -99,11 +99,13 @@ class FastDLLM(TemplateLM):  # type: ignore[misc]
         self.strategy = {name: value for name, value in strategy.items() if value not in (None, "")}
         try:
             block = self.lm.defaults.block_length if block_length is None else block_length
-            self.options: dict[str, Any] = {"cache": cache, "block_length": block, **options}
-            self._config(gen_length or block, 0.0)
+            given = {} if cache is None else {"cache": cache}
+            self.options: dict[str, Any] = {"block_length": block, **given, **options}
+            self._config(gen_length or block, 0.0).check_fits(self.lm.config)
         except TypeError as error:
             raise ValueError(f"model_args: {error}") from None
         self.monte_carlo = MonteCarlo(mc_num, min(mc_num, 32) if mc_batch is None else mc_batch, cfg, seed)
+        self.monte_carlo.check_fits(self.lm.config)
         self.is_check_greedy = is_check_greedy
         identity = [checkpoint_digest(self.lm.folder), str(self.lm.dtype), self.lm.network.ops.name]
         self.finished = Finished(None if save_dir is None else Path(save_dir), identity)

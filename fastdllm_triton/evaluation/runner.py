@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..decoding.config import GenerationConfig
 from ..engine.limits import check_prompts
 from ..engine.outputs import GenerationOutput
 from ..model import MaskedDiffusionLM
@@ -43,6 +44,7 @@ class Result:
         bytes, flops: what these cost on their own by the roofline model (:mod:`~fastdllm_triton.evaluation.cost`).
         seconds: the request's share of the time of its batch.
         step_map: for each generated slot the forward of the batch that committed it, ``-1`` where none did.
+        begun: tokens of the prompt in the first block, or sub-block.
         scores: by name; None as long as the variant is not complete.
     """
 
@@ -56,6 +58,7 @@ class Result:
     flops: float
     seconds: float
     step_map: list[int]
+    begun: int = 0
     scores: dict[str, float] | None = None
 
 
@@ -93,7 +96,7 @@ class Evaluation:
         self.model, self.requests, self.scorer, self.folder = model, requests, scorer, folder
         self.gen_length, self.batch_size = gen_length, batch_size
         self.prompts = [model.encode(request.prompt, chat=chat) for request in requests]
-        config = model.options(gen_length=gen_length, block_length=gen_length)
+        config = GenerationConfig(gen_length, gen_length)
         for request, prompt in zip(requests, self.prompts, strict=True):
             try:
                 check_prompts([prompt], config, model.network)
@@ -187,7 +190,8 @@ class Evaluation:
             fresh = []
             for row, (request, prompt, steps) in enumerate(zip(batch, prompts, output.step_map.tolist(), strict=True)):
                 cost = meter.cost(row, len(prompt), steps)
-                figures = row_figures(output, row) | {"bytes": cost.bytes, "flops": cost.flops, "step_map": steps}
+                begun = len(prompt) % config.decoded_length if self.model.config.block_causal else 0
+                figures = row_figures(output, row) | {"bytes": cost.bytes, "flops": cost.flops, "step_map": steps, "begun": begun}
                 fresh.append(Result(index=start + row, prompt=request.prompt, answer=request.answer, **figures))
             with naming("--out", self.folder), self._path(variant).open("a", encoding="utf-8") as file:
                 file.write(_lines(fresh))

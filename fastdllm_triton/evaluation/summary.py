@@ -33,7 +33,8 @@ def summarize(results: Mapping[Variant, Sequence[Result]]) -> list[Record]:
     request by the roofline model. All intervals are of 95 %.
 
     ``tokens_by_forward[i]``: tokens that forward ``i`` of a block commits, over the blocks that have one;
-    ``tokens_by_position[p]``: tokens committed by the forward that commits slot ``p`` of a block.
+    ``tokens_by_position[p]``: tokens committed by the forward that commits slot ``p`` of a block. Where blocks have sub-blocks,
+    these take their place.
     """
     return [_record(variant, rows) for variant, rows in results.items()]
 
@@ -63,7 +64,7 @@ def _record(variant: Variant, results: Sequence[Result]) -> Record:
             others[name] = rounded([values.mean(), *ci])
     if others:
         record["other_scores"] = others
-    by_forward, by_position = _profile(results, variant.block_length)
+    by_forward, by_position = _profile(results, variant.base.sub_block_length or variant.block_length)
     return record | {
         "tokens_per_forward": rounded(tokens.sum() / forwards.sum()),
         "tokens_per_forward_ci": rounded(ratio_interval(tokens, forwards)),
@@ -174,8 +175,9 @@ def _profile(results: Sequence[Result], block_length: int) -> tuple[Floats, Floa
     by_forward: dict[int, list[int]] = defaultdict(list)
     by_position: dict[int, list[int]] = defaultdict(list)
     for result in results:
-        for start in range(0, len(result.step_map), block_length):
-            slots = {i: forward for i, forward in enumerate(result.step_map[start : start + block_length]) if forward >= 0}
+        step_map = [-1] * result.begun + result.step_map
+        for start in range(0, len(step_map), block_length):
+            slots = {i: forward for i, forward in enumerate(step_map[start : start + block_length]) if forward >= 0}
             counts = Counter(slots.values())
             for order, forward in enumerate(sorted(counts)):
                 by_forward[order].append(counts[forward])

@@ -352,9 +352,8 @@ def _distance_(values: Tensor, top: Tensor) -> Tensor:
 
 
 def _exp(distance: Tensor) -> Tensor:
-    """The exponential of what :func:`_distance_` gives, 0 for the lowest: a CPU takes a hundred times longer below normal numbers.
-    """
-    return F.threshold_(distance.exp(), 1.0001 * math.exp(_lowest(distance.dtype)), 0.0)
+    """The exponential of what :func:`_distance_` gives, 0 for the lowest: a CPU takes a hundred times longer below normal numbers."""
+    return F.threshold(distance.exp(), 1.0001 * math.exp(_lowest(distance.dtype)), 0.0, inplace=True)
 
 
 def _lowest(dtype: torch.dtype) -> float:

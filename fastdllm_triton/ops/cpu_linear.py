@@ -47,7 +47,7 @@ def linear(
     if activation is not None:
         gate, up = turned.chunk(2)
         turned = F.silu(gate, inplace=True).mul_(up)
-    y = turned.t().unflatten(0, shape)
+    y = turned.t().view(*shape, -1)
     if residual is not None:
         # Said where to, as the sum would else be laid out like the product.
         return torch.add(residual, y, out=torch.empty_like(residual) if out is None else out)
@@ -76,6 +76,6 @@ def _turned_product(rows: Tensor, parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return torch.mm(parts[0], rows.t())
     turned = rows.new_empty((sum(map(len, parts)), len(rows)))
-    for part, product in zip(parts, turned.split([len(part) for part in parts]), strict=True):
+    for part, product in zip(parts, torch.split(turned, [len(part) for part in parts]), strict=True):
         torch.mm(part, rows.t(), out=product)
     return turned

@@ -75,10 +75,10 @@ def count_launches(
     gpu: str | None = None,
     fused: bool = False,
     rows: int = 1,
-    block_length: int = 32,
+    block_length: int | None = None,
     slots: int = 1024,
 ) -> Launches:
-    """Launches of a step over the dual cache.
+    """Launches of a step over the model's default cache: dual, or block-causal.
 
     Args:
         model: its shape, in bfloat16.
@@ -86,7 +86,7 @@ def count_launches(
         gpu: name of a GPU, as its driver gives it, whose committed measurements decide which products are fused with what
             stands around them; none: the library multiplies.
         fused: count as if all products were fused.
-        rows, block_length, slots: of the batch.
+        rows, block_length, slots: of the batch; blocks are of the model's default length if none is given.
 
     Raises:
         ValueError: the architecture is unknown.
@@ -98,17 +98,25 @@ def count_launches(
         raise RuntimeError(f"counting launches needs triton: {error}") from None
     if arch not in ARCHS:
         raise ValueError(f"arch must be one of {', '.join(ARCHS)}, got {arch!r}")
-    sizes = (rows, block_length, slots)
-    two, three = (_count(replace(model, layers=layers), ARCHS[arch], gpu, fused, sizes) for layers in (2, 3))
+    config = step_config(model, block_length)
+    two, three = (_count(replace(model, layers=layers), ARCHS[arch], gpu, fused, rows, slots, config) for layers in (2, 3))
     layer = three - two
     return Launches(layer, two - layer - layer, model.layers)
 
 
-def _count(model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, sizes: tuple[int, int, int]) -> Counter[str]:
+def step_config(model: ModelConfig, block_length: int | None = None) -> GenerationConfig:
+    """The options of the step whose launches are counted: a generation of one block."""
+    length = block_length or GenerationConfig.of_model(model).block_length
+    return GenerationConfig.of_model(model, gen_length=length, block_length=length)
+
+
+def _count(
+    model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, rows: int, slots: int, config: GenerationConfig
+) -> Counter[str]:
     from ..kernels.linear import fuses_residual
     from .recorder import META, launchers, recorded
 
-    (rows, length, slots), options = sizes, LaunchOptions(fuse_linear=fused)
+    options = LaunchOptions(fuse_linear=fused)
     counts: Counter[str] = Counter()
     running: list[str] = []  # the op, if one is
 
@@ -131,12 +139,11 @@ def _count(model: ModelConfig, arch: Arch, gpu: str | None, fused: bool, sizes: 
 
         ops = launchers(counted, partial(fuses_residual, options=options))
         network = Transformer(model, Weights.allocate(model, META, torch.bfloat16), ops)
-        config = GenerationConfig(gen_length=length, block_length=length)
         requests = batch_requests([[1]] * rows, None, config, model)
         runner = ModelRunner(network, rows, slots)
         program = runner.program_of(requests, requests)
         window = len(requests[0].policy.step(requests[0].block_state))
         for _ in range(2):  # the first one also makes what is kept
             counts.clear()
-            runner.run(network, runner.step_shape(program, 0, rows, window, rows * length))
+            runner.run(network, runner.step_shape(program, 0, rows, window, rows * config.decoded_length))
     return counts

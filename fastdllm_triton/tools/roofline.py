@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ..decoding.cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockState, CacheName, Window, cache_policy
+from ..decoding.cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockState, CacheName, Window, cache_policy, decoded_blocks
+from ..decoding.config import GenerationConfig
 from ..models.config import ModelConfig
 from ..models.published import PUBLISHED
 from ..utils.checks import require
@@ -195,7 +196,7 @@ class Phase:
     """Forwards of one kind.
 
     Attributes:
-        name: ``refresh`` or ``step``.
+        name: ``refresh``, ``block_step`` or ``step``.
         forwards: how many; an average may be a fraction.
         batch, window, keys, head_rows: as :func:`forward_cost` takes them.
     """
@@ -220,7 +221,8 @@ class Setting:
         batch_size: sequences in lockstep, each as long as the others.
         prompt_refresh: blocks from one refresh of the prompt's part of the cache to the next; those in between recompute the
             generated part alone. 1 is the paper.
-        refresh_every, suffix_window, look_back, look_ahead: of the cache, as :class:`~fastdllm_triton.GenerationConfig` has them.
+        refresh_every, suffix_window, look_back, look_ahead, sub_block_length, sub_block_cache, separate_store: as
+            :class:`~fastdllm_triton.GenerationConfig` has them.
         stop_at: tokens up to and including the end token, after whose block decoding stops; all are decoded if not given.
         weight_bits, cache_bits: of the matrices, and of keys and values.
     """
@@ -239,6 +241,9 @@ class Setting:
     suffix_window: int | None = None
     look_back: int = 0
     look_ahead: int = 0
+    sub_block_length: int | None = None
+    sub_block_cache: bool = False
+    separate_store: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt_length", "gen_length", "block_length", "batch_size", "prompt_refresh"):
@@ -246,10 +251,10 @@ class Setting:
         for name, least in (("refresh_every", 1), ("suffix_window", 0), ("look_back", 0), ("look_ahead", 0)):
             value = getattr(self, name)
             require(name, value, f"{least} or more", value is None or value >= least)
-        if self.gen_length % self.block_length:
+        if self.gen_length % self.block_length and self.cache not in ("none", "block_causal"):  # of which the model decides
             raise ValueError(f"block_length must divide gen_length, {self.gen_length}, got {self.block_length}")
         require("cache", self.cache, f"one of {', '.join(CACHE_POLICIES)}", self.cache in CACHE_POLICIES)
-        for name in ("look_back", "look_ahead"):
+        for name in ("look_back", "look_ahead", "sub_block_cache", "separate_store"):
             if getattr(self, name) and name not in CACHE_OPTIONS[self.cache]:
                 raise ValueError(f"{name} means nothing for cache = {self.cache!r}")
         rate = self.tokens_per_forward
@@ -270,31 +275,64 @@ class Setting:
     def tokens(self) -> int:
         return self.stop_at or self.gen_length
 
-    def schedule(self) -> list[Phase]:
+    def schedule(self, shape: ModelConfig | None = None) -> list[Phase]:
         """The forwards, equal ones together, in the order in which each kind first occurs.
 
         A block takes ``block_length / tokens_per_forward`` forwards. Before its first one all its rows are masked; before
         the others, half of them on average.
+
+        Args:
+            shape: the model; one whose attention is bidirectional if not given.
+
+        Raises:
+            ValueError: the cache is for models whose attention is of another kind.
         """
         counts: dict[Phase, float] = {}
-        forwards = self.block_length / self.tokens_per_forward
-        policy = cache_policy(self.cache, **{name: getattr(self, name) for name in CACHE_OPTIONS[self.cache]})
-        refreshes = max(forwards / (self.refresh_every or forwards), 1)
-
-        def add(window: Window, count: float, head_rows: float) -> None:
+        if shape is not None:
+            self._config.check_fits(shape)
+        reuses = CACHE_POLICIES[self.cache].reuses
+        is_causal = shape is not None and shape.block_causal
+        for window, count, head_rows in self._causal_windows(shape.shift) if is_causal and shape else self._windows():
             if count > 0:
                 # Without a cache every forward is a whole one, and none of them is called a refresh.
-                name = window.kind if policy.reuses else "step"
+                name = window.kind if reuses else "step"
                 phase = Phase(name, 1, self.batch_size, window.end - window.start, window.attend_end, head_rows)
                 counts[phase] = counts.get(phase, 0.0) + count
-
-        for index in range(self.blocks):
-            start = self.prompt_length + index * self.block_length
-            block = BlockState(self.prompt_length, self.slots, start, start + self.block_length, ordinal=index)
-            add(policy.refresh(block), 1, self.block_length)
-            add(policy.refresh(block), refreshes - 1, self.block_length / 2)
-            add(policy.step(block), forwards - refreshes, self.block_length / 2)
         return [replace(phase, forwards=count) for phase, count in counts.items()]
+
+    @property
+    def _config(self) -> GenerationConfig:
+        options = {name: getattr(self, name) for name in (*CACHE_OPTIONS[self.cache], "sub_block_length")}
+        return GenerationConfig(self.gen_length, self.block_length, self.cache, **options)
+
+    def _windows(self) -> Iterator[tuple[Window, float, float]]:
+        """Windows, how often each comes, and the rows of its head, of a model whose attention is bidirectional."""
+        forwards, length = self.block_length / self.tokens_per_forward, self.block_length
+        policy = cache_policy(self.cache, **{name: getattr(self, name) for name in CACHE_OPTIONS[self.cache]})
+        refreshes = max(forwards / (self.refresh_every or forwards), 1)
+        for index in range(self.blocks):
+            start = self.prompt_length + index * length
+            block = BlockState(self.prompt_length, self.slots, start, start + length, ordinal=index)
+            yield policy.refresh(block), 1, length
+            yield policy.refresh(block), refreshes - 1, length / 2
+            yield policy.step(block), forwards - refreshes, length / 2
+
+    def _causal_windows(self, shift: bool) -> Iterator[tuple[Window, float, float]]:
+        """The same of a block-causal model: its first block takes what is left of it behind the prompt."""
+        config, length, stored = self._config, self.block_length, 0
+        policy, unit = config.cache_policy(shift=shift, block_causal=True), config.decoded_length
+        for start, end in decoded_blocks(self.prompt_length, self.tokens, length, length):
+            masked, stores = end - max(start, self.prompt_length), 0
+            block = BlockState(self.prompt_length, self.slots, start, start + unit, causal=length, stored=stored)
+            if policy.needs_refresh(block):
+                first = float(start >= self.prompt_length)
+                yield policy.refresh(block), 1, {"rule": min(unit, masked), "first": first, "nothing": 0}[policy.refresh_commits]
+                stored, stores = start, 1
+            steps = max(masked / self.tokens_per_forward, 1) - stores
+            # Each sub-block begins with a step over the block.
+            begun = min(math.ceil(masked / unit), steps) if policy.has_block_steps else 0
+            yield policy.step(block), begun, unit / 2
+            yield policy.step(replace(block, cached_block=start, starts_masked=False)), steps - begun, unit / 2
 
 
 @dataclass(frozen=True)
@@ -329,10 +367,10 @@ def generation_cost(shape: ModelConfig, schedule: Sequence[Phase], **bits: float
 
 
 def floor(shape: ModelConfig, setting: Setting, gpu: Gpu) -> Floor:
-    costs = generation_cost(shape, setting.schedule(), weight_bits=setting.weight_bits, cache_bits=setting.cache_bits)
+    costs = generation_cost(shape, setting.schedule(shape), weight_bits=setting.weight_bits, cache_bits=setting.cache_bits)
     seconds = {"refresh": 0.0, "step": 0.0}
     for phase, cost in costs:
-        seconds[phase.name] += cost.seconds(gpu)
+        seconds["refresh" if phase.name == "refresh" else "step"] += cost.seconds(gpu)
     forwards, total = sum(phase.forwards for phase, _ in costs), sum((cost for _, cost in costs), Cost(0, 0))
     return Floor(forwards, seconds["refresh"], seconds["step"], total, setting.batch_size * setting.tokens)
 
@@ -342,8 +380,11 @@ def what_if(setting: Setting) -> list[tuple[str, Setting]]:
         "fp8 weights": replace(setting, weight_bits=8),
         "4-bit weights": replace(setting, weight_bits=4),
         "batch 8": replace(setting, batch_size=8),
-        "prompt refresh 2": replace(setting, prompt_refresh=2),
-        "prompt refresh 4": replace(setting, prompt_refresh=4),
+        **(
+            {}
+            if setting.cache == "block_causal"
+            else {f"prompt refresh {every}": replace(setting, prompt_refresh=every) for every in (2, 4)}
+        ),
         "twice the tokens": replace(setting, tokens_per_forward=min(2 * setting.tokens_per_forward, setting.block_length)),
     }
     return [("as given", setting), *((name, other) for name, other in changed.items() if other != setting)]

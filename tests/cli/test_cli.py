@@ -107,7 +107,7 @@ def test_live_ends_with_the_text(tiny: fdt.MaskedDiffusionLM) -> None:
 
 def test_a_live_frame_shows_masks_new_tokens_and_the_block(tiny: fdt.MaskedDiffusionLM) -> None:
     console = Console(record=True, width=100, force_terminal=True, color_system="standard", file=StringIO())
-    view = LiveView(tiny, 48, 16, console)
+    view = LiveView(tiny, 48, console)
     frames: list[Any] = []
     tiny.generate(FIRST, strategy=fdt.FixedSteps(24), callback=lambda forward: frames.append(view.render(forward)))
     console.print(frames[2])
@@ -121,7 +121,7 @@ def test_a_live_frame_shows_masks_new_tokens_and_the_block(tiny: fdt.MaskedDiffu
 
 def test_an_answer_is_drawn_up_to_the_end_of_its_block_and_its_last_lines_where_it_is_long(tiny: fdt.MaskedDiffusionLM) -> None:
     console = Console(width=20, height=4, file=StringIO())
-    view = AnswerView(tiny, 48, 16, console)
+    view = AnswerView(tiny, 48, console)
     frames: list[Any] = []
     tiny.generate(FIRST, strategy=fdt.FixedSteps(48), callback=lambda forward: frames.append(view.render(forward)))
     assert console_text(frames[0]).count("░") == 15

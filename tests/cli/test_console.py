@@ -124,7 +124,7 @@ def test_chat_cannot_steer_a_terminal(evil: Path) -> None:
 def test_a_frame_shows_control_characters_and_counts_them_in_its_layout(evil: Path) -> None:
     lm = fdt.load(evil, device="cpu")
     file = io.StringIO()
-    view = LiveView(lm, 48, 48, Terminal(file=file, force_terminal=True, width=120, color_system=None))
+    view = LiveView(lm, 48, Terminal(file=file, force_terminal=True, width=120, color_system=None))
     with view:
         lm.generate(FIRST, strategy=fdt.FixedSteps(8), block_length=48, callback=view)
     drawn = file.getvalue()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from conftest import GOLDEN
 
 import fastdllm_triton as fdt
+from fastdllm_triton.decoding.config import _warn_of_block_length
 
 V2, SDAR = "fast-dllm-v2", "sdar"
 
@@ -196,7 +199,7 @@ def test_rows_of_a_batch_get_what_they_get_alone(model: str, backend: str) -> No
             {"strategy": strict},
             {"sub_block_length": 4, "strategy": strict},
             {"sub_block_length": 4, "sub_block_cache": True, "strategy": strict},
-            {"sub_block_length": 2, "sub_block_cache": True, "strategy": fdt.FixedSteps(8)},
+            {"sub_block_length": 2, "sub_block_cache": True, "strategy": fdt.FixedSteps(14)},
         ]
     else:
         variants += [
@@ -229,3 +232,47 @@ def test_tokens_behind_a_block_change_nothing_in_it(model: str) -> None:
     assert not torch.equal(before[:, 2 * length :], after[:, 2 * length :])
     other[:, 0] = 9
     assert not torch.equal(lm.logits(other)[:, length : 2 * length], before[:, length : 2 * length])
+
+
+@pytest.mark.parametrize("model", [V2, SDAR])
+def test_a_request_for_the_other_kind_of_attention_is_refused(model: str, tiny: fdt.MaskedDiffusionLM) -> None:
+    lm = _model(model, "cpu")
+    causal, other = (fdt.Engine(m, max_rows=2, max_length=128) for m in (lm, tiny))
+    with pytest.raises(ValueError, match=f"cache must be none or block_causal for {lm.config.architecture}, whose attention is"):
+        causal.add_request([1, 2, 3], gen_length=32, block_length=32, cache="dual")
+    with pytest.raises(ValueError, match="cache must be none or prefix or dual for llada, whose attention is bidirectional"):
+        other.add_request([1, 2, 3], lm.options(gen_length=32))
+    assert not causal.has_unfinished and not other.has_unfinished
+    request = causal.add_request([1, 2, 3], gen_length=30)
+    while causal.has_unfinished:
+        causal.step()
+    assert request.output.generated.tolist() == lm.generate([[1, 2, 3]], gen_length=30).generated.tolist()
+
+
+def test_blocks_of_another_length_than_the_weights_were_trained_with_give_a_warning_once() -> None:
+    _warn_of_block_length.cache_clear()
+    lm = _model(SDAR, "cpu")
+    with pytest.warns(UserWarning, match=r"block_length = 8: the weights of this sdar were trained with blocks of 4;") as seen:
+        for _ in range(2):
+            lm.generate([[1, 2, 3]], gen_length=8, block_length=8)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lm.generate([[1, 2, 3]], gen_length=8)
+        lm.generate([[1, 2, 3]], gen_length=8, block_length=8)
+
+
+@pytest.mark.parametrize("model", [V2, SDAR])
+def test_a_trace_draws_blocks_where_they_are(model: str, tmp_path: Path) -> None:
+    lm, length = _model(model, "cpu"), 8
+    prompts = [list(range(3)), list(range(16)), list(range(21))]
+    out = lm.generate(prompts, gen_length=20, block_length=length, trace=tmp_path / "trace.json")
+    data = json.loads((tmp_path / "trace.json").read_text())
+    assert [row["blocks"] for row in data["rows"]] == [[-3, 5, 13], [0, 8, 16], [-5, 3, 11, 19]]
+    for forward in data["forwards"]:
+        for part in forward["rows"]:
+            blocks = data["rows"][part["row"]]["blocks"]
+            first = blocks[part["block"]]
+            assert all(first <= slot < first + length for slot, _ in part["committed"]) or forward["refresh"]
+            assert part["window"][0] >= -len(prompts[part["row"]])
+    assert [row["generated"] for row in data["rows"]] == out.generated.tolist()

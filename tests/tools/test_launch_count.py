@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import GOLDEN
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
@@ -16,6 +17,7 @@ from fastdllm_triton.cli.app import app
 from fastdllm_triton.engine.request import batch_requests
 from fastdllm_triton.engine.runner import ModelRunner
 from fastdllm_triton.models.config import ModelConfig
+from fastdllm_triton.models.published import PUBLISHED
 from fastdllm_triton.tools.launch_count import count_launches
 
 LLADA = ModelConfig(
@@ -97,3 +99,13 @@ def test_info_prints_the_launches() -> None:
     assert "with every product fused" in result.output
     assert CliRunner().invoke(app, ["info", "--launches"]).exit_code == 2
     assert CliRunner().invoke(app, ["info", "--launches", "--model", "tiny", "--arch", "sm_1"]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["fast-dllm-v2-7b", "sdar-8b"])
+def test_a_step_of_a_block_causal_model_launches_what_those_of_others_do(name: str) -> None:
+    found, llada = (count_launches(model) for model in (PUBLISHED[name], LLADA))
+    assert found.layer == llada.layer
+    assert found.around == llada.around
+    result = CliRunner().invoke(app, ["info", "--model", str(GOLDEN / name.replace("-7b", "").replace("-8b", "")), "--launches"])
+    assert result.exit_code == 0, result.output
+    assert f"1 x {PUBLISHED[name].block_length} slots over 1,024, cache block_causal;" in " ".join(result.stdout.split())

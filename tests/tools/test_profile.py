@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_DREAM
+from conftest import GOLDEN, GOLDEN_BLOCK_CAUSAL, GOLDEN_DREAM
 from typer.testing import CliRunner
 
 import fastdllm_triton as fdt
@@ -116,3 +116,17 @@ def test_the_command_prints_tables_and_a_line_and_json() -> None:
     data = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert set(data["ops"]) <= {"refresh", "step"} and data["ops"]["refresh"]["linear"]["calls"] == 16
     assert data["tokens_per_second"] > 0 and data["machine"]
+
+
+@pytest.mark.parametrize("name", GOLDEN_BLOCK_CAUSAL)
+def test_stores_of_block_causal_models_are_refreshes(name: str) -> None:
+    model = fdt.load(GOLDEN / name, device="cpu", backend="reference")
+    config = model.options(gen_length=40, stop_at_eos=False, strategy=fdt.Threshold(1, strict=True))
+    result = profile(model, [list(range(9))], config, repeat=1)
+    out = model.generate([list(range(9))], config)
+    assert result.forwards == {"refresh": out.refreshes, "step": out.steps}
+    assert result.windows["step"] == config.block_length
+    # A store of a Fast-dLLM v2 is over the block alone; SDAR's has the next block's first step with it.
+    layers = model.config.layers
+    assert result.ops["refresh"]["window_attention"].calls == layers
+    assert result.ops["step"]["head_statistics"].calls == 1

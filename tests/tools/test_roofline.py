@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fastdllm_triton.models.published import DREAM_7B as DREAM
 from fastdllm_triton.models.published import LLADA_8B as LLADA
 from fastdllm_triton.tools.roofline import (
     GPUS,
+    SHAPES,
     Cost,
     Gpu,
     Phase,
@@ -285,3 +287,84 @@ def test_options_that_a_cache_does_not_have_are_refused() -> None:
         Setting(1000, 256, cache="prefix", look_ahead=3)
     with pytest.raises(ValueError, match="suffix_window must be 0 or more, got -1"):
         Setting(1000, 256, suffix_window=-1)
+
+
+# Block-causal models.
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("sdar", {}),
+        ("sdar", {"separate_store": True}),
+        ("sdar", {"cache": "none"}),
+        ("fast-dllm-v2", {"sub_block_length": None}),
+        ("fast-dllm-v2", {}),
+        ("fast-dllm-v2", {"sub_block_cache": True}),
+        ("fast-dllm-v2", {"cache": "none"}),
+    ],
+)
+def test_the_schedule_of_a_block_causal_model_is_that_of_its_engine(name: str, options: dict[str, Any]) -> None:
+    """Kinds, numbers, windows and keys of forwards at one token a step."""
+    model = fdt.load(GOLDEN / name, device="cpu")
+    config = model.options(gen_length=64, stop_at_eos=False, strategy=fdt.Threshold(1, strict=True), **options)
+    length = config.block_length
+    prompt = list(range(3 * length - 3 if length < 32 else 61))  # Its end stands in the first block.
+    seen: Counter[tuple[str, int]] = Counter()
+    store = "refresh" if config.cache == "block_causal" else "step"
+    for forward in model.stream([prompt], config):
+        ((first, end),) = forward.windows
+        seen[store if forward.refresh else "step", end - first] += 1
+    names = ("sub_block_length", "sub_block_cache", "separate_store")
+    setting = Setting(len(prompt), 64, length, config.cache, **{name: getattr(config, name) for name in names})
+    # Of tokens that a store commits, the setting counts the store among the forwards.
+    counted: Counter[tuple[str, int]] = Counter()
+    for phase in setting.schedule(model.config):
+        kind = "refresh" if phase.name == "refresh" else "step"
+        counted[kind, int(phase.window)] += round(phase.forwards)
+    if options.get("separate_store"):  # They commit nothing: as many steps fewer at the same tokens a forward.
+        stores = sum(number for (kind, _), number in counted.items() if kind == "refresh")
+        counted["step", length] += stores
+    elif name == "fast-dllm-v2":  # The prefill commits nothing.
+        counted["step", 8 if options.get("sub_block_cache") else length] += 1 if config.cache == "block_causal" else 0
+    if config.sub_block_cache:  # A sub-block has more steps over the whole block until its first token is known.
+        for counts in (seen, counted):
+            counts["step", 0] = counts.pop(("step", length), 0) + counts.pop(("step", 8), 0)
+    if config.cache == "none":
+        assert seen.total() - counted.total() in (0, 1)
+        assert {window for _, window in seen} == {window for _, window in counted}
+    else:
+        assert seen == counted
+
+
+def test_settings_of_the_other_kind_of_attention_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="cache must be none or block_causal for sdar, whose attention is block-causal, got 'dual'"
+    ):
+        Setting(100, 64, 4).schedule(SHAPES["sdar-8b"])
+    with pytest.raises(ValueError, match="cache must be none or prefix or dual for llada"):
+        Setting(100, 64, 32, "block_causal").schedule(SHAPES["llada-8b"])
+    with pytest.raises(ValueError, match="separate_store means nothing for cache = 'none'"):
+        Setting(100, 64, 32, "none", separate_store=True)
+
+
+def test_the_command_takes_a_models_own_blocks_and_cache() -> None:
+    def record(*arguments: str) -> dict[str, Any]:
+        result = CliRunner().invoke(app, ["roofline", "--json", *arguments])
+        assert result.exit_code == 0, result.output
+        return dict(json.loads(result.stdout))
+
+    setting = record("--model", "sdar-8b", "--tokens-per-forward", "2")["setting"]
+    assert (setting["cache"], setting["block_length"], setting["sub_block_length"]) == ("block_causal", 4, None)
+    found = record("--model", "fast-dllm-v2-7b", "--sub-block-cache", "--prompt-length", "1001")
+    assert (found["setting"]["cache"], found["setting"]["block_length"], found["setting"]["sub_block_length"]) == (
+        "block_causal",
+        32,
+        8,
+    )
+    assert [phase["name"] for phase in found["forwards"]][:3] == ["refresh", "block_step", "step"]
+    assert not any("prompt refresh" in name for name in found["generation"])
+    result = CliRunner().invoke(app, ["roofline", "--model", "fast-dllm-v2-7b", "--ops"])
+    assert result.exit_code == 0 and "cache block_causal" in result.stdout
+    result = CliRunner().invoke(app, ["roofline", "--model", "sdar-8b", "--cache", "dual"])
+    assert result.exit_code == 2 and "--cache must be none or block_causal for sdar" in result.stderr
