@@ -183,12 +183,9 @@ def head_statistics(
 
 def _rotated(h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads ``[..., D]``, turned by their angles."""
-    if h.dtype not in (torch.float32, torch.float64):  # Each product is rounded.
-        first, second = h.chunk(2, dim=-1)
-        return (h * cos).add_(torch.cat((second, first), dim=-1).mul_(sin))
     result = h * cos
     for half, other, signed in zip(result.chunk(2, dim=-1), reversed(h.chunk(2, dim=-1)), sin.chunk(2, dim=-1), strict=True):
-        half.addcmul_(other, signed)
+        half.add_(other * signed)  # Not addcmul, which may round once where this rounds twice.
     return result
 
 
