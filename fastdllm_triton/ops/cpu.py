@@ -12,7 +12,6 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from ..reference._common import accumulate, write
@@ -89,9 +88,9 @@ def rope_kv_write(
 ) -> Tensor:
     """:func:`fastdllm_triton.reference.rope_kv_write.rope_kv_write`, with angles that are computed once for all layers."""
     kv_heads, slots, dim = k_cache.shape[1:]
-    if bias is not None:
-        qkv = qkv + bias
-    heads = rearrange(qkv, "b w (h d) -> b w h d", d=dim)  # [B, W, Hq + 2 Hkv, D]
+    # Laid out by rows again, see :func:`.cpu_linear.linear`.
+    qkv = qkv.contiguous() if bias is None else torch.add(qkv, bias, out=qkv.new_empty(qkv.shape))
+    heads = qkv.view(*qkv.shape[:2], -1, dim)  # [B, W, Hq + 2 Hkv, D]
     rotated, v = heads[:, :, :-kv_heads], heads[:, :, -kv_heads:]
     if q_norm is not None and k_norm is not None:
         weight = torch.cat((q_norm.expand(heads.shape[2] - 2 * kv_heads, dim), k_norm.expand(kv_heads, dim)))
@@ -349,7 +348,7 @@ def _distance_(values: Tensor, top: Tensor) -> Tensor:
 
 
 def _exp(distance: Tensor) -> Tensor:
-    """The exponential of what :func:`_distance_` gives, 0 for the lowest: a CPU takes a hundred times longer below normal numbers."""
+    """The exponential of what :func:`_distance_` gives, 0 for the lowest: below normal numbers a CPU takes far longer."""
     return F.threshold(distance.exp(), 1.0001 * math.exp(_lowest(distance.dtype)), 0.0, inplace=True)
 
 

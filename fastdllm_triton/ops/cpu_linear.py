@@ -14,7 +14,7 @@ from ..types import Activation
 
 #: Rows of a product that is computed as ``weight @ x.T``. oneDNN brings what stands on the right into a layout of its own in
 #: every call: of few rows x is the smaller one by far. In 16 bits up to ``_MOST_TURNED`` of them, up to ``_MOST_TURNED_BACK``
-#: where the result is to be turned back; in float32, whose library does the same for a few rows only, these.
+#: where the result is turned back at once; in float32, whose library does the same for a few rows only, these.
 _MOST_TURNED, _MOST_TURNED_BACK, _TURNED_FLOAT32 = 768, 128, range(8, 33)
 
 
@@ -30,7 +30,7 @@ def linear(
 ) -> Tensor:
     """:func:`fastdllm_triton.reference.linear.linear`; ``weight`` may also be several, whose rows follow one another.
 
-    The result of ``activation`` may be laid out by columns, as the product behind it reads it.
+    A result of few rows is laid out by columns, as are then those of element-wise ops on it: the product behind them reads it so.
     """
     if norm_weight is not None:
         assert eps is not None
@@ -47,11 +47,9 @@ def linear(
     if activation is not None:
         gate, up = turned.chunk(2)
         turned = F.silu(gate, inplace=True).mul_(up)
-    y = turned.t().view(*shape, -1)
     if residual is not None:
-        # Said where to, as the sum would else be laid out like the product.
-        return torch.add(residual, y, out=torch.empty_like(residual) if out is None else out)
-    return write(out, y if goes_on else y.contiguous())
+        turned = turned.add_(residual.reshape(len(rows), -1).t())
+    return write(out, turned.t().view(*shape, -1))
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
