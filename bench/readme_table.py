@@ -54,7 +54,8 @@ def cpu_summary(report: Report, link: str = "") -> list[str]:
     memory = [
         pair["cpu"]["peak_bytes"] / pair["official"]["peak_bytes"] for pair in both if pair["official"]["peak_bytes"] is not None
     ]
-    shares = [100 * pair["cpu"]["products"] for pair in cases.values() if "median_ms" in pair.get("cpu", {})]
+    timed = [pair["cpu"] for pair in cases.values() if "median_ms" in pair.get("cpu", {})]
+    shares = [100 * (row["products"] + row["attention"]) for row in timed]
     machine = report.machine
 
     def cell(shape: Shape) -> str:
@@ -80,7 +81,7 @@ def cpu_summary(report: Report, link: str = "") -> list[str]:
         ),
         "",
         f"Our peak memory above the weights over the official one: {_range(memory, '{:.2f}')}. "
-        f"% of our time in matrix products: {_range(shares, '{:.0f}')}. Median (least to most) of all cases.",
+        f"% of our time in matrix products and attention: {_range(shares, '{:.0f}')}. Median (least to most) of all cases.",
     ]
 
 
