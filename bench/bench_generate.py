@@ -21,8 +21,8 @@ parallel decoding alone in tables 1, 3 and 4, whose forwards cost the same with 
 Block-causal models (``official_blocks.py``): the official loops over their own cache; ``vanilla`` is the same loop at one token
 a forward, all of it. Forwards that only store a block are apart from the schedule: SDAR's official loop makes one a block and
 ours none, Fast-dLLM v2's one a block as ours. Tokens per forward: of Fast-dLLM v2 from its README, 101.7 tokens/s at a threshold
-of 0.9 against 39.1 at one token a forward; of SDAR from "more than twice" the static rate of its blocks of 4, and assumed to be the
-same in blocks of 32. The prompt is assumed.
+of 0.9 against 39.1 at one token a forward; of SDAR from "more than twice" the static rate of its blocks of 4, and assumed to be
+the same in blocks of 32. The prompt is assumed.
 """
 
 from __future__ import annotations

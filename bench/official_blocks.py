@@ -239,7 +239,9 @@ def official_v2(
         loop.store(first, first=first == length)
 
     def first_stop(start: int, end: int) -> int | None:
-        stops = [] if stop is None else (x[0, start:end] == stop).nonzero()[:, 0]
+        if stop is None:
+            return None
+        stops = (x[0, start:end] == stop).nonzero()[:, 0]
         return start + int(stops[0]) if len(stops) else None
 
     def has_ended(known: int, end: int) -> bool:
