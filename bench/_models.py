@@ -11,7 +11,7 @@ import torch
 
 from fastdllm_triton.model import MaskedDiffusionLM
 from fastdllm_triton.models.config import ModelConfig
-from fastdllm_triton.models.published import DREAM_7B, LLADA_8B, PUBLISHED, SDAR_4B
+from fastdllm_triton.models.published import DREAM_7B, FAST_DLLM_V2_7B, LLADA_8B, PUBLISHED, SDAR_4B
 from fastdllm_triton.models.transformer import Transformer, Weights
 from fastdllm_triton.ops import resolve
 
@@ -30,6 +30,7 @@ MODELS = {
     "tiny llada": replace(LLADA_8B, **_TINY, width=64, heads=4, kv_heads=4),
     "tiny dream": replace(DREAM_7B, **_TINY, width=112, heads=7, kv_heads=1),
     "tiny sdar": replace(SDAR_4B, **_TINY, width=40, heads=4, kv_heads=1),
+    "tiny v2": replace(FAST_DLLM_V2_7B, **_TINY, width=112, heads=7, kv_heads=1),
 }
 
 

@@ -8,6 +8,10 @@ bandwidth and the matrix rate that this GPU reached in the same run. Two more pr
 ``triton serial`` launches no kernel before its predecessor has ended, ``triton fused`` takes the kernel of ``linear`` for every
 product, measured or not.
 
+Of block-causal models (``official_blocks.py``) a refresh stores the block before. With SDAR the first step of the block is part
+of that forward of ours, and one of its own in the official code. With Fast-dLLM v2 that forward gives the block's first token,
+and steps decode sub-blocks of 8 over the whole block, as its official code does by default.
+
 Ours are timed first, and their buffers freed before the official ones are made. The logits of both are compared last; until
 then rows of ours say so under ``wrong``.
 
@@ -28,11 +32,14 @@ from torch import Tensor
 from fastdllm_triton.bench._models import MODELS, network_of, prompt_of
 from fastdllm_triton.bench._session import ModelBench, Row, Session, Shape, peak, timed
 from fastdllm_triton.bench._timing import Timing, events_around, percentiles, pool_bytes, reason
+from fastdllm_triton.bench.official_blocks import OfficialBlockModel, OfficialBlocks
 from fastdllm_triton.bench.official_step import OfficialModel, dream_block, llada_block
 from fastdllm_triton.decoding.config import GenerationConfig
 from fastdllm_triton.decoding.strategies import Threshold
 from fastdllm_triton.engine.request import batch_requests
 from fastdllm_triton.engine.runner import ModelRunner
+from fastdllm_triton.engine.scheduler import ForwardPlan
+from fastdllm_triton.models.config import ModelConfig
 from fastdllm_triton.models.transformer import Transformer
 from fastdllm_triton.tools.roofline import forward_cost
 from fastdllm_triton.utils.environment import GRAPHS
@@ -47,18 +54,34 @@ SHAPES: list[dict[str, Any]] = [
         + [(1, 32, context) for context in (512, 2048, 4096, 8192, 16_384)]
         + [(batch, 32, 4096) for batch in (4, 16)]
     )
+] + [
+    {"forward": "step", "model": model, "batch": batch, "window": window, "context": context}
+    for model, window in (("sdar-8b", 4), ("sdar-8b", 32), ("fast-dllm-v2-7b", 32), ("sdar-4b", 4), ("sdar-4b", 32))
+    for batch, context in ((1, 1024), (8, 1024), (1, 4096))
 ]
 #: Shapes that matter most.
 KEY = 1
 QUICK = [
     {"forward": "step", "model": model, "batch": batch, "window": 8, "context": 40}
     for model, batch in product(("tiny llada", "tiny dream"), (1, 2))
+] + [
+    {"forward": "step", "model": "tiny sdar", "batch": 2, "window": 4, "context": 40},
+    {"forward": "step", "model": "tiny v2", "batch": 2, "window": 16, "context": 48},
 ]
-#: Steps in a row of a turn, fewer than the slots of the smallest block: each commits a token at least.
+#: Tokens that Fast-dLLM v2 decodes of a block at a time, unless asked otherwise.
+SUB_BLOCK = 8
+#: Steps in a row of a turn, no more than the slots of the smallest block: each commits a token at least.
 STEPS, TURNS = 4, 10
 
 #: Of the logits' size: bfloat16 through 32 layers in two orders of summation makes a hundredth, a wrong operand makes one.
 TOLERANCE = 0.1
+
+
+def cache_of(config: ModelConfig) -> dict[str, Any]:
+    """The options for a model's cache: that of whole sequences, or of finished blocks."""
+    if not config.block_causal:
+        return {"cache": "dual"}
+    return {"cache": "block_causal", "sub_block_length": SUB_BLOCK if config.shift else None}
 
 
 class OurStep:
@@ -68,9 +91,9 @@ class OurStep:
         rows, context = ids.shape
         gen_length = min(context // window, 4) // 2 * window * 2  # half of it before the block, as in the middle of a generation
         self.config = GenerationConfig(
-            gen_length=gen_length, block_length=window, cache="dual", strategy=Threshold(0.9), stop_at_eos=False
+            gen_length=gen_length, block_length=window, strategy=Threshold(0.9), stop_at_eos=False, **cache_of(network.config)
         )
-        self.start, self.rows, self.masked = context - gen_length // 2, rows, rows * window
+        self.start, self.rows, self.masked = context - gen_length // 2, rows, rows * self.config.decoded_length
         self.network = network
         self.sequences = ids.clone()
         self.sequences[:, self.start :] = network.config.mask_id
@@ -83,6 +106,18 @@ class OurStep:
         for request in self.requests:
             request.begin_block()
         self.window = len(self.requests[0].policy.step(self.requests[0].block_state))
+        if network.config.block_causal:
+            self.prefill(self.start - window)
+
+    @torch.no_grad()
+    def prefill(self, end: int) -> None:
+        """Stores the blocks up to ``end``: a refresh stores the one behind."""
+        self.reset()
+        first, nothing = torch.zeros_like(self.batch.window_start), self.sequences.new_empty(0)
+        length = self.config.block_length
+        self.network.forward(self.sequences[:, :end], first, self.batch.cache, nothing, block_length=length)
+        for request in self.requests:
+            request.stored = end
 
     def reset(self) -> None:
         self.batch.x.copy_(self.sequences)
@@ -90,7 +125,14 @@ class OurStep:
 
     def refresh(self) -> None:
         """The first forward of the block."""
-        self.batch.run(self.network, self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, self.masked))
+        if self.network.config.block_causal:
+            windows = tuple(request.policy.refresh(request.block_state) for request in self.requests)
+            masked = self.rows if self.program.refresh_commits == "first" else self.masked
+            plan = ForwardPlan("refresh", 0, self.rows, tuple(self.requests), windows, masked, is_last_group=True)
+            shape = self.batch.shape_of(plan, self.requests)
+        else:
+            shape = self.batch.refresh_shape(self.program, 0, self.rows, 0, self.batch.slots, self.masked)
+        self.batch.run(self.network, shape)
 
     def step(self) -> None:
         """Another forward."""
@@ -139,6 +181,40 @@ class OfficialStep:
         return self.model(self.sequences[:, self.start : end], past, replace)[0]
 
 
+class OfficialBlockStep:
+    """The official code of a block-causal model at the same block."""
+
+    def __init__(self, network: Transformer, sequences: Tensor, start: int, window: int) -> None:
+        self.sequences, self.start = sequences, start
+        sub_block = SUB_BLOCK if network.config.shift else window
+        self.loop = OfficialBlocks(OfficialBlockModel(network), sequences.clone(), window, sub_block)
+        if start > window:
+            self.loop.store(start - window, first=False)
+        self.stored = self.loop.past
+
+    def reset(self) -> None:
+        self.loop.x.copy_(self.sequences)
+
+    def refresh(self) -> None:
+        """Stores the block before, and decodes of this one what ours does."""
+        self.loop.past = self.stored
+        self.loop.store(self.start)
+        if self.loop.model.is_sdar:
+            self.step()
+
+    def step(self) -> None:
+        """A forward of the block, selection, and the look at what is left."""
+        self.loop.step(self.start, threshold=0.9)
+        self.loop.masks(self.start, self.start + self.loop.sub_block)
+
+    def logits(self) -> Tensor:
+        """``[B, N, V]``: of the masked block, over the blocks before."""
+        self.reset()
+        self.loop.past = self.stored
+        self.loop.store(self.start, first=False)
+        return self.loop.logits(self.start)
+
+
 def difference(got: Tensor, want: Tensor) -> float:
     """How far logits are from the official ones, in parts of their size."""
     got, want = got.double(), want.double()
@@ -165,6 +241,17 @@ OPTIONS = {"triton serial": {"pdl": False}, "triton fused": {"fuse_linear": True
 def launched(network: Transformer, provider: str) -> Transformer:
     """The same model with the launch options of a provider."""
     return Transformer(network.config, network.weights, network.ops.with_options(**OPTIONS[provider]))
+
+
+def sizes(forward: str, shape: Shape) -> tuple[int, int, int]:
+    """Slots that a forward of ours recomputes of a row, slots that it attends, and rows that pass the head."""
+    config, window, context = MODELS[shape["model"]], shape["window"], shape["context"]
+    predicted = SUB_BLOCK if config.block_causal and config.shift else window
+    if forward == "step":
+        return window, context, predicted
+    if not config.block_causal:
+        return context, context, window
+    return (window, context - window, 1) if config.shift else (2 * window, context, window)
 
 
 class StepBench(ModelBench):
@@ -207,7 +294,7 @@ class StepBench(ModelBench):
             logits, block = ours.logits(), (ours.sequences, ours.start, shape["window"])
             del ours  # its cache takes no room from the official one
             gc.collect()
-            theirs = OfficialStep(network, *block)
+            theirs = (OfficialBlockStep if network.config.block_causal else OfficialStep)(network, *block)
             apart = difference(logits, theirs.logits())
         except Exception as error:  # not one for such a shape, or too little memory
             rows |= {(forward, "official"): {"missing": reason(error)} for forward in ("refresh", "step")}
@@ -234,7 +321,7 @@ class StepBench(ModelBench):
             return {"missing": reason(error)}
         return self.row_of("step", step, shape, session)
 
-    def row_of(self, forward: str, side: OurStep | OfficialStep, shape: Shape, session: Session) -> Row:
+    def row_of(self, forward: str, side: OurStep | OfficialStep | OfficialBlockStep, shape: Shape, session: Session) -> Row:
         """A time with its ceilings, and the peak of memory."""
         run = side.step if forward == "step" else side.refresh
         try:
@@ -251,8 +338,7 @@ class StepBench(ModelBench):
             reached = peak(lambda _: run(), {})
         except Exception as error:  # too little memory for a float64 softmax over a long context
             return {"missing": reason(error)}
-        window = shape["window"] if forward == "step" else shape["context"]
-        cost = forward_cost(MODELS[shape["model"]], shape["batch"], window, shape["context"], shape["window"])
+        cost = forward_cost(MODELS[shape["model"]], shape["batch"], *sizes(forward, shape))
         row = timed(timing, int(cost.bytes), int(cost.flops), session.ceilings)
         return row | {"peak_bytes": None if reached is None else reached + pools}
 

@@ -17,6 +17,7 @@ from _support import DEVICE
 from fastdllm_triton.bench import _models, bench_generate, bench_step
 from fastdllm_triton.bench._session import Session, label
 from fastdllm_triton.bench._timing import Ceilings
+from fastdllm_triton.bench.official_blocks import OfficialBlockModel
 from fastdllm_triton.bench.official_step import OfficialModel
 from fastdllm_triton.kernels import _pdl
 from fastdllm_triton.kernels._arch import ARCHS
@@ -26,10 +27,11 @@ from fastdllm_triton.models.published import PUBLISHED
 CPU = torch.device("cpu")
 
 
-def sides(model: str, batch: int) -> tuple[bench_step.OurStep, bench_step.OfficialStep]:
+def sides(model: str, batch: int, window: int = 8, context: int = 40) -> tuple[bench_step.OurStep, bench_step.OfficialStep]:
     network = _models.network_of(model, CPU, torch.float32)
-    ours = bench_step.OurStep(network, _models.prompt_of(model, batch, 40, CPU), 8)
-    return ours, bench_step.OfficialStep(network, ours.sequences, ours.start, 8)
+    ours = bench_step.OurStep(network, _models.prompt_of(model, batch, context, CPU), window)
+    official = bench_step.OfficialBlockStep if network.config.block_causal else bench_step.OfficialStep
+    return ours, official(network, ours.sequences, ours.start, window)
 
 
 @pytest.mark.parametrize("model", ["llada-8b", "dream-7b"])
@@ -59,6 +61,42 @@ def test_both_sides_commit_the_same_tokens():
     assert torch.equal(ours.batch.x, ours.sequences)
 
 
+BLOCK_CAUSAL = [("tiny sdar", 1, 4, 40), ("tiny sdar", 2, 8, 64), ("tiny v2", 2, 16, 48), ("tiny v2", 1, 8, 16)]
+
+
+@pytest.mark.parametrize(("model", "batch", "window", "context"), BLOCK_CAUSAL)
+def test_both_sides_of_a_block_causal_model_do_the_same(model, batch, window, context):
+    ours, theirs = sides(model, batch, window, context)
+    assert bench_step.difference(ours.logits(), theirs.logits()) < 1e-5
+    for _ in range(2):
+        for side in (ours, theirs):
+            side.reset()
+            side.refresh()
+            for _ in range(bench_step.STEPS - 1):
+                side.step()
+        assert torch.equal(ours.batch.x, theirs.loop.x)
+        changed = ours.batch.x != ours.sequences
+        assert changed.any(1).all() and not changed[:, : ours.start].any()
+        assert (theirs.loop.past[0][0].shape[2], changed[:, ours.start + window :].any()) == (ours.start, False)
+    if window > 4:
+        assert (ours.batch.x == theirs.loop.model.config.mask_id)[:, ours.start : ours.start + window].any()
+
+
+@pytest.mark.parametrize(("model", "batch", "window", "context"), BLOCK_CAUSAL)
+def test_forwards_of_a_block_causal_model_have_the_sizes_that_are_counted(model, batch, window, context, monkeypatch):
+    ours, _ = sides(model, batch, window, context)
+    network, seen = ours.network, []
+    forward = type(network).forward
+    monkeypatch.setattr(
+        type(network), "forward", lambda self, ids, *args, **more: seen.append(ids.shape) or forward(self, ids, *args, **more)
+    )
+    ours.reset()
+    ours.refresh()
+    ours.step()
+    shape = {"model": model, "batch": batch, "window": window, "context": context}
+    assert [bench_step.sizes(forward, shape)[0] for forward in ("refresh", "step")] == [length for _, length in seen]
+
+
 def test_a_step_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(OfficialModel, "_angles", lambda self, length, device: torch.zeros(length, self.config.head_dim))
     before, after = bench_step.BENCH.rows_of(bench_step.QUICK[0], Session(CPU))
@@ -86,6 +124,22 @@ def test_rows_of_a_step_without_a_gpu_say_that_nothing_was_timed():
     only = rows_of(bench_step.BENCH, Session(CPU, only=["triton serial"]))
     assert {row["provider"] for row in only} == {"triton", "triton serial"}
     json.dumps(rows)
+
+
+@pytest.mark.parametrize(("model", "batch", "window", "context"), BLOCK_CAUSAL[:1] + BLOCK_CAUSAL[2:3])
+def test_rows_of_a_block_causal_step_are_put_next_to_the_floors_of_their_sizes(model, batch, window, context, monkeypatch):
+    PretendCuda(monkeypatch)
+    monkeypatch.setattr(bench_step, "network_of", lambda model, device, dtype: _models.network_of(model, CPU, torch.float32))
+    session = Session(CPU, timer=lambda runs, inputs: {}, ceilings=Ceilings(copy=1e12, matrix=1e14))
+    shape = {"forward": "step", "model": model, "batch": batch, "window": window, "context": context}
+    *_, rows = bench_step.BENCH.rows_of(shape, session)
+    found = {(row["shape"]["forward"], row["provider"]): row for row in rows}
+    assert not any("wrong" in row for row in rows)
+    step, refresh = found["step", "triton"], found["refresh", "triton"]
+    assert (step["median_ms"], refresh["median_ms"]) == (0.375, 1.5)
+    assert found["refresh", "official"]["times_triton"] == 1.0
+    # SDAR's refresh is over two blocks, and decodes one; that of Fast-dLLM v2 passes one row through the head.
+    assert (refresh["flops"] > step["flops"]) == (model == "tiny sdar")
 
 
 @pytest.mark.parametrize("model", ["tiny llada", "tiny dream"])
@@ -128,6 +182,40 @@ def test_ours_and_the_official_loop_follow_the_same_schedule_to_the_same_tokens(
     masked = ours == network.config.mask_id
     assert masked[:, -32:].all()
     assert not masked[:, :-32].any()
+
+
+@pytest.mark.parametrize("model", ["tiny sdar", "tiny v2"])
+@pytest.mark.parametrize("rate", [1.0, 2.7, 8.0])
+def test_ours_and_the_official_loop_of_a_block_causal_model_follow_the_same_schedule(model, rate):
+    (shape,) = (shape for shape in bench_generate.QUICK if shape["model"] == model)
+    network = _models.network_of(model, CPU, torch.float32)
+    prompts = _models.prompt_of(model, 2, shape["prompt"], CPU)
+    length, gen_length = bench_generate.decoded_length(shape), shape["gen_length"]
+    counts = bench_generate.forwards_of(shape, rate)
+    ours = bench_generate.run_ours(MaskedDiffusionLM(network, None), prompts, "", counts, gen_length, shape["block"])
+    loop = OfficialBlockModel(network)
+    official = bench_generate.run_official(loop, prompts, "", counts, gen_length, block=shape["block"])
+    assert torch.equal(ours, official[:, : ours.shape[1]])
+    assert not (ours == network.config.mask_id).any()
+    some = bench_generate.run_ours(MaskedDiffusionLM(network, None), prompts, "", counts[:2], gen_length, shape["block"])
+    assert torch.equal(some[:, : shape["prompt"] + 2 * length], ours[:, : shape["prompt"] + 2 * length])
+    assert (some[:, shape["prompt"] + 2 * length :] == network.config.mask_id).any()
+
+
+@pytest.mark.parametrize("model", ["sdar-8b", "fast-dllm-v2-7b"])
+def test_the_floor_of_a_block_causal_generation_is_its_weights_again_and_again(model):
+    session = Session(CPU, ceilings=Ceilings(copy=4e12, matrix=7e14))
+    shape = next(shape for shape in bench_generate.SHAPES if shape["model"] == model and shape["batch"] == 1)
+    length = bench_generate.decoded_length(shape)
+    counts = bench_generate.forwards_of(shape, shape["tokens_per_forward"])
+    row = bench_generate.BENCH.row_of(shape, counts, 5.0, session, "triton")
+    stopped = bench_generate.BENCH.row_of(shape, counts[: bench_generate.blocks_until(230, length)], 2.0, session, "triton eos")
+    assert sum(counts) == pytest.approx(512 / 2.7, abs=2)
+    assert (row["tokens_per_s"], stopped["tokens_per_s"]) == (512 / 5, 230 / 2)
+    stores = 512 // 32 if model == "fast-dllm-v2-7b" else 0
+    # 15 GB of weights a forward; a store of Fast-dLLM v2 reads them too.
+    assert 5.0 * row["of_floor"] == pytest.approx((sum(counts) + stores) * 15e9 / 4e12, rel=0.1)
+    assert not row["extrapolated"]
 
 
 @pytest.mark.parametrize("model", ["tiny llada", "tiny dream"])
