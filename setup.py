@@ -42,8 +42,12 @@ setup(
         "fastdllm_triton.engine": ["trace.html"],
         "fastdllm_triton.kernels": ["tuned/*.json"],
         "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"],
-        # A link to one folder of tests/golden; its logits are for the tests alone.
-        "fastdllm_triton.verify": ["golden/config.json", "golden/model.safetensors", "golden/cases.jsonl"],
+        # A link to tests/golden; its logits are for the tests alone.
+        "fastdllm_triton.verify": [
+            f"golden/{model}/{file}"
+            for model in ("llada-gqa", "fast-dllm-v2", "sdar")
+            for file in ("config.json", "added_tokens.json", "model.safetensors", "cases.jsonl")
+        ],
     },
     entry_points={"console_scripts": ["fastdllm-triton=fastdllm_triton.__main__:main"]},
     install_requires=[
