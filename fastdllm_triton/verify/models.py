@@ -129,6 +129,7 @@ def _chosen_causal(setup: Setup, name: str) -> list[dict[str, Any]]:
     cases = golden_cases(name)
     if not setup.interpreted and not setup.quick:
         return cases
+
     def work(case: dict[str, Any]) -> tuple[int, int]:
         return -len({kind for kind, *_ in case["windows"]}), sum(length for *_, length in case["windows"])
 

@@ -243,7 +243,9 @@ def test_the_harness_decodes_with_the_models_own_options(folders: dict[str, Path
     from fastdllm_triton.evaluation.lm_eval import FastDLLM
 
     lm = fdt.load(folders[name], device="cpu")
-    model = FastDLLM(pretrained=str(folders[name]), device="cpu", threshold=1, sub_block_length=2, sub_block_cache=True, batch_size=2)
+    model = FastDLLM(
+        pretrained=str(folders[name]), device="cpu", threshold=1, sub_block_length=2, sub_block_cache=True, batch_size=2
+    )
     wishes = {"until": ["<never>"], "max_gen_toks": 30}
     asked = [Instance("generate_until", {}, (prompt, wishes), i) for i, prompt in enumerate(("Hello?", "What else is there"))]
     strategy = fdt.Threshold(1, strict=name == V2)

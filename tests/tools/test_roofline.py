@@ -340,7 +340,9 @@ def test_the_schedule_of_a_block_causal_model_is_that_of_its_engine(name: str, o
 
 
 def test_settings_of_the_other_kind_of_attention_are_refused() -> None:
-    with pytest.raises(ValueError, match="cache must be none or block_causal for sdar, whose attention is block-causal, got 'dual'"):
+    with pytest.raises(
+        ValueError, match="cache must be none or block_causal for sdar, whose attention is block-causal, got 'dual'"
+    ):
         Setting(100, 64, 4).schedule(SHAPES["sdar-8b"])
     with pytest.raises(ValueError, match="cache must be none or prefix or dual for llada"):
         Setting(100, 64, 32, "block_causal").schedule(SHAPES["llada-8b"])
