@@ -29,7 +29,7 @@ LINT = ["import-linter>=2.1", "mypy>=1.11", "ruff>=0.6"]
 setup(
     name="fastdllm-triton",
     version="0.1.0",
-    description="Fast-dLLM decoding of masked-diffusion language models (LLaDA, Dream) with fused Triton kernels",
+    description="Fast-dLLM decoding of masked-diffusion language models (LLaDA, Dream, Fast-dLLM v2, SDAR) with fused Triton kernels",
     long_description=long_description(),
     long_description_content_type="text/markdown",
     url=URL or None,
@@ -42,8 +42,12 @@ setup(
         "fastdllm_triton.engine": ["trace.html"],
         "fastdllm_triton.kernels": ["tuned/*.json"],
         "fastdllm_triton.tiny": ["*.json", "*.safetensors", "*.md"],
-        # A link to one folder of tests/golden; its logits are for the tests alone.
-        "fastdllm_triton.verify": ["golden/config.json", "golden/model.safetensors", "golden/cases.jsonl"],
+        # A link to tests/golden; its logits are for the tests alone.
+        "fastdllm_triton.verify": [
+            f"golden/{model}/{file}"
+            for model in ("llada-gqa", "fast-dllm-v2", "sdar")
+            for file in ("config.json", "added_tokens.json", "model.safetensors", "cases.jsonl")
+        ],
     },
     entry_points={"console_scripts": ["fastdllm-triton=fastdllm_triton.__main__:main"]},
     install_requires=[

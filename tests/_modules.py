@@ -1,4 +1,4 @@
-"""LLaDA and Dream as their users hold them: torch modules with the checkpoints' parameter names, a config and a ``forward``."""
+"""LLaDA, Dream and block-causal models as their users hold them: torch modules with the checkpoints' parameter names, a config and a ``forward``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def load_module(folder: Path, **config: Any) -> nn.Module:
     """A module with the weights and the config of a checkpoint, some fields replaced."""
     raw = json.loads((folder / "config.json").read_text()) | config
-    module = (LLaDA if raw["model_type"] == "llada" else Dream)(SimpleNamespace(**raw))
+    module = _CLASSES[raw["model_type"]](SimpleNamespace(**raw))
     module.load_state_dict(load_file(folder / "model.safetensors"), strict=not (raw.get("tie_word_embeddings")))
     return module.eval()
 
@@ -32,14 +32,28 @@ class Norm(nn.Module):
         return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, kv_heads: int, theta: float) -> Tensor:
-    """Projections ``[B, T, heads * D]`` to the mixed values ``[B, T, Hq * D]``: rotated, grouped, without a mask."""
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    kv_heads: int,
+    theta: float,
+    norms: tuple[Any, Any] = (nn.Identity(), nn.Identity()),
+    block: int | None = None,
+) -> Tensor:
+    """Projections ``[B, T, heads * D]`` to the mixed values ``[B, T, Hq * D]``: normalised, rotated, grouped, without a mask or,
+    with a block length, up to the end of a token's own block.
+    """
     q, k, v = (t.unflatten(-1, (n, -1)).transpose(1, 2) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k = norms[0](q), norms[1](k)
     half = q.shape[-1] // 2
     angle = torch.arange(q.shape[2]).float()[:, None] * theta ** (-torch.arange(half) / half)
     cos, sin = torch.cat((angle.cos(),) * 2, -1).to(q), torch.cat((angle.sin(),) * 2, -1).to(q)
     q, k = (t * cos + torch.cat((-t[..., half:], t[..., :half]), -1) * sin for t in (q, k))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).flatten(2)
+    number = None if block is None else torch.arange(q.shape[2]) // block
+    mask = None if number is None else number[:, None] >= number
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2).flatten(2)
 
 
 class LLaDABlock(nn.Module):
@@ -83,32 +97,50 @@ class LLaDA(nn.Module):
 
 
 class DreamLayer(nn.Module):
+    """A layer of Qwen's network.
+
+    Attributes:
+        has_bias: whether the q, k and v projections have biases.
+        has_norms: whether every query and key head is normalised.
+        block_field: the field of the config with the length of the blocks that attention is causal between, if it is.
+    """
+
+    has_bias, has_norms, block_field = True, False, ""
+
     def __init__(self, c: Any) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.theta = c.num_attention_heads, c.num_key_value_heads, c.rope_theta
-        width, head_dim = c.hidden_size, c.hidden_size // c.num_attention_heads
+        self.block = getattr(c, self.block_field) if self.block_field else None
+        width, head_dim = c.hidden_size, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         self.input_layernorm, self.post_attention_layernorm = (Norm(width, c.rms_norm_eps) for _ in range(2))
         self.self_attn, self.mlp = nn.Module(), nn.Module()
-        self.self_attn.q_proj = nn.Linear(width, width)
-        self.self_attn.k_proj, self.self_attn.v_proj = (nn.Linear(width, self.kv_heads * head_dim) for _ in range(2))
-        self.self_attn.o_proj = nn.Linear(width, width, bias=False)
+        rows, bias = (self.heads * head_dim, self.kv_heads * head_dim), self.has_bias
+        self.self_attn.q_proj = nn.Linear(width, rows[0], bias=bias)
+        self.self_attn.k_proj, self.self_attn.v_proj = (nn.Linear(width, rows[1], bias=bias) for _ in range(2))
+        self.self_attn.o_proj = nn.Linear(rows[0], width, bias=False)
+        if self.has_norms:
+            self.self_attn.q_norm, self.self_attn.k_norm = (Norm(head_dim, c.rms_norm_eps) for _ in range(2))
         self.mlp.gate_proj, self.mlp.up_proj = (nn.Linear(width, c.intermediate_size, bias=False) for _ in range(2))
         self.mlp.down_proj = nn.Linear(c.intermediate_size, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         a, mlp, h = self.self_attn, self.mlp, self.input_layernorm(x)
-        x = x + a.o_proj(attend(a.q_proj(h), a.k_proj(h), a.v_proj(h), self.heads, self.kv_heads, self.theta))
+        norms = (a.q_norm, a.k_norm) if self.has_norms else (nn.Identity(), nn.Identity())
+        shape = self.heads, self.kv_heads, self.theta, norms, self.block
+        x = x + a.o_proj(attend(a.q_proj(h), a.k_proj(h), a.v_proj(h), *shape))
         h = self.post_attention_layernorm(x)
         return x + mlp.down_proj(F.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 
 class Dream(nn.Module):
+    layer_class: type[DreamLayer] = DreamLayer
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         c = self.config = config
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.model.layers = nn.ModuleList(DreamLayer(c) for _ in range(c.num_hidden_layers))
+        self.model.layers = nn.ModuleList(self.layer_class(c) for _ in range(c.num_hidden_layers))
         self.model.norm = Norm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         if c.tie_word_embeddings:
@@ -119,6 +151,30 @@ class Dream(nn.Module):
         for layer in self.model.layers:
             x = layer(x)
         return SimpleNamespace(logits=self.lm_head(self.model.norm(x)))
+
+
+class FastDLLMQwenLayer(DreamLayer):
+    block_field = "bd_size"
+
+
+class FastDLLMQwenForCausalLM(Dream):
+    """Fast-dLLM v2, with the ``generate`` of its own that it comes with."""
+
+    layer_class = FastDLLMQwenLayer
+
+    def generate(self, input_ids: Tensor, tokenizer: object = None, **options: Any) -> str:
+        return "its own"
+
+
+class SDARLayer(DreamLayer):
+    has_bias, has_norms, block_field = False, True, "block_size"
+
+
+class SDARForCausalLM(Dream):
+    layer_class = SDARLayer
+
+
+_CLASSES: dict[str, Any] = {"llada": LLaDA, "Dream": Dream, "Fast_dLLM_Qwen": FastDLLMQwenForCausalLM, "sdar": SDARForCausalLM}
 
 
 class LoRA(nn.Module):

@@ -36,6 +36,7 @@ def fast_dllm_v2_generate(
     input_ids: Tensor,
     max_new_tokens: int,
     *,
+    tokenizer: object | None = None,
     block_size: int = 32,
     small_block_size: int = 8,
     threshold: float = 1.0,
@@ -53,6 +54,7 @@ def fast_dllm_v2_generate(
         model: what :func:`fastdllm_triton.load` returns, or a loaded module, which is accelerated on first use.
         input_ids: ``[1, P]`` int64.
         max_new_tokens: of which the whole blocks are decoded.
+        tokenizer: not used.
         block_size: tokens of a block, counted from the prompt's first.
         small_block_size: tokens of a sub-block; divides ``block_size``.
         threshold: commit every token whose confidence is above it, in (0, 1]; at 1 one token a forward.
@@ -70,6 +72,7 @@ def fast_dllm_v2_generate(
     Raises:
         ValueError: an argument is not valid; raised before any forward.
     """
+    del tokenizer
     prompts = _rows("input_ids", input_ids, rows=1)
     check = {"block_size": block_size, "small_block_size": small_block_size, "threshold": threshold}
     lm = runtime_of(model)

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import ne
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..compat import block_diffusion_generate, fast_dllm_v2_generate
 from ..decoding.options import strategy_of
 from ..decoding.strategies import STRATEGIES, EntropyBudget, Factor, FixedSteps, Threshold
 from ..loading import load
@@ -22,8 +25,12 @@ from ..model import MaskedDiffusionLM
 from .records import CaseRecord, Record
 from .tolerance import bitwise
 
-#: A small checkpoint in LLaDA's format, and what the official Fast-dLLM code makes of it in float32 (``cases.jsonl``).
+#: Small checkpoints, and what the official code makes of them in float32 (``cases.jsonl``).
 GOLDEN = Path(__file__).parent / "golden"
+#: In LLaDA's format, by Fast-dLLM; those of block-causal models.
+LLADA, FAST_DLLM_V2, SDAR = "llada-gqa", "fast-dllm-v2", "sdar"
+#: What SDAR's scripts call the strategies of its cases.
+_REMASKING = {"static": "low_confidence_static", "dynamic": "low_confidence_dynamic", "sequential": "sequential"}
 #: Models are checked in it alone: in fewer bits the order of a sum can change a token.
 DTYPE = "float32"
 _PROMPTS = [
@@ -45,12 +52,11 @@ class Setup:
         """Whether a forward takes a second rather than milliseconds."""
         return self.device.type == "cpu"
 
-    @cached_property
-    def golden(self) -> MaskedDiffusionLM:
-        """The checkpoint of the recorded trajectories, with the kernels. Each shape comes once or twice, too seldom to capture;
+    def golden(self, name: str) -> MaskedDiffusionLM:
+        """A checkpoint of recorded trajectories, with the kernels. Each shape comes once or twice, too seldom to capture;
         captured steps have a check of their own.
         """
-        model = load(GOLDEN, device=self.device, dtype=DTYPE, backend="triton")
+        model = load(GOLDEN / name, device=self.device, dtype=DTYPE, backend="triton")
         model.buffers.use_cuda_graphs = False
         return model
 
@@ -77,8 +83,8 @@ def verify_model(name: str, device: torch.device, *, quick: bool = False) -> Rec
     return Record(name, DTYPE, cases, time.perf_counter() - began)
 
 
-def golden_cases() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (GOLDEN / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
+def golden_cases(name: str = LLADA) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (GOLDEN / name / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _chosen(setup: Setup) -> list[dict[str, Any]]:
@@ -97,8 +103,9 @@ def _chosen(setup: Setup) -> list[dict[str, Any]]:
 
 def _golden(setup: Setup) -> Iterator[CaseRecord]:
     """The same tokens in as many forwards as the official code."""
+    model = setup.golden(LLADA)
     for case in _chosen(setup):
-        out = setup.golden.generate(
+        out = model.generate(
             case["prompt"],
             gen_length=case["gen_length"],
             block_length=case["block_length"],
@@ -113,6 +120,64 @@ def _golden(setup: Setup) -> Iterator[CaseRecord]:
         if out.nfe != case["nfe"]:
             note = note or f"{out.nfe} forwards, not {case['nfe']}"
         yield CaseRecord(name, wrong, 0.0, ok=not note, note=note)
+
+
+def _chosen_causal(setup: Setup, name: str) -> list[dict[str, Any]]:
+    """All cases on a GPU. Otherwise, of each strategy, with and without the sub-block cache, the shortest of those that have a
+    prefill, a store and steps; where it is to be quick, one.
+    """
+    cases = golden_cases(name)
+    if not setup.interpreted and not setup.quick:
+        return cases
+
+    def work(case: dict[str, Any]) -> tuple[int, int]:
+        return -len({kind for kind, *_ in case["windows"]}), sum(length for *_, length in case["windows"])
+
+    shortest: dict[Any, dict[str, Any]] = {}
+    for case in sorted(cases, key=work):
+        shortest.setdefault(None if setup.quick else (case.get("strategy"), case.get("use_block_cache")), case)
+    return list(shortest.values())
+
+
+def _block_causal(setup: Setup) -> Iterator[CaseRecord]:
+    """The same tokens in as many forwards as the official code of Fast-dLLM v2 and SDAR."""
+    for name in (FAST_DLLM_V2, SDAR):
+        model = setup.golden(name)
+        for case in _chosen_causal(setup, name):
+            prompt, block = torch.tensor([case["prompt"]]), case["block_length"]
+            with warnings.catch_warnings():  # of other blocks than those of the training, which are meant
+                warnings.simplefilter("ignore")
+                if name == SDAR:
+                    how = f"{case['strategy']} {case['threshold']}, {case['denoising_steps']} steps"
+                    threshold = {} if case["threshold"] is None else {"confidence_threshold": case["threshold"]}
+                    ids, nfe = block_diffusion_generate(
+                        model,
+                        prompt,
+                        gen_length=case["gen_length"],
+                        block_length=block,
+                        denoising_steps=case["denoising_steps"],
+                        remasking_strategy=_REMASKING[case["strategy"]],
+                        stopping_criteria_idx=case["stop_tokens"],
+                        **threshold,
+                    )
+                else:
+                    how = f"threshold {case['threshold']}, sub-block {case['sub_block_length']}"
+                    how += ", sub-block cache" if case["use_block_cache"] else ""
+                    ids, nfe = fast_dllm_v2_generate(
+                        model,
+                        prompt,
+                        case["max_new_tokens"],
+                        block_size=block,
+                        small_block_size=case["sub_block_length"],
+                        threshold=case["threshold"],
+                        use_block_cache=case["use_block_cache"],
+                        mask_id=case["mask_id"],
+                        stop_token=case["stop_token"],
+                    )
+            found, expected = ids[0].tolist(), case["prompt"] + case["tokens"]
+            wrong = sum(map(ne, found, expected)) + abs(len(found) - len(expected))
+            note = f"{wrong} tokens differ" if wrong else "" if nfe == case["nfe"] else f"{nfe} forwards, not {case['nfe']}"
+            yield CaseRecord(f"{name}, {how}, block {block}", float(wrong), 0.0, ok=not note, note=note)
 
 
 def _options(setup: Setup) -> list[tuple[str, dict[str, Any]]]:
@@ -184,6 +249,7 @@ def _unequal_bits(setup: Setup, captures: Sequence[bool], prompts: list[str], op
 
 MODEL_CHECKS: dict[str, Callable[[Setup], Iterator[CaseRecord]]] = {
     "recorded trajectories": _golden,
+    "recorded block-causal trajectories": _block_causal,
     "kernels against PyTorch": _reference,
     "ragged batch against rows": _ragged,
     "captured step against uncaptured": _captured,

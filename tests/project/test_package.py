@@ -42,7 +42,8 @@ def test_the_wheel_holds_kernels_reference_and_the_built_in_model(wheel: Path) -
     ):
         assert f"fastdllm_triton/tiny/{file}" in names
     for file in ("model.safetensors", "config.json", "cases.jsonl"):
-        assert f"fastdllm_triton/verify/golden/{file}" in names
+        for model in ("llada-gqa", "fast-dllm-v2", "sdar"):
+            assert f"fastdllm_triton/verify/golden/{model}/{file}" in names
     assert {f"fastdllm_triton/{file}" for file in ("py.typed", "engine/trace.html", "bench/page.html")} <= names
     assert not any(name.startswith("fastdllm_triton/bench/results/") for name in names)
     assert not any(name.split("/")[0] in ("kernels", "reference", "tests", "bench", "training") for name in names)
@@ -54,6 +55,7 @@ def test_the_installed_package_verifies_and_benches_without_the_checkout(wheel: 
     program = (
         "import fastdllm_triton.cli.app as cli, fastdllm_triton.verify.models as models\n"
         f"assert cli.__file__.startswith({str(tmp_path)!r}) and len(models.golden_cases()) == 336\n"
+        "assert [len(list(models._block_causal(models.Setup(models.torch.device('cpu'), True))))] == [2]\n"
         "cli.app(['bench', 'ops', '--op', 'rms_norm', '--quick', '--device', 'cpu', '--html', 'page.html'])\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, cwd=tmp_path, env=environment)

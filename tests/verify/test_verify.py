@@ -304,6 +304,12 @@ def test_recorded_trajectories_are_part_of_the_package_and_one_of_each_kind_is_s
     assert len({(case["cache"], case["strategy"]) for case in chosen}) == len(chosen) == 9
     assert {case["cache"] for case in models._chosen(models.Setup(torch.device("cpu"), quick=True))} == {"none", "prefix", "dual"}
     assert len(models._chosen(models.Setup(torch.device("cuda"), quick=False))) == 336
+    for name, kinds in ((models.FAST_DLLM_V2, 2), (models.SDAR, 3)):
+        counts = [
+            len(models._chosen_causal(models.Setup(torch.device(device), quick=quick), name))
+            for device, quick in (("cpu", False), ("cpu", True), ("cuda", False))
+        ]
+        assert counts == [kinds, 1, 96]
 
 
 @pytest.fixture
@@ -326,13 +332,13 @@ def test_a_model_that_decodes_otherwise_fails_every_check(reference_setup: model
     def wrong(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = generate(self, *args, **kwargs)
         calls.append(1)
-        out.sequences[0, -1] = len(calls) % 100
+        out.sequences[0, -out.gen_length :] = len(calls) % 100
         return out
 
     monkeypatch.setattr(models.MaskedDiffusionLM, "generate", wrong)
     monkeypatch.setattr(models.Setup, "interpreted", False)  # as on a GPU, where no case is skipped
     for name, check in models.MODEL_CHECKS.items():
-        cases = list(check(reference_setup))
+        cases = list(check(replace(reference_setup, quick=True)))
         assert any(not case.ok for case in cases) or all(case.skipped for case in cases), name
 
 

@@ -1,4 +1,4 @@
-"""Swap-in: a LLaDA or Dream module that is already loaded generates with this library's engine, in place and reversibly.
+"""Swap-in: a module of a known family that is already loaded generates with this library's engine, in place and reversibly.
 
 ``recognise`` looks and refuses, ``fuse`` moves parameters, ``accelerated`` is the runtime over them and the methods that a module
 gets, ``report`` says what came of it.

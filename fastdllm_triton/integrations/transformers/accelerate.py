@@ -1,4 +1,4 @@
-"""``accelerate`` and ``restore``: a loaded LLaDA or Dream module generates with this library's engine."""
+"""``accelerate`` and ``restore``: a loaded module of a known family generates with this library's engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def accelerate(
     weights: None = None,
     strict: bool = False,
 ) -> Report:
-    """Gives a loaded LLaDA or Dream module this library's generation, in place.
+    """Gives a loaded module of a known family (LLaDA, Dream, Fast-dLLM v2, SDAR) this library's generation, in place.
 
     The module gets the methods ``generate``, ``infill`` and ``release`` (those of
     :class:`~fastdllm_triton.MaskedDiffusionLM`), ``fast_forward(input_ids)``
@@ -44,8 +44,8 @@ def accelerate(
     one copy.
 
     Args:
-        module: a ``LLaDAModelLM`` or ``DreamModel`` of the checkpoints' own code, of any transformers version; bare, or wrapped
-            by PEFT with its adapters merged. It is recognised by its config and the names of its parameters.
+        module: a ``LLaDAModelLM``, ``DreamModel``, ``Fast_dLLM_QwenForCausalLM`` or ``SDARForCausalLM`` of the checkpoints' own
+            code, of any transformers version; bare, or wrapped by PEFT with its adapters merged. It is recognised by its config and the names of its parameters.
         backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
         attention: run the kernels of rotation, cache and attention; plain PyTorch ops in their place if False.
         head: the same for the kernels from the head's weight to the committed tokens.
@@ -58,7 +58,7 @@ def accelerate(
 
     Raises:
         TypeError: ``module`` is no module, or an option no bool.
-        ValueError: the module is neither LLaDA nor Dream, or it has something that is not supported; says what, and what to do.
+        ValueError: the module is of no known family, or it has something that is not supported; says what, and what to do.
         RuntimeError: ``backend="triton"`` where the kernels cannot run; or ``strict`` and something falls back.
 
     Whatever is raised, the module is left as it was.
@@ -117,7 +117,7 @@ def accelerated_of(model: object) -> Accelerated:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must come from fastdllm_triton.load, or be a loaded LLaDA or Dream module, got {type(model).__name__}"
+            f"model must come from fastdllm_triton.load, or be a loaded LLaDA, Dream, Fast-dLLM v2 or SDAR module, got {type(model).__name__}"
         )
     with _FIRST_USE:
         if not isinstance(getattr(model, ATTRIBUTE, None), Accelerated):

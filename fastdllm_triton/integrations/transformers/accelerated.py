@@ -20,10 +20,15 @@ from ...models.transformer import Transformer
 from ...ops import Ops, without_kernels
 from .fuse import fuse, fused_storages, unfuse
 from .recognise import RecognisedModule, folder_of, recognise
-from .report import Report, report_of
+from .report import Report, functions_of, report_of
 
 #: The attribute of an accelerated module that holds what it was accelerated with.
 ATTRIBUTE = "_fastdllm_triton"
+
+#: Arguments of the ``generate`` of Fast-dLLM v2 and of transformers, none of them an option of this library.
+_OFFICIAL = frozenset(
+    ("input_ids", "tokenizer", "max_new_tokens", "max_length", "block_size", "small_block_size", "use_block_cache", "do_sample")
+)
 
 #: What Dream's own ``diffusion_generate`` calls first.
 _PREPARE = "_prepare_generation_config"
@@ -153,7 +158,17 @@ class Accelerated:
 
     @wraps(MaskedDiffusionLM.generate)
     def generate(self, *args: Any, **kwargs: Any) -> GenerationOutput:
-        """As :meth:`fastdllm_triton.MaskedDiffusionLM.generate`."""
+        """As :meth:`fastdllm_triton.MaskedDiffusionLM.generate`.
+
+        Raises:
+            TypeError: with arguments of the module's own ``generate``, whose place this takes.
+        """
+        if official := sorted(_OFFICIAL & kwargs.keys()):
+            functions = ", ".join(f"{name}(model, ...)" for name in functions_of(self.runtime().config))
+            raise TypeError(
+                f"generate takes the options of GenerationConfig, not {', '.join(official)}; fastdllm_triton.compat has "
+                f"{functions}, and fastdllm_triton.restore(model) puts the module's own generate back"
+            )
         return self.runtime().generate(*args, **kwargs)
 
     @wraps(MaskedDiffusionLM.infill)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from rich.console import Console
 from rich.table import Table
 
+from ...models.config import ModelConfig
 from ...ops import PARTS, Ops
 from .recognise import RecognisedModule
 
@@ -18,6 +19,14 @@ _WHAT = {
     "attention": "rotation, cache in place, attention",
     "norms": "norms with residual, gate of the MLP, products fused with them",
     "head": "head, statistics and commit of the masked rows",
+}
+
+#: The functions of ``fastdllm_triton.compat`` that decode a family as its authors' code does.
+_FUNCTIONS = {
+    "llada": ("generate", "generate_with_prefix_cache", "generate_with_dual_cache"),
+    "dream": ("diffusion_generate",),
+    "fast_dllm_qwen": ("fast_dllm_v2_generate", "batch_sample"),
+    "sdar": ("block_diffusion_generate",),
 }
 
 Runs = Literal["triton", "cpu", "reference", "fused", "module"]
@@ -46,7 +55,7 @@ class Report:
     """What was replaced in a module and what not, with reasons. Printing it shows a table.
 
     Attributes:
-        architecture: ``llada`` or ``dream``.
+        architecture: ``llada``, ``dream``, ``fast_dllm_qwen`` or ``sdar``.
         layers: how many.
         device, dtype: of the parameters.
         entries: the lines.
@@ -95,6 +104,11 @@ class Report:
         return text.rstrip()
 
 
+def functions_of(config: ModelConfig) -> tuple[str, ...]:
+    """The functions of ``fastdllm_triton.compat`` for a family."""
+    return _FUNCTIONS[config.architecture]
+
+
 def report_of(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fused_bytes: int) -> Report:
     """The report on a module.
 
@@ -114,6 +128,8 @@ def report_of(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fuse
         if len(parts) > 1:
             names = ", ".join(part.split(".")[-2] for part in parts)
             entries.append(Entry(field, "fused", f"{layers} x ({names})", "the parameters are views of one tensor a layer"))
+    functions = ", ".join(f"compat.{name}" for name in functions_of(recognised.config))
+    entries.append(Entry("generate", ops.name, f"generate; {functions}", "fuses at its first call what has moved since"))
     entries.append(Entry("forward", "module", "its own code", "kept for training; fast_forward gives its logits"))
     if recognised.hooked:
         where = ", ".join(recognised.hooked[:3]) + (", ..." if len(recognised.hooked) > 3 else "")
