@@ -29,7 +29,7 @@ LINT = ["import-linter>=2.1", "mypy>=1.11", "ruff>=0.6"]
 setup(
     name="fastdllm-triton",
     version="0.1.0",
-    description="Fast-dLLM decoding of masked-diffusion language models (LLaDA, Dream, Fast-dLLM v2, SDAR) with fused Triton kernels",
+    description="Fast-dLLM decoding of masked-diffusion language models (LLaDA, Dream, SDAR) with fused Triton kernels",
     long_description=long_description(),
     long_description_content_type="text/markdown",
     url=URL or None,

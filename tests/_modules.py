@@ -1,4 +1,6 @@
-"""LLaDA, Dream and block-causal models as their users hold them: torch modules with the checkpoints' parameter names, a config and a ``forward``."""
+"""Models of all families as their users hold them: torch modules with the checkpoints' parameter names, a config and a
+``forward``.
+"""
 
 from __future__ import annotations
 

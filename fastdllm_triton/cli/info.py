@@ -165,9 +165,7 @@ def memory_table(need: dict[str, Any], device: torch.device) -> Table:
 
 
 def launches_of(config: ModelConfig, arch: str, device: torch.device, batch: int) -> dict[str, Any]:
-    """Launches of a layer and of a step over the model's default cache, with what this GPU was measured for and with fused
-    products.
-    """
+    """Launches of a layer and of a step over the model's default cache: as this GPU was measured for, and with fused products."""
     from ..tools.launch_count import count_launches, step_config
 
     gpu = None

@@ -6,18 +6,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..models.config import ModelConfig
 from ..utils.checks import check_temperature, is_bool, is_int, require, to_int, to_ints, to_number
 from .cache_policy import CACHE_OPTIONS, CACHE_POLICIES, BlockCausal, CacheName, CachePolicy, NoBlockCausalCache, cache_policy
 from .strategies import FixedSteps, Strategy, Threshold, strategy_names
 
+if TYPE_CHECKING:
+    import torch  # What is imported without it is quick: the roofline needs no tensors.
+
 
 def official_logits_dtype(dtype: torch.dtype) -> torch.dtype | None:
     """The dtype that logits of a model are rounded to: the official code decides on logits in the model's."""
+    import torch
+
     return None if dtype in (torch.float32, torch.float64) else dtype
 
 
@@ -116,7 +119,7 @@ class GenerationConfig:
         """
         if not model.block_causal:
             return cls(**options)
-        length = options.get("block_length", model.block_length)
+        length = options.get("block_length") or model.block_length or 1
         of_model: dict[str, Any] = {"cache": "block_causal", "block_length": length}
         if model.shift and length % 8 == 0:
             of_model |= {"sub_block_length": 8, "strategy": Threshold(0.9, strict=True)}
@@ -177,8 +180,7 @@ class GenerationConfig:
             caches = [cache for cache, options in CACHE_OPTIONS.items() if name in options]
             if getattr(self, name) and self.cache not in caches:
                 raise ValueError(f"{name} means something for cache = {' or '.join(caches)} only, got cache = {self.cache!r}")
-        ok = self.logits_dtype is None or (isinstance(self.logits_dtype, torch.dtype) and self.logits_dtype.is_floating_point)
-        require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", ok)
+        require("logits_dtype", self.logits_dtype, "None or a floating-point dtype", _is_none_or_float(self.logits_dtype))
 
     def _check_multiple(self) -> None:
         if self.gen_length % self.block_length:
@@ -196,7 +198,7 @@ class GenerationConfig:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks, or of sub-blocks; where a block-causal model begins or ends inside of one, one more may be decoded."""
+        """Number of blocks, or of sub-blocks; one more may be decoded where a block-causal model begins or ends inside of one."""
         return -(-self.gen_length // self.decoded_length)
 
     @property
@@ -293,6 +295,14 @@ class GenerationConfig:
         if model.block_length not in (None, self.block_length):
             _warn_of_block_length(model.architecture, model.block_length, self.block_length)
         return ResolvedIds(mask_id, eos_ids, forbidden, tuple(sorted({*self.commit_last})), seeds)
+
+
+def _is_none_or_float(dtype: object) -> bool:
+    if dtype is None:
+        return True
+    import torch
+
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
 @dataclass(frozen=True)

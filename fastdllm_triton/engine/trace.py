@@ -31,10 +31,11 @@ class Trace:
 
     The data, also ``TRACE`` in the page's script: ``format``, ``model``, ``options``; ``gen_length`` and ``block_length``;
     ``pieces``, the text of each token id that occurs; ``rows``, a ``prompt`` and the ``generated`` ids each (what has not been
-    decoded is ``mask_id``), ``blocks``, the first slot of each block or sub-block, and ``fixed``, the slots that are not decoded: tokens that were given, and in an infilled text
-    shorter than ``gen_length`` what is before its beginning; and ``forwards``, in order: ``refresh``, and for each row that it
-    decoded ``row``, ``block``, ``window``, the slots ``[first, last)`` that it recomputed, counted from the first generated
-    one (so those of the prompt are negative), and ``committed``, a list of ``[slot, confidence]``.
+    decoded is ``mask_id``), ``blocks``, the first slot of each block or sub-block, and ``fixed``, the slots that are not
+    decoded: tokens that were given, and in an infilled text shorter than ``gen_length`` what is before its beginning; and
+    ``forwards``, in order: ``refresh``, and for each row that it decoded ``row``, ``block``, ``window``, the slots
+    ``[first, last)`` that it recomputed, counted from the first generated one (so those of the prompt are negative), and
+    ``committed``, a list of ``[slot, confidence]``.
 
     Args:
         path: ends in ``.html`` for the page, in ``.json`` for the data.

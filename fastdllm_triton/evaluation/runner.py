@@ -44,8 +44,8 @@ class Result:
         bytes, flops: what these cost on their own by the roofline model (:mod:`~fastdllm_triton.evaluation.cost`).
         seconds: the request's share of the time of its batch.
         step_map: for each generated slot the forward of the batch that committed it, ``-1`` where none did.
-        begun: tokens of the prompt in the first block, or sub-block.
         scores: by name; None as long as the variant is not complete.
+        begun: tokens of the prompt in the first block, or sub-block.
     """
 
     index: int
@@ -58,8 +58,8 @@ class Result:
     flops: float
     seconds: float
     step_map: list[int]
-    begun: int = 0
     scores: dict[str, float] | None = None
+    begun: int = 0
 
 
 class Evaluation:

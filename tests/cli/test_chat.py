@@ -255,11 +255,11 @@ def test_ctrl_c_in_a_script_ends_it_with_what_was_said(monkeypatch: pytest.Monke
 
 
 def test_a_forward_that_fails_ends_the_answer_and_not_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sync_flags(self: ModelRunner, rows: int) -> Any:
+    def sync_flags(self: ModelRunner, rows: int, mask_ids: Any = ()) -> Any:
         reads.append(rows)
         if len(reads) == 2:
             raise FloatingPointError("forward 1 gave logits that are NaN or nowhere finite in row 0")
-        return original(self, rows)
+        return original(self, rows, mask_ids)
 
     reads: list[int] = []
     original = ModelRunner.sync_flags

@@ -210,11 +210,11 @@ def test_windows_and_lockstep_reach_the_engine(monkeypatch: pytest.MonkeyPatch) 
 def _interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C during the sixth forward."""
 
-    def sync_flags(self: ModelRunner, rows: int) -> Any:
+    def sync_flags(self: ModelRunner, rows: int, mask_ids: Any = ()) -> Any:
         reads.append(rows)
         if len(reads) == 6:
             raise KeyboardInterrupt
-        return original(self, rows)
+        return original(self, rows, mask_ids)
 
     reads: list[int] = []
     original = ModelRunner.sync_flags

@@ -362,7 +362,7 @@ def test_messages_name_options_as_they_are_typed(message: str, said: str) -> Non
         ("evaluate", "Missing option '--out'"),
         ("evaluate --out o --block-length 0", "--block-length must be a list of integers of 1 or more, got '0'"),
         ("evaluate --out o --strategies threshold", "--strategies must be fixed:K, threshold:T"),
-        ("evaluate --out o --caches full", "--caches must be one of none, prefix, dual, got 'full'"),
+        ("evaluate --out o --caches full", "--caches must be one of none, prefix, dual, block_causal, got 'full'"),
         ("evaluate --out o --scorer number", "--scorer needs --data"),
         ("evaluate --out o --data nosuch.jsonl", "--data nosuch.jsonl: No such file or directory"),
         ("inspect --out o --strategy greedy", "--strategy must be fixed:K"),

@@ -98,11 +98,11 @@ def test_generated_text_and_prompts_cannot_steer_a_terminal(evil: Path, tmp_path
 
 
 def test_an_interrupted_answer_cannot_steer_a_terminal_either(evil: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sync_flags(self: ModelRunner, rows: int) -> Any:
+    def sync_flags(self: ModelRunner, rows: int, mask_ids: Any = ()) -> Any:
         reads.append(rows)
         if len(reads) == 20:
             raise KeyboardInterrupt
-        return original(self, rows)
+        return original(self, rows, mask_ids)
 
     reads: list[int] = []
     original = ModelRunner.sync_flags

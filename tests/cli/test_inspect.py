@@ -155,7 +155,7 @@ def test_the_command_writes_a_report_and_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--caches", "full"), "--caches must be one of none, prefix, dual, got 'full'"),
+        (("--caches", "full"), "--caches must be one of none, prefix, dual, block_causal, got 'full'"),
         (("--strategy", "greedy"), "--strategy must be fixed:K"),
         (("--prompt", "x", "--data", "y"), "--prompt and --data exclude each other"),
         (("--data", "/no/such/file"), "No such file"),

@@ -253,8 +253,7 @@ def test_blocks_of_another_length_than_the_weights_were_trained_with_give_a_warn
     _warn_of_block_length.cache_clear()
     lm = _model(SDAR, "cpu")
     with pytest.warns(UserWarning, match=r"block_length = 8: the weights of this sdar were trained with blocks of 4;") as seen:
-        for _ in range(2):
-            lm.generate([[1, 2, 3]], gen_length=8, block_length=8)
+        _ = [lm.generate([[1, 2, 3]], gen_length=8, block_length=8) for _ in range(2)]
     assert len(seen) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")

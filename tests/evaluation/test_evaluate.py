@@ -62,12 +62,12 @@ def test_strategies_as_text(text: str, strategy: fdt.Strategy) -> None:
         ("fixed:0.5", "none", "16", "a whole number of tokens a forward"),
         ("threshold:1.5", "none", "16", "threshold must be in (0, 1], got 1.5"),
         ("entropy:0.3:best", "none", "16", "score must be one of"),
-        ("fixed:1", "full", "16", "cache must be one of none, prefix, dual, got 'full'"),
+        ("fixed:1", "full", "16", "cache must be one of none, prefix, dual, block_causal, got 'full'"),
         ("fixed:1", "dual+refresh=4", "16", "OPTION=INTEGER with an option of refresh_every"),
         ("fixed:1", "dual+refresh_every=0", "16", "refresh_every must be None or an integer of 1 or more, got 0"),
         ("fixed:1", "none", "sixteen", "block_lengths must be a list of integers of 1 or more"),
         ("fixed:1", "none", "16,0", "block_lengths must be a list of integers of 1 or more, got '16,0'"),
-        ("fixed:1", "none", "32", "gen_length must be a multiple of block_length = 32"),
+        ("fixed:1", "dual", "32", "gen_length must be a multiple of block_length = 32"),
     ],
 )
 def test_a_grid_that_cannot_be_run_is_refused(strategies: str, caches: str, blocks: str, message: str) -> None:

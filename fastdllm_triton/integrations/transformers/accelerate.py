@@ -45,7 +45,8 @@ def accelerate(
 
     Args:
         module: a ``LLaDAModelLM``, ``DreamModel``, ``Fast_dLLM_QwenForCausalLM`` or ``SDARForCausalLM`` of the checkpoints' own
-            code, of any transformers version; bare, or wrapped by PEFT with its adapters merged. It is recognised by its config and the names of its parameters.
+            code, of any transformers version; bare, or wrapped by PEFT with its adapters merged. It is recognised by its
+            config and the names of its parameters.
         backend: ``"auto"``, ``"triton"``, ``"cpu"`` or ``"reference"``, see :func:`fastdllm_triton.ops.resolve`.
         attention: run the kernels of rotation, cache and attention; plain PyTorch ops in their place if False.
         head: the same for the kernels from the head's weight to the committed tokens.
@@ -117,7 +118,8 @@ def accelerated_of(model: object) -> Accelerated:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must come from fastdllm_triton.load, or be a loaded LLaDA, Dream, Fast-dLLM v2 or SDAR module, got {type(model).__name__}"
+            "model must come from fastdllm_triton.load, or be a loaded LLaDA, Dream, Fast-dLLM v2 or SDAR module, "
+            f"got {type(model).__name__}"
         )
     with _FIRST_USE:
         if not isinstance(getattr(model, ATTRIBUTE, None), Accelerated):

@@ -129,7 +129,8 @@ def report_of(recognised: RecognisedModule, ops: Ops, plain: Sequence[str], fuse
             names = ", ".join(part.split(".")[-2] for part in parts)
             entries.append(Entry(field, "fused", f"{layers} x ({names})", "the parameters are views of one tensor a layer"))
     functions = ", ".join(f"compat.{name}" for name in functions_of(recognised.config))
-    entries.append(Entry("generate", ops.name, f"generate; {functions}", "fuses at its first call what has moved since"))
+    reason = "fuses at its first call what has moved since"
+    entries.append(Entry("generate", cast("Runs", ops.name), f"generate; {functions}", reason))
     entries.append(Entry("forward", "module", "its own code", "kept for training; fast_forward gives its logits"))
     if recognised.hooked:
         where = ", ".join(recognised.hooked[:3]) + (", ..." if len(recognised.hooked) > 3 else "")

@@ -99,11 +99,12 @@ def test_costs_are_those_of_the_windows(name: str) -> None:
         lm.network.ops = type(ops)(**{**vars(ops), "window_attention": attention})
         forwards: list[tuple[int, int]] = []
 
-        def note(forward: fdt.Forward, forwards: list[Any] = forwards, seen: list[Any] = seen) -> None:
+        def note(forward: fdt.Forward, meter: Meter = meter, forwards: list[Any] = forwards, seen: list[Any] = seen) -> None:
+            meter(forward)
             forwards.append(seen[0])
             seen.clear()
 
-        out = lm.generate([prompt], config, callback=lambda forward: (meter(forward), note(forward)))
+        out = lm.generate([prompt], config, callback=note)
         lm.network.ops = ops
         cost = meter.cost(0, len(prompt), out.step_map[0].tolist())
         # The head's rows are not seen here: what is left are the layers.
@@ -208,7 +209,7 @@ def test_likelihoods_are_estimated_block_by_block(name: str) -> None:
     assert estimate == pytest.approx(exact, rel=0.02)
     one = MonteCarlo().log_likelihood(lm, context, [7])
     assert one == pytest.approx(_exact(lm, [*context, 7], len(context)), rel=1e-5)
-    with pytest.raises(ValueError, match="cfg must be 0 for .*, whose attention is block-causal, got 0.5"):
+    with pytest.raises(ValueError, match=r"cfg must be 0 for .*, whose attention is block-causal, got 0.5"):
         MonteCarlo(cfg=0.5).log_likelihood(lm, context, continuation)
 
 

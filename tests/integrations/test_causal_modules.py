@@ -140,6 +140,6 @@ def test_functions_of_another_family_are_refused() -> None:
     with pytest.raises(ValueError, match="cache must be none or block_causal for sdar, whose attention is block-causal"):
         compat.generate_with_dual_cache(_module(SDAR), torch.tensor([[1, 2]]), 8, 16, 8)
     with pytest.raises(
-        TypeError, match="model must come from fastdllm_triton.load, or be a loaded LLaDA, Dream, Fast-dLLM v2 or"
+        TypeError, match=r"model must come from fastdllm_triton.load, or be a loaded LLaDA, Dream, Fast-dLLM v2 or"
     ):
         compat.fast_dllm_v2_generate("a path", torch.tensor([[1, 2]]), 32)
