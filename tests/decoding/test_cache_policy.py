@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any, ClassVar, get_args
 
 import pytest
-from conftest import GOLDEN, GOLDEN_DREAM, GOLDEN_MODELS
+from conftest import GOLDEN, GOLDEN_BLOCK_CAUSAL, GOLDEN_DREAM, GOLDEN_MODELS
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,11 +15,12 @@ from fastdllm_triton.decoding.cache_policy import (
     CACHE_OPTIONS,
     CACHE_POLICIES,
     BidirectionalCache,
+    BlockCausal,
     BlockState,
     CacheName,
-    CachePolicy,
     Window,
     cache_policy,
+    decoded_blocks,
     play,
 )
 from fastdllm_triton.decoding.config import GenerationConfig
@@ -30,7 +31,7 @@ from fastdllm_triton.tools.roofline import Setting
 
 def test_the_names_are_those_of_the_registry() -> None:
     assert get_args(CacheName) == tuple(CACHE_POLICIES)
-    with pytest.raises(ValueError, match=r"cache must be one of none, prefix, dual, got 'full'"):
+    with pytest.raises(ValueError, match=r"cache must be one of none, prefix, dual, block_causal, got 'full'"):
         cache_policy("full")  # type: ignore[arg-type]
 
 
@@ -58,7 +59,28 @@ def test_windows_are_those_of_the_recorded_trajectories(model: str) -> None:
                 ordinal, forwards = ordinal + 1, 0
         assert all(done == set(range(prompt, prompt + gen_length)) for done in committed)
         played.add(case["cache"])
-    assert played == set(CACHE_POLICIES)
+    assert played == set(_BIDIRECTIONAL)
+
+
+@pytest.mark.parametrize("model", GOLDEN_BLOCK_CAUSAL)
+def test_windows_of_block_causal_models_are_those_of_the_recorded_trajectories(model: str) -> None:
+    """Played alone, from the slots that were recorded as committed. Neither a last store nor a last commit follows a block."""
+    for line in (GOLDEN / model / "cases.jsonl").read_text().splitlines():
+        case = json.loads(line)
+        if case.get("use_block_cache"):
+            continue  # Its windows depend on what is masked; the engine's tests have them.
+        prompt, length = len(case["prompt"]), case["block_length"]
+        steps = [start for kind, start, _ in case["windows"] if kind == "step"]
+        forwards = [steps.count(start) for start in range(prompt // length * length, max(steps, default=0) + 1, length)]
+        policy = BlockCausal(separate_store=True)
+        # A refresh is the first forward of a block, but of one without anything before it.
+        first = prompt < length
+        counts = [count + (not first or index > 0) for index, count in enumerate(forwards)]
+        gen_length = len(forwards) * length - prompt % length
+        windows = [[w.start, len(w)] for w in play(policy, prompt, gen_length, length, counts, causal=length)]
+        recorded = [[start, size] for _, start, size in case["windows"]]
+        assert windows == recorded[: len(windows)]
+        assert all(kind in ("store", "commit") for kind, _, _ in case["windows"][len(windows) :])
 
 
 def test_dream_takes_one_refresh_a_block_and_steps_for_the_rest() -> None:
@@ -78,6 +100,7 @@ def test_dream_takes_one_refresh_a_block_and_steps_for_the_rest() -> None:
         assert {window.start for window in windows if window.kind == "step"} <= starts
 
 
+_BIDIRECTIONAL = [name for name, kind in CACHE_POLICIES.items() if issubclass(kind, BidirectionalCache)]
 _NUMBERS = {
     "refresh_every": st.none() | st.integers(1, 4),
     "prompt_refresh": st.none() | st.integers(1, 4),
@@ -88,14 +111,40 @@ _NUMBERS = {
 
 
 @st.composite
-def _policies(draw: st.DrawFn) -> CachePolicy:
-    name = draw(st.sampled_from(list(CACHE_POLICIES)))
-    return cache_policy(name, **{option: draw(_NUMBERS[option]) for option in CACHE_OPTIONS[name]})
+def _policies(draw: st.DrawFn) -> BidirectionalCache:
+    name = draw(st.sampled_from(_BIDIRECTIONAL))
+    policy = cache_policy(name, **{option: draw(_NUMBERS[option]) for option in CACHE_OPTIONS[name]})
+    assert isinstance(policy, BidirectionalCache)
+    return policy
+
+
+@given(st.booleans(), st.booleans(), st.integers(0, 40), st.integers(1, 40), st.integers(1, 8), st.data())
+def test_a_block_causal_step_attends_nothing_that_is_not_written(
+    first_from_store: bool, separate_store: bool, prompt: int, gen_length: int, length: int, data: st.DataObject
+) -> None:
+    """Every block before the one that is decoded has been computed in its final state, and nothing behind it is attended."""
+    policy = BlockCausal(first_from_store=first_from_store, separate_store=separate_store)
+    bounds = decoded_blocks(prompt, gen_length, length, causal=length)
+    assert bounds[0][0] <= prompt < bounds[0][1] and bounds[-1][0] < prompt + gen_length <= bounds[-1][1]
+    assert all(start % length == 0 and end == start + length for start, end in bounds)
+    forwards = data.draw(st.lists(st.integers(1, 4), min_size=len(bounds), max_size=len(bounds)))
+    windows = play(policy, prompt, gen_length, length, forwards, causal=length)
+    stored = 0
+    for (start, end), taken in zip(bounds, forwards, strict=True):
+        for _ in range(taken):
+            window = next(windows)
+            if window.kind == "refresh":
+                assert window.start == stored and window.end == (end if policy.refresh_commits == "rule" else start)
+                stored = window.stored
+            else:
+                assert (window.start, window.end) == (start, end)
+            assert stored == start and window.attend_end == window.end
+    assert next(windows, None) is None
 
 
 @given(_policies(), st.integers(0, 20), st.integers(1, 4), st.integers(1, 16), st.data())
 def test_every_policy_decodes_its_block_and_reads_only_what_was_written(
-    policy: CachePolicy, prompt: int, blocks: int, length: int, data: st.DataObject
+    policy: BidirectionalCache, prompt: int, blocks: int, length: int, data: st.DataObject
 ) -> None:
     forwards = data.draw(st.lists(st.integers(0, 4), min_size=blocks, max_size=blocks))
     windows = play(policy, prompt, blocks * length, length, forwards)

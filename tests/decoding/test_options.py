@@ -38,7 +38,7 @@ def idle(llada: fdt.MaskedDiffusionLM) -> fdt.MaskedDiffusionLM:
         ({"gen_length": 16.0}, r"gen_length must be an integer"),
         ({"block_length": -4}, r"block_length must be an integer of 1 or more, got -4"),
         ({"gen_length": 20, "block_length": 8}, r"gen_length must be a multiple of block_length = 8, got 20"),
-        ({"cache": "both"}, r"cache must be one of none, prefix, dual, got 'both'"),
+        ({"cache": "both"}, r"cache must be one of none, prefix, dual, block_causal, got 'both'"),
         (
             {"strategy": 0.9},
             r"strategy must be FixedSteps, Threshold, CappedThreshold, DenoisingSteps, .* EntropyBudget or Timesteps, got 0.9",
