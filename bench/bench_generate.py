@@ -134,8 +134,9 @@ def run_ours(
     model: MaskedDiffusionLM, prompts: Tensor, cache: CacheName, counts: Sequence[int], gen_length: int, block: int = BLOCK
 ) -> Tensor:
     """Decodes ``len(counts)`` blocks, or sub-blocks, each in its number of forwards, and returns the sequences."""
-    causal, strategy = model.config.block_causal, FixedSteps(gen_length // block)
+    causal = model.config.block_causal
     options: dict[str, Any] = cache_of(model.config) if causal else {"cache": cache}
+    strategy = FixedSteps(gen_length // (options.get("sub_block_length") or block))
     config = GenerationConfig(gen_length=gen_length, block_length=block, strategy=strategy, stop_at_eos=False, **options)
     generation = Generation(model, prompts.tolist(), config)
     # The strategy is one token count for all blocks; the schedule has one for each.

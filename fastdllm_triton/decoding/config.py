@@ -137,7 +137,8 @@ class GenerationConfig:
         self._check_sub_blocks()
         if not isinstance(self.strategy, Strategy):
             raise ValueError(f"strategy must be {strategy_names()}, got {self.strategy!r}")
-        self.strategy.steps_per_block(self.blocks)
+        if self.cache != "none" or not self.gen_length % self.block_length:
+            self.strategy.steps_per_block(self.blocks)
         for name in ("temperature", "cfg_scale"):
             check_temperature(getattr(self, name), name)
             object.__setattr__(self, name, to_number(getattr(self, name)))
@@ -257,6 +258,7 @@ class GenerationConfig:
             *((name, getattr(self, name), None) for name in CACHE_OPTIONS["none"]),
         ):
             require(name, value, f"{unused} for {model.architecture}, whose attention is {kind}", value == unused)
+        self.strategy.steps_per_block(self.blocks)
 
     def resolve(self, model: ModelConfig, rows: int) -> ResolvedIds:
         """Fills in what the model decides, and checks token ids against its vocabulary.

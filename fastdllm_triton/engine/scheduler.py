@@ -69,7 +69,7 @@ class RowFlags:
     ended: bool
     invalid: bool
     forwards: int
-    starts_masked: bool
+    starts_masked: bool = False
 
 
 class Scheduler:

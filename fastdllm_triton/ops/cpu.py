@@ -90,7 +90,7 @@ def rope_kv_write(
     kv_heads, slots, dim = k_cache.shape[1:]
     # Laid out by rows again, see :func:`.cpu_linear.linear`.
     qkv = qkv.contiguous() if bias is None else torch.add(qkv, bias, out=qkv.new_empty(qkv.shape))
-    heads = qkv.view(*qkv.shape[:2], -1, dim)  # [B, W, Hq + 2 Hkv, D]
+    heads = qkv.view(*qkv.shape[:2], qkv.shape[2] // dim, dim)  # [B, W, Hq + 2 Hkv, D]
     rotated, v = heads[:, :, :-kv_heads], heads[:, :, -kv_heads:]
     if q_norm is not None and k_norm is not None:
         weight = torch.cat((q_norm.expand(heads.shape[2] - 2 * kv_heads, dim), k_norm.expand(kv_heads, dim)))

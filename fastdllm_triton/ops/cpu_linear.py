@@ -13,9 +13,9 @@ from ..reference.swiglu import swiglu
 from ..types import Activation
 
 #: Rows of a product that is computed as ``weight @ x.T``. oneDNN brings what stands on the right into a layout of its own in
-#: every call: of few rows x is the smaller one by far. In 16 bits up to ``_MOST_TURNED`` of them, up to ``_MOST_TURNED_BACK``
-#: where the result is turned back at once; in float32, whose library does the same for a few rows only, these.
-_MOST_TURNED, _MOST_TURNED_BACK, _TURNED_FLOAT32 = 768, 128, range(8, 33)
+#: every call: of few rows x is the smaller one by far. In 16 bits alone: in float32 another order of sums would show. Fewer
+#: where the result is turned back at once.
+_MOST_TURNED, _MOST_TURNED_BACK = 768, 128
 
 
 def linear(
@@ -48,25 +48,25 @@ def linear(
         gate, up = turned.chunk(2)
         turned = F.silu(gate, inplace=True).mul_(up)
     if residual is not None:
-        turned = turned.add_(residual.reshape(len(rows), -1).t())
-    return write(out, turned.t().view(*shape, -1))
+        turned = turned.add_(residual.reshape(len(rows), len(turned)).t())
+    return write(out, turned.t().view(*shape, len(turned)))
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` by its root mean square, rounded, times the weight: the rounding points of the reference.
 
-    PyTorch's own norm is not given the weight: it would round once where the modules round twice.
+    PyTorch's own norm is not given the weight: it would round once where the modules round twice. In 16 bits it takes more passes.
     """
+    if x.dtype in (torch.float32, torch.float64):
+        return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
     h = accumulate(x)
     scale = torch.linalg.vector_norm(h, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (h * scale if h is x else h.mul_(scale)).to(x.dtype).mul_(weight)
+    return h.mul_(scale).to(x.dtype).mul_(weight)
 
 
 def _is_turned(rows: int, dtype: torch.dtype, goes_on: bool) -> bool:
     """Whether a product of so many rows is computed as its transpose."""
-    if dtype in (torch.bfloat16, torch.float16):
-        return rows <= (_MOST_TURNED if goes_on else _MOST_TURNED_BACK)
-    return dtype == torch.float32 and rows in _TURNED_FLOAT32
+    return dtype in (torch.bfloat16, torch.float16) and rows <= (_MOST_TURNED if goes_on else _MOST_TURNED_BACK)
 
 
 def _turned_product(rows: Tensor, parts: Sequence[Tensor]) -> Tensor:

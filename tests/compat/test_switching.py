@@ -197,7 +197,10 @@ def test_what_accelerate_refuses_the_functions_refuse_likewise(edit: Any, messag
 @pytest.mark.parametrize("model", ["GSAI-ML/LLaDA-8B-Instruct", None, SimpleNamespace()])
 def test_what_is_no_module_is_no_model(model: Any) -> None:
     for call in (compat.generate, compat.diffusion_generate):
-        with pytest.raises(TypeError, match=r"model must come from fastdllm_triton.load, or be a loaded LLaDA or Dream module"):
+        with pytest.raises(
+            TypeError,
+            match=r"model must come from fastdllm_triton.load, or be a loaded LLaDA, Dream, Fast-dLLM v2 or SDAR module",
+        ):
             call(model, PROMPT)
 
 

@@ -111,10 +111,10 @@ def test_a_step_recomputes_its_window_and_nothing_else(llada: fdt.MaskedDiffusio
     windows: list[tuple[int, int]] = []
     forward, new_cache = network.forward, network.new_cache
 
-    def spied(ids: Tensor, window_start: Tensor, kv: Any, rows: Tensor) -> Tensor:
+    def spied(ids: Tensor, window_start: Tensor, kv: Any, rows: Tensor, **options: Any) -> Tensor:
         first = int(window_start[0])
         before = kv.k.clone()
-        hidden = forward(ids, window_start, kv, rows)
+        hidden = forward(ids, window_start, kv, rows, **options)
         windows.append((first, first + ids.shape[1]))
         if len(windows) > 1:  # Before the first forward the buffers hold anything.
             torch.testing.assert_close(kv.k[..., :first, :], before[..., :first, :], rtol=0, atol=0)

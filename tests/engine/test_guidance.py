@@ -50,9 +50,9 @@ def test_guidance_of_zero_is_none_and_costs_nothing(llada: fdt.MaskedDiffusionLM
     rows: list[int] = []
     forward = llada.network.forward
 
-    def counted(ids: Any, *args: Any) -> Any:
+    def counted(ids: Any, *args: Any, **options: Any) -> Any:
         rows.append(len(ids))
-        return forward(ids, *args)
+        return forward(ids, *args, **options)
 
     monkeypatch.setattr(llada.network, "forward", counted)
     for scale, each in ((0.0, 1), (0.7, 2)):

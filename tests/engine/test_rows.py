@@ -96,9 +96,9 @@ def test_finished_rows_leave_the_batch(tiny: fdt.MaskedDiffusionLM, monkeypatch:
     sizes: list[int] = []
     forward = tiny.network.forward
 
-    def spied(ids: Tensor, *args: Any) -> Tensor:
+    def spied(ids: Tensor, *args: Any, **options: Any) -> Tensor:
         sizes.append(len(ids))
-        return forward(ids, *args)
+        return forward(ids, *args, **options)
 
     monkeypatch.setattr(tiny.network, "forward", spied)
     short, long = (next(p for p in problems(2, test=True) if len(p.changes) == n) for n in (2, 3))

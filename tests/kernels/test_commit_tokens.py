@@ -744,7 +744,9 @@ def test_rows_of_different_options_decide_as_they_do_alone(op, score, rule):
         return {"x": x, **state.by_row}
 
     together = decode(slice(0, rows))
-    assert len({tuple(row) for row in together["step_map"].tolist()}) > 1
+    # No slot's number reaches a threshold or a factor: one token a forward in every row.
+    alike = score == "leftmost" and rule in ("threshold", "factor")
+    assert (len({tuple(row) for row in together["step_map"].tolist()}) > 1) != alike
     for row in range(rows):
         for name, tensor in decode(slice(row, row + 1)).items():
             torch.testing.assert_close(together[name][row : row + 1], tensor, rtol=0, atol=0, equal_nan=True, msg=name)

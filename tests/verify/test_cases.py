@@ -57,7 +57,8 @@ def test_a_call_that_is_compared_leaves_the_inputs_as_they_are(op):
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_shapes_that_are_timed_have_the_same_sizes_and_an_axis(op):
-    assert all(set(shape) == set(op.shapes[0]) for shape in (*op.shapes, *op.key))
+    # Some have one more, as the blocks that attention is causal between.
+    assert all(set(shape) >= set(op.shapes[0]) for shape in (*op.shapes, *op.key))
     assert op.axis in op.small and set(op.small) <= set(op.shapes[0])
     assert all(op.bytes(shape) > 0 for shape in op.shapes)
 

@@ -71,7 +71,7 @@ class DiffusionConfig:
             value = getattr(self, name)
             require(name, value, "an integer of 1 or more", is_int(value) and value >= 1)
         require("eps", self.eps, "above 0 and below 1", is_number(self.eps) and 0 < self.eps < 1)
-        for name, names in (("alg", get_args(AlgName)), ("cache", get_args(CacheName))):
+        for name, names in (("alg", get_args(AlgName)), ("cache", ("none", "prefix", "dual"))):
             value = getattr(self, name)
             require(name, value, f"one of {', '.join(names)}", value in names)
         for name in ("alg_temp", "temperature"):

@@ -82,8 +82,9 @@ class Report:
     @property
     def summary(self) -> str:
         """What runs on what, in a few words."""
-        runs = {entry.runs: entry.reason for entry in self.entries if entry.part in PARTS}
-        parts = {name: ", ".join(entry.part for entry in self.entries if entry.runs == name) for name in runs}
+        entries = [entry for entry in self.entries if entry.part in PARTS]
+        runs = {entry.runs: entry.reason for entry in entries}
+        parts = {name: ", ".join(entry.part for entry in entries if entry.runs == name) for name in runs}
         return "; ".join(f"{parts[name]} on {name}: {reason}" for name, reason in runs.items())
 
     def as_dict(self) -> dict[str, Any]:
