@@ -55,7 +55,7 @@ def linear(
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x`` by its root mean square, rounded, times the weight: the rounding points of the reference.
 
-    PyTorch's own norm is not given the weight: it would round once where the modules round twice. In 16 bits it takes more passes.
+    PyTorch's own norm is not given the weight: it would round once where the modules round twice. In 16 bits it is slower.
     """
     if x.dtype in (torch.float32, torch.float64):
         return F.rms_norm(x, x.shape[-1:], None, eps).mul_(weight)
