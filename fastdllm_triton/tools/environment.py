@@ -68,7 +68,7 @@ def commit() -> str | None:
     """The commit of the checkout that the package is imported from, or ``FASTDLLM_COMMIT``, for copies without a repository."""
     if stated := os.environ.get("FASTDLLM_COMMIT"):
         return stated
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     head = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
