@@ -68,13 +68,18 @@ class BlockState:
 
     @property
     def causal_start(self) -> int:
-        """First position of the block that attention is causal between."""
-        return self.start // self.causal * self.causal
+        """First position of the block that attention is causal between; where it is bidirectional, of the block."""
+        return self.start // self.causal * self.causal if self.causal else self.start
 
     @property
     def causal_end(self) -> int:
         """The end of that block."""
-        return self.causal_start + self.causal
+        return self.causal_start + self.causal if self.causal else self.end
+
+    def behind(self, window: Window) -> tuple[int, int]:
+        """``stored`` and ``cached_block`` behind a forward over a window."""
+        is_whole = self.causal and window.start <= self.causal_start and window.end >= self.causal_end
+        return max(self.stored, window.stored), self.causal_start if is_whole else self.cached_block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -376,8 +381,6 @@ def play(
                 prompt_length, prompt_length + gen_length, start, end, ordinal, done, causal, stored, cached, done == 0
             )
             window = policy.next_window(block)
-            stored = max(stored, window.stored)
-            if causal and window.start <= block.causal_start and window.end >= block.causal_end:
-                cached = block.causal_start
+            stored, cached = block.behind(window)
             yield window
         ordinal += count > 0

@@ -132,7 +132,7 @@ class GenerationConfig:
             object.__setattr__(self, name, to_int(value))
         require("cache", self.cache, f"one of {', '.join(CACHE_POLICIES)}", self.cache in tuple(CACHE_POLICIES))
         # Without a cache the model decides.
-        if self.gen_length % self.block_length and self.cache not in ("none", "block_causal"):
+        if self.cache not in ("none", "block_causal"):
             self._check_multiple()
         self._check_sub_blocks()
         if not isinstance(self.strategy, Strategy):

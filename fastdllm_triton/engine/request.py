@@ -185,16 +185,11 @@ class Request:
         return "first" if self.config.commits_first_alone else self.policy.refresh_commits
 
     @property
-    def first_position(self) -> int:
-        """The position whose token its refreshes commit, where they commit the first of a block alone."""
-        return self.block_state.causal_start if self.causal else self.block_state.start
-
-    @property
     def skips_commit(self) -> bool:
         """Whether the refresh of its block commits nothing: it would commit the block's first token, and that is fixed."""
         if self.refresh_commits == "rule":
             return False
-        first = self.first_position
+        first = self.block_state.causal_start
         return self.refresh_commits == "nothing" or first < 0 or self.tokens[first] != self.ids.mask_id
 
     def begin_block(self) -> None:
@@ -214,9 +209,7 @@ class Request:
         block = self.block_state
         window = self.policy.next_window(block)
         self.block_forwards += 1
-        self.stored = max(self.stored, window.stored)
-        if self.causal and window.start <= block.causal_start and window.end >= block.causal_end:
-            self.cached_block = block.causal_start
+        self.stored, self.cached_block = block.behind(window)
         return window
 
     @property

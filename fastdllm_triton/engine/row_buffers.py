@@ -130,15 +130,8 @@ class RowBuffers:
         bounds = []
         for request in requests:
             block, offset = request.block_state, self._offset(request)
-            # Behind a prefix that is stored, a sub-block is all that its steps need.
-            bounds.append(
-                (
-                    offset + block.start,
-                    request.step_window_start(self.slots),
-                    offset + (block.causal_start if block.causal else block.start),
-                    offset + request.policy.attend_end(block),
-                )
-            )
+            starts = offset + block.start, request.step_window_start(self.slots), offset + block.causal_start
+            bounds.append((*starts, offset + request.policy.attend_end(block)))
         self._bounds[:4, :rows] = torch.tensor(bounds, dtype=torch.int32, device="cpu").T
         for target, source in zip((self.block_start, self.window_start, self._block_step_start), self._bounds[:3], strict=True):
             target[:rows].copy_(source[:rows], non_blocking=True)

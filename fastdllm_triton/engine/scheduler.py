@@ -214,5 +214,5 @@ def _turn(request: Request) -> int:
     if request.block_done:
         return STEP
     if not policy.needs_refresh(block):
-        return BLOCK_STEP if policy.has_block_steps and policy.step(block).kind == "block_step" else STEP
+        return BLOCK_STEP if policy.step(block).kind == "block_step" else STEP
     return REFRESH if policy.refreshes_prompt(block) else REFRESH_GENERATION
